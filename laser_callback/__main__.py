@@ -1,0 +1,7 @@
+"""``python -m laser_callback`` is ``laser-callback``."""
+
+import sys
+
+from laser_callback.cli import main
+
+sys.exit(main())

@@ -1,0 +1,51 @@
+"""Two controls beside every cut: is it this matrix, and is it its rank?
+
+If zeroing the matrices (rho = 0) helps as much as truncating them, the gain is not in what was kept. If cutting other
+matrices at the same rho helps as much, it is not in where the cut was made.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from dataclasses import replace
+
+from torch import nn
+
+from laser_callback.matrices import WeightMatrix, find_matrices
+from laser_callback.plan import LaserPlan, Reduction
+
+
+def zeroed_plan(plan: LaserPlan) -> LaserPlan:
+    """The same matrices at rho = 0."""
+    return LaserPlan(replace(reduction, rho=0.0, keep="head", scale=0.0) for reduction in plan)
+
+
+def random_plan(model: nn.Module, plan: LaserPlan, seed: int) -> LaserPlan:
+    """As many other matrices, drawn without replacement from all kinds, each cut like one of the plan's.
+
+    Raises:
+        ValueError: if the model has too few matrices outside of the plan.
+    """
+    resolved = plan.resolve(model)
+    planned = {matrix.name for matrix, _ in resolved}
+    others = [m for m in find_matrices(model) if m.kind is not None and m.name not in planned]
+    if len(others) < len(resolved):
+        raise ValueError(
+            f"the random control needs {len(resolved)} matrices that the plan leaves alone, the model has "
+            f"{len(others)}: set `controls=False` for a plan that cuts most of the model"
+        )
+    drawn = random.Random(seed).sample(others, len(resolved))
+    several = len({matrix.stack for matrix in others}) > 1
+    return LaserPlan(
+        _on(matrix, reduction, matrix.stack if several else None)
+        for matrix, (_, reduction) in zip(drawn, resolved, strict=True)
+    )
+
+
+def _on(matrix: WeightMatrix, reduction: Reduction, stack: str | None) -> Reduction:
+    """``reduction`` of another matrix. By path, since a kind may name two matrices of a layer; parts by their kind."""
+    fused = matrix.kind is not None and f"[{matrix.kind}]" in matrix.name
+    path = matrix.kind if fused else re.sub(r"\[.*", "", matrix.path_in_layer)
+    assert path is not None
+    return replace(reduction, layer=matrix.layer, matrix=path, stack=stack, expert=matrix.expert)

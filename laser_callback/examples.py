@@ -1,0 +1,212 @@
+"""What each arm did on each example: collected batch by batch, gathered over ranks, compared as pairs.
+
+An evaluation step that returns a mapping gives one outcome per example for each metric it names: 1-D float or bool
+tensors of batch length, or :class:`Outcomes`, under the name that the metric is logged under. Five names describe the
+examples instead: ``id`` (duplicates of distributed samplers are removed by it), ``cluster`` (examples that are not
+independent of each other share one), ``group``, ``answer`` and ``prediction`` (for the prior checks). Without such a
+mapping the pairs are the batches' logged means.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from laser_callback.arms import Logged
+from laser_callback.comparison import Outcomes, PairedResult, compare, not_tested
+from laser_callback.priors import PriorChecks, prior_checks
+
+DESCRIPTIONS = ("id", "cluster", "group", "answer", "prediction")
+ORIGINAL = "original"
+
+
+@dataclass
+class _Batch:
+    """One batch, all arms."""
+
+    dataloader_idx: int | None
+    size: int
+    outcomes: dict[str, dict[str, Outcomes]]  # arm -> name -> one per example
+    described: dict[str, dict[str, list[Hashable]]]  # arm -> description -> one per example
+
+
+@dataclass
+class PairedExamples:
+    """The outcomes of one evaluation run, example by example."""
+
+    batches: list[_Batch] = field(default_factory=list)
+    means: list[dict[str, dict[str, tuple[float, float]]]] = field(default_factory=list)
+    duplicates: int = 0
+
+    def add(self, outputs: Mapping[str, Any], size: int, dataloader_idx: int | None) -> None:
+        """Add what each arm's step returned for one batch of ``size`` examples."""
+        outcomes = {arm: dict(_outcomes(output, size)) for arm, output in outputs.items()}
+        described = {arm: dict(_descriptions(output, size)) for arm, output in outputs.items()}
+        self.batches.append(_Batch(dataloader_idx, size, outcomes, described))
+
+    def merge(self, ranks: Iterable[PairedExamples]) -> PairedExamples:
+        """All ranks' examples, in rank order, each id (of a dataloader) once."""
+        merged = PairedExamples()
+        seen: set[tuple[int | None, Hashable]] = set()
+        for rank in ranks:
+            merged.means += rank.means
+            for batch in rank.batches:
+                ids = batch.described[ORIGINAL].get("id")
+                fresh = []
+                for position, example_id in enumerate(ids or ()):
+                    if (batch.dataloader_idx, example_id) not in seen:
+                        seen.add((batch.dataloader_idx, example_id))
+                        fresh.append(position)
+                if ids and len(fresh) < len(ids):
+                    merged.duplicates += len(ids) - len(fresh)
+                    batch = _subset(batch, fresh)
+                merged.batches.append(batch)
+        return merged
+
+    def rows(self, arm: str, original: Mapping[str, Logged], reduced: Mapping[str, Logged]) -> list[PairedResult]:
+        """One row per metric that both arms logged; its pairs are what the step returned under the metric's name."""
+        rows = []
+        for key in [key for key in original if key in reduced]:
+            metric = original[key]
+            selected = self._select(arm, metric.name, metric.dataloader_idx)
+            if selected is not None:
+                rows.append(compare(key, *selected[:2], clusters=selected[2], higher_is_better=metric.higher_is_better))
+            else:
+                rows.append(self._row_of_means(arm, key, metric, reduced[key]))
+        return rows
+
+    def priors(self, arm: str) -> PriorChecks | None:
+        """The prior checks, where the step returned answers and predictions; right is what equals the answer."""
+        answers: list[str] = []
+        predictions: tuple[list[str], list[str]] = ([], [])
+        groups: list[str] = []
+        for batch in self.batches:
+            before, after = batch.described[ORIGINAL], batch.described.get(arm, {})
+            if "answer" in before and "prediction" in before and "prediction" in after:
+                answers += map(str, before["answer"])
+                predictions[0].extend(map(str, before["prediction"]))
+                predictions[1].extend(map(str, after["prediction"]))
+                groups += map(str, before.get("group", [""] * batch.size))
+        if not answers:
+            return None
+        before_right, after_right = ([p == a for p, a in zip(said, answers, strict=True)] for said in predictions)
+        return prior_checks(answers, *predictions, before_right, after_right, groups)
+
+    def write(self, path: str | Path) -> None:
+        """Write one JSON object per example: its descriptions, and each arm's outcomes and prediction."""
+        with Path(path).open("w", encoding="utf-8") as file:
+            for batch in self.batches:
+                for i in range(batch.size):
+                    row: dict[str, Any] = {k: v[i] for k, v in batch.described[ORIGINAL].items() if k != "prediction"}
+                    for arm, outcomes in batch.outcomes.items():
+                        row[arm] = {name: _json_number(o.values[i]) for name, o in outcomes.items()}
+                        if "prediction" in batch.described[arm]:
+                            row[arm]["prediction"] = batch.described[arm]["prediction"][i]
+                    file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+    def _select(
+        self, arm: str, name: str, dataloader_idx: int | None
+    ) -> tuple[Outcomes, Outcomes, list[Hashable] | None] | None:
+        batches = [
+            batch
+            for batch in self.batches
+            if name in batch.outcomes[ORIGINAL]
+            and name in batch.outcomes[arm]
+            and dataloader_idx in (None, batch.dataloader_idx)
+            and batch.size
+        ]
+        pairs = (
+            [_concatenate([batch.outcomes[a][name] for batch in batches]) for a in (ORIGINAL, arm)] if batches else []
+        )
+        if not pairs or bool((torch.isnan(pairs[0].values) | torch.isnan(pairs[1].values)).all()):
+            return None
+        clustered = all("cluster" in batch.described[ORIGINAL] for batch in batches)
+        clusters = [c for batch in batches for c in batch.described[ORIGINAL]["cluster"]] if clustered else None
+        return pairs[0], pairs[1], clusters
+
+    def _row_of_means(self, arm: str, key: str, original: Logged, reduced: Logged) -> PairedResult:
+        pairs = [(batch[ORIGINAL][key], batch[arm][key]) for batch in self.means if key in batch[ORIGINAL]]
+        pairs = [(before, after) for before, after in pairs if before[1] and before[1] == after[1]]
+        values = float(original.value), float(reduced.value)
+        if not pairs:
+            note = "not an average over examples"
+            return not_tested(key, *values, sum(b.size for b in self.batches), note, original.higher_is_better)
+        weights = torch.tensor([before[1] for before, _ in pairs], dtype=torch.float64)
+        sums = torch.tensor([[before[0], after[0]] for before, after in pairs], dtype=torch.float64)
+        outcomes = [Outcomes(sums[:, i] / weights, weights, "mean") for i in (0, 1)]
+        row = compare(key, *outcomes, higher_is_better=original.higher_is_better)
+        return _with_note(row, "unit: the batch")
+
+
+# ---- reading a step's output -----------------------------------------------------------------------------------------
+
+
+def _outcomes(output: Any, size: int) -> Iterator[tuple[str, Outcomes]]:
+    if not isinstance(output, Mapping):
+        return
+    for name, value in output.items():
+        if name in DESCRIPTIONS:
+            continue
+        if isinstance(value, Tensor) and value.ndim == 1 and (value.dtype == torch.bool or value.is_floating_point()):
+            value = Outcomes.of(value.detach())
+        if isinstance(value, Outcomes) and len(value.values) == size:
+            weights = None if value.weights is None else value.weights.cpu().double()
+            # Clones: a step may go on using its tensors, and views would keep whole batches alive.
+            yield str(name), Outcomes(value.values.detach().cpu().double().clone(), weights, value.kind)
+
+
+def _descriptions(output: Any, size: int) -> Iterator[tuple[str, list[Hashable]]]:
+    if not isinstance(output, Mapping):
+        return
+    for name in DESCRIPTIONS:
+        value = output.get(name)
+        if isinstance(value, Tensor) and value.ndim == 1:
+            value = value.tolist()
+        if isinstance(value, Sequence) and not isinstance(value, str) and len(value) == size:
+            yield name, list(value)
+
+
+def example_count(output: Any, batch: Any) -> int:
+    """The number of examples of a batch: of the ids that the step returned, else of the batch's first tensor."""
+    ids = output.get("id") if isinstance(output, Mapping) else None
+    if isinstance(ids, (Sequence, Tensor)) and not isinstance(ids, str):
+        return len(ids)
+    leaves = pytree.tree_leaves(dict(batch) if isinstance(batch, Mapping) else batch)
+    return next((len(leaf) for leaf in leaves if isinstance(leaf, Tensor) and leaf.ndim), 1)
+
+
+def _subset(batch: _Batch, positions: list[int]) -> _Batch:
+    index = torch.tensor(positions, dtype=torch.long)
+    outcomes = {
+        arm: {
+            name: Outcomes(o.values[index], None if o.weights is None else o.weights[index], o.kind)
+            for name, o in by_name.items()
+        }
+        for arm, by_name in batch.outcomes.items()
+    }
+    described = {
+        arm: {name: [values[i] for i in positions] for name, values in by_name.items()}
+        for arm, by_name in batch.described.items()
+    }
+    return _Batch(batch.dataloader_idx, len(positions), outcomes, described)
+
+
+def _concatenate(parts: list[Outcomes]) -> Outcomes:
+    weights = [part.weights for part in parts if part.weights is not None]
+    return Outcomes(torch.cat([part.values for part in parts]), torch.cat(weights) if weights else None, parts[0].kind)
+
+
+def _with_note(row: PairedResult, note: str) -> PairedResult:
+    return replace(row, note="; ".join(filter(None, [row.note, note])))
+
+
+def _json_number(value: Tensor) -> float | None:
+    number = float(value)
+    return None if number != number else number

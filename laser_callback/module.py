@@ -1,0 +1,273 @@
+"""LaserModule: a standalone LightningModule around a Hugging Face language model that scores answers to facts.
+
+It brings its own :class:`~laser_callback.callback.LaserCallback` when it has a plan, so that
+``Trainer().validate(LaserModule(model, tokenizer, plan="27.fc_in@0.01"), datamodule=facts)`` is a whole comparison. It
+is also an ordinary module that trains on the facts' answers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, cast
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from typing_extensions import override
+
+from laser_callback.callback import LaserCallback
+from laser_callback.comparison import Outcomes
+from laser_callback.plan import LaserPlan
+from laser_callback.result import LaserResult
+from laser_callback.scoring import (
+    METRICS,
+    AnswerMetric,
+    AnswerScores,
+    Perplexity,
+    Role,
+    RowScores,
+    score_rows,
+    text_nll,
+)
+
+_SHARES_OF_FACTS = (
+    "first_token_accuracy",
+    "answer_accuracy",
+    "top5_accuracy",
+    "top10_accuracy",
+    "choice_accuracy",
+    "paraphrase_robustness",
+)  # one 0/1 outcome per fact
+
+
+class LaserModule(pl.LightningModule):
+    """Score the answers of a causal or masked language model, original against reduced.
+
+    Logs the metrics of :data:`~laser_callback.scoring.METRICS` and ``perplexity``, each only where its data is there,
+    and returns their per-fact values from its steps.
+
+    Args:
+        model: a transformers model, or its folder or hub name.
+        tokenizer: the model's tokenizer; by default the one in the model's folder.
+        plan: what to cut (see :class:`LaserCallback`); ``None`` for a plain evaluation. A ``LaserCallback`` among the
+            trainer's callbacks takes precedence.
+        primary: the metric that carries the claim.
+        controls: also run the two controls of each plan.
+        report: see :class:`LaserCallback`.
+        learning_rate: of AdamW in ``fit``.
+
+    Raises:
+        MisconfigurationException: if ``tokenizer`` is missing, or the model is neither causal nor masked.
+
+    Example::
+
+        module = LaserModule("HuggingFaceTB/SmolLM2-135M-Instruct", plan="28.fc_up@0.01")
+        Trainer().validate(module, datamodule=FactsDataModule("facts.jsonl", tokenizer=module.tokenizer))
+        module.result["laser"]["first_token_accuracy"].p
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel | str,
+        tokenizer: PreTrainedTokenizerBase | str | None = None,
+        *,
+        plan: LaserPlan | str | dict[str, str] | None = None,
+        primary: str | None = "first_token_accuracy",
+        controls: bool = False,
+        report: bool | str = True,
+        learning_rate: float = 1e-5,
+    ) -> None:
+        super().__init__()
+        if tokenizer is None:
+            if not isinstance(model, str):
+                raise MisconfigurationException("`tokenizer` must be given when `model` is not a folder or hub name")
+            tokenizer = model
+        self.tokenizer = AutoTokenizer.from_pretrained(tokenizer) if isinstance(tokenizer, str) else tokenizer
+        self.model = _load(model) if isinstance(model, str) else model
+        self.masked = _is_masked(self.model)
+        self.plan = plan
+        self.primary = primary
+        self.controls = controls
+        self.report = report
+        self.learning_rate = learning_rate
+        self.metrics = nn.ModuleDict({name: metric() for name, metric in METRICS.items()})
+        self.metrics["perplexity"] = Perplexity()
+        self._laser: LaserCallback | None = None
+
+    @property
+    def result(self) -> LaserResult:
+        """The outcome of the latest comparison by the module's own callback; see :class:`LaserResult`.
+
+        Raises:
+            RuntimeError: if the module has no plan, or no evaluation has finished.
+        """
+        if self._laser is None:
+            raise RuntimeError("there is no result: give LaserModule a `plan` and run `trainer.validate()` or `test()`")
+        return self._laser.result
+
+    @override
+    def configure_callbacks(self) -> list[pl.Callback]:
+        """The module's own LaserCallback, unless the trainer has one or is not going to evaluate."""
+        trainer = self.trainer
+        others = [c for c in trainer.callbacks if isinstance(c, LaserCallback) and not isinstance(c, _OwnCallback)]
+        if self.plan is None or others or trainer.state.fn == "predict":
+            return []
+        self._laser = _OwnCallback(self)
+        return [self._laser]
+
+    # ---- steps ------------------------------------------------------------------------------------------------------
+
+    @override
+    def forward(self, **inputs: Any) -> Any:
+        """The wrapped model's forward."""
+        return self.model(**inputs)
+
+    @override
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        """Mean negative log probability per answer token over the rows with a right answer, in nats."""
+        scores = AnswerScores.gather([self._score(chunk, batch) for chunk in batch["chunks"]], batch)
+        loss = -scores.mean_log_prob[scores.role != Role.CHOICE].mean()
+        self.log("train_loss", loss, batch_size=scores.facts, prog_bar=True)
+        return loss
+
+    @override
+    def validation_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
+        """Score one batch of facts or of text; returns each fact's (window's) outcomes under the metrics' names."""
+        return self._facts_step(batch) if "chunks" in batch else self._text_step(batch)
+
+    @override
+    def test_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
+        """The same as :meth:`validation_step`."""
+        return self.validation_step(batch, batch_idx, dataloader_idx)
+
+    @override
+    def on_validation_epoch_end(self) -> None:
+        """Log the metrics that have data on any rank."""
+        for name, metric in cast("Iterable[tuple[str, AnswerMetric | Perplexity]]", self.metrics.items()):
+            with metric.sync_context():
+                has_data = metric.has_data
+            if has_data:
+                self.log(name, metric)
+
+    @override
+    def on_test_epoch_end(self) -> None:
+        """The same as :meth:`on_validation_epoch_end`."""
+        self.on_validation_epoch_end()
+
+    @override
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """AdamW over the trainable parameters."""
+        return torch.optim.AdamW((p for p in self.parameters() if p.requires_grad), lr=self.learning_rate)
+
+    def _facts_step(self, batch: dict[str, Any]) -> dict[str, Any]:
+        rows = [self._score(chunk, batch) for chunk in batch["chunks"]]
+        scores = AnswerScores.gather(rows, batch)
+        outcomes: dict[str, Any] = {name: batch[name] for name in ("id", "group")}
+        for name, metric in self.metrics.items():
+            if isinstance(metric, AnswerMetric):
+                metric.update(scores)
+                total, count = metric.tally(scores)
+                if name in _SHARES_OF_FACTS:
+                    outcomes[name] = Outcomes(total / count, kind="binary")
+                else:
+                    outcomes[name] = Outcomes(total / count, None if name == "log_loss" else count, "mean")
+        # What the prior checks look at: the first token, as in `first_token_accuracy`.
+        prompts = scores.role == Role.PROMPT
+        order = scores.fact[prompts].argsort()
+        said = scores.first_token[prompts][order]
+        gold = torch.cat([chunk["targets"][:, 0] for chunk in batch["chunks"]])[prompts][order]
+        outcomes["prediction"] = self.tokenizer.batch_decode(said[:, None])
+        outcomes["answer"] = self.tokenizer.batch_decode(gold[:, None])
+        return outcomes
+
+    def _text_step(self, batch: dict[str, Any]) -> dict[str, Any]:
+        if self.masked:
+            raise MisconfigurationException(
+                "perplexity is defined for causal models; leave out `text` for a masked one"
+            )
+        logits = self._forward(batch["input_ids"], batch["attention_mask"], batch["id"]).logits
+        nll, tokens = text_nll(logits, batch["input_ids"], batch["attention_mask"])
+        cast("Perplexity", self.metrics["perplexity"]).update(nll, tokens)
+        return {"id": batch["id"], "perplexity": Outcomes(nll.double() / tokens, tokens, "log_ratio")}
+
+    def _score(self, chunk: dict[str, Tensor], batch: Mapping[str, Any]) -> RowScores:
+        """Score one padded chunk of rows, computing logits at the answers' positions only."""
+        mask = chunk["target_mask"]
+        rows = torch.arange(len(mask), device=mask.device)[:, None].expand_as(mask)[mask]
+        with _logits_at(self.model, rows, chunk["positions"][mask]):
+            logits = self._forward(chunk["input_ids"], chunk["attention_mask"], batch["id"]).logits
+        return score_rows(logits[0], chunk["targets"], mask)
+
+    def _forward(self, input_ids: Tensor, attention_mask: Tensor, ids: list[str]) -> Any:
+        config = self.model.config.get_text_config()
+        longest = getattr(config, "max_position_embeddings", None) or input_ids.shape[1]
+        if input_ids.shape[1] > longest:
+            raise ValueError(
+                f"the prompts of a batch are up to {input_ids.shape[1]} tokens long, the model's context is {longest}: "
+                f"shorten or leave out the longest of the facts {', '.join(ids)}"
+            )
+        # A key/value cache is of no use in one forward pass.
+        options = {"use_cache": False} if hasattr(config, "use_cache") else {}
+        return self.model(input_ids=input_ids, attention_mask=attention_mask, **options)
+
+
+class _OwnCallback(LaserCallback):
+    """A LaserModule's own callback. It may stay in a trainer that then runs another module, and rests there."""
+
+    def __init__(self, module: LaserModule) -> None:
+        assert module.plan is not None
+        super().__init__(module.plan, primary=module.primary, controls=module.controls, report=module.report)
+        self._module = module
+
+    @override
+    def is_active(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> bool:
+        return pl_module is self._module and super().is_active(trainer, pl_module)
+
+
+@contextmanager
+def _logits_at(model: PreTrainedModel, rows: Tensor, columns: Tensor) -> Iterator[None]:
+    """Within: the model's output layer sees only the hidden states at (rows[i], columns[i]); logits are (1, P, V).
+
+    At the output layer and not by indexing the logits, because the vocabulary is the largest matrix of a small model;
+    and not by calling the inner model, because scaling or capping of logits is the outer model's.
+    """
+    head = model.get_output_embeddings()
+    if head is None:
+        raise MisconfigurationException(f"{type(model).__name__} has no output embeddings: it is no language model")
+
+    def select(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return (inputs[0][rows, columns][None], *inputs[1:])
+
+    handle = head.register_forward_pre_hook(select)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _load(name: str) -> PreTrainedModel:
+    config = AutoConfig.from_pretrained(name)
+    masked = any(str(architecture).endswith("MaskedLM") for architecture in config.architectures or ())
+    return (AutoModelForMaskedLM if masked else AutoModelForCausalLM).from_pretrained(name)
+
+
+def _is_masked(model: PreTrainedModel) -> bool:
+    name = type(model).__name__
+    if name.endswith(("MaskedLM", "ForPreTraining")):
+        return True
+    if name.endswith(("CausalLM", "LMHeadModel")):
+        return False
+    raise MisconfigurationException(
+        f"`model` must be a causal or masked language model, got {name}. Use LaserCallback with a LightningModule of "
+        "your own for other tasks"
+    )

@@ -1,0 +1,134 @@
+"""What a comparison found: the numbers behind the table, for programs and files."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from laser_callback.comparison import PairedResult, adjust
+from laser_callback.examples import PairedExamples
+from laser_callback.priors import PriorChecks
+
+
+@dataclass
+class ArmResult:
+    """One reduced arm against the original.
+
+    Attributes:
+        plan: the plan's text.
+        rows: one per compared metric.
+        prior_checks: where the step returned answers and predictions.
+        replay: how many layer calls before the first cut were not computed again, and why others were.
+        seconds: time of this arm's passes; ``factorise_seconds`` is apart from it.
+    """
+
+    plan: str
+    rows: list[PairedResult]
+    prior_checks: PriorChecks | None
+    replay: str
+    seconds: float
+    factorise_seconds: float
+
+    def __getitem__(self, metric: str) -> PairedResult:
+        for row in self.rows:
+            if row.metric == metric:
+                return row
+        raise KeyError(f"no row {metric!r}; there are {', '.join(row.metric for row in self.rows)}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Ready for JSON."""
+        return {
+            "plan": self.plan,
+            "rows": [row.to_dict() for row in self.rows],
+            "prior_checks": None if self.prior_checks is None else self.prior_checks.to_dict(),
+            "replay": self.replay,
+            "seconds": self.seconds,
+            "factorise_seconds": self.factorise_seconds,
+        }
+
+
+@dataclass
+class LaserResult:
+    """The outcome of one evaluation with :class:`~laser_callback.callback.LaserCallback`.
+
+    Attributes:
+        arms: by plan name; a single plan has the name ``"laser"``. ``result["a"]["accuracy"].p`` is a p value.
+        controls: for each plan, by ``"zeroed"`` (the same matrices at rho = 0) and ``"random"`` (other matrices at the
+            same rho), where controls were asked for.
+        primary: the metric that carries the claim, if one was declared.
+        original_seconds: time of the original's passes.
+        not_compared: metrics of the original without a counterpart, and why.
+        examples: per-example outcomes, gathered from all ranks.
+    """
+
+    arms: dict[str, ArmResult]
+    controls: dict[str, dict[str, ArmResult]]
+    primary: str | None
+    original_seconds: float
+    not_compared: dict[str, str]
+    examples: PairedExamples = field(repr=False)
+
+    def __getitem__(self, name: str) -> ArmResult:
+        return self.arms[name]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Ready for JSON; without the examples (see :meth:`PairedExamples.write`)."""
+        return {
+            "arms": {name: arm.to_dict() for name, arm in self.arms.items()},
+            "controls": {
+                name: {kind: arm.to_dict() for kind, arm in controls.items()}
+                for name, controls in self.controls.items()
+            },
+            "primary": self.primary,
+            "original_seconds": self.original_seconds,
+            "not_compared": self.not_compared,
+            "duplicates_removed": self.examples.duplicates,
+        }
+
+    def to_json(self, path: str | Path) -> None:
+        """Write :meth:`to_dict`, atomically."""
+        write_atomically(Path(path), json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n")
+
+
+def adjust_together(arms: Sequence[ArmResult], primary: str | None) -> None:
+    """Give the rows of several plans their roles, as one family.
+
+    With one plan, the primary keeps its own p. With several, their primaries are Holm-adjusted among each other, since
+    the best of several plans is then picked. All other tested rows of all plans share another Holm adjustment.
+
+    Raises:
+        ValueError: if ``primary`` names no row, listing those there are.
+    """
+    if len(arms) == 1:
+        arms[0].rows = adjust(arms[0].rows, primary)
+        return
+    for is_primary in (True, False):
+        places = [(arm, i) for arm in arms for i, row in enumerate(arm.rows) if (row.metric == primary) == is_primary]
+        if is_primary and primary is not None and not places:
+            raise ValueError(
+                f"`primary` must name a row, got {primary!r}; the rows are {[r.metric for r in arms[0].rows]}"
+            )
+        # Names tell the rows of one family apart; here they only need to be distinct.
+        family = [replace(arm.rows[i], metric=str(number)) for number, (arm, i) in enumerate(places)]
+        for (arm, i), row in zip(places, adjust(family, None), strict=True):
+            arm.rows[i] = replace(row, metric=arm.rows[i].metric)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a text file so that readers see the old content or the new, never a part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise

@@ -1,0 +1,403 @@
+r"""The answers of a language model, scored: per row first, then as torchmetrics over facts.
+
+Contract: :func:`score_rows` reads the logits at the answer positions once and keeps a few numbers per row;
+:class:`AnswerScores` joins the rows of a batch with the facts they belong to; every metric of :data:`METRICS` is a
+function of these. Logits of any dtype are compared and normalised in float32, sums are kept in float64, and all states
+add up, so the result depends neither on batches nor on ranks. Nothing here knows models, tokenizers or text.
+
+A *fact* owns one row with its prompt, one per paraphrase (all three with the right answer as target), and one per wrong
+choice (its prompt with that choice as target); see :class:`Role`. Every metric gives one number per fact with
+``per_fact`` (what paired tests need) and the total with ``update`` and ``compute``.
+
+Example: two facts. The first has one paraphrase, on which the model fails; the second has one wrong choice, which the
+model prefers.
+
+    >>> import torch
+    >>> logits = torch.tensor([[0.0, 4.0, 1.0], [3.0, 1.0, 0.0], [0.0, 2.0, 1.0], [0.0, 2.0, 1.0]])
+    >>> rows = score_rows(logits, torch.tensor([[1], [1], [2], [1]]), torch.ones(4, 1, dtype=torch.bool))
+    >>> roles = torch.tensor([Role.PROMPT, Role.PARAPHRASE, Role.PROMPT, Role.CHOICE])
+    >>> batch = {"row_fact": torch.tensor([0, 0, 1, 1]), "row_role": roles, "id": ["a", "b"]}
+    >>> scores = AnswerScores.gather([rows], batch)
+    >>> for name, metric in ((name, cls()) for name, cls in METRICS.items()):
+    ...     metric.update(scores)
+    ...     print(f"{name} {metric.compute():.3f}", [round(x, 3) for x in metric.per_fact(scores).tolist()])
+    first_token_accuracy 0.500 [1.0, 0.0]
+    answer_accuracy 0.500 [1.0, 0.0]
+    top5_accuracy 1.000 [1.0, 1.0]
+    top10_accuracy 1.000 [1.0, 1.0]
+    log_loss 0.737 [0.066, 1.408]
+    choice_accuracy 0.000 [nan, 0.0]
+    paraphrase_accuracy 0.333 [0.5, 0.0]
+    paraphrase_robustness 0.000 [0.0, nan]
+    paraphrase_consistency 0.000 [0.0, nan]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torchmetrics import Metric
+from typing_extensions import override
+
+# ---------------------------------------------------------------------------------------------- rows
+
+
+class Role(IntEnum):
+    """What a row is to its fact. Targets are the right answer, except in ``CHOICE`` rows."""
+
+    PROMPT = 0
+    PARAPHRASE = 1
+    CHOICE = 2
+
+
+@dataclass(frozen=True, eq=False)
+class RowScores:
+    """What is kept of the logits of R rows whose answers have up to A tokens.
+
+    Attributes:
+        first_rank: (R,) int64, how many other tokens score at least as high as the first target token: 0 means that
+            it is the greedy next token. Ties count against it (half-precision logits tie often), and so does NaN.
+        all_greedy: (R,) bool, whether every target token has rank 0, each given the target tokens before it.
+        log_prob: (R,) float32, sum over the target tokens of the log probability, in nats.
+        mean_log_prob: (R,) float32, the same per target token.
+        tokens: (R, A) int64, the greedy token at each answer position (the lowest id of a tie), -1 where there is none.
+    """
+
+    first_rank: Tensor
+    all_greedy: Tensor
+    log_prob: Tensor
+    mean_log_prob: Tensor
+    tokens: Tensor
+
+    @property
+    def first_token(self) -> Tensor:
+        """(R,) int64, the greedy first token of the answer."""
+        return self.tokens[:, 0]
+
+
+def score_rows(logits: Tensor, targets: Tensor, target_mask: Tensor) -> RowScores:
+    """Score the answers of R rows from the logits at their P answer positions.
+
+    Args:
+        logits: (P, V), any float dtype; row by row, the positions where ``target_mask`` is true.
+        targets: (R, A) int64, answer tokens, padded on the right.
+        target_mask: (R, A) bool, true at answer tokens; every row has at least one, in the first column.
+
+    Raises:
+        ValueError: if P is not the number of answer tokens.
+    """
+    if len(logits) != (expected := int(target_mask.sum())):
+        raise ValueError(f"`logits` must have one row per answer token ({expected}), got shape {tuple(logits.shape)}.")
+    logits = logits.float()
+    target_logit = logits.gather(1, targets[target_mask][:, None])  # (P, 1)
+    # Counting what is strictly lower puts ties and NaN on the side of the wrong answers.
+    rank = logits.shape[1] - 1 - (logits < target_logit).sum(1)
+    log_prob = target_logit[:, 0] - logits.logsumexp(1)
+
+    def per_row(values: Tensor, fill: int) -> Tensor:  # (P,) -> (R, A)
+        return torch.full_like(target_mask, fill, dtype=values.dtype).masked_scatter(target_mask, values)
+
+    ranks, row_log_prob = per_row(rank, 0), per_row(log_prob, 0).sum(1)
+    return RowScores(
+        first_rank=ranks[:, 0],
+        all_greedy=(ranks == 0).all(1),
+        log_prob=row_log_prob,
+        mean_log_prob=row_log_prob / target_mask.sum(1),
+        tokens=per_row(logits.argmax(1), -1),
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class AnswerScores(RowScores):
+    """The rows of a batch and the facts they belong to.
+
+    Attributes:
+        fact: (R,) int64, index of each row's fact in the batch.
+        role: (R,) int64, :class:`Role` of each row.
+        facts: F, the number of facts in the batch.
+    """
+
+    fact: Tensor
+    role: Tensor
+    facts: int
+
+    @classmethod
+    def gather(cls, chunks: Sequence[RowScores], batch: Mapping[str, Any]) -> AnswerScores:
+        """Join the scores of a batch's chunks, given in the batch's order.
+
+        Args:
+            chunks: one :class:`RowScores` per entry of ``batch["chunks"]``.
+            batch: what :class:`~laser_callback.data.FactCollator` returns; ``row_fact``, ``row_role``, ``id`` are read.
+
+        Raises:
+            ValueError: if the chunks do not hold as many rows as the batch.
+        """
+        rows, width = sum(len(chunk.first_rank) for chunk in chunks), max(chunk.tokens.shape[1] for chunk in chunks)
+        if rows != len(batch["row_fact"]):
+            raise ValueError(f"`chunks` must hold the batch's {len(batch['row_fact'])} rows, got {rows}.")
+        return cls(
+            first_rank=torch.cat([chunk.first_rank for chunk in chunks]),
+            all_greedy=torch.cat([chunk.all_greedy for chunk in chunks]),
+            log_prob=torch.cat([chunk.log_prob for chunk in chunks]),
+            mean_log_prob=torch.cat([chunk.mean_log_prob for chunk in chunks]),
+            tokens=torch.cat([F.pad(c.tokens, (0, width - c.tokens.shape[1]), value=-1) for c in chunks]),
+            fact=batch["row_fact"],
+            role=batch["row_role"],
+            facts=len(batch["id"]),
+        )
+
+    def sum_by_fact(self, values: Tensor, rows: Tensor) -> Tensor:
+        """(F,) float64: the (R,) values, summed per fact over the rows where the (R,) mask is true."""
+        return self._zeros().index_add(0, self.fact[rows], values[rows].double())
+
+    def best_by_fact(self, values: Tensor, rows: Tensor) -> Tensor:
+        """(F,) float64: the largest of the (R,) values per fact over the masked rows; 0 where a fact has none."""
+        kept = values[rows].double()
+        return self._zeros().scatter_reduce(0, self.fact[rows], kept, reduce="amax", include_self=False)
+
+    def _zeros(self) -> Tensor:
+        return torch.zeros(self.facts, dtype=torch.float64, device=self.fact.device)
+
+
+# ------------------------------------------------------------------------------------------- metrics
+
+
+class _Mean(Metric):
+    """A mean over units, as two states that add up: ``total`` (float64) and ``count`` (int64)."""
+
+    is_differentiable = False
+    higher_is_better: bool = True
+    full_state_update = False
+
+    total: Tensor
+    count: Tensor
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.add_state("total", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("count", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+
+    def add(self, total: Tensor, count: Tensor) -> None:
+        """Add sums and numbers of units, tensors of any shape."""
+        # Out of place: a state made under inference mode must stay usable outside of it.
+        self.total = self.total + total.double().sum()
+        self.count = self.count + count.sum().long()
+
+    def compute(self) -> Tensor:
+        """Float64 scalar: the mean over all units so far; NaN when there are none (see :attr:`has_data`)."""
+        return self.total / self.count
+
+    @property
+    def has_data(self) -> bool:
+        """Whether any unit was seen: by this process, or, inside ``sync_context()``, by any."""
+        return bool(self.count > 0)
+
+
+class AnswerMetric(_Mean):
+    """A mean over units (facts, prompts or pairs of prompts), each of which belongs to one fact.
+
+    Subclasses say with :meth:`tally` what a fact adds to the sum and how many units it has.
+    """
+
+    def tally(self, scores: AnswerScores) -> tuple[Tensor, Tensor]:
+        """Sum of the units' values and number of units per fact: two (F,) float64 tensors."""
+        raise NotImplementedError
+
+    def per_fact(self, scores: AnswerScores) -> Tensor:
+        """(F,) float64: each fact's mean over its units, NaN where it has none."""
+        total, count = self.tally(scores)
+        return total / count
+
+    def update(self, scores: AnswerScores) -> None:
+        """Add the facts of a batch."""
+        self.add(*self.tally(scores))
+
+
+class _PromptMetric(AnswerMetric):
+    """One unit per fact: its prompt with the right answer."""
+
+    def value(self, scores: AnswerScores) -> Tensor:
+        """(R,) value of each row."""
+        raise NotImplementedError
+
+    @override
+    def tally(self, scores: AnswerScores) -> tuple[Tensor, Tensor]:
+        value, rows = self.value(scores), scores.role == Role.PROMPT
+        return scores.sum_by_fact(value, rows), scores.sum_by_fact(rows, rows)
+
+
+class FirstTokenAccuracy(_PromptMetric):
+    """Share of facts whose first answer token is the greedy next token after the prompt."""
+
+    @override
+    def value(self, scores: AnswerScores) -> Tensor:
+        return scores.first_rank == 0
+
+
+class AnswerAccuracy(_PromptMetric):
+    """Share of facts of which every answer token is greedy, given the prompt and the answer tokens before it."""
+
+    @override
+    def value(self, scores: AnswerScores) -> Tensor:
+        return scores.all_greedy
+
+
+class Top5Accuracy(_PromptMetric):
+    """Share of facts whose first answer token is among the five most probable."""
+
+    @override
+    def value(self, scores: AnswerScores) -> Tensor:
+        return scores.first_rank < 5
+
+
+class Top10Accuracy(_PromptMetric):
+    """Share of facts whose first answer token is among the ten most probable."""
+
+    @override
+    def value(self, scores: AnswerScores) -> Tensor:
+        return scores.first_rank < 10
+
+
+class LogLoss(_PromptMetric):
+    """Mean over facts of the mean negative log probability per answer token, in nats."""
+
+    higher_is_better = False
+
+    @override
+    def value(self, scores: AnswerScores) -> Tensor:
+        return -scores.mean_log_prob
+
+
+class ChoiceAccuracy(AnswerMetric):
+    """Share of facts with choices whose right answer has strictly the highest log probability per token.
+
+    Dividing by the number of tokens keeps long choices from losing for their length alone. A tie is wrong.
+    """
+
+    @override
+    def tally(self, scores: AnswerScores) -> tuple[Tensor, Tensor]:
+        prompts, others = scores.role == Role.PROMPT, scores.role == Role.CHOICE
+        right = scores.sum_by_fact(scores.mean_log_prob, prompts) > scores.best_by_fact(scores.mean_log_prob, others)
+        has_choices = scores.sum_by_fact(others, others) > 0
+        return (right & has_choices).double(), has_choices.double()
+
+
+class _ParaphraseMetric(AnswerMetric):
+    """Prompts and paraphrases; an answer is its greedy first token, right if that is the first target token."""
+
+    def prompts(self, scores: AnswerScores) -> tuple[Tensor, Tensor]:
+        """Rows that are prompts, (R,) bool, and their number per fact, (F,) float64."""
+        rows = scores.role != Role.CHOICE
+        return rows, scores.sum_by_fact(rows, rows)
+
+
+class ParaphraseAccuracy(_ParaphraseMetric):
+    """Share of prompts, over the prompt and all paraphrases of all facts, that get the right first token.
+
+    Facts without paraphrases count with their one prompt, but they alone are no data: then this would only repeat
+    :class:`FirstTokenAccuracy`. The state ``paraphrases`` (int64) counts the paraphrases seen.
+    """
+
+    paraphrases: Tensor
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.add_state("paraphrases", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+
+    @override
+    def tally(self, scores: AnswerScores) -> tuple[Tensor, Tensor]:
+        rows, count = self.prompts(scores)
+        return scores.sum_by_fact(scores.first_rank == 0, rows), count
+
+    @override
+    def update(self, scores: AnswerScores) -> None:
+        super().update(scores)
+        self.paraphrases = self.paraphrases + (scores.role == Role.PARAPHRASE).sum()
+
+    @property
+    @override
+    def has_data(self) -> bool:
+        return bool(self.paraphrases > 0)
+
+
+class ParaphraseRobustness(_ParaphraseMetric):
+    """Share of facts, among those with paraphrases, that get the right first token under every prompt."""
+
+    @override
+    def tally(self, scores: AnswerScores) -> tuple[Tensor, Tensor]:
+        rows, count = self.prompts(scores)
+        always_right = scores.sum_by_fact(scores.first_rank > 0, rows) == 0
+        return (always_right & (count > 1)).double(), (count > 1).double()
+
+
+class ParaphraseConsistency(_ParaphraseMetric):
+    """Share of pairs of prompts of one fact that get the same greedy first token, right or wrong."""
+
+    @override
+    def tally(self, scores: AnswerScores) -> tuple[Tensor, Tensor]:
+        rows, count = self.prompts(scores)
+        answers = torch.stack([scores.fact[rows], scores.first_token[rows]])  # (2, rows)
+        (fact, _), same = answers.unique(dim=1, return_counts=True)  # n prompts that agree are n (n - 1) / 2 pairs
+        pairs = (same * (same - 1) / 2).double()
+        return torch.zeros_like(count).index_add(0, fact, pairs), count * (count - 1) / 2
+
+
+METRICS: dict[str, type[AnswerMetric]] = {
+    "first_token_accuracy": FirstTokenAccuracy,
+    "answer_accuracy": AnswerAccuracy,
+    "top5_accuracy": Top5Accuracy,
+    "top10_accuracy": Top10Accuracy,
+    "log_loss": LogLoss,
+    "choice_accuracy": ChoiceAccuracy,
+    "paraphrase_accuracy": ParaphraseAccuracy,
+    "paraphrase_robustness": ParaphraseRobustness,
+    "paraphrase_consistency": ParaphraseConsistency,
+}
+"""The metrics of answers by the name under which they are logged, in the order in which they are shown."""
+
+
+# ------------------------------------------------------------------------------------------ perplexity
+
+
+def text_nll(logits: Tensor, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Negative log likelihood of running text under a causal model.
+
+    Args:
+        logits: (R, T, V), any float dtype; those at t predict the token at t + 1.
+        input_ids: (R, T) int64, padded on the right. The first token of a row is context only.
+        attention_mask: (R, T), nonzero at tokens.
+
+    Returns:
+        The sum over each row's predicted tokens in nats, (R,) float32, and their number, (R,) int64.
+    """
+    predicted = attention_mask[:, 1:].bool()
+    # Row by row: a float32 copy of all logits at once would be the largest tensor of the whole evaluation.
+    rows = zip(logits[:, :-1], input_ids[:, 1:], strict=True)
+    nll = torch.stack([F.cross_entropy(row.float(), ids, reduction="none") for row, ids in rows])
+    return nll.where(predicted, 0).sum(1), predicted.sum(1)
+
+
+class Perplexity(_Mean):
+    """exp of the mean negative log likelihood per predicted token, over all tokens of all documents.
+
+    >>> metric = Perplexity()
+    >>> metric.update(torch.tensor([1.0, 5.0]), torch.tensor([1, 2]))
+    >>> round(metric.compute().item(), 3)  # exp(6 / 3)
+    7.389
+    """
+
+    higher_is_better = False
+
+    def update(self, nll: Tensor, tokens: Tensor) -> None:
+        """Add documents: their summed negative log likelihoods (R,) in nats and numbers of tokens (R,)."""
+        self.add(nll, tokens)
+
+    @override
+    def compute(self) -> Tensor:
+        return super().compute().exp()

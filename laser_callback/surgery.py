@@ -1,0 +1,127 @@
+"""Put a plan into a live model and take it out again, bit for bit.
+
+``with reduced(model, plan): ...`` is the one way in which this package changes weights. Inside of the block the planned
+parameters point at reduced tensors; on the way out they point at their own storage again. No copy is made of the model
+or of the original weights, no version counter moves, and an optimizer's state stays attached to the same parameters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from laser_callback.matrices import WeightMatrix
+from laser_callback.plan import LaserPlan, Reduction
+from laser_callback.spectrum import Spectrum
+
+
+class reduced(AbstractContextManager["reduced"]):  # noqa: N801 - reads as a verb, like contextlib.suppress
+    """Context in which ``model`` is reduced as ``plan`` says.
+
+    The first entry factorises; the object can be entered again and then only swaps pointers. It cannot be entered while
+    it is open. If the model's weights change between two entries, make a new object: the reduced tensors are those of
+    the first entry.
+
+    Args:
+        model: any module.
+        plan: a :class:`LaserPlan`, or anything that :meth:`LaserPlan.of` takes.
+
+    Attributes:
+        matrices: the planned matrices with their reductions, in the model's order.
+
+    Raises:
+        ValueError: if the plan does not fit the model, or weights are not finite. The model is then untouched.
+        TypeError: if a weight is packed, sharded or without storage.
+
+    Example:
+        >>> model = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 2).eval()
+        >>> x = torch.ones(1, 3, 8)
+        >>> with torch.no_grad():
+        ...     before = model(x)
+        ...     with reduced(model, "1.mlp@0.1, 0.q_proj@0.5"):
+        ...         inside = model(x)
+        ...     after = model(x)
+        >>> torch.equal(before, inside), torch.equal(before, after)
+        (False, True)
+    """
+
+    def __init__(self, model: nn.Module, plan: LaserPlan | str | Mapping[str, Any]) -> None:
+        self.plan = LaserPlan.of(plan)
+        self.matrices: list[tuple[WeightMatrix, Reduction]] = self.plan.resolve(model)
+        self._swaps: list[tuple[nn.Parameter, Tensor]] | None = None
+        self._originals: list[tuple[nn.Parameter, Tensor]] = []
+
+    def prepare(self) -> list[Tensor]:
+        """Factorise now, unless that has been done. Returns the reduced tensors, one per changed parameter."""
+        if self._swaps is None:
+            # Normal tensors also inside of inference mode: a later `fit` may run autograd while one is in place.
+            with torch.inference_mode(False), torch.no_grad():
+                self._swaps = _reduced_parameters(self.matrices)
+        return [tensor for _, tensor in self._swaps]
+
+    def __enter__(self) -> reduced:
+        if self._originals:
+            raise RuntimeError("this reduction is already in place; leave its `with` block before entering it again")
+        self.prepare()
+        assert self._swaps is not None
+        try:
+            for parameter, tensor in self._swaps:
+                # Remember first, then swap: an interrupt between the two lines restores a parameter to itself.
+                self._originals.append((parameter, parameter.data))
+                parameter.data = tensor
+        except BaseException:
+            self.restore()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.restore()
+
+    def restore(self) -> None:
+        """Put the original weights back. Does nothing when they are in place. Completes even when interrupted."""
+        try:
+            _point_back(self._originals)
+        except BaseException:  # Ctrl-C in the middle: finish, then let it through
+            _point_back(self._originals)
+            self._originals = []
+            raise
+        self._originals = []
+
+
+def _point_back(originals: list[tuple[nn.Parameter, Tensor]]) -> None:
+    for parameter, data in originals:
+        parameter.data = data
+
+
+def _reduced_parameters(matrices: list[tuple[WeightMatrix, Reduction]]) -> list[tuple[nn.Parameter, Tensor]]:
+    """One reduced tensor per parameter that changes; several matrices of a fused parameter share it."""
+    tensors: dict[int, tuple[nn.Parameter, Tensor]] = {}
+    for matrix, reduction in matrices:
+        parameter = matrix.parameter
+        if parameter.device.type == "meta":
+            raise TypeError(f"the weight of `{matrix.name}` is on the meta device: load it before cutting")
+        original = matrix.read(parameter.data)
+        if original.is_inference():
+            original = original.clone()
+        spectrum = Spectrum.of(original, matrix.name)
+        if _changes_nothing(spectrum, reduction):
+            continue
+        _, tensor = tensors.setdefault(
+            id(parameter), (parameter, parameter.data.clone(memory_format=torch.preserve_format))
+        )
+        matrix.write(tensor, spectrum.reduce(original, reduction))
+    return list(tensors.values())
+
+
+def _changes_nothing(spectrum: Spectrum, reduction: Reduction) -> bool:
+    """True where rounding would be the only effect: the full rank is kept, or what is removed keeps its scale."""
+    full = spectrum.rank(reduction) == len(spectrum.values)
+    nothing = spectrum.rank(reduction) == 0
+    return reduction.scale == 1 or (full if reduction.keep == "head" else nothing)

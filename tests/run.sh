@@ -1,0 +1,9 @@
+#!/usr/bin/env bash
+# Sets up everything, then passes lint, types and tests. Arguments go to pytest: bash tests/run.sh -k replay
+set -euo pipefail
+. "$(dirname "$0")/../recipes/setup.sh"
+ruff format --check .
+ruff check .
+mypy
+# One thread per worker: with more, the workers' thread pools wait for each other.
+OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 python -m pytest --numprocesses 2 "$@"
