@@ -1,9 +1,8 @@
 """Run a user's evaluation step twice on one batch without the two runs seeing each other.
 
 The user's own pass runs untouched. Everything that a second pass would write to is given to it as a copy of its own and
-taken away again afterwards: Lightning's logged results and bookkeeping (:class:`Arm`), the states of the module's
-torchmetrics and its plain attributes (:class:`ModuleState`), loggers, and random number generators. What a pass writes
-elsewhere (files, globals, attributes of foreign objects) cannot be told apart.
+taken away again afterwards: Lightning's logged results, bookkeeping and loggers (:class:`Arm`), and whatever the module
+keeps (:class:`~laser_callback.state.ModuleState`).
 
 This file is the one place that knows Lightning's private names; ``tests/test_arms.py`` checks them against the
 installed version.
@@ -11,208 +10,22 @@ installed version.
 
 from __future__ import annotations
 
-import copy
-import dataclasses
-from collections import UserDict, deque
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
+from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
-import numpy as np
 import torch
-from lightning.fabric.utilities.seed import _collect_rng_states, _set_rng_states
-from lightning.pytorch.loggers.logger import DummyLogger
+from lightning.pytorch.loggers.logger import DummyLogger, Logger
 from lightning.pytorch.trainer.connectors.logger_connector.logger_connector import _LoggerConnector
 from lightning.pytorch.trainer.connectors.logger_connector.result import _ResultCollection
-from torch import Tensor, nn
-from torchmetrics import Metric, MetricCollection
+from torch import Tensor
+from typing_extensions import override
 
-# ---- copies ----------------------------------------------------------------------------------------------------------
-
-
-def copy_data(value: Any, memo: dict[int, Any] | None = None) -> Any:
-    """Copy containers and tensors all the way down; anything else is kept by reference.
-
-    Not ``copy.deepcopy``: that would also copy a model or tokenizer held in a list, and whole storages behind views.
-    Aliases stay aliases within one ``memo``.
-    """
-    memo = {} if memo is None else memo
-    if id(value) in memo:
-        return memo[id(value)][1]
-    new: Any
-    if isinstance(value, Tensor):
-        new = value if isinstance(value, nn.Parameter) else value.detach().clone().requires_grad_(value.requires_grad)
-    elif isinstance(value, np.ndarray):
-        new = value.copy()
-    elif isinstance(value, dict):
-        new = copy.copy(value)  # keeps the class, and a defaultdict's factory
-        for key, item in value.items():
-            dict.__setitem__(new, key, copy_data(item, memo))
-    elif isinstance(value, UserDict):  # transformers' BatchEncoding
-        new = copy.copy(value)
-        new.data = copy_data(value.data, memo)
-    elif isinstance(value, list):
-        new = copy.copy(value)
-        new[:] = [copy_data(item, memo) for item in value]
-    elif isinstance(value, tuple):
-        items = [copy_data(item, memo) for item in value]
-        new = type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
-    elif isinstance(value, deque):
-        new = copy.copy(value)
-        new.clear()
-        new.extend(copy_data(item, memo) for item in value)
-    elif isinstance(value, set):
-        new = copy.copy(value)
-    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
-        new = copy.copy(value)
-        for item in dataclasses.fields(value):
-            if hasattr(value, item.name):
-                object.__setattr__(new, item.name, copy_data(getattr(value, item.name), memo))
-    elif not isinstance(value, nn.Module) and callable(getattr(value, "clone", None)):  # batches of graph libraries
-        new = value.clone()
-    else:
-        return value
-    memo[id(value)] = (value, new)  # the original is kept alive, so that its id stays its own
-    return new
-
-
-class RandomState(NamedTuple):
-    """The state of Python's, NumPy's, torch's and CUDA's global generators."""
-
-    states: dict[str, Any]
-
-    @classmethod
-    def now(cls) -> RandomState:
-        """The current state."""
-        return cls(_collect_rng_states())
-
-    def set(self) -> None:
-        """Make it the current state."""
-        _set_rng_states(self.states)
-
-
-# ---- the module's own state ------------------------------------------------------------------------------------------
-
-_PLAIN = (Tensor, np.ndarray, int, float, complex, str, bytes, type(None), dict, UserDict, list, tuple, set, deque)
-# What LightningModule and nn.Module keep about themselves is not the user's state. The cache of metric names is: it
-# holds the identities of metrics that one arm may have created and the other not.
-_INTERNAL = set(vars(pl.LightningModule())) - {"_metric_attributes"}
-_INTERNAL |= {"_hparams", "_hparams_initial", "_hparams_name", "_log_hyperparams", "_trainer"}
-
-
-@dataclasses.dataclass
-class _Values:
-    """The values of one owner: a LightningModule or a metric."""
-
-    owner: nn.Module
-    attributes: dict[str, Any]
-    buffers: dict[str, Any]
-
-    def copy(self, memo: dict[int, Any]) -> _Values:
-        return _Values(self.owner, *({k: copy_data(v, memo) for k, v in d.items()} for d in self._parts()))
-
-    def put(self) -> None:
-        vars(self.owner).update(self.attributes)
-        self.owner._buffers.update(self.buffers)
-
-    def _parts(self) -> tuple[dict[str, Any], dict[str, Any]]:
-        return self.attributes, self.buffers
-
-
-class _Snapshot(NamedTuple):
-    values: dict[int, _Values]  # by identity: a metric's hash follows its state
-    created: dict[str, nn.Module]  # metrics that were not there when the evaluation began
-
-
-class ModuleState:
-    """One arm's own values of everything in ``module`` that an evaluation step may write to.
-
-    These are the plain attributes and buffers of LightningModules, and the states of torchmetrics. Values are swapped,
-    not objects: a metric that is also an alias, a member of a collection, or captured in a closure stays the same
-    object. A metric that an arm creates is that arm's own.
-
-    Args:
-        module: the user's module. Its present state is copied as the state from which this arm starts.
-    """
-
-    def __init__(self, module: pl.LightningModule) -> None:
-        self._module = module
-        memo: dict[int, Any] = {}
-        values = {id(owner): _values(owner).copy(memo) for owner in _owners(module)}
-        self._known = [value.owner for value in values.values()]
-        self._mine = _Snapshot(values, {})
-
-    @contextmanager
-    def active(self) -> Iterator[None]:
-        """Within: the module holds this arm's values. Afterwards it holds what it held before."""
-        outside = self._take()
-        self._put(self._mine, outside)
-        try:
-            yield
-        finally:
-            self._mine = self._take()
-            self._put(outside, self._mine)
-
-    def _take(self) -> _Snapshot:
-        values = {id(owner): _values(owner) for owner in _owners(self._module)}
-        known = set(map(id, self._known))
-        created: dict[str, nn.Module] = {
-            name: child
-            for name, child in self._module._modules.items()
-            if isinstance(child, (Metric, MetricCollection)) and id(child) not in known
-        }
-        for value in values.values():
-            for name in value.attributes:
-                del vars(value.owner)[name]
-        for name in created:
-            del self._module._modules[name]
-        return _Snapshot(values, created)
-
-    def _put(self, snapshot: _Snapshot, other: _Snapshot) -> None:
-        self._module._modules.update(snapshot.created)
-        for value in snapshot.values.values():
-            value.put()
-        # A metric that the other arm created inside of a submodule is new to this one: it starts empty.
-        reachable = {id(child) for child in self._module.modules()}
-        for key in (other.values.keys() - snapshot.values.keys()) & reachable:
-            new = other.values[key].copy({})
-            new.put()
-            assert isinstance(new.owner, (Metric, MetricCollection))
-            new.owner.reset()
-
-
-def _owners(module: nn.Module) -> list[nn.Module]:
-    """The modules whose state is per arm: LightningModules and metrics, also metrics kept in plain containers."""
-    owners: list[nn.Module] = []
-    pending: list[Any] = [module]
-    seen: set[int] = set()
-    while pending:
-        value = pending.pop()
-        if isinstance(value, (dict, UserDict, list, tuple, set, deque)):
-            pending.extend(value.values() if isinstance(value, (dict, UserDict)) else value)
-        elif isinstance(value, nn.Module) and (value is module or isinstance(value, (Metric, MetricCollection))):
-            for child in value.modules():
-                if isinstance(child, (pl.LightningModule, Metric, MetricCollection)) and id(child) not in seen:
-                    seen.add(id(child))
-                    owners.append(child)
-                    pending.extend(_plain(child).values())
-    return owners
-
-
-def _values(owner: nn.Module) -> _Values:
-    return _Values(owner, _plain(owner), dict(owner._buffers))
-
-
-def _plain(owner: nn.Module) -> dict[str, Any]:
-    return {
-        name: value
-        for name, value in vars(owner).items()
-        if name not in _INTERNAL and isinstance(value, _PLAIN) and not isinstance(value, nn.Parameter)
-    }
-
-
-# ---- Lightning's state -----------------------------------------------------------------------------------------------
+from laser_callback.state import ModuleState
 
 
 class Logged(NamedTuple):
@@ -221,9 +34,39 @@ class Logged(NamedTuple):
     value: Tensor
     name: str  # as in `self.log(name, ...)`
     dataloader_idx: int | None
+    also: str | None  # the short form that Lightning adds to `callback_metrics`, for a key that ends in "_epoch"
     logger: bool
     prog_bar: bool
     higher_is_better: bool | None  # known where a torchmetrics object was logged
+
+
+class _SilentLogger(DummyLogger):
+    """Takes the place of one of the user's loggers: hears everything, tells nobody, has a folder of its own."""
+
+    def __init__(self, logger: Logger) -> None:
+        super().__init__()
+        self._logger = logger
+
+    @property
+    @override
+    def name(self) -> Any:
+        return self._logger.name
+
+    @property
+    @override
+    def version(self) -> Any:
+        return self._logger.version
+
+    @cached_property
+    def _folder(self) -> TemporaryDirectory[str]:
+        return TemporaryDirectory(prefix="laser-", ignore_cleanup_errors=True)
+
+    @property
+    @override
+    def save_dir(self) -> str:
+        return self._folder.name
+
+    root_dir = log_dir = save_dir
 
 
 class Arm:
@@ -241,6 +84,7 @@ class Arm:
         self._stage = stage
         self._state = ModuleState(module)
         self._dataloader_idx: int | None = None
+        self._loggers: list[Logger] = [_SilentLogger(logger) for logger in trainer.loggers]
         self.results = _ResultCollection(training=False)
         self._connector = _LoggerConnector(trainer)
         for name in ("_callback_metrics", "_logged_metrics", "_progress_bar_metrics"):
@@ -294,7 +138,7 @@ class Arm:
             try:
                 trainer._logger_connector = self._connector
                 loop._results = self.results
-                trainer.loggers = [DummyLogger() for _ in before[2]]
+                trainer.loggers = self._loggers
                 yield
             finally:
                 trainer._logger_connector, loop._results, trainer.loggers, module._current_fx_name = before
@@ -308,11 +152,13 @@ def logged(results: _ResultCollection) -> dict[str, Logged]:
             continue
         value = results._get_cache(item, on_step=False)
         if isinstance(value, Tensor):
-            _, key = results._forked_name(item, on_step=False)
+            short, key = results._forked_name(item, on_step=False)
             meta = item.meta
-            index = meta.dataloader_idx if meta.add_dataloader_idx else None
+            also = short if short != key else None
             better = None if item.is_tensor else item.value.higher_is_better
-            values[key] = Logged(value.detach().clone(), meta.name, index, meta.logger, meta.prog_bar, better)
+            values[key] = Logged(
+                value.detach().clone(), meta.name, meta.dataloader_idx, also, meta.logger, meta.prog_bar, better
+            )
     return values
 
 
@@ -338,10 +184,18 @@ def publish(trainer: pl.Trainer, module: pl.LightningModule, name: str, value: T
     Lightning has closed each dataloader's results by then and would put a late key into every dataloader's dictionary;
     a key that belongs to one dataloader is therefore added beside the user's own.
     """
-    if meta.dataloader_idx is None:
-        module.log(name, value, logger=meta.logger, prog_bar=meta.prog_bar, add_dataloader_idx=False, batch_size=1)
-        return
     connector = trainer._logger_connector
+    if meta.also is not None:
+        connector._callback_metrics[name.removesuffix(like) + meta.also] = value
+    if meta.dataloader_idx is None:
+        with warnings.catch_warnings():
+            # Lightning warns about keys without a logger or synchronisation; of the user's own it has said so.
+            warnings.filterwarnings("ignore", message=".*(but have no logger configured|sync_dist=True)")
+            module.log(name, value, logger=meta.logger, prog_bar=meta.prog_bar, add_dataloader_idx=False, batch_size=1)
+            results = trainer._results
+            assert results is not None
+            results._get_cache(results[f"{module._current_fx_name}.{name}"], on_step=False)  # the second one comes here
+        return
     connector._callback_metrics[name] = value
     if meta.logger:
         connector._logged_metrics[name] = value

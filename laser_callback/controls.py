@@ -29,23 +29,22 @@ def random_plan(model: nn.Module, plan: LaserPlan, seed: int) -> LaserPlan:
     """
     resolved = plan.resolve(model)
     planned = {matrix.name for matrix, _ in resolved}
-    others = [m for m in find_matrices(model) if m.kind is not None and m.name not in planned]
+    matrices = find_matrices(model)
+    others = [m for m in matrices if m.kind is not None and m.name not in planned]
     if len(others) < len(resolved):
         raise ValueError(
             f"the random control needs {len(resolved)} matrices that the plan leaves alone, the model has "
             f"{len(others)}: set `controls=False` for a plan that cuts most of the model"
         )
     drawn = random.Random(seed).sample(others, len(resolved))
-    several = len({matrix.stack for matrix in others}) > 1
-    return LaserPlan(
-        _on(matrix, reduction, matrix.stack if several else None)
-        for matrix, (_, reduction) in zip(drawn, resolved, strict=True)
-    )
+    return LaserPlan(_on(matrix, reduction, matrices) for matrix, (_, reduction) in zip(drawn, resolved, strict=True))
 
 
-def _on(matrix: WeightMatrix, reduction: Reduction, stack: str | None) -> Reduction:
-    """``reduction`` of another matrix. By path, since a kind may name two matrices of a layer; parts by their kind."""
-    fused = matrix.kind is not None and f"[{matrix.kind}]" in matrix.name
-    path = matrix.kind if fused else re.sub(r"\[.*", "", matrix.path_in_layer)
-    assert path is not None
-    return replace(reduction, layer=matrix.layer, matrix=path, stack=stack, expert=matrix.expert)
+def _on(matrix: WeightMatrix, reduction: Reduction, matrices: list[WeightMatrix]) -> Reduction:
+    """``reduction`` of another matrix: by its layer and kind, or where two matrices share these, by its whole name."""
+    at = (matrix.layer, matrix.kind, matrix.expert)
+    namesakes = [m for m in matrices if (m.layer, m.kind, m.expert) == at]
+    if namesakes == [matrix] and matrix.kind is not None:
+        return replace(reduction, layer=matrix.layer, matrix=matrix.kind, stack=None, expert=matrix.expert)
+    pattern = re.escape(re.sub(r"\[\d+\]$", "", matrix.name))
+    return replace(reduction, layer=None, matrix=f"/{pattern}/", stack=None, expert=matrix.expert)

@@ -10,11 +10,13 @@ import warnings
 from pathlib import Path
 
 import lightning.pytorch as pl
+import transformers.utils.logging
 from rich.console import Console
 
 from laser_callback.data import FactsDataModule
 from laser_callback.demo_model import demo_model_folder
 from laser_callback.module import LaserModule
+from laser_callback.report import save_picture
 from laser_callback.worldfacts import write_world_facts
 
 PLANS = {"attention": "11.q_proj@0.05", "late_mlp": "28.fc_up@0.01"}
@@ -30,6 +32,7 @@ def demo(
     controls: bool = True,
     seed: int = 0,
     output: Path = Path("laser-demo.json"),
+    picture: Path | None = None,
 ) -> None:
     """Compare an original language model with reduced ones on facts, and write a JSON report.
 
@@ -45,14 +48,17 @@ def demo(
         controls: also run, beside each plan, its matrices zeroed and random matrices cut at the same rho.
         seed: of the sample and of the random controls.
         output: where to write the report as JSON; the outcomes of each fact go beside it as JSONL.
+        picture: where to write the report as SVG.
     """
     console = Console()
     begin = time.perf_counter()
     if model is not None and plan is None:
         raise SystemExit("`--plan` must say what to cut in a model of your own, e.g. --plan 28.fc_up@0.01")
-    # What Lightning says about hardware and workers is noise here; its errors and warnings about results are not.
+    # Remarks on hardware, workers, loggers and other libraries' internals are noise here; the rest is not.
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    transformers.utils.logging.disable_progress_bar()
+    for noise in ("does not have many workers", "but have no logger configured", "isinstance.treespec, LeafSpec"):
+        warnings.filterwarnings("ignore", message=f".*{noise}")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
     note = ""
@@ -79,4 +85,6 @@ def demo(
         trainer.validate(module, data, verbose=False)
     examples = output.with_suffix(".examples.jsonl")
     module.result.examples.write(examples)
+    if picture is not None:
+        save_picture(module.result, picture)
     console.print(f"\nreport: {output}, facts one by one: {examples}; {time.perf_counter() - begin:.0f} s in all")

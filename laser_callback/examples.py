@@ -10,17 +10,20 @@ mapping the pairs are the batches' logged means.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from laser_callback.arms import Logged
 from laser_callback.comparison import Outcomes, PairedResult, compare, not_tested
+from laser_callback.files import write_atomically
 from laser_callback.priors import PriorChecks, prior_checks
 
 DESCRIPTIONS = ("id", "cluster", "group", "answer", "prediction")
@@ -100,16 +103,20 @@ class PairedExamples:
         return prior_checks(answers, *predictions, before_right, after_right, groups)
 
     def write(self, path: str | Path) -> None:
-        """Write one JSON object per example: its descriptions, and each arm's outcomes and prediction."""
-        with Path(path).open("w", encoding="utf-8") as file:
-            for batch in self.batches:
-                for i in range(batch.size):
-                    row: dict[str, Any] = {k: v[i] for k, v in batch.described[ORIGINAL].items() if k != "prediction"}
-                    for arm, outcomes in batch.outcomes.items():
-                        row[arm] = {name: _json_number(o.values[i]) for name, o in outcomes.items()}
-                        if "prediction" in batch.described[arm]:
-                            row[arm]["prediction"] = batch.described[arm]["prediction"][i]
-                    file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        """Write one JSON object per example: its descriptions, and each arm's outcomes and prediction.
+
+        A number that is not finite becomes null.
+        """
+        lines = []
+        for batch in self.batches:
+            for i in range(batch.size):
+                row: dict[str, Any] = {k: v[i] for k, v in batch.described[ORIGINAL].items() if k != "prediction"}
+                for arm, outcomes in batch.outcomes.items():
+                    row[arm] = {name: _json_number(o.values[i]) for name, o in outcomes.items()}
+                    if "prediction" in batch.described[arm]:
+                        row[arm]["prediction"] = batch.described[arm]["prediction"][i]
+                lines.append(json.dumps(row, ensure_ascii=False) + "\n")
+        write_atomically(Path(path), "".join(lines))
 
     def _select(
         self, arm: str, name: str, dataloader_idx: int | None
@@ -132,8 +139,10 @@ class PairedExamples:
         return pairs[0], pairs[1], clusters
 
     def _row_of_means(self, arm: str, key: str, original: Logged, reduced: Logged) -> PairedResult:
-        pairs = [(batch[ORIGINAL][key], batch[arm][key]) for batch in self.means if key in batch[ORIGINAL]]
-        pairs = [(before, after) for before, after in pairs if before[1] and before[1] == after[1]]
+        absent = (0.0, 0.0)
+        shares = [(batch[ORIGINAL].get(key, absent), batch[arm].get(key, absent)) for batch in self.means]
+        shares = [(before, after) for before, after in shares if before[1] or after[1]]
+        pairs = [(before, after) for before, after in shares if before[1] == after[1]]
         values = float(original.value), float(reduced.value)
         if not pairs:
             note = "not an average over examples"
@@ -142,6 +151,9 @@ class PairedExamples:
         sums = torch.tensor([[before[0], after[0]] for before, after in pairs], dtype=torch.float64)
         outcomes = [Outcomes(sums[:, i] / weights, weights, "mean") for i in (0, 1)]
         row = compare(key, *outcomes, higher_is_better=original.higher_is_better)
+        if len(pairs) < len(shares):
+            left_out = f"{len(shares) - len(pairs)} of {len(shares)} batches left out"
+            row = _with_note(row, f"{left_out}: logged in one arm only")
         return _with_note(row, "unit: the batch")
 
 
@@ -166,17 +178,24 @@ def _descriptions(output: Any, size: int) -> Iterator[tuple[str, list[Hashable]]
     if not isinstance(output, Mapping):
         return
     for name in DESCRIPTIONS:
-        value = output.get(name)
-        if isinstance(value, Tensor) and value.ndim == 1:
-            value = value.tolist()
-        if isinstance(value, Sequence) and not isinstance(value, str) and len(value) == size:
-            yield name, list(value)
+        values = _plain_list(output.get(name))
+        if values is not None and len(values) == size:
+            yield name, values
+
+
+def _plain_list(values: Any) -> list[Hashable] | None:
+    """A 1-D tensor, array or sequence as a list of plain Python values: those compare by what they are."""
+    if isinstance(values, (Tensor, np.ndarray)):
+        return values.tolist() if values.ndim == 1 else None
+    if not isinstance(values, Sequence) or isinstance(values, str):
+        return None
+    return [value.item() if isinstance(value, (Tensor, np.generic)) else value for value in values]
 
 
 def example_count(output: Any, batch: Any) -> int:
     """The number of examples of a batch: of the ids that the step returned, else of the batch's first tensor."""
-    ids = output.get("id") if isinstance(output, Mapping) else None
-    if isinstance(ids, (Sequence, Tensor)) and not isinstance(ids, str):
+    ids = _plain_list(output.get("id")) if isinstance(output, Mapping) else None
+    if ids is not None:
         return len(ids)
     leaves = pytree.tree_leaves(dict(batch) if isinstance(batch, Mapping) else batch)
     return next((len(leaf) for leaf in leaves if isinstance(leaf, Tensor) and leaf.ndim), 1)
@@ -209,4 +228,4 @@ def _with_note(row: PairedResult, note: str) -> PairedResult:
 
 def _json_number(value: Tensor) -> float | None:
     number = float(value)
-    return None if number != number else number
+    return number if math.isfinite(number) else None

@@ -7,7 +7,7 @@ is also an ordinary module that trains on the facts' answers.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -102,6 +102,7 @@ class LaserModule(pl.LightningModule):
         self.learning_rate = learning_rate
         self.metrics = nn.ModuleDict({name: metric() for name, metric in METRICS.items()})
         self.metrics["perplexity"] = Perplexity()
+        self._context = _context_length(self.model)
         self._laser: LaserCallback | None = None
 
     @property
@@ -135,7 +136,7 @@ class LaserModule(pl.LightningModule):
     @override
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """Mean negative log probability per answer token over the rows with a right answer, in nats."""
-        scores = AnswerScores.gather([self._score(chunk, batch) for chunk in batch["chunks"]], batch)
+        scores = self._scores(batch)
         loss = -scores.mean_log_prob[scores.role != Role.CHOICE].mean()
         self.log("train_loss", loss, batch_size=scores.facts, prog_bar=True)
         return loss
@@ -149,6 +150,24 @@ class LaserModule(pl.LightningModule):
     def test_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
         """The same as :meth:`validation_step`."""
         return self.validation_step(batch, batch_idx, dataloader_idx)
+
+    @override
+    def predict_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
+        """What :meth:`validation_step` returns, as plain tensors and lists, and counted in no metric."""
+        step = self._facts_step if "chunks" in batch else self._text_step
+        outcomes = step(batch, count=False)
+        return {name: value.values if isinstance(value, Outcomes) else value for name, value in outcomes.items()}
+
+    @override
+    def on_validation_epoch_start(self) -> None:
+        """Forget what an interrupted evaluation, or one without data for a metric, has left in the metrics."""
+        for metric in self.metrics.values():
+            cast("AnswerMetric | Perplexity", metric).reset()
+
+    @override
+    def on_test_epoch_start(self) -> None:
+        """The same as :meth:`on_validation_epoch_start`."""
+        self.on_validation_epoch_start()
 
     @override
     def on_validation_epoch_end(self) -> None:
@@ -169,55 +188,71 @@ class LaserModule(pl.LightningModule):
         """AdamW over the trainable parameters."""
         return torch.optim.AdamW((p for p in self.parameters() if p.requires_grad), lr=self.learning_rate)
 
-    def _facts_step(self, batch: dict[str, Any]) -> dict[str, Any]:
-        rows = [self._score(chunk, batch) for chunk in batch["chunks"]]
-        scores = AnswerScores.gather(rows, batch)
+    def _facts_step(self, batch: dict[str, Any], count: bool = True) -> dict[str, Any]:
+        scores = self._scores(batch)
         outcomes: dict[str, Any] = {name: batch[name] for name in ("id", "group")}
         for name, metric in self.metrics.items():
             if isinstance(metric, AnswerMetric):
-                metric.update(scores)
-                total, count = metric.tally(scores)
+                if count:
+                    metric.update(scores)
+                total, units = metric.tally(scores)
                 if name in _SHARES_OF_FACTS:
-                    outcomes[name] = Outcomes(total / count, kind="binary")
+                    outcomes[name] = Outcomes(total / units, kind="binary")
                 else:
-                    outcomes[name] = Outcomes(total / count, None if name == "log_loss" else count, "mean")
+                    outcomes[name] = Outcomes(total / units, None if name == "log_loss" else units, "mean")
         # What the prior checks look at: the first token, as in `first_token_accuracy`.
         prompts = scores.role == Role.PROMPT
         order = scores.fact[prompts].argsort()
         said = scores.first_token[prompts][order]
         gold = torch.cat([chunk["targets"][:, 0] for chunk in batch["chunks"]])[prompts][order]
-        outcomes["prediction"] = self.tokenizer.batch_decode(said[:, None])
-        outcomes["answer"] = self.tokenizer.batch_decode(gold[:, None])
+        outcomes["prediction"], outcomes["answer"] = self._texts(said), self._texts(gold)
         return outcomes
 
-    def _text_step(self, batch: dict[str, Any]) -> dict[str, Any]:
+    def _texts(self, tokens: Tensor) -> list[str]:
+        """Each token as text, or, where it is only a part of a character, by its name in the vocabulary."""
+        texts = self.tokenizer.batch_decode(tokens[:, None])
+        names = self.tokenizer.convert_ids_to_tokens(tokens.tolist())
+        return [name if "\ufffd" in text else text for name, text in zip(names, texts, strict=True)]
+
+    def _text_step(self, batch: dict[str, Any], count: bool = True) -> dict[str, Any]:
         if self.masked:
             raise MisconfigurationException(
                 "perplexity is defined for causal models; leave out `text` for a masked one"
             )
-        logits = self._forward(batch["input_ids"], batch["attention_mask"], batch["id"]).logits
+        self._check_length([batch["attention_mask"]], torch.arange(len(batch["id"])), batch["id"])
+        logits = self._forward(batch["input_ids"], batch["attention_mask"]).logits
         nll, tokens = text_nll(logits, batch["input_ids"], batch["attention_mask"])
-        cast("Perplexity", self.metrics["perplexity"]).update(nll, tokens)
+        if count:
+            cast("Perplexity", self.metrics["perplexity"]).update(nll, tokens)
         return {"id": batch["id"], "perplexity": Outcomes(nll.double() / tokens, tokens, "log_ratio")}
 
-    def _score(self, chunk: dict[str, Tensor], batch: Mapping[str, Any]) -> RowScores:
+    def _scores(self, batch: dict[str, Any]) -> AnswerScores:
+        self._check_length([chunk["attention_mask"] for chunk in batch["chunks"]], batch["row_fact"], batch["id"])
+        return AnswerScores.gather([self._score(chunk) for chunk in batch["chunks"]], batch)
+
+    def _score(self, chunk: dict[str, Tensor]) -> RowScores:
         """Score one padded chunk of rows, computing logits at the answers' positions only."""
         mask = chunk["target_mask"]
         rows = torch.arange(len(mask), device=mask.device)[:, None].expand_as(mask)[mask]
         with _logits_at(self.model, rows, chunk["positions"][mask]):
-            logits = self._forward(chunk["input_ids"], chunk["attention_mask"], batch["id"]).logits
+            logits = self._forward(chunk["input_ids"], chunk["attention_mask"]).logits
         return score_rows(logits[0], chunk["targets"], mask)
 
-    def _forward(self, input_ids: Tensor, attention_mask: Tensor, ids: list[str]) -> Any:
-        config = self.model.config.get_text_config()
-        longest = getattr(config, "max_position_embeddings", None) or input_ids.shape[1]
-        if input_ids.shape[1] > longest:
-            raise ValueError(
-                f"the prompts of a batch are up to {input_ids.shape[1]} tokens long, the model's context is {longest}: "
-                f"shorten or leave out the longest of the facts {', '.join(ids)}"
-            )
+    def _check_length(self, masks: list[Tensor], owner: Tensor, ids: list[str]) -> None:
+        """Refuse rows, each of the example ``ids[owner[row]]``, that are longer than the model's context."""
+        width = max(mask.shape[1] for mask in masks)
+        if self._context is None or width <= self._context:
+            return
+        lengths = torch.cat([mask.sum(1) for mask in masks]).tolist()
+        long = [ids[i] for i, length in zip(owner.tolist(), lengths, strict=True) if length > self._context]
+        raise ValueError(
+            f"a row is {max(lengths)} tokens long, but the model's context is {self._context}: shorten or leave out "
+            f"{', '.join(dict.fromkeys(long))}"
+        )
+
+    def _forward(self, input_ids: Tensor, attention_mask: Tensor) -> Any:
         # A key/value cache is of no use in one forward pass.
-        options = {"use_cache": False} if hasattr(config, "use_cache") else {}
+        options = {"use_cache": False} if hasattr(self.model.config.get_text_config(), "use_cache") else {}
         return self.model(input_ids=input_ids, attention_mask=attention_mask, **options)
 
 
@@ -228,6 +263,11 @@ class _OwnCallback(LaserCallback):
         assert module.plan is not None
         super().__init__(module.plan, primary=module.primary, controls=module.controls, report=module.report)
         self._module = module
+
+    @override
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if pl_module is self._module and stage != "predict":
+            super().setup(trainer, pl_module, stage)
 
     @override
     def is_active(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> bool:
@@ -261,9 +301,17 @@ def _load(name: str) -> PreTrainedModel:
     return (AutoModelForMaskedLM if masked else AutoModelForCausalLM).from_pretrained(name)
 
 
+def _context_length(model: PreTrainedModel) -> int | None:
+    """The most tokens that ``model`` has positions for, if there is a limit."""
+    longest: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    positions = getattr(getattr(model.base_model, "embeddings", None), "position_embeddings", None)
+    padding = getattr(positions, "padding_idx", None)  # RoBERTa-like models count positions from there on
+    return longest if longest is None or padding is None else longest - padding - 1
+
+
 def _is_masked(model: PreTrainedModel) -> bool:
     name = type(model).__name__
-    if name.endswith(("MaskedLM", "ForPreTraining")):
+    if name.endswith("MaskedLM"):
         return True
     if name.endswith(("CausalLM", "LMHeadModel")):
         return False

@@ -9,8 +9,9 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ RANK_RULES = ("entropy", "gavish-donoho", "marchenko-pastur")
 
 _REDUCTION = re.compile(
     r"""^(?:/(?P<regex>.+)/                                           # a pattern for the whole module name, or
-      |(?:(?P<stack>[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*)\.)?              # stack
+      |(?:(?P<stack>[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*(?:\.\d+)*?)\.)?  # stack
        (?P<layer>\*|-?\d+|\d+-\d+)\.                                  # layer
        (?P<matrix>[A-Za-z_]\w*(?:\.\w+)*))                            # kind, group or module name
       (?:\[(?P<expert>\d+)\])?
@@ -32,6 +33,8 @@ _REDUCTION = re.compile(
       (?::(?P<options>.+))?$""",
     re.VERBOSE,
 )
+_STACK = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*(\.\d+)*")
+_MATRIX = re.compile(r"[A-Za-z_]\w*(\.\w+)*|/[^/#\s]+/")  # no module name holds a slash, and `#` starts a comment
 _PAPER_NAMES = {
     "U_in": "fc_in",
     "U_out": "fc_out",
@@ -53,7 +56,7 @@ class Reduction:
             (``mlp.down_proj``), or ``/regex/`` that matches a whole module name, whatever its layer.
         rho: the fraction of the maximum rank that is kept, in [0, 1] (paper, section 4: k = floor(rho * min(m, n)));
             0 is the zero matrix, 1 changes nothing. Or the name of a rule in :data:`RANK_RULES`.
-        stack: end of the layer stack's path, where a model has several (``decoder``).
+        stack: a part of the layer stack's path, where a model has several (``decoder``).
         expert: one expert of a mixture-of-experts matrix; all of them by default.
         keep: ``"head"`` keeps the k largest singular values, ``"tail"`` keeps the others instead.
         scale: what is removed is multiplied by this factor instead of dropped; 0 drops it, 1 changes nothing.
@@ -72,23 +75,29 @@ class Reduction:
 
     def __post_init__(self) -> None:
         _check_layer(self.layer, self.matrix)
-        if not isinstance(self.matrix, str) or not self.matrix:
+        if not isinstance(self.matrix, str):
             raise TypeError(f"`matrix` must be a kind, a group, a module name or /regex/, got {self.matrix!r}")
+        if not _MATRIX.fullmatch(self.matrix):
+            raise ValueError(f"`matrix` must be a kind, a group, a module name or /regex/, got {self.matrix!r}")
         if self.matrix.startswith("/"):
             try:
-                re.compile(self.matrix.strip("/"))
+                re.compile(self.matrix[1:-1])
             except re.error as error:
                 raise ValueError(f"`matrix` {self.matrix!r} is not a regular expression: {error}") from None
         object.__setattr__(self, "rho", _check_rho(self.rho))
-        if self.stack is not None and not isinstance(self.stack, str):
-            raise TypeError(f"`stack` must be the end of a layer stack's name or None, got {self.stack!r}")
-        if self.expert is not None and (not isinstance(self.expert, int) or self.expert < 0):
+        if self.stack is not None and (not isinstance(self.stack, str) or not _STACK.fullmatch(self.stack)):
+            raise ValueError(f"`stack` must be (a part of) a layer stack's name or None, got {self.stack!r}")
+        if self.stack is not None and self.layer is None:
+            raise ValueError(f"`stack` goes with a `layer`; put {self.stack!r} into the /regex/ instead")
+        if self.expert is not None and (type(self.expert) is not int or self.expert < 0):
             raise ValueError(f"`expert` must be a non-negative integer or None, got {self.expert!r}")
         if self.keep not in ("head", "tail"):
             raise ValueError(f"`keep` must be 'head' or 'tail', got {self.keep!r}")
+        if isinstance(self.scale, str):  # YAML reads 1e-3 as text
+            object.__setattr__(self, "scale", _float(self.scale, "scale"))
         if isinstance(self.scale, bool) or not isinstance(self.scale, (int, float)) or not math.isfinite(self.scale):
             raise ValueError(f"`scale` must be a finite number, got {self.scale!r}")
-        object.__setattr__(self, "scale", float(self.scale))
+        object.__setattr__(self, "scale", float(self.scale) + 0.0)  # no -0.0, which the text form does not show
 
     def __str__(self) -> str:
         stack = f"{self.stack}." if self.stack else ""
@@ -284,14 +293,17 @@ def _select(matrices: list[WeightMatrix], reduction: Reduction) -> list[int]:
     candidates = [i for i, matrix in enumerate(matrices) if _matches_name(matrix, reduction)]
     if reduction.layer is not None:
         candidates = [i for i in candidates if _matches_stack(matrices[i], reduction)]
-        depth = {m.stack: 1 + max(o.layer or 0 for o in matrices if o.stack == m.stack) for m in matrices}
+        depth: Counter[str | None] = Counter()
+        for matrix in matrices:
+            depth[matrix.stack] = max(depth[matrix.stack], 1 + (matrix.layer or 0))
         candidates = [i for i in candidates if matrices[i].layer in _layers(reduction.layer, depth[matrices[i].stack])]
         stacks = {matrices[i].stack for i in candidates}
         if len(stacks) > 1:
             names = ", ".join(sorted(str(stack) for stack in stacks))
+            part = _STACK.search(min(map(str, stacks)))
             raise ValueError(
-                f"the reduction {reduction} fits several layer stacks ({names}): put the stack's name in front, "
-                f"e.g. {sorted(map(str, stacks))[0]}.{reduction}"
+                f"the reduction {reduction} fits several layer stacks ({names}): put the stack's name in front"
+                + (f", e.g. {replace(reduction, stack=part[0])}" if part else "")
             )
     if reduction.expert is not None:
         candidates = [i for i in candidates if matrices[i].expert == reduction.expert]
@@ -307,13 +319,17 @@ def _select(matrices: list[WeightMatrix], reduction: Reduction) -> list[int]:
 def _matches_name(matrix: WeightMatrix, reduction: Reduction) -> bool:
     wanted = reduction.matrix
     if wanted.startswith("/"):
-        return re.fullmatch(wanted[1:-1], re.sub(r"\[\d+\]$", "", matrix.name)) is not None
+        # A module by its name or a parameter by any of its names: a tied weight is refused rather than not found.
+        names = [re.sub(r"\[\d+\]$", "", matrix.name), re.sub(r"\[.*", "", matrix.name)]
+        names += [name.removesuffix(".weight") for name in matrix.parameter_names]
+        return any(re.fullmatch(wanted[1:-1], name) for name in names)
     if wanted in GROUPS:
         return matrix.kind in GROUPS[wanted]
     if wanted in KINDS:
         return matrix.kind == wanted
     path = re.sub(r"\[.*", "", matrix.path_in_layer) or "weight"
-    return f".{path}".endswith(f".{wanted}")
+    # `q_proj` of PEFT is a module around `q_proj.base_layer`: the name of the model as it was works too.
+    return any(f".{name}".endswith(f".{wanted}") for name in (path, path.removesuffix(".base_layer")))
 
 
 def _matches_stack(matrix: WeightMatrix, reduction: Reduction) -> bool:
@@ -351,9 +367,7 @@ def _check_layer(layer: Any, matrix: Any) -> None:
 
 def _check_rho(rho: Any) -> float | str:
     if isinstance(rho, str):
-        if rho not in RANK_RULES:
-            raise ValueError(f"`rho` must be a number in [0, 1] or one of {', '.join(RANK_RULES)}, got {rho!r}")
-        return rho
+        return rho if rho in RANK_RULES else _check_rho(_float(rho, "rho"))
     if isinstance(rho, bool) or not isinstance(rho, (int, float)) or not 0 <= rho <= 1:  # NaN fails the comparison
         raise ValueError(f"`rho` must be a number in [0, 1] or one of {', '.join(RANK_RULES)}, got {rho!r}")
     return float(rho)

@@ -4,24 +4,28 @@ The layers before the first cut of a stack give the same output for both arms. :
 while the original model runs, and in the reduced pass returns the recorded output instead of running the layer.
 
 A recorded call is used only if running the layer could not be told from it: the layer is in eval mode, every input has
-the recorded *value*, grad mode and autocast are the same, the layer drew no random numbers, nothing listens inside of
-it (a forward hook that would stay silent), and the key/value cache it wrote is one that can be written again. In all
-other cases the layer runs, and the report counts why. Values are compared rather than trusted to identity: comparing
-reads one hidden state per layer, which is below one percent of what a layer computes.
+the recorded *value*, grad mode and autocast are the same, the layer drew no random numbers, changed neither its inputs
+nor itself, nothing listens inside of it (a forward hook that would stay silent), and the key/value cache it wrote is
+one that can be written again. In all other cases the layer runs, and the report counts why. Values are compared rather
+than trusted to identity: comparing reads one hidden state per layer, which is below one percent of what a layer
+computes.
 """
 
 from __future__ import annotations
 
+import copy
+import random
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from laser_callback.matrices import WeightMatrix, layer_stacks
 
@@ -108,9 +112,7 @@ class LayerReplay:
                 if call.cache_entry is not None:
                     index, keys, values = call.cache_entry
                     _cache_in(leaves).update(keys, values, index)
-                # A copy for each arm: what follows may change it in place.
-                output = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in call.output]
-                return pytree.tree_unflatten(output, call.output_structure)
+                return pytree.tree_unflatten(_fresh(call.output, leaves), call.output_structure)
 
             return replayed_forward
 
@@ -122,50 +124,118 @@ class LayerReplay:
         self._calls = {}
 
 
+@dataclass(frozen=True)
+class _Passed:
+    """In a recorded output: the layer passed on its input of this number (T5's position bias)."""
+
+    index: int
+
+
+@dataclass(frozen=True)
+class _Again:
+    """In a recorded output: the same object as the output of this number."""
+
+    index: int
+
+
+def _fresh(output: list[Any], inputs: list[Any]) -> list[Any]:
+    """A recorded output for one arm: what follows may change it in place."""
+    fresh: list[Any] = []
+    for leaf in output:
+        if isinstance(leaf, _Passed):
+            fresh.append(inputs[leaf.index])
+        elif isinstance(leaf, _Again):
+            fresh.append(fresh[leaf.index])
+        else:
+            fresh.append(leaf.clone() if isinstance(leaf, Tensor) else leaf)
+    return fresh
+
+
 class _Recorder:
     def __init__(self, calls: dict[nn.Module, list[_Call | str]]) -> None:
         self._calls = calls
-        self._arguments: dict[int, tuple[Tensor, Tensor]] = {}  # id -> (the tensor, kept alive; its copy)
-        self._outputs: dict[int, tuple[Tensor, Tensor]] = {}  # of the latest layer: the next one's input
+        self._arguments: dict[int, _Copy] = {}
+        self._outputs: dict[int, _Copy] = {}  # of the latest layer: the next one's input
 
     def wrap(self, layer: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
         modules = list(layer.modules())
 
         def recorded_forward(*args: Any, **kwargs: Any) -> Any:
+            calls = self._calls.setdefault(layer, [])
             leaves, structure = _flatten((args, kwargs))
             reason = _unreplayable(modules, leaves)
-            inputs = [] if reason else [self._copy(leaf, self._arguments) for leaf in leaves]
+            if reason:
+                calls.append(reason)
+                return forward(*args, **kwargs)
+            copies = [self._copy(leaf, self._arguments) for leaf in leaves]
             cache = _cache_in(leaves)
-            lengths = [entry.get_seq_length() for entry in cache.layers] if cache is not None and not reason else []
-            rng = _rng_states(leaves)
+            lengths = [_length(entry) for entry in cache.layers] if cache is not None else []
+            context = _context(leaves)
+            before = _random_states(leaves), _own_state(modules)
 
             output = forward(*args, **kwargs)
 
             output_leaves, output_structure = _flatten(output)
-            entry, cache_reason = _cache_entry(cache, lengths) if not reason else (None, "")
-            reason = reason or cache_reason or _unreplayable_output(output_leaves)
-            if not reason and any(not torch.equal(a, b) for a, b in zip(rng, _rng_states(leaves), strict=True)):
+            entry, reason = _cache_entry(cache, lengths)
+            reason = reason or _unreplayable_output(output_leaves, leaves)
+            if not reason and not _alike(before[0], _random_states(leaves)):
                 reason = "it draws random numbers"
-            calls = self._calls.setdefault(layer, [])
+            if not reason and before[1] != _own_state(modules):
+                reason = "it changes its own attributes or buffers"
+            if not reason and any(not c.still_holds() for c in copies if isinstance(c, _Copy)):
+                reason = "it changes its inputs in place"
             if reason:
                 calls.append(reason)
                 return output
             self._outputs = {}
-            copies = [self._copy(leaf, self._outputs) for leaf in output_leaves]
-            calls.append(_Call(inputs, structure, _context(leaves), copies, output_structure, entry))
+            inputs = [c.value if isinstance(c, _Copy) else c for c in copies]
+            recorded = self._output(output_leaves, leaves)
+            calls.append(_Call(inputs, structure, context, recorded, output_structure, entry))
             return output
 
         return recorded_forward
 
-    def _copy(self, leaf: Any, memory: dict[int, tuple[Tensor, Tensor]]) -> Any:
+    def _output(self, output: list[Any], inputs: list[Any]) -> list[Any]:
+        passed: dict[int, Any] = {id(leaf): _Passed(i) for i, leaf in enumerate(inputs) if isinstance(leaf, Tensor)}
+        recorded: list[Any] = []
+        for i, leaf in enumerate(output):
+            if not isinstance(leaf, Tensor):
+                recorded.append(leaf)
+            elif id(leaf) in passed:
+                recorded.append(passed[id(leaf)])
+            else:
+                recorded.append(self._copy(leaf, self._outputs).value)
+                passed[id(leaf)] = _Again(i)
+        return recorded
+
+    def _copy(self, leaf: Any, memory: dict[int, _Copy]) -> Any:
         """A copy of a tensor; one copy for an object that is passed to many layers (masks, rotary tables)."""
         if not isinstance(leaf, Tensor):
             return leaf
         for known in (self._outputs, self._arguments):
-            if id(leaf) in known:
-                return known[id(leaf)][1]
-        memory[id(leaf)] = (leaf, leaf.clone())
-        return memory[id(leaf)][1]
+            if id(leaf) in known and known[id(leaf)].still_holds():
+                return known[id(leaf)]
+        memory[id(leaf)] = _Copy(leaf)
+        return memory[id(leaf)]
+
+
+class _Copy:
+    """A tensor's value at one time. The tensor is kept alive, so that its id stays its own."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._tensor = tensor
+        self._version = _version(tensor)
+        self.value = tensor.detach().clone()
+
+    def still_holds(self) -> bool:
+        """Whether the tensor still has that value."""
+        if self._version is not None:
+            return self._version == _version(self._tensor)
+        return torch.equal(self._tensor, self.value)
+
+
+def _version(tensor: Tensor) -> int | None:
+    return None if tensor.is_inference() else tensor._version
 
 
 # ---- which layers ----------------------------------------------------------------------------------------------------
@@ -190,18 +260,57 @@ def _patched(
     wrap: Callable[[nn.Module, Callable[..., Any]], Callable[..., Any]],
 ) -> Iterator[None]:
     """Replace ``forward`` (not ``__call__``: the layer's own hooks still fire) and put the attribute back exactly."""
-    before: list[tuple[nn.Module, Any]] = []
+    patches: list[_Patch] = []
     try:
-        for layer in layers:
-            before.append((layer, vars(layer).get("forward")))
-            vars(layer)["forward"] = wrap(layer, layer.forward)
+        for layer in dict.fromkeys(layers):
+            patch = vars(layer).get("forward")
+            patches.append(patch if isinstance(patch, _Patch) else _Patch(layer))
+            patches[-1].add(wrap)
         yield
     finally:
-        for layer, forward in before:
-            if forward is None:
-                vars(layer).pop("forward", None)
-            else:
-                vars(layer)["forward"] = forward
+        for patch in patches:
+            patch.remove(wrap)
+
+
+class _Patch:
+    """A layer's ``forward`` while one or more wrappers are around it.
+
+    One object for all of them, since they need not end in the order in which they began: two callbacks of one trainer
+    start to record one after the other, and the first to start is the first to stop.
+    """
+
+    def __init__(self, layer: nn.Module) -> None:
+        self._layer = layer
+        self._before = vars(layer).get("forward")
+        self._wraps: list[Callable[[nn.Module, Callable[..., Any]], Callable[..., Any]]] = []
+        self._inner: Callable[..., Any] = layer.forward
+        self._outer = self._inner
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._outer(*args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., Any]:
+        """A copy of the layer is not recorded, and computes with its own weights."""
+        return copy.deepcopy(self._inner, memo)
+
+    def add(self, wrap: Callable[[nn.Module, Callable[..., Any]], Callable[..., Any]]) -> None:
+        self._wraps.append(wrap)
+        self._outer = wrap(self._layer, self._outer)
+        vars(self._layer)["forward"] = self
+
+    def remove(self, wrap: Callable[[nn.Module, Callable[..., Any]], Callable[..., Any]]) -> None:
+        if wrap not in self._wraps:  # interrupted before it was added
+            return
+        self._wraps.remove(wrap)
+        self._outer = self._inner
+        for other in self._wraps:
+            self._outer = other(self._layer, self._outer)
+        if self._wraps or vars(self._layer).get("forward") is not self:
+            return
+        if self._before is None:
+            del vars(self._layer)["forward"]
+        else:
+            vars(self._layer)["forward"] = self._before
 
 
 # ---- when a call may be replayed -------------------------------------------------------------------------------------
@@ -221,7 +330,7 @@ def _why_not(call: _Call | str, modules: list[nn.Module], leaves: list[Any], str
     cache = _cache_in(leaves)
     if cache is not None and call.cache_entry is not None:
         index = call.cache_entry[0]
-        if index < len(cache.layers) and cache.layers[index].get_seq_length():
+        if index < len(cache.layers) and _length(cache.layers[index]):
             return "its key/value cache is not empty"
     return ""
 
@@ -246,6 +355,8 @@ def _unreplayable(modules: list[nn.Module], leaves: list[Any]) -> str:
         if isinstance(leaf, Tensor):
             if type(leaf) not in (Tensor, nn.Parameter) or leaf.layout is not torch.strided or leaf.is_nested:
                 return f"it takes a {type(leaf).__name__} that cannot be compared"
+            if leaf.requires_grad and torch.is_grad_enabled():
+                return "autograd runs through it"
         elif isinstance(leaf, Cache):
             if type(leaf) is not DynamicCache:
                 return f"its cache is a {type(leaf).__name__}"
@@ -256,13 +367,16 @@ def _unreplayable(modules: list[nn.Module], leaves: list[Any]) -> str:
     return ""
 
 
-def _unreplayable_output(leaves: list[Any]) -> str:
+def _unreplayable_output(leaves: list[Any], inputs: list[Any]) -> str:
+    given = {leaf.untyped_storage().data_ptr(): leaf for leaf in inputs if isinstance(leaf, Tensor) and leaf.numel()}
     for leaf in leaves:
         if isinstance(leaf, Tensor):
             if leaf.requires_grad:
                 return "autograd runs through it"
             if type(leaf) is not Tensor or leaf.layout is not torch.strided or leaf.is_nested:
                 return f"it returns a {type(leaf).__name__} that cannot be copied"
+            if given.get(leaf.untyped_storage().data_ptr(), leaf) is not leaf:
+                return "it returns a part of its input"
         elif not isinstance(leaf, _PLAIN):
             return f"it returns a {type(leaf).__name__} that cannot be copied"
     return ""
@@ -290,10 +404,31 @@ def _context(leaves: list[Any]) -> tuple[Any, ...]:
     return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), autocast, torch.get_autocast_dtype(kind)
 
 
-def _rng_states(leaves: list[Any]) -> list[Tensor]:
-    states = [torch.get_rng_state()]
+def _random_states(leaves: list[Any]) -> list[Any]:
+    name, keys, *position = np.random.get_state(legacy=True)
+    states = [random.getstate(), (name, np.asarray(keys).tobytes(), position), torch.get_rng_state()]
     cuda = next((leaf.device for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_cuda), None)
     return states if cuda is None else [*states, torch.cuda.get_rng_state(cuda)]
+
+
+def _alike(before: list[Any], after: list[Any]) -> bool:
+    return all(torch.equal(a, b) if isinstance(a, Tensor) else a == b for a, b in zip(before, after, strict=True))
+
+
+def _own_state(modules: list[nn.Module]) -> list[Any]:
+    """What shows that a layer's attributes or buffers were rebound, appended to, or changed in place."""
+    state: list[Any] = []
+    for module in modules:
+        for name, value in vars(module).items():
+            if name not in _INTERNAL:
+                state += (id(value), len(value)) if isinstance(value, (list, dict, set)) else (id(value),)
+                if isinstance(value, Tensor):
+                    state.append(_version(value))
+        state += [(id(buffer), _version(buffer)) for buffer in module._buffers.values() if buffer is not None]
+    return state
+
+
+_INTERNAL = {*vars(nn.Module()), "forward"}
 
 
 # ---- key/value caches ------------------------------------------------------------------------------------------------
@@ -307,17 +442,23 @@ def _cache_in(leaves: list[Any]) -> Any:
     return next((leaf for leaf in leaves if isinstance(leaf, Cache)), None)
 
 
+def _length(entry: Any) -> int:
+    return entry.get_seq_length() if hasattr(entry, "get_seq_length") else 0  # convolution states have none
+
+
 def _cache_entry(cache: Any, lengths: list[int]) -> tuple[tuple[int, Tensor, Tensor] | None, str]:
     """What a layer added to an empty entry of a DynamicCache, or why that cannot be written again."""
     if cache is None:
         return None, ""
     lengths = lengths + [0] * (len(cache.layers) - len(lengths))
-    grown = [i for i, entry in enumerate(cache.layers) if entry.get_seq_length() != lengths[i]]
+    grown = [i for i, entry in enumerate(cache.layers) if _length(entry) != lengths[i]]
     if not grown:
-        return None, ""
+        # Other kinds keep states whose length does not show (convolutions, recurrences).
+        odd = [e for e in cache.layers if type(e) not in (DynamicLayer, DynamicSlidingWindowLayer)]
+        return None, f"its cache holds a {type(odd[0]).__name__}" if odd else ""
     if len(grown) > 1 or type(cache.layers[grown[0]]) is not DynamicLayer:
         return None, f"its cache entry is a {type(cache.layers[grown[0]]).__name__}"
     if lengths[grown[0]]:
         return None, "its key/value cache is not empty"
     entry = cache.layers[grown[0]]
-    return (grown[0], entry.keys, entry.values), ""
+    return (grown[0], entry.keys.clone(), entry.values.clone()), ""

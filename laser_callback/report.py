@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import io
+from pathlib import Path
 from typing import Any
 
-from rich import box
 from rich.console import Console, Group, RenderableType
+from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
@@ -16,7 +17,7 @@ from laser_callback.result import ArmResult, LaserResult
 
 _STYLES = {"better": "bold green", "worse": "bold red", "higher": "yellow", "lower": "yellow"}
 _SHORT = {"no difference shown": "not shown", "not tested": "untested"}  # in 80 columns
-_WIDE = 112
+_WIDE = 116
 _SHARES = ("accuracy", "robustness", "consistency")
 
 
@@ -29,7 +30,8 @@ def print_report(result: LaserResult, progress_bar: Any = None, console: Console
         console: where to print otherwise; standard output by default.
     """
     console = console or Console()
-    if progress_bar is None or not hasattr(progress_bar, "print"):
+    # A bar that is off (`refresh_rate=0`) prints nothing at all.
+    if not hasattr(progress_bar, "print") or not getattr(progress_bar, "is_enabled", True):
         console.print(render(result, console.width))
         return
     progress_bar.print(plain(result, console.width))
@@ -40,6 +42,13 @@ def plain(result: LaserResult, width: int = 120) -> str:
     text = io.StringIO()
     Console(file=text, width=width, color_system=None).print(render(result, width))
     return text.getvalue()
+
+
+def save_picture(result: LaserResult, path: str | Path, width: int = 116) -> None:
+    """Write the report as an SVG picture of a terminal."""
+    console = Console(file=io.StringIO(), width=width, record=True)
+    console.print(render(result, width))
+    Path(path).write_text(console.export_svg(title="laser-callback"), encoding="utf-8")
 
 
 def render(result: LaserResult, width: int) -> RenderableType:
@@ -67,11 +76,9 @@ def _title(name: str, arm: ArmResult) -> Text:
 
 
 def _table(arm: ArmResult, primary: str | None, wide: bool) -> Table:
-    table = (
-        Table(box=box.SIMPLE_HEAD, show_edge=False) if wide else Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
-    )
+    table = Table(box=None, pad_edge=False, padding=(0, 2 if wide else 1, 0, 0), header_style="bold underline")
     wide_columns = ("original", "reduced", "delta", "95 % interval", "fixed/broken", "p", "n")
-    table.add_column("metric", no_wrap=True)
+    table.add_column("metric", overflow="fold")  # long names go on in the next line, never into an ellipsis
     for column in wide_columns if wide else ("orig.", "red.", "delta [95 % interval]", "p", "n"):
         table.add_column(column, justify="right", no_wrap=True)
     table.add_column("verdict", no_wrap=True)
@@ -93,59 +100,57 @@ def _table(arm: ArmResult, primary: str | None, wide: bool) -> Table:
 
 
 def _legend(result: LaserResult) -> str:
-    star = f"* {result.primary} was declared before and carries the claim; p" if result.primary else "p"
-    several = " (Holm over the plans)" if result.primary and len(result.arms) > 1 else ""
+    if result.primary is None:
+        return "p is Holm-adjusted; delta = reduced - original"
+    several = " (Holm-adjusted over the plans)" if len(result.arms) > 1 else ""
     return (
-        f"{star}{several}{' of the others is' if result.primary else ' is'} Holm-adjusted; delta = reduced - original"
+        f"* {result.primary} was declared beforehand and carries the claim{several}; "
+        "p of the others is Holm-adjusted; delta = reduced - original"
     )
 
 
 def _lines(arm: ArmResult, controls: dict[str, ArmResult], metric: str | None) -> list[RenderableType]:
-    lines: list[RenderableType] = []
+    notes: dict[str, list[str]] = {}
     for row in arm.rows:
         if row.note:
-            lines.append(Text(f"  {row.metric}: {row.note}", style="dim"))
+            notes.setdefault(row.note, []).append(row.metric)
+    lines: list[RenderableType] = [
+        _indent(Text(f"{', '.join(metrics)}: {note}", style="dim")) for note, metrics in notes.items()
+    ]
     if arm.prior_checks is not None:
         lines += _prior_lines(arm.prior_checks)
     for kind, control in controls.items():
         for row in (row for row in control.rows if row.metric == metric):
             label = "same matrix zeroed" if kind == "zeroed" else "random matrix, same rho"
             interval = f" [{_interval(row)}]" if row.lower is not None else ""
-            lines.append(
-                Text(
-                    f"  control, {label} ({control.plan}): {row.metric} {_value(row, row.reduced)}, "
-                    f"delta {_delta(row, row.delta)}{interval}"
-                )
-            )
+            value = f"{row.metric} {_value(row, row.reduced)}, delta {_delta(row, row.delta)}{interval}"
+            lines.append(_indent(Text(f"control, {label} ({control.plan}): {value}")))
     return lines
 
 
 def _prior_lines(checks: PriorChecks) -> list[RenderableType]:
-    excluded = checks.majority_excluded
-    lines: list[RenderableType] = []
-    flag = Text("  prior check: ")
+    flag = Text("prior check: ")
     if checks.prior_shift:
         flag.append("the gain is not shown outside of the most predicted answers", style="bold yellow")
     elif checks.delta > 0:
         flag.append("the gain holds outside of the most predicted answers", style="green")
     else:
-        flag.append("no gain in the first token to explain")
-    lines.append(flag)
+        flag.append("no gain to explain")
     parts = [f"best constant answer per group {checks.constant_answer:.1%}"]
-    if excluded is not None and excluded.lower is not None and excluded.upper is not None:
-        parts.append(
-            f"without the most predicted answers {excluded.original:.1%} -> {excluded.reduced:.1%} "
-            f"[{100 * excluded.lower:+.1f}, {100 * excluded.upper:+.1f}], n = {excluded.n}"
-        )
-    if checks.macro is not None:
-        parts.append(
-            f"macro over {checks.macro.answers} answers {checks.macro.original:.1%} -> {checks.macro.reduced:.1%}"
-        )
-    lines += [Text(f"    {part}") for part in parts]
+    rest, macro = checks.majority_excluded, checks.macro
+    if rest is not None:
+        interval = f" [{_interval(rest)}], n = {rest.n}"
+        parts.append(f"without the most predicted answers {rest.original:.1%} to {rest.reduced:.1%}{interval}")
+    if macro is not None:
+        parts.append(f"macro over {macro.answers} answers {macro.original:.1%} to {macro.reduced:.1%}")
     for arm, top in checks.top_predictions.items():
         said = ", ".join(f"{text.strip() or repr(text)} {count}" for text, count in top)
-        lines.append(Text(f"    {arm} says most: {said}  (entropy {checks.entropy[arm]:.2f} nats)"))
-    return lines
+        parts.append(f"{arm} says most: {said}  (entropy {checks.entropy[arm]:.2f} nats)")
+    return [_indent(flag), *(_indent(Text(part), 4) for part in parts)]
+
+
+def _indent(text: Text, columns: int = 2) -> Padding:
+    return Padding(text, (0, 0, 0, columns))
 
 
 def _timing(result: LaserResult) -> list[str]:
@@ -168,7 +173,7 @@ def _is_share(row: PairedResult) -> bool:
 
 
 def _value(row: PairedResult, value: float) -> str:
-    return f"{value:.1%}" if _is_share(row) else f"{value:.3g}"
+    return f"{value:.1%}" if _is_share(row) else f"{value:#.3g}"
 
 
 def _delta(row: PairedResult, value: float) -> str:

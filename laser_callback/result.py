@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -12,6 +10,7 @@ from typing import Any
 
 from laser_callback.comparison import PairedResult, adjust
 from laser_callback.examples import PairedExamples
+from laser_callback.files import write_atomically
 from laser_callback.priors import PriorChecks
 
 
@@ -117,18 +116,3 @@ def adjust_together(arms: Sequence[ArmResult], primary: str | None) -> None:
         family = [replace(arm.rows[i], metric=str(number)) for number, (arm, i) in enumerate(places)]
         for (arm, i), row in zip(places, adjust(family, None), strict=True):
             arm.rows[i] = replace(row, metric=arm.rows[i].metric)
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a text file so that readers see the old content or the new, never a part."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise

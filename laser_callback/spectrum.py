@@ -45,12 +45,17 @@ class Spectrum:
         work = _as_double(matrix)
         gram = work.T @ work if work.shape[0] >= work.shape[1] else work @ work.T
         eigenvalues, vectors = torch.linalg.eigh(gram)  # ascending
-        values = eigenvalues.flip(0).clamp_min_(0).sqrt_()
+        values = eigenvalues.flip(0)
+        # What the Gram matrix cannot tell from zero is zero, or a rank rule would count rounding noise.
+        resolution = len(values) * torch.finfo(torch.float64).eps * values[:1]
+        values = torch.where(values > resolution, values, 0).sqrt_()
         return cls(values, vectors.flip(1).contiguous(), (matrix.shape[0], matrix.shape[1]))
 
     def truncate(self, matrix: Tensor, rank: int) -> Tensor:
         """W_k, the best approximation of ``matrix`` of rank ``rank`` (Eckart-Young), float64, shape (m, n)."""
         work = _as_double(matrix)
+        if rank >= len(self.values):
+            return work.clone()
         head = self.basis[:, :rank]
         return (work @ head) @ head.T if self.shape[0] >= self.shape[1] else head @ (head.T @ work)
 
@@ -93,21 +98,26 @@ class Spectrum:
         """
         beta = min(self.shape) / max(self.shape)
         root = math.sqrt(2 * (beta + 1) + 8 * beta / ((beta + 1) + math.sqrt(beta**2 + 14 * beta + 1)))
-        threshold = root / math.sqrt(_marchenko_pastur_median(beta)) * float(self.values.median())
+        threshold = root / math.sqrt(_marchenko_pastur_median(beta)) * self._median
         return int((self.values > threshold).sum())
 
     def marchenko_pastur_rank(self) -> int:
         """Singular values above the edge s * (sqrt(m) + sqrt(n)) of a noise matrix with entries of deviation s.
 
         The deviation is estimated from the median singular value, which a signal of rank below half does not move
-        much: s = median / sqrt(max(m, n) * mu(beta)). The edge is widened by the Tracy-Widom scale (Johnstone, Ann.
-        Stat. 2001), two of which noise alone exceeds with probability under 0.1 percent.
+        much: s = median / sqrt(max(m, n) * mu(beta)). The edge is widened by four times the Tracy-Widom scale
+        (Johnstone, Ann. Stat. 2001), which covers the estimate of s too: noise alone exceeds it in about 1 of 1,000
+        matrices from 100 rows and columns on (simulated), and in about 1 of 100 at 20.
         """
         longer, shorter = float(max(self.shape)), float(min(self.shape))
-        s = float(self.values.median()) / math.sqrt(longer * _marchenko_pastur_median(shorter / longer))
+        s = self._median / math.sqrt(longer * _marchenko_pastur_median(shorter / longer))
         root = math.sqrt(longer) + math.sqrt(shorter)
         tracy_widom = root * (1 / math.sqrt(longer) + 1 / math.sqrt(shorter)) ** (1 / 3)
-        return int((self.values > s * math.sqrt(root**2 + 2 * tracy_widom)).sum())
+        return int((self.values > s * math.sqrt(root**2 + 4 * tracy_widom)).sum())
+
+    @property
+    def _median(self) -> float:
+        return float(self.values.quantile(0.5))  # `Tensor.median` is the lower of the two in the middle
 
 
 def _as_double(matrix: Tensor) -> Tensor:

@@ -59,8 +59,7 @@ class reduced(AbstractContextManager["reduced"]):  # noqa: N801 - reads as a ver
     def prepare(self) -> list[Tensor]:
         """Factorise now, unless that has been done. Returns the reduced tensors, one per changed parameter."""
         if self._swaps is None:
-            # Normal tensors also inside of inference mode: a later `fit` may run autograd while one is in place.
-            with torch.inference_mode(False), torch.no_grad():
+            with torch.no_grad():
                 self._swaps = _reduced_parameters(self.matrices)
         return [tensor for _, tensor in self._swaps]
 
@@ -68,36 +67,35 @@ class reduced(AbstractContextManager["reduced"]):  # noqa: N801 - reads as a ver
         if self._originals:
             raise RuntimeError("this reduction is already in place; leave its `with` block before entering it again")
         self.prepare()
-        assert self._swaps is not None
         try:
-            for parameter, tensor in self._swaps:
-                # Remember first, then swap: an interrupt between the two lines restores a parameter to itself.
-                self._originals.append((parameter, parameter.data))
-                parameter.data = tensor
+            # One expression: once the call has returned, no signal can strike before `__exit__` is due.
+            return self._swap_in()
         except BaseException:
             self.restore()
             raise
+
+    def _swap_in(self) -> reduced:
+        for parameter, tensor in self._swaps or []:
+            # Remember first, then swap: an interrupt between the two lines restores a parameter to itself.
+            self._originals.append((parameter, parameter.data))
+            parameter.data = tensor
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self.restore()
+        try:
+            self.restore()
+        except BaseException:  # Ctrl-C in the middle: finish, then let it through
+            self.restore()
+            raise
 
     def restore(self) -> None:
-        """Put the original weights back. Does nothing when they are in place. Completes even when interrupted."""
-        try:
-            _point_back(self._originals)
-        except BaseException:  # Ctrl-C in the middle: finish, then let it through
-            _point_back(self._originals)
-            self._originals = []
-            raise
-        self._originals = []
-
-
-def _point_back(originals: list[tuple[nn.Parameter, Tensor]]) -> None:
-    for parameter, data in originals:
-        parameter.data = data
+        """Put the original weights back. Does nothing when they are in place; goes on where an interrupt stopped it."""
+        while self._originals:
+            parameter, data = self._originals[-1]
+            parameter.data = data
+            self._originals.pop()
 
 
 def _reduced_parameters(matrices: list[tuple[WeightMatrix, Reduction]]) -> list[tuple[nn.Parameter, Tensor]]:
@@ -107,21 +105,20 @@ def _reduced_parameters(matrices: list[tuple[WeightMatrix, Reduction]]) -> list[
         parameter = matrix.parameter
         if parameter.device.type == "meta":
             raise TypeError(f"the weight of `{matrix.name}` is on the meta device: load it before cutting")
-        original = matrix.read(parameter.data)
-        if original.is_inference():
-            original = original.clone()
-        spectrum = Spectrum.of(original, matrix.name)
-        if _changes_nothing(spectrum, reduction):
-            continue
-        _, tensor = tensors.setdefault(
-            id(parameter), (parameter, parameter.data.clone(memory_format=torch.preserve_format))
-        )
-        matrix.write(tensor, spectrum.reduce(original, reduction))
+        # Normal tensors also inside of inference mode, since a later `fit` may run autograd while one is in place; for
+        # a parameter that was itself made in inference mode, again such a tensor: torch cannot mix the two.
+        with torch.inference_mode(parameter.is_inference()):
+            original = matrix.read(parameter.data)
+            spectrum = Spectrum.of(original, matrix.name)
+            if _changes_nothing(spectrum, reduction):
+                continue
+            if id(parameter) not in tensors:
+                tensors[id(parameter)] = parameter, parameter.data.clone(memory_format=torch.preserve_format)
+            matrix.write(tensors[id(parameter)][1], spectrum.reduce(original, reduction))
     return list(tensors.values())
 
 
 def _changes_nothing(spectrum: Spectrum, reduction: Reduction) -> bool:
-    """True where rounding would be the only effect: the full rank is kept, or what is removed keeps its scale."""
-    full = spectrum.rank(reduction) == len(spectrum.values)
-    nothing = spectrum.rank(reduction) == 0
-    return reduction.scale == 1 or (full if reduction.keep == "head" else nothing)
+    """True where rounding would be the only effect: everything is kept, or what is removed keeps its scale."""
+    everything = len(spectrum.values) if reduction.keep == "head" else 0
+    return reduction.scale == 1 or spectrum.rank(reduction) == everything

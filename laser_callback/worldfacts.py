@@ -11,10 +11,11 @@ from __future__ import annotations
 import json
 import os
 import re
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from laser_callback.files import write_atomically
 
 # The main prompt of a relation, then its paraphrases. {country} brings its article along ("the Netherlands"). The
 # wording leads small models to an answer and away from "the", "a" or a quotation mark, and stays true for territories.
@@ -200,7 +201,7 @@ def write_world_facts(path: str | os.PathLike[str], relations: Sequence[str] | N
     """Write :func:`world_facts` as JSONL (UTF-8, one fact a line), wholly or not at all.
 
     Args:
-        path: The file to write or replace; its folder must exist.
+        path: The file to write or replace.
         relations: As for :func:`world_facts`.
 
     Returns:
@@ -212,13 +213,7 @@ def write_world_facts(path: str | os.PathLike[str], relations: Sequence[str] | N
     """
     path = Path(path)
     lines = [json.dumps(fact, ensure_ascii=False) + "\n" for fact in world_facts(relations)]
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as scratch:
-        whole = Path(scratch) / path.name
-        with whole.open("w", encoding="utf-8", newline="\n") as stream:
-            stream.writelines(lines)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(whole, path)
+    write_atomically(path, "".join(lines))
     return path
 
 

@@ -1,0 +1,264 @@
+"""Everything that an evaluation step may write to, kept apart for two passes over one batch.
+
+:func:`copy_data` copies batches, :class:`RandomState` holds the global generators, :class:`ModuleState` one arm's own
+values of whatever the user's module keeps. What a pass writes elsewhere (files, globals, attributes of foreign objects
+that hold more than plain values) cannot be told apart.
+
+This file knows torch and torchmetrics, but nothing of Lightning's loops.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import random
+from collections import UserDict, deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+from lightning.fabric.utilities.seed import _collect_rng_states, _set_rng_states
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, Sampler
+from torchmetrics import Metric
+
+_Containers = (dict, UserDict, list, tuple, set, frozenset, deque)
+_Generators = (torch.Generator, random.Random, np.random.Generator, np.random.RandomState)
+_Values = (Tensor, np.ndarray, np.generic, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
+_PLAIN = (*_Containers, *_Generators, *_Values)
+
+# A buffer of an ordinary submodule with more elements than this is a constant (packed weights, masks, tables), which is
+# not worth a copy per arm.
+_LARGEST_BUFFER = 2**20
+
+
+# ---- copies ----------------------------------------------------------------------------------------------------------
+
+
+def copy_data(value: Any, memo: dict[int, Any] | None = None) -> Any:
+    """Copy containers, tensors and objects that hold nothing else; anything else is kept by reference.
+
+    Not ``copy.deepcopy``: that would also copy a model or tokenizer held in a list, and whole storages behind views.
+    Aliases stay aliases within one ``memo``.
+    """
+    memo = {} if memo is None else memo
+    if id(value) in memo:
+        return memo[id(value)][1]
+    new: Any
+    if isinstance(value, Tensor):
+        new = value if isinstance(value, nn.Parameter) else _copy_tensor(value)
+    elif isinstance(value, np.ndarray):
+        new = value.copy()
+    elif isinstance(value, torch.Generator):
+        new = torch.Generator(value.device).set_state(value.get_state())
+    elif isinstance(value, _Generators):
+        new = copy.deepcopy(value)
+    elif isinstance(value, dict):
+        new = copy.copy(value)  # keeps the class, and a defaultdict's factory
+        memo[id(value)] = (value, new)
+        for key, item in value.items():
+            dict.__setitem__(new, key, copy_data(item, memo))
+        _copy_attributes(new, memo)  # a ModelOutput holds each value as an attribute, too
+    elif isinstance(value, UserDict):  # transformers' BatchEncoding
+        new = copy.copy(value)
+        memo[id(value)] = (value, new)
+        new.data = copy_data(value.data, memo)
+    elif isinstance(value, list):
+        new = copy.copy(value)
+        memo[id(value)] = (value, new)
+        new[:] = [copy_data(item, memo) for item in value]
+        _copy_attributes(new, memo)
+    elif isinstance(value, tuple):
+        items = [copy_data(item, memo) for item in value]
+        new = type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+    elif isinstance(value, deque):
+        new = copy.copy(value)
+        new.clear()
+        new.extend(copy_data(item, memo) for item in value)
+    elif isinstance(value, set):
+        new = copy.copy(value)
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        new = copy.copy(value)
+        memo[id(value)] = (value, new)
+        for item in dataclasses.fields(value):
+            if hasattr(value, item.name):
+                object.__setattr__(new, item.name, copy_data(getattr(value, item.name), memo))
+    elif not isinstance(value, nn.Module) and callable(getattr(value, "clone", None)):  # batches of graph libraries
+        new = value.clone()
+    elif is_record(value):
+        new = copy.copy(value)
+        memo[id(value)] = (value, new)
+        _copy_attributes(new, memo)
+    else:
+        return value
+    memo[id(value)] = (value, new)  # the original is kept alive, so that its id stays its own
+    return new
+
+
+def is_record(value: Any) -> bool:
+    """Whether ``value`` is an object that holds plain values and nothing else, such as a hand-written meter."""
+    if isinstance(value, (type, nn.Module, Dataset, DataLoader, Sampler, *_PLAIN)) or not hasattr(value, "__dict__"):
+        return False
+    return bool(vars(value)) and all(isinstance(item, _PLAIN) or is_record(item) for item in vars(value).values())
+
+
+def _copy_tensor(value: Tensor) -> Tensor:
+    new = value.detach().clone()
+    return new.requires_grad_() if value.requires_grad else new
+
+
+def _copy_attributes(new: Any, memo: dict[int, Any]) -> None:
+    for name, item in getattr(new, "__dict__", {}).items():
+        vars(new)[name] = copy_data(item, memo)
+
+
+class RandomState(NamedTuple):
+    """The state of Python's, NumPy's, torch's and CUDA's global generators."""
+
+    states: dict[str, Any]
+
+    @classmethod
+    def now(cls) -> RandomState:
+        """The current state."""
+        return cls(_collect_rng_states())
+
+    def set(self) -> None:
+        """Make it the current state."""
+        _set_rng_states(self.states)
+
+
+# ---- the module's own state ------------------------------------------------------------------------------------------
+
+# What LightningModule and nn.Module keep about themselves is not the user's state. The cache of metric names is: it
+# holds the identities of metrics that one arm may have created and the other not.
+_INTERNAL = set(vars(pl.LightningModule())) - {"_metric_attributes"}
+_INTERNAL |= {"_hparams", "_hparams_initial", "_hparams_name", "_log_hyperparams", "_trainer"}
+
+_HOOKS = [f"_forward_{kind}" for kind in ("hooks", "hooks_with_kwargs", "hooks_always_called")]
+_HOOKS += [f"_forward_{kind}" for kind in ("pre_hooks", "pre_hooks_with_kwargs")]
+
+
+@dataclasses.dataclass
+class _State:
+    """What one owner holds: a module, or an object of plain values that a module refers to."""
+
+    owner: Any
+    attributes: dict[str, Any]
+    buffers: dict[str, Any]
+    children: dict[str, nn.Module | None]
+    hooks: dict[str, dict[int, Any]]
+
+    @classmethod
+    def of(cls, owner: Any) -> _State:
+        if not isinstance(owner, nn.Module):
+            return cls(owner, dict(vars(owner)), {}, {}, {})
+        attributes = {
+            name: value
+            for name, value in vars(owner).items()
+            if name not in _INTERNAL and (not callable(value) or isinstance(value, _PLAIN))
+        }
+        hooks = {name: dict(getattr(owner, name)) for name in _HOOKS}
+        return cls(owner, attributes, dict(owner._buffers), dict(owner._modules), hooks)
+
+    def copy(self, memo: dict[int, Any]) -> _State:
+        attributes = {name: copy_data(value, memo) for name, value in self.attributes.items()}
+        own = isinstance(self.owner, (pl.LightningModule, Metric))
+        buffers = {
+            name: copy_data(value, memo) if own or value is None or value.numel() <= _LARGEST_BUFFER else value
+            for name, value in self.buffers.items()
+        }
+        return _State(self.owner, attributes, buffers, self.children, self.hooks)
+
+    def put(self, now: _State) -> None:
+        """Make this the owner's state, which is ``now``."""
+        vars(self.owner).update(self.attributes)
+        for name in now.attributes.keys() - self.attributes.keys():
+            del vars(self.owner)[name]
+        if not isinstance(self.owner, nn.Module):
+            return
+        self.owner._buffers.update(self.buffers)
+        for name in now.buffers.keys() - self.buffers.keys():
+            del self.owner._buffers[name]
+        for name, hooks in self.hooks.items():
+            if hooks != now.hooks[name]:
+                registered = getattr(self.owner, name)  # the same object: a hook's handle refers to it
+                registered.clear()
+                registered.update(hooks)
+        if list(map(id, self.children.values())) != list(map(id, now.children.values())):
+            # A metric that the other arm has created is its own; any other module belongs to both.
+            shared = {k: v for k, v in now.children.items() if k not in self.children and not _holds_metrics(v)}
+            self.owner._modules.clear()
+            self.owner._modules.update(self.children | shared)
+
+
+class ModuleState:
+    """One arm's own values of everything in ``module`` that an evaluation step may write to.
+
+    These are the attributes, buffers and forward hooks of all its modules, the states of torchmetrics, also of those
+    kept in plain containers, and the generators and meters that a module owns. Values are swapped, not objects: a
+    metric that is also an alias, a member of a collection, or captured in a closure stays the same object. A metric
+    that an arm creates is that arm's own.
+
+    Args:
+        module: the user's module. Its present state is copied as the state from which this arm starts.
+    """
+
+    def __init__(self, module: pl.LightningModule) -> None:
+        self._module = module
+        self._apart = _outside_of_the_tree(module)
+        memo: dict[int, Any] = {id(owner): (owner, owner) for owner in self._apart}  # swapped, not copied
+        self._mine = {key: state.copy(memo) for key, state in self._take().items()}
+
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        """Within: the module holds this arm's values. Afterwards it holds what it held before."""
+        outside = self._take()
+        try:
+            _swap(self._mine, outside)
+            yield
+        finally:
+            self._mine = self._take()
+            _swap(outside, self._mine)
+
+    def _take(self) -> dict[int, _State]:
+        return {id(owner): _State.of(owner) for owner in (*self._module.modules(), *self._apart)}
+
+
+def _swap(new: dict[int, _State], now: dict[int, _State]) -> None:
+    """Put ``new`` in place; owners that it does not know are unreachable from it, or shared."""
+    for key, state in new.items():
+        # An owner that only the other arm has replaced is not in `now`: nothing has changed it, or it would be.
+        state.put(now[key] if key in now else _State.of(state.owner))
+
+
+def _holds_metrics(child: nn.Module | None) -> bool:
+    if isinstance(child, (nn.ModuleList, nn.ModuleDict)):  # MetricCollection and MetricTracker are such containers
+        return any(_holds_metrics(grandchild) for grandchild in child._modules.values())
+    return isinstance(child, Metric)
+
+
+def _outside_of_the_tree(module: nn.Module) -> list[Any]:
+    """The metrics and records that modules keep in plain attributes and containers, at any depth."""
+    inside = set(module.modules())
+    found: dict[int, Any] = {}
+    seen: set[int] = set()
+    pending: list[Any] = [value for child in inside for value in _State.of(child).attributes.values()]
+    while pending:
+        value = pending.pop()
+        if isinstance(value, _Values) or id(value) in seen:
+            continue
+        seen.add(id(value))
+        if isinstance(value, _Containers):
+            pending.extend(value.values() if isinstance(value, (dict, UserDict)) else value)
+        elif isinstance(value, nn.Module):
+            if value not in inside and any(isinstance(child, Metric) for child in value.modules()):
+                for child in value.modules():
+                    found[id(child)] = child
+                    pending.extend(_State.of(child).attributes.values())
+        elif is_record(value):
+            found[id(value)] = value
+            pending.extend(vars(value).values())
+    return list(found.values())

@@ -1,0 +1,107 @@
+"""The README's code runs, its plans parse, and the commands it names exist."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from tiny import tiny_tokenizer
+from torch.utils.data import DataLoader
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from laser_callback import LaserPlan
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+HUB_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A causal model as deep as the README's plans need, with its tokenizer, facts and text."""
+    folder = tmp_path_factory.mktemp("model")
+    tokenizer = tiny_tokenizer()
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=30,
+        num_attention_heads=2,
+        max_position_embeddings=512,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.model_max_length = 512
+    tokenizer.save_pretrained(folder)
+    (folder / "facts.jsonl").write_text('{"prompt": "The capital of France is", "answer": "Paris"}\n' * 3)
+    (folder / "text.txt").write_text("Paris is the capital of France. " * 20)
+    return folder
+
+
+class Classifier(pl.LightningModule):
+    """What a reader has: a module whose layers are deep enough for `27.fc_in`."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self.model = LlamaForCausalLM.from_pretrained(folder)
+
+    def forward(self, batch):
+        return self.model(batch["x"]).logits[:, -1, :4]
+
+    def validation_step(self, batch, batch_idx):
+        self.log("acc", (self(batch).argmax(-1) == batch["label"]).float().mean())
+
+
+def test_callback_example(folder, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    data = pl.LightningDataModule()
+    rows = [{"x": torch.arange(i, i + 4), "label": i % 4, "id": i} for i in range(12)]
+    data.val_dataloader = lambda: DataLoader(rows, batch_size=5)
+    module = Classifier(folder)
+    scope = {"module": module, "data": data}
+    exec(BLOCKS[0], scope)
+    assert {"acc", "laser/acc", "laser/delta/acc"} <= set(scope["trainer"].callback_metrics)
+
+    methods = {}
+    exec(re.sub(r"^    ", "", BLOCKS[1], flags=re.MULTILINE), methods)
+    monkeypatch.setattr(Classifier, "validation_step", methods["validation_step"])
+    exec(BLOCKS[0], scope)
+    result = scope["trainer"].callbacks[0].result
+    assert result["laser"]["acc"].test == "exact McNemar"
+    assert result["laser"]["acc"].n == 12
+
+
+def test_module_example(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    assert HUB_NAME in BLOCKS[2]
+    scope = {}
+    exec(BLOCKS[2].replace(HUB_NAME, str(folder)), scope)
+    result = scope["module"].result
+    assert result["laser"]["first_token_accuracy"].n == 3
+    assert result["laser"]["perplexity"].kind == "log_ratio"
+    assert set(result.controls["laser"]) == {"zeroed", "random"}
+
+
+def test_every_block_is_one_of_these():
+    assert len(BLOCKS) == 3
+
+
+def test_plans_of_the_table_parse():
+    table = README[README.index("| text | means |") : README.index("Kinds are those")]
+    texts = [text for row in table.splitlines()[2:] for text in re.findall(r"`([^`]+@[^`]+)`", row.split(" | ")[0])]
+    assert len(texts) >= 10
+    for text in texts:
+        assert LaserPlan.parse(str(LaserPlan.parse(text))) == LaserPlan.parse(text)
+
+
+def test_commands_exist():
+    for script in re.findall(r"bash (\S+\.sh)", README):
+        assert (ROOT / script).is_file()
+    for script in re.findall(r"python (tests/\S+\.py)", README):
+        assert (ROOT / script).is_file()
+    for link in re.findall(r"\]\((?!http)([^)]+)\)", README):
+        assert (ROOT / link).is_file(), link
