@@ -194,7 +194,8 @@ def publish(trainer: pl.Trainer, module: pl.LightningModule, name: str, value: T
             module.log(name, value, logger=meta.logger, prog_bar=meta.prog_bar, add_dataloader_idx=False, batch_size=1)
             results = trainer._results
             assert results is not None
-            results._get_cache(results[f"{module._current_fx_name}.{name}"], on_step=False)  # the second one comes here
+            # The warning about synchronisation comes when the value is computed; it is kept from then on.
+            results._get_cache(results[f"{module._current_fx_name}.{name}"], on_step=False)
         return
     connector._callback_metrics[name] = value
     if meta.logger:

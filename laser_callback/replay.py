@@ -14,9 +14,10 @@ computes.
 from __future__ import annotations
 
 import copy
+import operator
 import random
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -79,15 +80,37 @@ class LayerReplay:
             for report in self.reports.values():
                 report.reasons["the model is compiled"] += 1
         self._calls: dict[nn.Module, list[_Call | str]] = {}
+        self._recorder = _Recorder(self._calls)
+
+    _paused = 0  # of all objects: several callbacks may record at once
+
+    @classmethod
+    @contextmanager
+    def paused(cls) -> Iterator[None]:
+        """Within: calls are recorded by nobody. For whatever runs the model while another callback may be recording."""
+        cls._paused += 1
+        try:
+            yield
+        finally:
+            cls._paused -= 1
 
     @contextmanager
     def record(self) -> Iterator[None]:
         """Within: calls of the layers before the last arm's first cut are recorded, replacing an earlier record."""
         self._calls = {}
-        recorder = _Recorder(self._calls)
-        layers = {layer: None for layers in self._layers.values() for layer in layers}
+        self._recorder = recorder = _Recorder(self._calls, self._recorder.watch_random)
+        layers = {layer: _OwnState(list(layer.modules())) for layers in self._layers.values() for layer in layers}
+        drawn = _python_random_states()
         with _patched(layers, recorder.wrap):
             yield
+        for layer, state in layers.items():
+            if not state.still_holds():
+                recorder.refuse(layer, "it changes its own attributes or buffers")
+        if not recorder.watch_random and drawn != _python_random_states():
+            # Somebody draws. From the next batch on, see who: to ask for these states costs more than a small layer.
+            recorder.watch_random = True
+            for layer in layers:
+                recorder.refuse(layer, "random numbers are drawn")
 
     @contextmanager
     def replay(self, arm: str) -> Iterator[None]:
@@ -152,8 +175,9 @@ def _fresh(output: list[Any], inputs: list[Any]) -> list[Any]:
 
 
 class _Recorder:
-    def __init__(self, calls: dict[nn.Module, list[_Call | str]]) -> None:
+    def __init__(self, calls: dict[nn.Module, list[_Call | str]], watch_random: bool = False) -> None:
         self._calls = calls
+        self.watch_random = watch_random  # look at Python's and NumPy's generators around each layer
         self._arguments: dict[int, _Copy] = {}
         self._outputs: dict[int, _Copy] = {}  # of the latest layer: the next one's input
 
@@ -161,6 +185,8 @@ class _Recorder:
         modules = list(layer.modules())
 
         def recorded_forward(*args: Any, **kwargs: Any) -> Any:
+            if LayerReplay._paused:
+                return forward(*args, **kwargs)
             calls = self._calls.setdefault(layer, [])
             leaves, structure = _flatten((args, kwargs))
             reason = _unreplayable(modules, leaves)
@@ -171,17 +197,15 @@ class _Recorder:
             cache = _cache_in(leaves)
             lengths = [_length(entry) for entry in cache.layers] if cache is not None else []
             context = _context(leaves)
-            before = _random_states(leaves), _own_state(modules)
+            before = _random_states(leaves, self.watch_random)
 
             output = forward(*args, **kwargs)
 
             output_leaves, output_structure = _flatten(output)
             entry, reason = _cache_entry(cache, lengths)
             reason = reason or _unreplayable_output(output_leaves, leaves)
-            if not reason and not _alike(before[0], _random_states(leaves)):
+            if not reason and not _alike(before, _random_states(leaves, self.watch_random)):
                 reason = "it draws random numbers"
-            if not reason and before[1] != _own_state(modules):
-                reason = "it changes its own attributes or buffers"
             if not reason and any(not c.still_holds() for c in copies if isinstance(c, _Copy)):
                 reason = "it changes its inputs in place"
             if reason:
@@ -194,6 +218,10 @@ class _Recorder:
             return output
 
         return recorded_forward
+
+    def refuse(self, layer: nn.Module, reason: str) -> None:
+        """Let no call of ``layer`` in this record be replayed."""
+        self._calls[layer] = [call if isinstance(call, str) else reason for call in self._calls.get(layer, ())]
 
     def _output(self, output: list[Any], inputs: list[Any]) -> list[Any]:
         passed: dict[int, Any] = {id(leaf): _Passed(i) for i, leaf in enumerate(inputs) if isinstance(leaf, Tensor)}
@@ -256,7 +284,7 @@ def _layers_before(stacks: Mapping[str, list[nn.Module]], matrices: Sequence[Wei
 
 @contextmanager
 def _patched(
-    layers: Sequence[nn.Module] | Mapping[nn.Module, None],
+    layers: Iterable[nn.Module],
     wrap: Callable[[nn.Module, Callable[..., Any]], Callable[..., Any]],
 ) -> Iterator[None]:
     """Replace ``forward`` (not ``__call__``: the layer's own hooks still fire) and put the attribute back exactly."""
@@ -404,9 +432,13 @@ def _context(leaves: list[Any]) -> tuple[Any, ...]:
     return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), autocast, torch.get_autocast_dtype(kind)
 
 
-def _random_states(leaves: list[Any]) -> list[Any]:
+def _python_random_states() -> list[Any]:
     name, keys, *position = np.random.get_state(legacy=True)
-    states = [random.getstate(), (name, np.asarray(keys).tobytes(), position), torch.get_rng_state()]
+    return [random.getstate(), name, np.asarray(keys).tobytes(), position]
+
+
+def _random_states(leaves: list[Any], python: bool) -> list[Any]:
+    states = [torch.get_rng_state(), *(_python_random_states() if python else ())]
     cuda = next((leaf.device for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_cuda), None)
     return states if cuda is None else [*states, torch.cuda.get_rng_state(cuda)]
 
@@ -415,20 +447,26 @@ def _alike(before: list[Any], after: list[Any]) -> bool:
     return all(torch.equal(a, b) if isinstance(a, Tensor) else a == b for a, b in zip(before, after, strict=True))
 
 
-def _own_state(modules: list[nn.Module]) -> list[Any]:
+class _OwnState:
     """What shows that a layer's attributes or buffers were rebound, appended to, or changed in place."""
-    state: list[Any] = []
-    for module in modules:
-        for name, value in vars(module).items():
-            if name not in _INTERNAL:
-                state += (id(value), len(value)) if isinstance(value, (list, dict, set)) else (id(value),)
-                if isinstance(value, Tensor):
-                    state.append(_version(value))
-        state += [(id(buffer), _version(buffer)) for buffer in module._buffers.values() if buffer is not None]
-    return state
 
+    def __init__(self, modules: list[nn.Module]) -> None:
+        self._modules = modules
+        self._values, self._marks = self._look()
 
-_INTERNAL = {*vars(nn.Module()), "forward"}
+    def still_holds(self) -> bool:
+        """Whether nothing has changed since."""
+        values, marks = self._look()
+        same = len(values) == len(self._values) and all(map(operator.is_, values, self._values))
+        return same and marks == self._marks
+
+    def _look(self) -> tuple[list[Any], list[Any]]:
+        # The values themselves, not their ids: an id is used again once its object is gone.
+        values = [v for module in self._modules for name, v in vars(module).items() if name != "forward"]
+        values += [buffer for module in self._modules for buffer in module._buffers.values()]
+        marks: list[Any] = [len(value) for value in values if type(value) in (list, dict, set)]
+        marks += [_version(value) for value in values if isinstance(value, Tensor)]
+        return values, marks
 
 
 # ---- key/value caches ------------------------------------------------------------------------------------------------

@@ -121,7 +121,7 @@ class ComparisonRun:
         for reduction in self._reductions:
             self._start_rng.set()
             try:
-                with reduction.cut:
+                with reduction.cut, LayerReplay.paused():
                     reduction.arm.start()
             finally:
                 rng.set()
@@ -134,7 +134,6 @@ class ComparisonRun:
             self._close_means()
         self._batch = copy_data(batch)
         self._rng = RandomState.now()
-        self._size = 0
         if self._replay is not None:
             self._recording.enter_context(self._replay.record())
         self._begin = time.perf_counter()
@@ -155,6 +154,7 @@ class ComparisonRun:
                 self._rng.set()
                 with ExitStack() as stack:
                     stack.enter_context(reduction.cut)
+                    stack.enter_context(LayerReplay.paused())
                     if self._replay is not None:
                         stack.enter_context(self._replay.replay(reduction.key))
                     output = reduction.arm.step(copy_data(self._batch), batch_idx, index)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import operator
 import random
 from collections import UserDict, deque
 from collections.abc import Iterator
@@ -30,9 +31,9 @@ _Generators = (torch.Generator, random.Random, np.random.Generator, np.random.Ra
 _Values = (Tensor, np.ndarray, np.generic, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
 _PLAIN = (*_Containers, *_Generators, *_Values)
 
-# A buffer of an ordinary submodule with more elements than this is a constant (packed weights, masks, tables), which is
+# A tensor in an ordinary submodule with more elements than this is a constant (packed weights, masks, tables), which is
 # not worth a copy per arm.
-_LARGEST_BUFFER = 2**20
+_LARGEST_STATE = 2**20
 
 
 # ---- copies ----------------------------------------------------------------------------------------------------------
@@ -160,38 +161,44 @@ class _State:
             for name, value in vars(owner).items()
             if name not in _INTERNAL and (not callable(value) or isinstance(value, _PLAIN))
         }
-        hooks = {name: dict(getattr(owner, name)) for name in _HOOKS}
+        hooks = {name: dict(vars(owner)[name]) for name in _HOOKS if vars(owner)[name]}
         return cls(owner, attributes, dict(owner._buffers), dict(owner._modules), hooks)
 
     def copy(self, memo: dict[int, Any]) -> _State:
-        attributes = {name: copy_data(value, memo) for name, value in self.attributes.items()}
-        own = isinstance(self.owner, (pl.LightningModule, Metric))
-        buffers = {
-            name: copy_data(value, memo) if own or value is None or value.numel() <= _LARGEST_BUFFER else value
-            for name, value in self.buffers.items()
-        }
+        whole = not isinstance(self.owner, nn.Module) or isinstance(self.owner, (pl.LightningModule, Metric))
+
+        def copy_value(value: Any) -> Any:
+            constant = isinstance(value, Tensor) and value.numel() > _LARGEST_STATE and not whole
+            return value if constant else copy_data(value, memo)
+
+        attributes = {name: copy_value(value) for name, value in self.attributes.items()}
+        buffers = {name: copy_value(value) for name, value in self.buffers.items()}
         return _State(self.owner, attributes, buffers, self.children, self.hooks)
 
     def put(self, now: _State) -> None:
         """Make this the owner's state, which is ``now``."""
-        vars(self.owner).update(self.attributes)
-        for name in now.attributes.keys() - self.attributes.keys():
-            del vars(self.owner)[name]
-        if not isinstance(self.owner, nn.Module):
-            return
-        self.owner._buffers.update(self.buffers)
-        for name in now.buffers.keys() - self.buffers.keys():
-            del self.owner._buffers[name]
-        for name, hooks in self.hooks.items():
-            if hooks != now.hooks[name]:
-                registered = getattr(self.owner, name)  # the same object: a hook's handle refers to it
+        if not _same_objects(self.attributes, now.attributes):
+            vars(self.owner).update(self.attributes)
+            for name in now.attributes.keys() - self.attributes.keys():
+                del vars(self.owner)[name]
+        if not _same_objects(self.buffers, now.buffers):
+            self.owner._buffers.clear()
+            self.owner._buffers.update(self.buffers)
+        if self.hooks or now.hooks:
+            for name in _HOOKS:
+                registered = getattr(self.owner, name)  # stays the same object: a hook's handle refers to it
                 registered.clear()
-                registered.update(hooks)
-        if list(map(id, self.children.values())) != list(map(id, now.children.values())):
+                registered.update(self.hooks.get(name, {}))
+        if not _same_objects(self.children, now.children):
             # A metric that the other arm has created is its own; any other module belongs to both.
             shared = {k: v for k, v in now.children.items() if k not in self.children and not _holds_metrics(v)}
             self.owner._modules.clear()
             self.owner._modules.update(self.children | shared)
+
+
+def _same_objects(a: dict[str, Any], b: dict[str, Any]) -> bool:
+    # Not `a == b`: tensors and metrics are compared element by element, or into a new metric.
+    return len(a) == len(b) and all(map(operator.is_, a.values(), b.values())) and a.keys() == b.keys()
 
 
 class ModuleState:
@@ -224,7 +231,14 @@ class ModuleState:
             _swap(outside, self._mine)
 
     def _take(self) -> dict[int, _State]:
-        return {id(owner): _State.of(owner) for owner in (*self._module.modules(), *self._apart)}
+        owners: dict[int, Any] = {id(owner): owner for owner in (self._module, *self._apart)}
+        pending = list(owners.values())
+        for owner in pending:  # as `Module.modules()`, which is ten times slower
+            if isinstance(owner, nn.Module):
+                new = [child for child in owner._modules.values() if child is not None and id(child) not in owners]
+                owners.update((id(child), child) for child in new)
+                pending += new
+        return {key: _State.of(owner) for key, owner in owners.items()}
 
 
 def _swap(new: dict[int, _State], now: dict[int, _State]) -> None:

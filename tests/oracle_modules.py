@@ -17,6 +17,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import transformers as hf
+from lightning.pytorch.utilities import CombinedLoader
 from tiny import tiny_causal_lm
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -462,7 +463,7 @@ class StatefulSubmodule(Style):
 
 @style
 class PopsLabels(Style):
-    def validation_step(self, batch: Any, batch_idx: int) -> None:
+    def validation_step(self, batch: Any) -> None:
         labels = batch.pop("labels")
         logits = self.model(**batch).logits[:, -1, :CLASSES]
         batch["input_ids"].zero_()
@@ -618,6 +619,24 @@ class SeveralLoaders(Style):
 
 
 @style
+class CombinedLoaders(Style):
+    """Two loaders at once: one batch is a dict of both loaders' batches, the shorter one begins again."""
+
+    def data(self) -> Any:
+        loaders = {"a": DataLoader(tokens(7, seed=1), batch_size=3), "b": DataLoader(tokens(5, seed=2), batch_size=3)}
+        return CombinedLoader(loaders, "max_size_cycle")
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        batch["a"]["input_ids"] = batch["a"]["input_ids"].roll(int(torch.randint(7, ())), 1)  # augmentation
+        return batch
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        for name in list(batch):
+            part = batch.pop(name)
+            self.log(name, F.cross_entropy(self.logits(part), part["labels"]), batch_size=len(part["labels"]))
+
+
+@style
 class Experiment(Style):
     """Talks to the logger directly, in three ways, and asks where to write."""
 
@@ -676,6 +695,25 @@ class OwnGenerators(Style):
         noise = torch.rand(logits.shape, generator=self.generator) * self.numpy.random() + self.python.random()
         self.log("loss", F.cross_entropy(logits + noise, batch["labels"]))
         self.log("noise", noise.mean() + self.legacy.rand())
+
+
+@style
+class EndsEarly(Style):
+    """How often the model is called, and already before the first step, depends on what it says."""
+
+    def on_validation_epoch_start(self) -> None:
+        with torch.no_grad():
+            self.warm = self.logits({"input_ids": torch.stack([x["input_ids"] for x in tokens()[:4]])}).sum()
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        total, calls = torch.zeros(()), 0
+        for _ in range(3):
+            logits = self.logits(batch)
+            total, calls = total + F.cross_entropy(logits, batch["labels"]), calls + 1
+            if logits[0].argmax() != 1:
+                break
+        self.log("loss", total + self.warm)
+        self.log("calls", float(calls))
 
 
 @style

@@ -18,6 +18,7 @@ from lightning.pytorch.loggers import CSVLogger, Logger
 from oracle_modules import (
     STYLES,
     Collection,
+    EndsEarly,
     Experiment,
     InPlaceState,
     LazyMetrics,
@@ -448,6 +449,69 @@ def test_several_plans_do_not_see_each_other(tmp_path: Any) -> None:
         assert_close({key: got[f"laser/{name}/{key}"] for key in oracle}, oracle)
     for key in oracle:  # a plan that changes nothing gives the user's own numbers, to the last bit
         assert same(got[f"laser/none/{key}"], got[key])
+
+
+def test_two_callbacks_do_not_see_each_other(tmp_path: Any) -> None:
+    """The second one is still recording the user's layers while the first one runs its reduced arm."""
+    early = {"plan": "0.mlp@0.1", "key_prefix": "early"}
+    module, alone, early_alone = EndsEarly(), EndsEarly(), EndsEarly()
+    (alone_values,) = evaluate(trainer_for(tmp_path, laser(alone)), alone)
+    (early_values,) = evaluate(trainer_for(tmp_path, LaserCallback(**early, report=False)), early_alone)
+    (got,) = evaluate(trainer_for(tmp_path, LaserCallback(**early, report=False), laser(module)), module)
+    assert_exactly({key: value for key, value in got.items() if not key.startswith("early/")}, alone_values)
+    assert_exactly({key: value for key, value in got.items() if not key.startswith("laser/")}, early_values)
+    assert_equal(state_of(module), state_of(alone))
+
+
+def test_an_exception_in_the_reduced_arm_leaves_the_users_state(tmp_path: Any) -> None:
+    class Breaks(OutputsInHooks):
+        calls = 0
+
+        def validation_step(self, batch: Any, batch_idx: int) -> Any:
+            Breaks.calls += 1
+            output = super().validation_step(batch, batch_idx)
+            self.events["steps"] += 1
+            if Breaks.calls == 4:  # the reduced arm's second
+                raise ValueError("in the reduced arm")
+            return output
+
+    class Stops(Callback):
+        def on_validation_batch_end(self, *args: Any) -> None:
+            if args[4] == 1:
+                raise ValueError("after the user's second step")
+
+    module, plain = Breaks(), OutputsInHooks()
+    weights, logger = bits(module), CountingLogger(tmp_path / "a")
+    with pytest.raises(ValueError, match="reduced arm"):
+        evaluate(trainer_for(tmp_path, laser(module), logger=logger), module)
+    with pytest.raises(ValueError, match="second step"):
+        evaluate(trainer_for(tmp_path, Stops()), plain)
+    assert bits(module) == weights
+    assert module.events.pop("steps") == 2
+    assert_equal(state_of(module), state_of(plain))
+    assert module.trainer.loggers == [logger]
+
+
+def test_large_tensors_of_submodules_are_not_copied(tmp_path: Any) -> None:
+    """Packed weights and tables of a model are buffers, too."""
+    module = Outputs()
+    module.model.register_buffer("table", torch.zeros(2**20 + 1), persistent=False)
+    module.model.register_buffer("small", torch.zeros(4), persistent=False)
+    module.queue = torch.zeros(2**20 + 1)  # the LightningModule's own state is
+    seen: list[tuple[int, ...]] = []
+
+    step = module.validation_step
+
+    def look(*args: Any) -> Any:
+        seen.append(tuple(t.data_ptr() for t in (module.model.table, module.model.small, module.queue)))
+        return step(*args)
+
+    module.validation_step = look
+    evaluate(trainer_for(tmp_path, laser(module)), module)
+    original, arm = seen[:2]
+    assert original[0] == arm[0]
+    assert original[1] != arm[1]
+    assert original[2] != arm[2]
 
 
 def test_random_numbers_go_on_as_without_the_callback(tmp_path: Any) -> None:
