@@ -14,23 +14,32 @@ computes.
 from __future__ import annotations
 
 import copy
-import operator
-import random
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
-import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from laser_callback.matrices import WeightMatrix, layer_stacks
-
-_PLAIN = (type(None), bool, int, float, str, bytes, torch.dtype, torch.device)
+from laser_callback.replayable import (
+    OwnState,
+    TensorCopy,
+    added_to_cache,
+    cache_in,
+    cached_length,
+    context_of,
+    flatten,
+    is_compiled,
+    python_random_states,
+    random_states,
+    same_states,
+    same_value,
+    why_not_call,
+    why_not_output,
+)
 
 
 @dataclass
@@ -75,12 +84,12 @@ class LayerReplay:
         self.reports = {arm: ReplayReport() for arm in cuts}
         stacks = layer_stacks(model)
         self._layers = {arm: _layers_before(stacks, matrices) for arm, matrices in cuts.items()}
-        if any(_is_compiled(module) for module in model.modules()):
+        if any(is_compiled(module) for module in model.modules()):
             self._layers = {arm: [] for arm in cuts}  # a patched `forward` would force a recompilation
             for report in self.reports.values():
                 report.reasons["the model is compiled"] += 1
         self._calls: dict[nn.Module, list[_Call | str]] = {}
-        self._recorder = _Recorder(self._calls)
+        self._watch: bool | None = None  # Python's and NumPy's generators around each layer; None: for now
 
     _paused = 0  # of all objects: several callbacks may record at once
 
@@ -98,19 +107,18 @@ class LayerReplay:
     def record(self) -> Iterator[None]:
         """Within: calls of the layers before the last arm's first cut are recorded, replacing an earlier record."""
         self._calls = {}
-        self._recorder = recorder = _Recorder(self._calls, self._recorder.watch_random)
-        layers = {layer: _OwnState(list(layer.modules())) for layers in self._layers.values() for layer in layers}
-        drawn = _python_random_states()
+        recorder = _Recorder(self._calls, watch=self._watch is not False)
+        layers = {layer: None for layers in self._layers.values() for layer in layers}
         with _patched(layers, recorder.wrap):
             yield
-        for layer, state in layers.items():
-            if not state.still_holds():
-                recorder.refuse(layer, "it changes its own attributes or buffers")
-        if not recorder.watch_random and drawn != _python_random_states():
-            # Somebody draws. From the next batch on, see who: to ask for these states costs more than a small layer.
-            recorder.watch_random = True
-            for layer in layers:
-                recorder.refuse(layer, "random numbers are drawn")
+        # To look at these generators costs as much as a small layer. Once no layer was seen to draw, look only whether
+        # anybody did, and go back to each layer for good if so.
+        if self._watch is None:
+            self._watch = recorder.drawn
+        elif not self._watch and recorder.start is not None and recorder.start != python_random_states():
+            self._watch = True
+            for layer, calls in self._calls.items():
+                self._calls[layer] = [call if isinstance(call, str) else "random numbers are drawn" for call in calls]
 
     @contextmanager
     def replay(self, arm: str) -> Iterator[None]:
@@ -125,7 +133,7 @@ class LayerReplay:
                 calls = self._calls.get(layer, [])
                 call = calls[position[layer]] if position[layer] < len(calls) else "no call was recorded"
                 position[layer] += 1
-                leaves, structure = _flatten((args, kwargs))
+                leaves, structure = flatten((args, kwargs))
                 reason = _why_not(call, modules, leaves, structure)
                 if isinstance(call, str) or reason:
                     report.run += 1
@@ -134,7 +142,7 @@ class LayerReplay:
                 report.replayed += 1
                 if call.cache_entry is not None:
                     index, keys, values = call.cache_entry
-                    _cache_in(leaves).update(keys, values, index)
+                    cache_in(leaves).update(keys, values, index)
                 return pytree.tree_unflatten(_fresh(call.output, leaves), call.output_structure)
 
             return replayed_forward
@@ -175,11 +183,13 @@ def _fresh(output: list[Any], inputs: list[Any]) -> list[Any]:
 
 
 class _Recorder:
-    def __init__(self, calls: dict[nn.Module, list[_Call | str]], watch_random: bool = False) -> None:
+    def __init__(self, calls: dict[nn.Module, list[_Call | str]], watch: bool) -> None:
         self._calls = calls
-        self.watch_random = watch_random  # look at Python's and NumPy's generators around each layer
-        self._arguments: dict[int, _Copy] = {}
-        self._outputs: dict[int, _Copy] = {}  # of the latest layer: the next one's input
+        self._watch = watch  # Python's and NumPy's generators around each layer
+        self.drawn = False
+        self.start: list[Any] | None = None  # their states ahead of the first layer
+        self._arguments: dict[int, TensorCopy] = {}
+        self._outputs: dict[int, TensorCopy] = {}  # of the latest layer: the next one's input
 
     def wrap(self, layer: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
         modules = list(layer.modules())
@@ -188,40 +198,40 @@ class _Recorder:
             if LayerReplay._paused:
                 return forward(*args, **kwargs)
             calls = self._calls.setdefault(layer, [])
-            leaves, structure = _flatten((args, kwargs))
-            reason = _unreplayable(modules, leaves)
+            leaves, structure = flatten((args, kwargs))
+            reason = why_not_call(modules, leaves)
             if reason:
                 calls.append(reason)
                 return forward(*args, **kwargs)
             copies = [self._copy(leaf, self._arguments) for leaf in leaves]
-            cache = _cache_in(leaves)
-            lengths = [_length(entry) for entry in cache.layers] if cache is not None else []
-            context = _context(leaves)
-            before = _random_states(leaves, self.watch_random)
+            cache = cache_in(leaves)
+            lengths = [cached_length(entry) for entry in cache.layers] if cache is not None else []
+            context = context_of(leaves)
+            if self.start is None:
+                self.start = python_random_states()
+            before, own = random_states(leaves, self._watch), OwnState(modules)
 
             output = forward(*args, **kwargs)
 
-            output_leaves, output_structure = _flatten(output)
-            entry, reason = _cache_entry(cache, lengths)
-            reason = reason or _unreplayable_output(output_leaves, leaves)
-            if not reason and not _alike(before, _random_states(leaves, self.watch_random)):
-                reason = "it draws random numbers"
-            if not reason and any(not c.still_holds() for c in copies if isinstance(c, _Copy)):
+            output_leaves, output_structure = flatten(output)
+            entry, reason = added_to_cache(cache, lengths)
+            reason = reason or why_not_output(output_leaves, leaves)
+            if not same_states(before, random_states(leaves, self._watch)):
+                self.drawn, reason = True, reason or "it draws random numbers"
+            if not reason and not own.still_holds():
+                reason = "it changes its own attributes or buffers"
+            if not reason and any(not c.still_holds() for c in copies if isinstance(c, TensorCopy)):
                 reason = "it changes its inputs in place"
             if reason:
                 calls.append(reason)
                 return output
             self._outputs = {}
-            inputs = [c.value if isinstance(c, _Copy) else c for c in copies]
+            inputs = [c.value if isinstance(c, TensorCopy) else c for c in copies]
             recorded = self._output(output_leaves, leaves)
             calls.append(_Call(inputs, structure, context, recorded, output_structure, entry))
             return output
 
         return recorded_forward
-
-    def refuse(self, layer: nn.Module, reason: str) -> None:
-        """Let no call of ``layer`` in this record be replayed."""
-        self._calls[layer] = [call if isinstance(call, str) else reason for call in self._calls.get(layer, ())]
 
     def _output(self, output: list[Any], inputs: list[Any]) -> list[Any]:
         passed: dict[int, Any] = {id(leaf): _Passed(i) for i, leaf in enumerate(inputs) if isinstance(leaf, Tensor)}
@@ -236,34 +246,34 @@ class _Recorder:
                 passed[id(leaf)] = _Again(i)
         return recorded
 
-    def _copy(self, leaf: Any, memory: dict[int, _Copy]) -> Any:
+    def _copy(self, leaf: Any, memory: dict[int, TensorCopy]) -> Any:
         """A copy of a tensor; one copy for an object that is passed to many layers (masks, rotary tables)."""
         if not isinstance(leaf, Tensor):
             return leaf
         for known in (self._outputs, self._arguments):
             if id(leaf) in known and known[id(leaf)].still_holds():
                 return known[id(leaf)]
-        memory[id(leaf)] = _Copy(leaf)
+        memory[id(leaf)] = TensorCopy(leaf)
         return memory[id(leaf)]
 
 
-class _Copy:
-    """A tensor's value at one time. The tensor is kept alive, so that its id stays its own."""
-
-    def __init__(self, tensor: Tensor) -> None:
-        self._tensor = tensor
-        self._version = _version(tensor)
-        self.value = tensor.detach().clone()
-
-    def still_holds(self) -> bool:
-        """Whether the tensor still has that value."""
-        if self._version is not None:
-            return self._version == _version(self._tensor)
-        return torch.equal(self._tensor, self.value)
-
-
-def _version(tensor: Tensor) -> int | None:
-    return None if tensor.is_inference() else tensor._version
+def _why_not(call: _Call | str, modules: list[nn.Module], leaves: list[Any], structure: pytree.TreeSpec) -> str:
+    """Why this call cannot be answered from ``call``; empty when it can."""
+    if isinstance(call, str):
+        return call
+    reason = why_not_call(modules, leaves)
+    if reason:
+        return reason
+    if structure != call.structure or context_of(leaves) != call.context:
+        return "it is called with other arguments"
+    if not all(same_value(new, old) for new, old in zip(leaves, call.leaves, strict=True)):
+        return "its inputs differ between the arms"
+    cache = cache_in(leaves)
+    if cache is not None and call.cache_entry is not None:
+        index = call.cache_entry[0]
+        if index < len(cache.layers) and cached_length(cache.layers[index]):
+            return "its key/value cache is not empty"
+    return ""
 
 
 # ---- which layers ----------------------------------------------------------------------------------------------------
@@ -339,164 +349,3 @@ class _Patch:
             del vars(self._layer)["forward"]
         else:
             vars(self._layer)["forward"] = self._before
-
-
-# ---- when a call may be replayed -------------------------------------------------------------------------------------
-
-
-def _why_not(call: _Call | str, modules: list[nn.Module], leaves: list[Any], structure: pytree.TreeSpec) -> str:
-    """Why this call cannot be answered from ``call``; empty when it can."""
-    if isinstance(call, str):
-        return call
-    reason = _unreplayable(modules, leaves)
-    if reason:
-        return reason
-    if structure != call.structure or _context(leaves) != call.context:
-        return "it is called with other arguments"
-    if not all(_same(new, old) for new, old in zip(leaves, call.leaves, strict=True)):
-        return "its inputs differ between the arms"
-    cache = _cache_in(leaves)
-    if cache is not None and call.cache_entry is not None:
-        index = call.cache_entry[0]
-        if index < len(cache.layers) and _length(cache.layers[index]):
-            return "its key/value cache is not empty"
-    return ""
-
-
-def _same(new: Any, old: Any) -> bool:
-    if isinstance(new, Tensor):
-        alike = isinstance(old, Tensor) and (new.shape, new.dtype, new.device) == (old.shape, old.dtype, old.device)
-        return alike and torch.equal(new, old)
-    return isinstance(new, Cache) or (type(new) is type(old) and new == old)
-
-
-def _unreplayable(modules: list[nn.Module], leaves: list[Any]) -> str:
-    """Why a call of the layer made of ``modules`` (itself first) must run, whatever the record says."""
-    if any(module.training for module in modules):
-        return "it is in train mode"
-    if nn.modules.module._global_forward_hooks or nn.modules.module._global_forward_pre_hooks:
-        return "a global forward hook listens"
-    for module in modules[1:]:
-        if any(_is_active(hook) for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values())):
-            return "a forward hook listens inside of it"
-    for leaf in leaves:
-        if isinstance(leaf, Tensor):
-            if type(leaf) not in (Tensor, nn.Parameter) or leaf.layout is not torch.strided or leaf.is_nested:
-                return f"it takes a {type(leaf).__name__} that cannot be compared"
-            if leaf.requires_grad and torch.is_grad_enabled():
-                return "autograd runs through it"
-        elif isinstance(leaf, Cache):
-            if type(leaf) is not DynamicCache:
-                return f"its cache is a {type(leaf).__name__}"
-        elif not isinstance(leaf, _PLAIN):
-            return f"it takes a {type(leaf).__name__} that cannot be compared"
-    if sum(isinstance(leaf, Cache) for leaf in leaves) > 1:
-        return "it takes several caches"
-    return ""
-
-
-def _unreplayable_output(leaves: list[Any], inputs: list[Any]) -> str:
-    given = {leaf.untyped_storage().data_ptr(): leaf for leaf in inputs if isinstance(leaf, Tensor) and leaf.numel()}
-    for leaf in leaves:
-        if isinstance(leaf, Tensor):
-            if leaf.requires_grad:
-                return "autograd runs through it"
-            if type(leaf) is not Tensor or leaf.layout is not torch.strided or leaf.is_nested:
-                return f"it returns a {type(leaf).__name__} that cannot be copied"
-            if given.get(leaf.untyped_storage().data_ptr(), leaf) is not leaf:
-                return "it returns a part of its input"
-        elif not isinstance(leaf, _PLAIN):
-            return f"it returns a {type(leaf).__name__} that cannot be copied"
-    return ""
-
-
-def _is_active(hook: Callable[..., Any]) -> bool:
-    """False for transformers' output capturing while nothing is captured: it then returns at once."""
-    if getattr(hook, "__module__", "") != "transformers.utils.output_capturing":
-        return True
-    from transformers.utils.output_capturing import _active_collector
-
-    collected = _active_collector.get()
-    captured = dict(zip(hook.__code__.co_freevars, hook.__closure__ or (), strict=True)).get("key")
-    return collected is not None and (captured is None or captured.cell_contents in collected)
-
-
-def _is_compiled(module: nn.Module) -> bool:
-    return module._compiled_call_impl is not None or isinstance(module, torch._dynamo.OptimizedModule)
-
-
-def _context(leaves: list[Any]) -> tuple[Any, ...]:
-    """What besides its inputs decides a layer's arithmetic."""
-    kind = next((leaf.device.type for leaf in leaves if isinstance(leaf, Tensor)), "cpu")
-    autocast = torch.is_autocast_enabled(kind)
-    return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), autocast, torch.get_autocast_dtype(kind)
-
-
-def _python_random_states() -> list[Any]:
-    name, keys, *position = np.random.get_state(legacy=True)
-    return [random.getstate(), name, np.asarray(keys).tobytes(), position]
-
-
-def _random_states(leaves: list[Any], python: bool) -> list[Any]:
-    states = [torch.get_rng_state(), *(_python_random_states() if python else ())]
-    cuda = next((leaf.device for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_cuda), None)
-    return states if cuda is None else [*states, torch.cuda.get_rng_state(cuda)]
-
-
-def _alike(before: list[Any], after: list[Any]) -> bool:
-    return all(torch.equal(a, b) if isinstance(a, Tensor) else a == b for a, b in zip(before, after, strict=True))
-
-
-class _OwnState:
-    """What shows that a layer's attributes or buffers were rebound, appended to, or changed in place."""
-
-    def __init__(self, modules: list[nn.Module]) -> None:
-        self._modules = modules
-        self._values, self._marks = self._look()
-
-    def still_holds(self) -> bool:
-        """Whether nothing has changed since."""
-        values, marks = self._look()
-        same = len(values) == len(self._values) and all(map(operator.is_, values, self._values))
-        return same and marks == self._marks
-
-    def _look(self) -> tuple[list[Any], list[Any]]:
-        # The values themselves, not their ids: an id is used again once its object is gone.
-        values = [v for module in self._modules for name, v in vars(module).items() if name != "forward"]
-        values += [buffer for module in self._modules for buffer in module._buffers.values()]
-        marks: list[Any] = [len(value) for value in values if type(value) in (list, dict, set)]
-        marks += [_version(value) for value in values if isinstance(value, Tensor)]
-        return values, marks
-
-
-# ---- key/value caches ------------------------------------------------------------------------------------------------
-
-
-def _flatten(tree: Any) -> tuple[list[Any], pytree.TreeSpec]:
-    return pytree.tree_flatten(tree, is_leaf=lambda node: isinstance(node, Cache))
-
-
-def _cache_in(leaves: list[Any]) -> Any:
-    return next((leaf for leaf in leaves if isinstance(leaf, Cache)), None)
-
-
-def _length(entry: Any) -> int:
-    return entry.get_seq_length() if hasattr(entry, "get_seq_length") else 0  # convolution states have none
-
-
-def _cache_entry(cache: Any, lengths: list[int]) -> tuple[tuple[int, Tensor, Tensor] | None, str]:
-    """What a layer added to an empty entry of a DynamicCache, or why that cannot be written again."""
-    if cache is None:
-        return None, ""
-    lengths = lengths + [0] * (len(cache.layers) - len(lengths))
-    grown = [i for i, entry in enumerate(cache.layers) if _length(entry) != lengths[i]]
-    if not grown:
-        # Other kinds keep states whose length does not show (convolutions, recurrences).
-        odd = [e for e in cache.layers if type(e) not in (DynamicLayer, DynamicSlidingWindowLayer)]
-        return None, f"its cache holds a {type(odd[0]).__name__}" if odd else ""
-    if len(grown) > 1 or type(cache.layers[grown[0]]) is not DynamicLayer:
-        return None, f"its cache entry is a {type(cache.layers[grown[0]]).__name__}"
-    if lengths[grown[0]]:
-        return None, "its key/value cache is not empty"
-    entry = cache.layers[grown[0]]
-    return (grown[0], entry.keys.clone(), entry.values.clone()), ""

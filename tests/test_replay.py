@@ -316,6 +316,49 @@ def test_a_layer_that_does_more_than_compute_is_run(
     assert replayed.report().replayed == 2
 
 
+@pytest.mark.parametrize("draw", [random.random, np.random.rand], ids=["random", "numpy"])
+def test_a_layer_that_begins_to_draw_in_a_later_batch(draw: Callable[[], float], x: Tensor) -> None:
+    model = Stack()
+    draws = [False]
+    object.__setattr__(model.layers[1], "change", lambda layer, x, y: y * draw() if draws[0] else y)
+    replayed = Replayed(model)
+
+    def step() -> Tensor:
+        random.seed(1)
+        np.random.seed(1)
+        return model(x)
+
+    replayed.once(step)
+    assert replayed.report().replayed == 3
+    draws[0] = True
+    replayed.once(step)  # noticed, but not yet which layer it is
+    assert replayed.report().reasons == {"random numbers are drawn": 3}
+    replayed.once(step)
+    assert replayed.report().replayed == 5
+    assert replayed.report().reasons["it draws random numbers"] == 1
+
+
+def test_a_step_that_draws_outside_of_the_layers(x: Tensor) -> None:
+    model = Stack()
+    replayed = Replayed(model)
+
+    def step() -> Any:
+        before = random.random(), np.random.rand(), torch.rand(2)
+        return model(x), before, model(x), random.random()
+
+    for _ in range(4):
+        states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+        expected = replayed.computed(step)
+        for run in (replayed.original, replayed.reduced):
+            random.setstate(states[0])
+            np.random.set_state(states[1])
+            torch.set_rng_state(states[2])
+            got = run(step)
+        assert_same(got, expected)
+    assert replayed.report().replayed == 18  # all but those of one batch
+    assert replayed.report().reasons == {"random numbers are drawn": 6}
+
+
 def _train(model: Stack) -> None:
     model.layers[1].norm.train()
 
