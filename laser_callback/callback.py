@@ -236,6 +236,11 @@ def _check_trainer(trainer: pl.Trainer, callback: LaserCallback) -> None:
             f"LaserCallback supports single devices and DDP, got {type(strategy).__name__}: parameters that are "
             "sharded or flattened do not follow a swap. Evaluate with `Trainer(devices=1)` or `strategy='ddp'`."
         )
+    if strategy.root_device.type not in ("cpu", "cuda"):
+        raise MisconfigurationException(
+            f"LaserCallback supports the CPU and CUDA devices, got {strategy.root_device.type!r}: its sums and "
+            "factorisations need float64. Evaluate with `Trainer(accelerator='cpu')`."
+        )
     for other in trainer.callbacks:
         if isinstance(other, LaserCallback) and other is not callback and other.key_prefix == callback.key_prefix:
             raise MisconfigurationException(

@@ -235,6 +235,16 @@ def test_sharded_strategies_are_refused(name):
         LaserCallback(PLAN).setup(fake, Toy(), "validate")
 
 
+@pytest.mark.parametrize("device", ["mps", "xla", "hpu"])
+def test_devices_without_float64_are_refused(device):
+    from lightning.pytorch.strategies import SingleDeviceStrategy
+
+    strategy = SingleDeviceStrategy(device=torch.device(device))
+    fake = SimpleNamespace(strategy=strategy, callbacks=[], state=SimpleNamespace(fn="validate"))
+    with pytest.raises(MisconfigurationException, match=f"CPU and CUDA devices, got '{device}'"):
+        LaserCallback(PLAN).setup(fake, Toy(), "validate")
+
+
 def test_dataloader_iter_is_refused(trainer):
     class Iterating(Toy):
         def validation_step(self, dataloader_iter):
