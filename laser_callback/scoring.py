@@ -98,7 +98,7 @@ def score_rows(logits: Tensor, targets: Tensor, target_mask: Tensor) -> RowScore
     target_logit = logits.gather(1, targets[target_mask][:, None])  # (P, 1)
     # Counting what is strictly lower puts ties and NaN on the side of the wrong answers.
     rank = logits.shape[1] - 1 - (logits < target_logit).sum(1, dtype=torch.int32).long()
-    log_prob = target_logit[:, 0] - logits.logsumexp(1)
+    log_prob = -F.cross_entropy(logits, targets[target_mask], reduction="none")
 
     def per_row(values: Tensor, fill: int) -> Tensor:  # (P,) -> (R, A)
         return torch.full_like(target_mask, fill, dtype=values.dtype).masked_scatter(target_mask, values)

@@ -78,15 +78,15 @@ def outside_share(module: pl.LightningModule, data: FactsDataModule, layer: int)
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--plan", default="28.fc_up@0.01")
-    parser.add_argument("--facts", type=int, default=64)
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--facts", type=int, default=192)
+    parser.add_argument("--repeats", type=int, default=3)
     options = parser.parse_args()
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore")
 
     module = LaserModule(str(demo_model_folder(print)))
     layer = int(options.plan.split(".")[0])
-    data = FactsDataModule(world_facts(), module.tokenizer, limit=options.facts, batch_size=16)
+    data = FactsDataModule(world_facts(), module.tokenizer, limit=options.facts, batch_size=32)
     for name, subject in (
         ("LaserModule, answer-only logits", module),
         ("plain module, full logits, cache", FullLogits(module.model)),
