@@ -185,13 +185,14 @@ class LaserCallback(pl.Callback):
             rank_zero_warn("LaserCallback compared nothing: the evaluation had no batches")
             return
 
-        def finish() -> None:
-            self._result = run.finish()
-            self._unprinted = True
-            if isinstance(self.report, (str, Path)) and trainer.is_global_zero:
-                self._result.to_json(self.report)
+        run.before_epoch_end(lambda: self._finish(run, trainer))
 
-        run.before_epoch_end(finish)
+    def _finish(self, run: ComparisonRun, trainer: pl.Trainer) -> None:
+        """What is made of a run that has seen all batches."""
+        self._result = run.finish()
+        self._unprinted = True
+        if isinstance(self.report, (str, Path)) and trainer.is_global_zero:
+            self._result.to_json(self.report)
 
     @override
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

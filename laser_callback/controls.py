@@ -7,11 +7,11 @@ matrices at the same rho helps as much, it is not in where the cut was made.
 from __future__ import annotations
 
 import random
-import re
 from dataclasses import replace
 
 from torch import nn
 
+from laser_callback.candidates import by_name
 from laser_callback.matrices import WeightMatrix, find_matrices
 from laser_callback.plan import LaserPlan, Reduction
 
@@ -46,5 +46,4 @@ def _on(matrix: WeightMatrix, reduction: Reduction, matrices: list[WeightMatrix]
     namesakes = [m for m in matrices if (m.layer, m.kind, m.expert) == at]
     if namesakes == [matrix] and matrix.kind is not None:
         return replace(reduction, layer=matrix.layer, matrix=matrix.kind, stack=None, expert=matrix.expert)
-    pattern = re.escape(re.sub(r"\[\d+\]$", "", matrix.name))
-    return replace(reduction, layer=None, matrix=f"/{pattern}/", stack=None, expert=matrix.expert)
+    return replace(reduction, stack=None, **by_name(matrix))

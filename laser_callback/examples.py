@@ -85,6 +85,11 @@ class PairedExamples:
                 rows.append(self._row_of_means(arm, key, metric, reduced[key]))
         return rows
 
+    def values(self, arm: str, key: str, metric: Logged) -> tuple[Outcomes, Outcomes] | None:
+        """Original's and arm's outcomes of a metric, per example or else per batch; ``None`` if it is no mean."""
+        selected = self._select(arm, metric.name, metric.dataloader_idx)
+        return selected[:2] if selected is not None else self._means(arm, key)[0]
+
     def priors(self, arm: str) -> PriorChecks | None:
         """The prior checks, where the step returned answers and predictions; right is what equals the answer."""
         answers: list[str] = []
@@ -139,22 +144,27 @@ class PairedExamples:
         return pairs[0], pairs[1], clusters
 
     def _row_of_means(self, arm: str, key: str, original: Logged, reduced: Logged) -> PairedResult:
+        outcomes, left_out = self._means(arm, key)
+        values = float(original.value), float(reduced.value)
+        if outcomes is None:
+            note = "not an average over examples"
+            return not_tested(key, *values, sum(b.size for b in self.batches), note, original.higher_is_better)
+        row = compare(key, *outcomes, higher_is_better=original.higher_is_better)
+        return _with_note(row, "; ".join(filter(None, [left_out, "unit: the batch"])))
+
+    def _means(self, arm: str, key: str) -> tuple[tuple[Outcomes, Outcomes] | None, str]:
+        """Each batch's mean of what is logged as ``key``, and which batches are left out; ``None`` if it is no mean."""
         absent = (0.0, 0.0)
         shares = [(batch[ORIGINAL].get(key, absent), batch[arm].get(key, absent)) for batch in self.means]
         shares = [(before, after) for before, after in shares if before[1] or after[1]]
         pairs = [(before, after) for before, after in shares if before[1] == after[1]]
-        values = float(original.value), float(reduced.value)
         if not pairs:
-            note = "not an average over examples"
-            return not_tested(key, *values, sum(b.size for b in self.batches), note, original.higher_is_better)
+            return None, ""
         weights = torch.tensor([before[1] for before, _ in pairs], dtype=torch.float64)
         sums = torch.tensor([[before[0], after[0]] for before, after in pairs], dtype=torch.float64)
-        outcomes = [Outcomes(sums[:, i] / weights, weights, "mean") for i in (0, 1)]
-        row = compare(key, *outcomes, higher_is_better=original.higher_is_better)
-        if len(pairs) < len(shares):
-            left_out = f"{len(shares) - len(pairs)} of {len(shares)} batches left out"
-            row = _with_note(row, f"{left_out}: logged in one arm only")
-        return _with_note(row, "unit: the batch")
+        outcomes = Outcomes(sums[:, 0] / weights, weights, "mean"), Outcomes(sums[:, 1] / weights, weights, "mean")
+        left_out = f"{len(shares) - len(pairs)} of {len(shares)} batches left out: logged in one arm only"
+        return outcomes, left_out if len(pairs) < len(shares) else ""
 
 
 # ---- reading a step's output -----------------------------------------------------------------------------------------

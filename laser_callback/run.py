@@ -7,6 +7,7 @@ what the arms returned; at the end of the epoch it publishes the arms' results a
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
@@ -25,6 +26,7 @@ from laser_callback.examples import ORIGINAL, PairedExamples, example_count
 from laser_callback.plan import LaserPlan
 from laser_callback.replay import LayerReplay
 from laser_callback.result import ArmResult, LaserResult, adjust_together
+from laser_callback.spectra import Spectra
 from laser_callback.state import RandomState, copy_data
 from laser_callback.surgery import reduced
 
@@ -43,6 +45,9 @@ class RunOptions:
     key_prefix: str
     replay: bool
     seed: int
+    spectra: Spectra | None = None
+    tensor_bytes: float = math.inf  # hold so much of reduced tensors, rebuild the others from their spectra
+    on_arm: Callable[[str], None] | None = None  # hears the name of each reduced arm that has finished a batch
 
 
 class _Reduction:
@@ -77,12 +82,13 @@ class ComparisonRun:
         self.has_data = False
         self._start_rng = RandomState.now()
         self._reductions = [
-            _Reduction(name, control, reduced(module, plan), arms.Arm(trainer, module, stage))
+            _Reduction(name, control, reduced(module, plan, options.spectra), arms.Arm(trainer, module, stage))
             for name, base in options.plans.items()
             for control, plan in self._with_controls(base)
         ]
-        self._examples = PairedExamples()
+        self.examples = PairedExamples()
         self._original_seconds = 0.0
+        self._held: dict[_Reduction, int] = {}
         self._original_means: dict[str, tuple[float, float]] = {}
         self._metrics = self._new_metrics()
         self._recording = ExitStack()
@@ -110,6 +116,7 @@ class ComparisonRun:
             for tensor in reduction.cut.prepare():
                 if self.trainer.world_size > 1:  # one factorisation for all ranks, whatever their hardware
                     torch.distributed.broadcast(tensor, src=0)
+            self._hold(reduction)
             reduction.factorise_seconds = time.perf_counter() - begin
             reduction.metrics = self._new_metrics()
         if self.options.replay:
@@ -123,6 +130,7 @@ class ComparisonRun:
             try:
                 with reduction.cut, LayerReplay.paused():
                     reduction.arm.start()
+                self._hold(reduction)
             finally:
                 rng.set()
 
@@ -161,14 +169,17 @@ class ComparisonRun:
                 reduction.seconds += time.perf_counter() - begin
                 self._update_own(reduction.metrics, output)
                 collected[reduction.key] = output
+                self._hold(reduction)
+                if self.options.on_arm is not None:
+                    self.options.on_arm(reduction.key)
                 means[reduction.key] = _growth(before, arms.running_means(reduction.arm.results))
         finally:
             after.set()
             if self._replay is not None:
                 self._replay.forget()
         size = example_count(outputs, self._batch)
-        self._examples.add(collected, size, index)
-        self._examples.means.append(means)
+        self.examples.add(collected, size, index)
+        self.examples.means.append(means)
         self._batch = None
 
     def before_epoch_end(self, finish: Callable[[], None]) -> None:
@@ -179,6 +190,12 @@ class ComparisonRun:
 
     def finish(self) -> LaserResult:
         """After the module's own hook: end the reduced arms, publish their keys, compare."""
+        original, logged = self.end()
+        self._publish(original, logged)
+        return self._compare(original, logged)
+
+    def end(self) -> tuple[dict[str, arms.Logged], dict[str, dict[str, arms.Logged]]]:
+        """After the module's own hook: end the reduced arms. Returns what the original and each arm logged."""
         original = {k: v for k, v in arms.logged(self._results).items() if not k.startswith(self._others_keys())}
         own = self._own_logged(self._metrics)
         for key in own:
@@ -191,13 +208,16 @@ class ComparisonRun:
             try:
                 with reduction.cut:
                     logged[reduction.key] = reduction.arm.end() | self._own_logged(reduction.metrics)
+                self._hold(reduction)
             finally:
                 after.set()
         for key, value in own.items():
             arms.publish(self.trainer, self.module, key, value.value, key, value)
-        original |= own
-        self._publish(original, logged)
-        return self._compare(original, logged)
+        return original | own, logged
+
+    def gathered(self) -> PairedExamples:
+        """The examples of all ranks, each once."""
+        return self.examples.merge(arms.gather(self.examples))
 
     def close(self) -> None:
         """Leave nothing behind, whatever state the run is in."""
@@ -213,10 +233,21 @@ class ComparisonRun:
 
     # ---- details ----------------------------------------------------------------------------------------------------
 
+    def _hold(self, reduction: _Reduction) -> None:
+        """Of many arms keep the reduced tensors that were used last, as far as there is room."""
+        if math.isinf(self.options.tensor_bytes):
+            return
+        self._held.pop(reduction, None)
+        self._held[reduction] = sum(tensor.nbytes for tensor in reduction.cut.prepare())
+        while sum(self._held.values()) > self.options.tensor_bytes:
+            oldest = next(iter(self._held))
+            del self._held[oldest]
+            oldest.cut.forget()
+
     def _close_means(self) -> None:
         """The previous batch's share of the original's running means (its last hook has only now run)."""
         now = arms.running_means(self._results)
-        self._examples.means[-1][ORIGINAL] = _growth(self._original_means, now)
+        self.examples.means[-1][ORIGINAL] = _growth(self._original_means, now)
         self._original_means = now
 
     def _update_own(self, metrics: MetricCollection | None, outputs: Any) -> None:
@@ -268,7 +299,7 @@ class ComparisonRun:
             arms.publish(self.trainer, self.module, *item)
 
     def _compare(self, original: dict[str, arms.Logged], logged: dict[str, dict[str, arms.Logged]]) -> LaserResult:
-        examples = self._examples.merge(arms.gather(self._examples))
+        examples = self.gathered()
         results: dict[str, ArmResult] = {}
         for reduction in self._reductions:
             results[reduction.key] = ArmResult(

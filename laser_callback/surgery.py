@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from laser_callback.matrices import WeightMatrix
 from laser_callback.plan import LaserPlan, Reduction
-from laser_callback.spectrum import Spectrum
+from laser_callback.spectra import Spectra
 
 
 class reduced(AbstractContextManager["reduced"]):  # noqa: N801 - reads as a verb, like contextlib.suppress
@@ -30,6 +30,7 @@ class reduced(AbstractContextManager["reduced"]):  # noqa: N801 - reads as a ver
     Args:
         model: any module.
         plan: a :class:`LaserPlan`, or anything that :meth:`LaserPlan.of` takes.
+        spectra: where factorisations are looked up and kept, for those who cut the same matrices again and again.
 
     Attributes:
         matrices: the planned matrices with their reductions, in the model's order.
@@ -50,8 +51,11 @@ class reduced(AbstractContextManager["reduced"]):  # noqa: N801 - reads as a ver
         (False, True)
     """
 
-    def __init__(self, model: nn.Module, plan: LaserPlan | str | Mapping[str, Any]) -> None:
+    def __init__(
+        self, model: nn.Module, plan: LaserPlan | str | Mapping[str, Any], spectra: Spectra | None = None
+    ) -> None:
         self.plan = LaserPlan.of(plan)
+        self._spectra = spectra
         self.matrices: list[tuple[WeightMatrix, Reduction]] = self.plan.resolve(model)
         self._swaps: list[tuple[nn.Parameter, Tensor]] | None = None
         self._originals: list[tuple[nn.Parameter, Tensor]] = []
@@ -60,8 +64,14 @@ class reduced(AbstractContextManager["reduced"]):  # noqa: N801 - reads as a ver
         """Factorise now, unless that has been done. Returns the reduced tensors, one per changed parameter."""
         if self._swaps is None:
             with torch.no_grad():
-                self._swaps = _reduced_parameters(self.matrices)
+                self._swaps = _reduced_parameters(self.matrices, self._spectra or Spectra())
         return [tensor for _, tensor in self._swaps]
+
+    def forget(self) -> None:
+        """Free the reduced tensors; the next entry makes them again, from the model's weights at that time."""
+        if self._originals:
+            raise RuntimeError("this reduction is in place; leave its `with` block before forgetting it")
+        self._swaps = None
 
     def __enter__(self) -> reduced:
         if self._originals:
@@ -98,7 +108,9 @@ class reduced(AbstractContextManager["reduced"]):  # noqa: N801 - reads as a ver
             self._originals.pop()
 
 
-def _reduced_parameters(matrices: list[tuple[WeightMatrix, Reduction]]) -> list[tuple[nn.Parameter, Tensor]]:
+def _reduced_parameters(
+    matrices: list[tuple[WeightMatrix, Reduction]], spectra: Spectra
+) -> list[tuple[nn.Parameter, Tensor]]:
     """One reduced tensor per parameter that changes; several matrices of a fused parameter share it."""
     tensors: dict[int, tuple[nn.Parameter, Tensor]] = {}
     for matrix, reduction in matrices:
@@ -109,16 +121,9 @@ def _reduced_parameters(matrices: list[tuple[WeightMatrix, Reduction]]) -> list[
         # a parameter that was itself made in inference mode, again such a tensor: torch cannot mix the two.
         with torch.inference_mode(parameter.is_inference()):
             original = matrix.read(parameter.data)
-            spectrum = Spectrum.of(original, matrix.name)
-            if _changes_nothing(spectrum, reduction):
+            if spectra.changes_nothing(original, reduction, matrix.name):
                 continue
             if id(parameter) not in tensors:
                 tensors[id(parameter)] = parameter, parameter.data.clone(memory_format=torch.preserve_format)
-            matrix.write(tensors[id(parameter)][1], spectrum.reduce(original, reduction))
+            matrix.write(tensors[id(parameter)][1], spectra.reduce(original, reduction, matrix.name))
     return list(tensors.values())
-
-
-def _changes_nothing(spectrum: Spectrum, reduction: Reduction) -> bool:
-    """True where rounding would be the only effect: everything is kept, or what is removed keeps its scale."""
-    everything = len(spectrum.values) if reduction.keep == "head" else 0
-    return reduction.scale == 1 or spectrum.rank(reduction) == everything

@@ -1,0 +1,161 @@
+"""What a search may cut: the targets of a model, each at every rho of a grid, and what became of each.
+
+A *target* is what one reduction covers: one matrix, or one kind of matrix of all experts of a layer. A *candidate* is a
+target at a rho.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from torch import nn
+
+from laser_callback.matrices import WeightMatrix, find_matrices
+from laser_callback.plan import LaserPlan, Reduction
+
+RHOS = (0.0, 0.005, 0.01, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 0.9)
+"""The nine of the paper's reference code (rates 1, 2, 4, 6, 8, 9, 9.5, 9.9, 9.95), and the zero matrix."""
+
+REFERENCE_RHOS = tuple((10 - rate) * 0.1 for rate in (1, 2, 4, 6, 8, 9, 9.5, 9.9, 9.95))
+"""The rates of the paper's code as it turns them into shares, in floating point: they decide its ranks."""
+
+Status = Literal["screened out", "dropped", "finalist", "rejected", "accepted"]
+
+
+@dataclass(frozen=True, eq=False)
+class Target:
+    """What one reduction covers.
+
+    Attributes:
+        matrices: one matrix, or that of each expert.
+        address: the fields of a :class:`Reduction` that name them, all but rho.
+    """
+
+    matrices: tuple[WeightMatrix, ...]
+    address: Mapping[str, Any]
+
+    def at(self, rho: float) -> Reduction:
+        """The candidate of this target at ``rho``."""
+        return Reduction(rho=rho, **self.address)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A paired difference on race examples: its mean, and a 95 % interval that no choice among candidates is in."""
+
+    delta: float
+    lower: float | None = None
+    upper: float | None = None
+
+
+@dataclass
+class Candidate:
+    """One candidate in one step of the search.
+
+    Attributes:
+        reduction: what is cut; :attr:`plan` adds what was in place already.
+        layer, kind, rho: where it stands in the map of the search.
+        base: the reductions in place when it was tried, as text; empty in the first step.
+        score: the screen's estimate of how the loss changes (lower is better), or ``None`` where there was no screen.
+        examples: race examples that it was run on.
+        gain: change of the objective on these, in the direction that is better, against ``base``.
+        loss: change of the loss on these, where there is one.
+        status: how far it came.
+        reason: why no further.
+    """
+
+    reduction: Reduction
+    layer: int | None
+    kind: str | None
+    rho: float
+    base: str = ""
+    score: float | None = None
+    examples: int = 0
+    gain: Estimate | None = None
+    loss: Estimate | None = None
+    status: Status = "screened out"
+    reason: str = ""
+
+    @property
+    def plan(self) -> LaserPlan:
+        """The whole plan that was run: ``base`` and the reduction."""
+        return LaserPlan([*(LaserPlan.parse(self.base) if self.base else ()), self.reduction])
+
+    def to_dict(self) -> dict[str, Any]:
+        """Ready for JSON."""
+        return {**asdict(self), "reduction": str(self.reduction)}
+
+
+def targets(model: nn.Module, within: str = "*.all", without: Iterable[Reduction] = ()) -> list[Target]:
+    """The targets of a model, in its order.
+
+    Args:
+        model: any module.
+        within: where to look: plan text without rho, e.g. ``"*.all"`` or ``"20-29.mlp, *.q_proj"``.
+        without: reductions whose matrices are left out, since they are cut already.
+
+    Raises:
+        ValueError: if ``within`` cannot be read or matches nothing, listing what the model has.
+    """
+    matrices = find_matrices(model)
+    if not any(matrix.kind for matrix in matrices) and within == "*.all":
+        raise ValueError("the model has no matrix of a known kind: name some in `within`, e.g. '/.*weight_hh_l0/'")
+    wanted: dict[str, WeightMatrix] = {}
+    for piece in _pieces(within):
+        # One by one, since here they may overlap.
+        wanted |= {matrix.name: matrix for matrix, _ in LaserPlan.parse(f"{piece}@0").resolve(model)}
+    cut = list(without)
+    taken = {matrix.name for matrix, _ in LaserPlan(cut).resolve(model)} if cut else set()
+
+    by_place: dict[tuple[Any, ...], list[WeightMatrix]] = {}
+    for matrix in matrices:
+        by_place.setdefault((matrix.stack, matrix.layer, matrix.kind), []).append(matrix)
+    stacks_of_kind: dict[tuple[Any, ...], set[Any]] = {}
+    for stack, layer, kind in by_place:
+        stacks_of_kind.setdefault((layer, kind), set()).add(stack)
+
+    found: list[Target] = []
+    for (stack, layer, kind), members in by_place.items():
+        chosen = [m for m in members if m.name in wanted and m.name not in taken]
+        experts = kind is not None and len(members) > 1 and all(m.expert is not None for m in members)
+        unique = kind is not None and stacks_of_kind[layer, kind] == {stack}
+        if chosen == members and unique and (experts or len(members) == 1):
+            found.append(Target(tuple(members), {"layer": layer, "matrix": kind}))
+        else:
+            found += [Target((matrix,), by_name(matrix)) for matrix in chosen]
+    if not found:
+        raise ValueError(f"`within` {within!r} leaves nothing to cut: all that it names is cut already")
+    return found
+
+
+def by_name(matrix: WeightMatrix) -> dict[str, Any]:
+    """The fields of a :class:`Reduction` that name exactly this matrix, by the whole name of its module."""
+    pattern = re.escape(re.sub(r"\[\d+\]$", "", matrix.name))
+    return {"layer": None, "matrix": f"/{pattern}/", "expert": matrix.expert}
+
+
+def grid(found: Sequence[Target], rhos: Sequence[float], base: str = "") -> list[Candidate]:
+    """Every target at every rho, each rank once, but for the whole rank."""
+    candidates = []
+    for target in found:
+        matrix = target.matrices[0]
+        ranks = {matrix.max_rank}
+        for rho in rhos:
+            rank = target.at(rho).rank(matrix.max_rank)
+            if rank not in ranks:
+                ranks.add(rank)
+                candidates.append(Candidate(target.at(rho), matrix.layer, matrix.kind, rho, base))
+    return candidates
+
+
+def _pieces(text: str) -> list[str]:
+    pieces = [piece.strip() for piece in re.split(r",(?=(?:[^/]*/[^/]*/)*[^/]*$)", text) if piece.strip()]
+    for piece in pieces:
+        if "@" in piece:
+            raise ValueError(f"`within` names matrices without rho, e.g. '*.mlp', got {piece!r}")
+    if not pieces:
+        raise ValueError("`within` must name matrices, e.g. '*.all', got nothing")
+    return pieces

@@ -1,0 +1,221 @@
+"""Spectra by content: one factorisation per matrix serves every rho, every batch and, with a folder, every later run.
+
+A spectrum is found by a hash of the matrix' bytes, so that a weight that has changed is never served an old one, and
+equal weights share theirs whatever they are called. Contract: :class:`Spectra` returns the same bits from memory, from
+disk and from a factorisation (made on the same kind of device with as many threads), holds no more bytes than it is
+allowed, and never fails a run because of its folder: what cannot be read is made again, what cannot be written is not
+kept, and either is said once. Any number of processes may share a folder.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import OrderedDict
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from laser_callback.plan import Reduction
+from laser_callback.spectrum import Spectrum
+from laser_callback.spectrum_folder import (
+    DISK_BYTES,
+    VERSION,
+    SpectrumFolder,
+    content_hash,
+    default_folder,
+    size_of,
+)
+
+
+class Spectra:
+    """Factorisations, kept in memory and on disk.
+
+    Args:
+        folder: where factorisations outlive the run; ``None`` keeps them in memory alone.
+        method: ``"exact"``, or ``"reference"`` to reduce as the paper's code does (see below; nothing is kept).
+        memory_bytes: hold no more than this in memory; the least recently used go first. A spectrum takes 8 bytes times
+            the square of the matrix' shorter side, on the matrix' device.
+        disk_bytes: the same for the folder.
+
+    Attributes:
+        factorised: factorisations made.
+        loaded: factorisations read from disk.
+        seconds: time spent on both.
+        held: bytes in memory now.
+
+    The reference method is ``do_low_rank`` of the paper's code (github.com/pratyushasharma/laser): the float32 product
+    of ``torch.svd_lowrank(W, q=k, niter=2)``, which is not the best approximation of rank k but a random one near it.
+    Reproduced are the number of iterations, the lack of oversampling, and the rank ``int(rho * max_rank)`` in floating
+    point, which may be one lower than that of :meth:`Reduction.rank`, and 0. Not reproduced is how that code comes by
+    rho: its ``(10 - 9.9) * 0.1`` gives rank 9 of 1,000, here as there if a plan's rho is that number, but a rho of 0.01
+    gives 10. Nor is its random stream, which has no seed: here the seed comes from the matrix, and torch's generators
+    are left as they were. Weights that a model stores transposed (GPT-2's) are sketched from the other side than there,
+    and its ``niter=20`` for RoBERTa is 2 here.
+
+    Raises:
+        ValueError: if an argument is out of range.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path | None = None,
+        *,
+        method: Literal["exact", "reference"] = "exact",
+        memory_bytes: int = 512 * 2**20,
+        disk_bytes: int = DISK_BYTES,
+    ) -> None:
+        if method not in ("exact", "reference"):
+            raise ValueError(f"`method` must be 'exact' or 'reference', got {method!r}")
+        for argument, value in (("memory_bytes", memory_bytes), ("disk_bytes", disk_bytes)):
+            if value < 0:
+                raise ValueError(f"`{argument}` must be a number of bytes, 0 to keep nothing, got {value}")
+        self.method = method
+        self.memory_bytes = memory_bytes
+        self.folder = None if folder is None or method == "reference" else SpectrumFolder(folder, disk_bytes)
+        self.factorised = 0
+        self.loaded = 0
+        self.seconds = 0.0
+        self.held = 0
+        self._memory: OrderedDict[str, Spectrum] = OrderedDict()
+
+    @classmethod
+    def default(cls) -> Spectra:
+        """Exact, with :func:`default_folder`."""
+        return cls(default_folder())
+
+    def of(self, matrix: Tensor, name: str = "matrix") -> Spectrum:
+        """The spectrum of ``matrix``, shape (m, n), any floating dtype, on its device: kept, read or made.
+
+        It is shared with later callers: do not write into its tensors.
+
+        Raises:
+            ValueError: if ``matrix`` holds NaN or infinite values; with the reference method, which has no spectrum.
+        """
+        if self.method == "reference":
+            raise ValueError("the method 'reference' has no spectrum, it only reduces: use `Spectra(method='exact')`")
+        # Ordinary tensors whatever the mode: one made in inference mode could not serve a later training run.
+        with torch.inference_mode(False), torch.no_grad():
+            matrix, order = _dense(matrix.detach())
+            home = _home(matrix)
+            key = _key(matrix, order, home)
+            spectrum = self._memory.get(key)
+            if spectrum is None:
+                spectrum = self._find_or_make(key, matrix, home, name)
+                self._keep(key, spectrum)
+            else:
+                self._memory.move_to_end(key)
+            return _moved(spectrum, home)
+
+    def reduce(self, matrix: Tensor, reduction: Reduction, name: str = "matrix") -> Tensor:
+        """``matrix`` after ``reduction``, shape (m, n), in ``matrix``' dtype and on its device.
+
+        Raises:
+            ValueError: if ``matrix`` holds NaN or infinite values, or the reference method cannot do ``reduction``.
+        """
+        with torch.no_grad():
+            if self.method == "reference":
+                return self._reduce_as_reference(matrix, reduction, name)
+            return self.of(matrix, name).reduce(matrix, reduction)
+
+    def changes_nothing(self, matrix: Tensor, reduction: Reduction, name: str = "matrix") -> bool:
+        """True where rounding would be the only effect: everything is kept, or what is removed keeps its scale.
+
+        Only a rank rule needs the spectrum for that; a number is answered from the shape.
+        """
+        max_rank = min(matrix.shape)
+        if self.method == "reference":
+            return _reference_rank(reduction, max_rank) == max_rank
+        if reduction.scale == 1:
+            return True
+        ruled = isinstance(reduction.rho, str)
+        rank = self.of(matrix, name).rank(reduction) if ruled else reduction.rank(max_rank)
+        return rank == (max_rank if reduction.keep == "head" else 0)
+
+    def _find_or_make(self, key: str, matrix: Tensor, home: torch.device, name: str) -> Spectrum:
+        start = time.perf_counter()
+        spectrum = None if self.folder is None else self.folder.read(key, _shape(matrix))
+        if spectrum is not None:
+            self.loaded += 1
+            spectrum = _moved(spectrum, home)
+        else:
+            spectrum = Spectrum.of(matrix, name)
+            self.factorised += 1
+            if self.folder is not None:
+                self.folder.write(key, spectrum)
+        self.seconds += time.perf_counter() - start
+        return spectrum
+
+    def _keep(self, key: str, spectrum: Spectrum) -> None:
+        size = size_of(spectrum)
+        if size > self.memory_bytes:
+            return
+        while self.held + size > self.memory_bytes:
+            self.held -= size_of(self._memory.popitem(last=False)[1])
+        self._memory[key] = spectrum
+        self.held += size
+
+    def _reduce_as_reference(self, matrix: Tensor, reduction: Reduction, name: str) -> Tensor:
+        rank = _reference_rank(reduction, min(matrix.shape))
+        if not bool(torch.isfinite(matrix).all()):
+            raise ValueError(f"the weights of `{name}` hold NaN or infinite values: there is nothing to factorise")
+        start = time.perf_counter()
+        # Other accelerators than CUDA keep their generators in ways of their own.
+        on_cuda = matrix.device.type == "cuda"
+        work = matrix.detach().contiguous().to(matrix.device if on_cuda else "cpu")
+        seed = int(content_hash("reference", work)[:15], 16)
+        with torch.random.fork_rng(devices=[work.device.index] if on_cuda else []):
+            # Not `torch.manual_seed`, which seeds the generators of all devices.
+            generator = torch.cuda.default_generators[work.device.index] if on_cuda else torch.default_generator
+            generator.manual_seed(seed)
+            u, s, v = torch.svd_lowrank(work.float(), q=rank, niter=2)
+        result = u @ torch.diag(s) @ v.T
+        self.factorised += 1
+        self.seconds += time.perf_counter() - start
+        return result.to(matrix.device, matrix.dtype)
+
+
+# ---- keys ------------------------------------------------------------------------------------------------------------
+
+
+def _key(dense: Tensor, order: str, home: torch.device) -> str:
+    """64 hexadecimal digits that stand for everything that the bits of the spectrum depend on, but for the machine."""
+    about = (VERSION, torch.__version__, home.type, order, str(dense.dtype), _shape(dense))
+    return content_hash(repr(about), dense.T if order == "columns" else dense)
+
+
+def _dense(matrix: Tensor) -> tuple[Tensor, str]:
+    """``matrix`` without gaps, and the order of its elements in memory, on which the bits of a product may depend."""
+    if matrix.is_contiguous():
+        return matrix, "rows"
+    if matrix.stride(0) < matrix.stride(1):
+        return matrix.T.contiguous().T, "columns"
+    return matrix.contiguous(), "rows"
+
+
+# ---- small ones ------------------------------------------------------------------------------------------------------
+
+
+def _reference_rank(reduction: Reduction, max_rank: int) -> int:
+    if isinstance(reduction.rho, str) or reduction.keep != "head" or reduction.scale != 0:
+        raise ValueError(
+            f"the method 'reference' keeps the head at a numeric rho and drops the rest, it cannot do {reduction}: "
+            "use the method 'exact'"
+        )
+    return int(max_rank * reduction.rho)
+
+
+def _home(matrix: Tensor) -> torch.device:
+    """Where `Spectrum.of` leaves its result: Apple's GPUs have no float64."""
+    return torch.device("cpu") if matrix.device.type == "mps" else matrix.device
+
+
+def _moved(spectrum: Spectrum, device: torch.device) -> Spectrum:
+    if spectrum.basis.device == device:
+        return spectrum
+    return Spectrum(spectrum.values.to(device), spectrum.basis.to(device), spectrum.shape)
+
+
+def _shape(matrix: Tensor) -> tuple[int, int]:
+    return matrix.shape[0], matrix.shape[1]
