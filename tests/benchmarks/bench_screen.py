@@ -1,0 +1,218 @@
+"""Is the screen worth its pass? Each screen's order of all cuts, against the true change of the log loss.
+
+python tests/benchmarks/bench_screen.py [DATA_FOLDER TRUTH.npz ...] prints one table for a small model with a planted
+effect, and one for each file that `exhaustive.py` has written, for SmolLM2-135M and the data set of that name in
+DATA_FOLDER (only of the matrices that are done, if it is still being written). Then the peak memory of the screen.
+
+    rank     Spearman correlation of scores and true changes
+    recall   share of the true 48 best cuts that are among the screen's first 48
+    regret   true log loss of the best cut among the screen's first 48 (24) minus that of the best of all, in nats
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+from planted import plant
+from rich.console import Console
+from rich.table import Table
+from scipy.stats import spearmanr
+from torch.utils.data import DataLoader
+
+from laser_callback import LaserModule
+from laser_callback.candidates import RHOS, Target, targets
+from laser_callback.data import FactCollator, encode_facts
+from laser_callback.demo_model import demo_model_folder
+from laser_callback.plan import Reduction
+from laser_callback.screen import GradientScreen
+from laser_callback.screen_alternatives import late_mlp_screen, random_screen, spectrum_screen
+from laser_callback.spectra import Spectra
+
+ALTERNATIVES = {
+    "late MLP first": late_mlp_screen,
+    "gavish-donoho": spectrum_screen("gavish-donoho"),
+    "entropy": spectrum_screen("entropy"),
+    "laserRMT SNR": spectrum_screen("laser-rmt-snr"),
+}
+SEEDS = 20  # of the random screen, whose row is the mean
+
+
+def validate(screen: GradientScreen, module: pl.LightningModule, loader: DataLoader[Any]) -> float:
+    begin = time.perf_counter()
+    pl.Trainer(
+        inference_mode=False,
+        accelerator="cpu",
+        devices=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        enable_progress_bar=False,
+        callbacks=[screen],
+    ).validate(module, loader, verbose=False)
+    return time.perf_counter() - begin
+
+
+def quality(scores: Mapping[Reduction, float], truth: Mapping[Reduction, float]) -> list[float]:
+    """Spearman, recall@48, regret@48, regret@24 over the candidates that have a true value."""
+    known = [reduction for reduction in scores if reduction in truth]
+    score, true = (np.array([values[r] for r in known]) for values in (scores, truth))
+    first, best = np.argsort(score, kind="stable"), np.argsort(true, kind="stable")
+    recall = len(set(first[:48]) & set(best[:48])) / min(48, len(best))
+    return [float(spearmanr(score, true)[0]), recall, *(float(true[first[:n]].min() - true.min()) for n in (48, 24))]
+
+
+def table(
+    title: str,
+    module: pl.LightningModule,
+    found: list[Target],
+    loaders: Mapping[str, DataLoader[Any]],
+    truth: Mapping[Reduction, float],
+    spectra: Spectra,
+) -> None:
+    shown = Table("screen", "rank", "recall@48", "regret@48", "regret@24", "s", title=title, title_justify="left")
+
+    def row(name: str, values: list[float], seconds: float | None = None) -> None:
+        spent = "" if seconds is None else f"{seconds:.0f}"
+        shown.add_row(name, f"{values[0]:.2f}", f"{values[1]:.2f}", *(f"{v:.3f}" for v in values[2:]), spent)
+
+    for name, loader in loaders.items():
+        for caution in (0.0, 2.0) if len(loader) > 1 else (0.0,):
+            screen = GradientScreen(found, RHOS, spectra, caution=caution)
+            seconds = validate(screen, module, loader)
+            row(f"gradient, caution {caution:.0f}, {name}", quality(screen.scores, truth), seconds)
+    for name, alternative in ALTERNATIVES.items():
+        row(name, quality(alternative(found, RHOS, spectra, 0), truth))
+    drawn = [quality(random_screen(found, RHOS, spectra, seed), truth) for seed in range(SEEDS)]
+    row(f"random, mean of {SEEDS}", np.mean(drawn, axis=0).tolist())
+    best = min(truth, key=truth.__getitem__)
+    Console(width=120).print(shown, f"best of {len(truth)} cuts: {best}, {truth[best]:+.3f} nats\n")
+
+
+def planted_effect(spectra: Spectra) -> None:
+    planted = plant()
+    found = targets(planted.module)
+    truth = planted.truth(found, RHOS)
+    title = (
+        f"planted in {planted.target.at(0.1)}: log loss {planted.healthy:.2f} -> {planted.sick:.2f}, "
+        "100 examples screened"
+    )
+    loaders = {"1 batch": planted.loader(100), "5 batches": planted.loader(20)}
+    table(title, planted.module, found, loaders, truth, spectra)
+
+
+def exhaustive_truth(path: Path, found: list[Target]) -> dict[Reduction, float]:
+    """Change of the mean log loss of every cut that is done."""
+    saved = np.load(path)
+    changes = saved["loss"].astype(np.float64).mean(2) - saved["base_loss"].astype(np.float64).mean()
+    places = {place: i for i, place in enumerate(zip(saved["layer"].tolist(), saved["kind"].tolist(), strict=True))}
+    truth = {}
+    for target in found:
+        row = places[target.address["layer"], target.address["matrix"]]
+        for column, rho in enumerate(saved["rhos"].tolist()):
+            if np.isfinite(changes[row, column]):
+                truth[target.at(rho)] = float(changes[row, column])
+    return truth
+
+
+def language_model(data: Path, files: list[Path], sizes: list[int], spectra: Spectra) -> None:
+    from exhaustive import sets
+
+    module = LaserModule(str(demo_model_folder(print))).eval()
+    found = targets(module)
+    for file in files:
+        facts = sets(data / f"{file.stem}.jsonl")["screen"]
+        encoded = encode_facts(facts, module.tokenizer, masked=False)
+        loaders = {}
+        for size in sizes:
+            collate = FactCollator(module.tokenizer.pad_token_id or 0, rows_per_forward=size)
+            loader = DataLoader(encoded, batch_size=size, collate_fn=collate)
+            loaders["1 batch" if len(loader) == 1 else f"{len(loader)} batches"] = loader
+        title = f"SmolLM2-135M, {file.stem}, {len(facts)} facts screened"
+        table(title, module, found, loaders, exhaustive_truth(file, found), spectra)
+
+
+# ---- memory ----------------------------------------------------------------------------------------------------------
+
+
+class Random(pl.LightningModule):
+    """A model whose weights are much larger than its activations."""
+
+    def __init__(self, layers: int) -> None:
+        super().__init__()
+        self.layers = torch.nn.ModuleList(
+            torch.nn.Sequential(torch.nn.Linear(768, 1536), torch.nn.GELU(), torch.nn.Linear(1536, 768))
+            for _ in range(layers)
+        )
+
+    def validation_step(self, batch: Any, batch_idx: int) -> Any:
+        hidden = batch[0]
+        for layer in self.layers:
+            hidden = hidden + layer(hidden)
+        return (hidden**2).mean()
+
+
+def peak(layers: int, what: str) -> float:
+    """Peak resident memory in MiB of this process (Linux) after one forward pass, and after ``what``."""
+    torch.set_num_threads(1)
+    module = Random(layers)
+    loader = DataLoader(torch.utils.data.TensorDataset(torch.randn(8, 768)), batch_size=8)
+    if what == "screen":
+        found = targets(module, "/.*/")
+        validate(GradientScreen(found, RHOS, Spectra(memory_bytes=0)), module, loader)
+    elif what == "factorise":
+        with torch.no_grad():
+            Spectra(memory_bytes=0).of(module.layers[0][0].weight)
+            module.validation_step([torch.randn(8, 768)], 0)
+    elif what == "all gradients":
+        module.validation_step([torch.randn(8, 768)], 0).backward()
+    # Not `ru_maxrss`, which starts at what the parent process held.
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(status["VmHWM"].split()[0]) / 1024
+
+
+def memory() -> None:
+    shown = Table(
+        "layers", "weights", "forward, one factorisation", "screen", "all gradients", title="peak memory, MiB"
+    )
+    for layers in (8, 32):
+        command = [sys.executable, __file__, "--peak", str(layers)]
+        figures = [
+            float(subprocess.run([*command, what], capture_output=True, text=True, check=True).stdout.split()[-1])
+            for what in ("factorise", "screen", "all gradients")
+        ]
+        weights = layers * 2 * 768 * 1536 * 4 / 2**20
+        shown.add_row(str(layers), *(f"{figure:.0f}" for figure in (weights, *figures)))
+    Console(width=120).print(shown)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", type=Path, nargs="?")
+    parser.add_argument("truth", type=Path, nargs="*")
+    parser.add_argument("--sizes", type=int, nargs="+", default=[100, 20], help="examples per batch")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--peak", nargs=2, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.peak:
+        print(peak(int(options.peak[0]), options.peak[1]))
+        return
+    torch.set_num_threads(options.threads)
+    # All of the model's spectra fit, so that only the first screen of each table factorises.
+    spectra = Spectra(memory_bytes=2 * 2**30)
+    planted_effect(spectra)
+    if options.truth:
+        language_model(options.data, options.truth, options.sizes, spectra)
+    memory()
+
+
+if __name__ == "__main__":
+    main()
