@@ -12,6 +12,7 @@ _HOME = {
     "LaserCallback": "callback",
     "LaserModule": "module",
     "LaserPlan": "plan",
+    "LaserSearch": "search",
     "Outcomes": "comparison",
     "Reduction": "plan",
     "WeightMatrix": "matrices",
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from laser_callback.module import LaserModule as LaserModule
     from laser_callback.plan import LaserPlan as LaserPlan
     from laser_callback.plan import Reduction as Reduction
+    from laser_callback.search import LaserSearch as LaserSearch
     from laser_callback.surgery import reduced as reduced
 
 

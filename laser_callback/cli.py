@@ -7,6 +7,8 @@ import sys
 
 _COMMANDS = {
     "demo": ("laser_callback.demo", "compare plans on a real model and real facts"),
+    "search": ("laser_callback.search_cli", "find the cuts that help a model on a task, and confirm them"),
+    "cache": ("laser_callback.cache_cli", "list or clear the factorisations kept on disk"),
 }
 
 
@@ -26,5 +28,5 @@ def main(arguments: list[str] | None = None) -> int:
     from jsonargparse import auto_cli
 
     function = getattr(importlib.import_module(_COMMANDS[command][0]), command)
-    auto_cli(function, args=arguments[1:], prog=f"laser-callback {command}", as_positional=False)
-    return 0
+    code = auto_cli(function, args=arguments[1:], prog=f"laser-callback {command}", as_positional=False)
+    return code if isinstance(code, int) else 0

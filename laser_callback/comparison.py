@@ -2,19 +2,18 @@
 
 Contract: one value per *independent unit* and arm goes in, in the same order for both arms, gathered from all ranks
 and free of duplicates; frozen rows of plain Python numbers come out. Everything is computed in float64 on the CPU.
-The delta is always reduced minus original, and every interval is a two-sided 95 % interval of it. A row never holds a
-claim that its statistics do not carry: what cannot be tested says so in its ``note``, and a row claims nothing before
-:func:`adjust` has given it a role.
+The delta is always reduced minus original. Its interval is a two-sided 95 % interval; the ends of the 90 % interval,
+each a one-sided 95 % bound, are there for those who ask about one side. A row never holds a claim that its statistics
+do not carry: what cannot be tested says so in its ``note``, and a row claims nothing before :func:`adjust` has given it
+a role.
 
 This file knows nothing about models, Lightning or processes.
 
 Sources:
-    Newcombe, R. G. (1998). Improved confidence intervals for the difference between binomial proportions based on
-    paired data. Statistics in Medicine 17, 2635-2650: method 10.
     McNemar, Q. (1947). Psychometrika 12, 153-157, with the exact binomial p value instead of chi-squared.
-    Cochran, W. G. (1977). Sampling Techniques, 3rd ed., chapters 6 (linearised variance of a ratio) and 9A (clusters of
-    unequal size).
+    Cochran, W. G. (1977). Sampling Techniques, 3rd ed., chapter 9A (clusters of unequal size).
     Holm, S. (1979). Scandinavian Journal of Statistics 6, 65-70.
+    Those of the intervals stand in :mod:`laser_callback.intervals`.
 """
 
 from __future__ import annotations
@@ -30,13 +29,14 @@ from numpy.typing import NDArray
 from scipy import stats
 from torch import Tensor
 
+from laser_callback.intervals import Floats, mean_difference, newcombe
+
 ALPHA = 0.05  # level of every verdict; 1 - ALPHA is the confidence of every interval
 
 Kind: TypeAlias = Literal["binary", "mean", "log_ratio"]
 Role: TypeAlias = Literal["primary", "holm", "exploratory"]
 Test: TypeAlias = Literal["exact McNemar", "paired t", "cluster-robust t", "not tested"]
 Verdict: TypeAlias = Literal["better", "worse", "higher", "lower", "no difference shown", "not tested", "exploratory"]
-Floats: TypeAlias = NDArray[np.float64]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -126,6 +126,8 @@ class PairedResult:
         delta: ``reduced - original``; for kind "log_ratio" the relative change ``reduced / original - 1``.
         lower: lower end of the 95 % interval of ``delta``, on its scale; ``None`` if not tested.
         upper: upper end of it.
+        lower90: lower end of the 90 % interval by the same method: a one-sided 95 % bound; ``None`` if not tested.
+        upper90: upper end of it, the other one-sided bound.
         p: two-sided p value of "no difference", unadjusted; ``None`` if not tested.
         fixed: number of units wrong in the original and right in the reduced model (unclustered "binary" only).
         broken: number of units right in the original and wrong in the reduced model (unclustered "binary" only).
@@ -144,6 +146,8 @@ class PairedResult:
     delta: float
     lower: float | None = None
     upper: float | None = None
+    lower90: float | None = None
+    upper90: float | None = None
     p: float | None = None
     fixed: int | None = None
     broken: int | None = None
@@ -253,20 +257,19 @@ def compare(
 
     if original.kind == "binary" and labels is None:
         gained, lost = int((after > before).sum()), int((after < before).sum())
-        lower, upper = _newcombe(int((before * after).sum()), gained, lost, len(before))
+        counts = int((before * after).sum()), gained, lost, len(before)
         p = float(stats.binomtest(gained, gained + lost).pvalue) if gained + lost else 1.0
         fixed, broken = (gained, lost) if higher_is_better else (lost, gained)
-        return replace(row, lower=lower, upper=upper, p=p, fixed=fixed, broken=broken, test="exact McNemar")
+        row = replace(row, p=p, fixed=fixed, broken=broken, test="exact McNemar")
+        return _with_bounds(row, [newcombe(*counts, level) for level in (1 - ALPHA, 1 - 2 * ALPHA)])
 
-    interval = _t_interval(before, after, weights)
-    if isinstance(interval, str):
-        return replace(row, note="; ".join([*notes, interval]))
-    lower, upper, p = interval
-    if log_ratio:
-        with np.errstate(over="ignore"):
-            lower, upper = float(np.expm1(lower)), float(np.expm1(upper))
-    test: Test = "paired t" if weights is None else "cluster-robust t"
-    return replace(row, lower=lower, upper=upper, p=p, test=test)
+    tested = mean_difference(before, after, weights)
+    if isinstance(tested, str):
+        return replace(row, note="; ".join([*notes, tested]))
+    row = replace(row, p=tested.p, test="paired t" if weights is None else "cluster-robust t")
+    with np.errstate(over="ignore"):
+        ends = np.array([tested.interval(level) for level in (1 - ALPHA, 1 - 2 * ALPHA)])
+        return _with_bounds(row, (np.expm1(ends) if log_ratio else ends).tolist())
 
 
 def not_tested(
@@ -312,6 +315,11 @@ def adjust(results: Sequence[PairedResult], primary: str | None) -> list[PairedR
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Arithmetic
+
+
+def _with_bounds(row: PairedResult, ends: Sequence[Sequence[float]]) -> PairedResult:
+    (lower, upper), (lower90, upper90) = ends
+    return replace(row, lower=lower, upper=upper, lower90=lower90, upper90=upper90)
 
 
 def as_float64(values: Tensor) -> Floats:
@@ -361,51 +369,3 @@ def _cluster_means(
     total = np.bincount(labels, within).astype(np.float64)
     before, after = np.bincount(labels, within * before) / total, np.bincount(labels, within * after) / total
     return before, after, None if weights is None else total
-
-
-def _newcombe(both: int, gained: int, lost: int, n: int) -> tuple[float, float]:
-    """Newcombe's (1998) method 10 for ``(gained - lost) / n``: Wilson intervals of both shares, joined by phi."""
-    ones_after, ones_before = both + gained, both + lost
-    p_after, p_before = ones_after / n, ones_before / n
-    wilson_after = stats.binomtest(ones_after, n).proportion_ci(1 - ALPHA, method="wilson")
-    wilson_before = stats.binomtest(ones_before, n).proportion_ci(1 - ALPHA, method="wilson")
-
-    # Python integers: the product of the margins passes int64 from about 55,000 units.
-    margins = ones_after * (n - ones_after) * ones_before * (n - ones_before)
-    cross = float(both * (n - both - gained - lost) - gained * lost)
-    if cross > 0:
-        cross = max(cross - n / 2, 0.0)  # the continuity correction, for positive association only
-    phi = cross / math.sqrt(margins) if margins else 0.0
-
-    def distance(x: float, y: float) -> float:
-        return math.sqrt(max(x * x - 2 * phi * x * y + y * y, 0.0))
-
-    delta = (gained - lost) / n
-    lower = delta - distance(p_after - wilson_after.low, wilson_before.high - p_before)
-    upper = delta + distance(wilson_after.high - p_after, p_before - wilson_before.low)
-    return lower, upper
-
-
-def _t_interval(before: Floats, after: Floats, weights: Floats | None) -> tuple[float, float, float] | str:
-    """Interval and p of ``r = sum(w d) / sum(w)`` with the linearised variance of a ratio (Cochran 1977).
-
-    One entry per independent unit. With equal weights this is exactly the paired t interval and test. Where there is
-    nothing to test against, the reason is returned instead.
-    """
-    n = len(before)
-    if n < 2:
-        return "one independent unit has no variance"
-    if not (np.isfinite(before).all() and np.isfinite(after).all()):
-        return "infinite outcomes have no difference"
-    difference = after - before
-    delta = float(np.average(difference, weights=weights))
-    # A constant difference shows up in float64 with the rounding of its operands, not with variance zero.
-    rounding = 64 * np.finfo(np.float64).eps * float(max(np.abs(before).max(), np.abs(after).max()))
-    if float(np.abs(difference - delta).max()) <= rounding:
-        if abs(delta) > rounding:
-            return "all units differ by the same amount: no variance"
-        return delta, delta, 1.0
-    w = np.ones(n) if weights is None else weights
-    error = math.sqrt(n / (n - 1) * float(((w * (difference - delta)) ** 2).sum())) / float(w.sum())
-    margin = float(stats.t.ppf(1 - ALPHA / 2, n - 1)) * error
-    return delta - margin, delta + margin, float(2 * stats.t.sf(abs(delta) / error, n - 1))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
+import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -181,43 +182,74 @@ def split_facts(facts: Sequence[Fact], sizes: Mapping[str, int | float], seed: i
     """Deal facts to disjoint sets, whole subjects at a time, each set with its share of every group.
 
     Which set a fact lands in depends on the facts and the seed, not on their order. Subjects are compared without
-    regard to case. A set takes a subject only while there is room, so with one fact per subject all sizes are exact;
-    with larger subjects they are as near as whole subjects allow.
+    regard to case.
 
     Args:
         facts: the facts to deal.
-        sizes: for each set a fraction of all facts (float) or their number (int). What is left over goes to no set.
+        sizes: of the sets, as in :func:`deal`.
         seed: of the deal.
 
     Returns:
         For each name the facts of the set, in the order of ``facts``.
 
     Raises:
-        ValueError: if a size is negative or NaN, the sizes exceed the facts, or a set would be empty.
+        ValueError: as :func:`deal`.
     """
-    wanted = {name: size if isinstance(size, int) else size * len(facts) for name, size in sizes.items()}
-    if not all(count >= 0 for count in wanted.values()) or sum(wanted.values()) > len(facts) * (1 + 1e-9):
+    set_of_fact = deal([subject_key(fact) for fact in facts], [fact.group for fact in facts], sizes, seed)
+    sets: dict[str, list[Fact]] = {name: [] for name in sizes}
+    for fact, name in zip(facts, set_of_fact, strict=True):
+        if name is not None:
+            sets[name].append(fact)
+    return sets
+
+
+def subject_key(fact: Fact) -> str:
+    """What facts of one subject have in common: the subject without regard to case."""
+    return fact.subject.strip().casefold()
+
+
+def deal(
+    subjects: Sequence[str], groups: Sequence[str], sizes: Mapping[str, int | float], seed: int | str
+) -> list[str | None]:
+    """Deal examples to disjoint sets, whole subjects at a time, each set with its share of every group.
+
+    A set takes a subject only while there is room, so with one example per subject all sizes are exact; with larger
+    subjects they are as near as whole subjects allow. The deal depends on the subjects' names, not on their order.
+
+    Args:
+        subjects: of each example.
+        groups: of each example.
+        sizes: for each set a fraction of all examples (float) or their number (int). What is left over goes to no set.
+        seed: of the deal.
+
+    Returns:
+        For each example the name of its set, or ``None``.
+
+    Raises:
+        ValueError: if a size is negative or NaN, the sizes exceed the examples, or a set would be empty.
+    """
+    count = len(subjects)
+    wanted = {name: size if isinstance(size, int) else size * count for name, size in sizes.items()}
+    if not all(size >= 0 for size in wanted.values()) or sum(wanted.values()) > count * (1 + 1e-9):
         raise ValueError(
-            f"`sizes` must be fractions that sum to at most 1, or counts up to {len(facts)}, got {dict(sizes)}."
+            f"`sizes` must be fractions that sum to at most 1, or counts up to the {count} examples, got {dict(sizes)}."
         )
-    members: dict[str, list[Fact]] = defaultdict(list)
-    for fact in facts:
-        members[fact.subject.strip().casefold()].append(fact)
+    members: dict[str, list[str]] = defaultdict(list)
+    for subject, group in zip(subjects, groups, strict=True):
+        members[subject].append(group)
     units = []
     for subject, owned in members.items():
-        groups = Counter(fact.group for fact in owned)
-        units.append((subject, min(groups, key=lambda group: (-groups[group], group)), len(owned)))
+        counts = Counter(owned)
+        units.append((subject, min(counts, key=lambda group: (-counts[group], group)), len(owned)))
     set_of_subject = _deal(units, wanted, seed)
-    sets: dict[str, list[Fact]] = {name: [] for name in sizes}
-    for fact in facts:
-        if (name := set_of_subject[fact.subject.strip().casefold()]) is not None:
-            sets[name].append(fact)
-    if empty := [name for name, owned in sets.items() if not owned]:
+    dealt = [set_of_subject[subject] for subject in subjects]
+    if empty := [name for name in sizes if name not in dealt]:
+        needed = max((math.ceil(1 / size) for size in sizes.values() if 0 < size < 1), default=len(sizes))
         raise ValueError(
-            f"`sizes` must leave facts for every set, got none for {empty} of {len(facts)} facts with {len(members)} "
-            f"subjects at {dict(sizes)}; give more facts or larger sizes."
+            f"`sizes` must leave examples for every set, got none for {empty} of {count} examples with {len(members)} "
+            f"subjects at {dict(sizes)}; give examples of at least {max(needed, len(sizes))} subjects, or larger sizes."
         )
-    return sets
+    return dealt
 
 
 def sample_facts(facts: Sequence[Fact], count: int, seed: int) -> list[Fact]:
@@ -232,17 +264,18 @@ def sample_facts(facts: Sequence[Fact], count: int, seed: int) -> list[Fact]:
     return [fact for fact in facts if dealt[fact.id]]
 
 
-def _deal(units: list[tuple[str, str, int]], wanted: Mapping[str, float], seed: int) -> dict[str, str | None]:
+def draw(text: str, seed: int | str) -> str:
+    """A random hexadecimal number. A hash and no generator: what one name draws does not depend on the others."""
+    return hashlib.sha256(f"{seed}/{text}".encode()).hexdigest()
+
+
+def _deal(units: list[tuple[str, str, int]], wanted: Mapping[str, float], seed: int | str) -> dict[str, str | None]:
     """Deal (name, group, size) units to sets of about the ``wanted`` total sizes; ``None`` is the rest.
 
     The units stand in line, group by group, groups and units within them in an order drawn from the seed, and each
     goes to the set that is furthest behind its share of the line so far (of those with room). Every stretch of the
     line, hence every group, is so dealt in the sets' proportions.
     """
-
-    def draw(text: str) -> str:  # a hash, not a generator: the draw of one name does not depend on the others
-        return hashlib.sha256(f"{seed}/{text}".encode()).hexdigest()
-
     total = sum(size for _, _, size in units)
     shares: dict[str | None, float] = {None: max(0.0, total - sum(wanted.values()))}
     shares.update(wanted.items())
@@ -254,7 +287,7 @@ def _deal(units: list[tuple[str, str, int]], wanted: Mapping[str, float], seed: 
     dealt: dict[str, str | None] = {}
     have = dict.fromkeys(targets, 0)
     seen = 0
-    for name, _, size in sorted(units, key=lambda unit: (draw(unit[1]), draw(unit[0]))):
+    for name, _, size in sorted(units, key=lambda unit: (draw(unit[1], seed), draw(unit[0], seed))):
         seen += size
         with_room = [key for key in targets if have[key] + size <= targets[key]]
         open_sets = with_room or [key for key in targets if targets[key]]

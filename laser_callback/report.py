@@ -17,8 +17,10 @@ from laser_callback.result import ArmResult, LaserResult
 
 _STYLES = {"better": "bold green", "worse": "bold red", "higher": "yellow", "lower": "yellow"}
 _SHORT = {"no difference shown": "not shown", "not tested": "untested"}  # in 80 columns
-_WIDE = 116
-_SHARES = ("accuracy", "robustness", "consistency")
+WIDE = 116
+"""From this many columns on, tables have their wide form."""
+SHARES = ("accuracy", "robustness", "consistency")
+"""A mean whose name holds one of these is a share, shown in percent."""
 
 
 def print_report(result: LaserResult, progress_bar: Any = None, console: Console | None = None) -> None:
@@ -55,17 +57,27 @@ def render(result: LaserResult, width: int) -> RenderableType:
     """The whole report as one Rich renderable for a terminal of ``width`` columns; it fits from 80 on."""
     parts: list[RenderableType] = []
     for name, arm in result.arms.items():
-        parts += [_title(name, arm), _table(arm, result.primary, wide=width >= _WIDE)]
-        parts += _lines(arm, result.controls.get(name, {}), result.primary or _first_tested(arm))
-        parts.append(Text())
-    parts.append(Text(_legend(result), style="dim"))
+        parts += [_title(name, arm), *comparison(result, name, width), Text()]
+    parts += [Text(line, style="dim") for line in [*footnotes(result), *_timing(result)]]
+    return Group(*parts)
+
+
+def comparison(result: LaserResult, name: str, width: int) -> list[RenderableType]:
+    """The plan ``name`` against the original: its table, and notes, prior checks and controls below it."""
+    arm = result[name]
+    table = _table(arm, result.primary, wide=width >= WIDE)
+    return [table, *_lines(arm, result.controls.get(name, {}), result.primary or _first_tested(arm))]
+
+
+def footnotes(result: LaserResult) -> list[str]:
+    """What a reader of the tables must know: which p carries the claim, and what was left out."""
+    lines = [_legend(result)]
     if result.not_compared:
         listed = "; ".join(f"{key} ({reason})" for key, reason in result.not_compared.items())
-        parts.append(Text(f"not compared: {listed}", style="dim"))
+        lines.append(f"not compared: {listed}")
     if result.examples.duplicates:
-        parts.append(Text(f"{result.examples.duplicates} duplicates of the distributed sampler removed", style="dim"))
-    parts += [Text(line, style="dim") for line in _timing(result)]
-    return Group(*parts)
+        lines.append(f"{result.examples.duplicates} duplicates of the distributed sampler removed")
+    return lines
 
 
 def _title(name: str, arm: ArmResult) -> Text:
@@ -115,7 +127,7 @@ def _lines(arm: ArmResult, controls: dict[str, ArmResult], metric: str | None) -
         if row.note:
             notes.setdefault(row.note, []).append(row.metric)
     lines: list[RenderableType] = [
-        _indent(Text(f"{', '.join(metrics)}: {note}", style="dim")) for note, metrics in notes.items()
+        indent(Text(f"{', '.join(metrics)}: {note}", style="dim")) for note, metrics in notes.items()
     ]
     if arm.prior_checks is not None:
         lines += _prior_lines(arm.prior_checks)
@@ -124,7 +136,7 @@ def _lines(arm: ArmResult, controls: dict[str, ArmResult], metric: str | None) -
             label = "same matrix zeroed" if kind == "zeroed" else "random matrix, same rho"
             interval = f" [{_interval(row)}]" if row.lower is not None else ""
             value = f"{row.metric} {_value(row, row.reduced)}, delta {_delta(row, row.delta)}{interval}"
-            lines.append(_indent(Text(f"control, {label} ({control.plan}): {value}")))
+            lines.append(indent(Text(f"control, {label} ({control.plan}): {value}")))
     return lines
 
 
@@ -146,10 +158,11 @@ def _prior_lines(checks: PriorChecks) -> list[RenderableType]:
     for arm, top in checks.top_predictions.items():
         said = ", ".join(f"{text.strip() or repr(text)} {count}" for text, count in top)
         parts.append(f"{arm} says most: {said}  (entropy {checks.entropy[arm]:.2f} nats)")
-    return [_indent(flag), *(_indent(Text(part), 4) for part in parts)]
+    return [indent(flag), *(indent(Text(part), 4) for part in parts)]
 
 
-def _indent(text: Text, columns: int = 2) -> Padding:
+def indent(text: Text, columns: int = 2) -> Padding:
+    """A paragraph set in by ``columns``."""
     return Padding(text, (0, 0, 0, columns))
 
 
@@ -169,7 +182,7 @@ def _first_tested(arm: ArmResult) -> str | None:
 
 
 def _is_share(row: PairedResult) -> bool:
-    return row.kind == "binary" or (row.kind == "mean" and any(word in row.metric for word in _SHARES))
+    return row.kind == "binary" or (row.kind == "mean" and any(word in row.metric for word in SHARES))
 
 
 def _value(row: PairedResult, value: float) -> str:

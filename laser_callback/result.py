@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 from laser_callback.comparison import PairedResult, adjust
 from laser_callback.examples import PairedExamples
 from laser_callback.files import write_atomically
-from laser_callback.priors import PriorChecks
+from laser_callback.priors import MacroAccuracy, PriorChecks
 
 
 @dataclass
@@ -49,6 +50,18 @@ class ArmResult:
             "seconds": self.seconds,
             "factorise_seconds": self.factorise_seconds,
         }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> ArmResult:
+        """The inverse of :meth:`to_dict`."""
+        priors = data["prior_checks"]
+        return cls(
+            **{
+                **data,
+                "rows": [_row(row) for row in data["rows"]],
+                "prior_checks": None if priors is None else _priors(priors),
+            }
+        )
 
 
 @dataclass
@@ -89,9 +102,44 @@ class LaserResult:
             "duplicates_removed": self.examples.duplicates,
         }
 
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> LaserResult:
+        """The inverse of :meth:`to_dict`: all numbers, and no examples but the count of duplicates."""
+        return cls(
+            arms={name: ArmResult.from_dict(arm) for name, arm in data["arms"].items()},
+            controls={
+                name: {kind: ArmResult.from_dict(arm) for kind, arm in controls.items()}
+                for name, controls in data["controls"].items()
+            },
+            primary=data["primary"],
+            original_seconds=data["original_seconds"],
+            not_compared=dict(data["not_compared"]),
+            examples=PairedExamples(duplicates=data["duplicates_removed"]),
+        )
+
     def to_json(self, path: str | Path) -> None:
         """Write :meth:`to_dict`, atomically."""
         write_atomically(Path(path), json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n")
+
+
+def _row(data: Mapping[str, Any]) -> PairedResult:
+    values = {name: value for name, value in data.items() if name != "verdict"}  # the verdict follows from the others
+    for name in ("original", "reduced", "delta"):
+        values[name] = math.nan if values[name] is None else values[name]
+    return PairedResult(**values)
+
+
+def _priors(data: Mapping[str, Any]) -> PriorChecks:
+    rest, macro = data["majority_excluded"], data["macro"]
+    top = {arm: [(text, count) for text, count in said] for arm, said in data["top_predictions"].items()}
+    return PriorChecks(
+        **{
+            **data,
+            "majority_excluded": None if rest is None else _row(rest),
+            "macro": None if macro is None else MacroAccuracy(**macro),
+            "top_predictions": top,
+        }
+    )
 
 
 def adjust_together(arms: Sequence[ArmResult], primary: str | None) -> None:

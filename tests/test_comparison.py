@@ -13,7 +13,7 @@ from itertools import product
 import numpy as np
 import pytest
 import torch
-from scipy import stats
+from scipy import optimize, stats
 
 from laser_callback.comparison import Outcomes, PairedResult, adjust, compare, not_tested
 from laser_callback.priors import MacroAccuracy, prior_checks
@@ -41,6 +41,29 @@ def test_newcombe_interval_equals_published_values():
     assert [round(-x, 4) for x in (row.delta, row.upper, row.lower)] == [-0.0621, -0.1186, -0.0046]
     assert row.p == pytest.approx(0.052479, abs=5e-7)
     assert (row.fixed, row.broken, row.n, row.test) == (16, 6, 161, "exact McNemar")
+
+
+def test_newcombe_bounds_of_one_side_equal_a_computation_by_roots():
+    # Each Wilson end is a root of the score equation |p - s| = z sqrt(s (1 - s) / n), found here numerically.
+    a, broken, fixed, d = 59, 6, 16, 80
+    row, n, z = table(a, broken, fixed, d), a + broken + fixed + d, stats.norm.ppf(0.95)
+
+    def wilson(p: float) -> tuple[float, float]:
+        def score(s: float) -> float:
+            return (p - s) ** 2 - z * z * s * (1 - s) / n
+
+        return optimize.brentq(score, 0, p), optimize.brentq(score, p, 1)
+
+    after, before = (a + fixed) / n, (a + broken) / n
+    (low2, high2), (low1, high1) = wilson(after), wilson(before)
+    phi = (a * d - fixed * broken - n / 2) / math.sqrt((a + fixed) * (broken + d) * (a + broken) * (fixed + d))
+
+    def reach(x: float, y: float) -> float:
+        return math.sqrt(x * x - 2 * phi * x * y + y * y)
+
+    expected = (row.delta - reach(after - low2, high1 - before), row.delta + reach(high2 - after, before - low1))
+    assert (row.lower90, row.upper90) == pytest.approx(expected, abs=1e-9)
+    assert row.lower < row.lower90 < row.upper90 < row.upper
 
 
 def test_newcombe_interval_covers_and_wald_does_not():
@@ -84,6 +107,9 @@ def test_mean_equals_scipy_and_weights_of_one_change_nothing():
     weighted = compare("loss", Outcomes(original, ones), Outcomes(reduced, ones))
     for result, test in ((row, "paired t"), (weighted, "cluster-robust t")):
         assert (result.lower, result.upper, result.p) == pytest.approx((*interval, expected.pvalue), rel=1e-10)
+        for end, side in ((result.upper90, "less"), (result.lower90, "greater")):  # one-sided 95 % bounds
+            one_sided = stats.ttest_rel(reduced, original, alternative=side).confidence_interval(0.95)
+            assert end == pytest.approx(one_sided.high if side == "less" else one_sided.low, rel=1e-10)
         assert result.test == test
     assert row.delta == pytest.approx(row.reduced - row.original)
 
@@ -116,8 +142,9 @@ def test_perplexity_ratio_agrees_with_cluster_bootstrap():
     total = np.bincount(documents, tokens * (reduced - original))
     draws = rng.integers(0, 80, (4000, 80))
     bootstrap = (total[draws].sum(1) / weight[draws].sum(1)).std()
-    width = math.log1p(row.upper) - math.log1p(row.lower)
-    assert width == pytest.approx(2 * stats.t.ppf(0.975, 79) * bootstrap, rel=0.06)
+    for level, lower, upper in ((0.95, row.lower, row.upper), (0.9, row.lower90, row.upper90)):
+        ratio = math.log1p(upper) - math.log1p(row.delta), math.log1p(row.delta) - math.log1p(lower)
+        assert ratio == pytest.approx([stats.t.ppf((1 + level) / 2, 79) * bootstrap] * 2, rel=0.06)
     unclustered = compare("perplexity", *arms)
     assert unclustered.delta == pytest.approx(row.delta)
     assert unclustered.upper - unclustered.lower < 0.9 * (row.upper - row.lower)  # pretends to know more than it does
@@ -140,7 +167,7 @@ def test_what_cannot_be_tested_says_so():
     single = compare("m", Outcomes(values[:1]), Outcomes(values[1:2]))
     infinite = compare("m", Outcomes(values), Outcomes(values / 0))
     for row in (shifted, single, infinite):
-        assert (row.verdict, row.lower, row.upper, row.p) == ("not tested", None, None, None)
+        assert (row.verdict, row.lower, row.upper90, row.lower90, row.p) == ("not tested", None, None, None, None)
         assert row.note
     assert shifted.delta == pytest.approx(0.1)
     broken = not_tested("f1", 0.5, NAN, 9, "F1 is not a mean over units")

@@ -1,0 +1,224 @@
+"""Run many candidates on the same examples, inside of Lightning, and keep what each example gave.
+
+:class:`Lab` is the search's only way to the model. Candidates are the arms of one evaluation loop, so they see the same
+batches, share the layers in front of their cuts, and whatever an ordinary LightningModule logs or returns can be an
+objective. A plan that is in place already is the ``base``: candidates are added to it and compared with it.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor
+from torch.utils.data import DataLoader
+from typing_extensions import override
+
+from laser_callback import arms
+from laser_callback.callback import LaserCallback
+from laser_callback.examples import ORIGINAL, PairedExamples
+from laser_callback.matrices import layer_stacks
+from laser_callback.plan import LaserPlan, Reduction
+from laser_callback.result import LaserResult
+from laser_callback.run import ComparisonRun, RunOptions
+from laser_callback.spectra import Spectra
+from laser_callback.surgery import reduced
+
+TENSOR_BYTES = 2**30
+"""How much of reduced tensors a measurement holds; the others are rebuilt from their spectra on each batch."""
+
+
+@dataclass(frozen=True, eq=False)
+class Values:
+    """One arm's value of one metric per unit: examples where the step returns them, else batches.
+
+    Attributes:
+        values: (n,) float64, NaN where a unit has none.
+        weights: (n,) float64; examples in a batch where batches are the units, else ones.
+    """
+
+    values: Tensor
+    weights: Tensor
+
+    @classmethod
+    def join(cls, parts: Iterable[Values]) -> Values:
+        """The units of several measurements, one after the other."""
+        parts = list(parts)
+        return cls(torch.cat([part.values for part in parts]), torch.cat([part.weights for part in parts]))
+
+
+Table = dict[str, dict[str, Values]]
+"""Arm -> metric -> values. The base is the arm ``"original"``; all arms have the same units in the same order."""
+
+
+@dataclass
+class Lab:
+    """The module under test and how to run it.
+
+    Args:
+        module: any LightningModule.
+        spectra: shared by all candidates.
+        accelerator, precision: as in ``Trainer``.
+        on_arm: called after each arm's pass over a batch with the share of the model's layers that it had to compute.
+    """
+
+    module: pl.LightningModule
+    spectra: Spectra
+    accelerator: str = "auto"
+    precision: Any = None
+    on_arm: Callable[[float], None] = lambda share: None
+    logged: dict[str, arms.Logged] = field(default_factory=dict, init=False)  # by the base, in the latest measurement
+
+    def validate(self, loaders: Any, *callbacks: pl.Callback, inference_mode: bool = True) -> list[Mapping[str, float]]:
+        """``trainer.validate`` on one device, with nothing but the callbacks and what the module brings."""
+        with _quiet():
+            trainer = pl.Trainer(
+                accelerator=self.accelerator,
+                devices=1,
+                precision=self.precision,
+                callbacks=list(callbacks),
+                logger=False,
+                enable_checkpointing=False,
+                enable_progress_bar=False,
+                enable_model_summary=False,
+                inference_mode=inference_mode,
+            )
+            return list(trainer.validate(self.module, loaders, verbose=False))
+
+    def measure(
+        self,
+        plans: Mapping[str, LaserPlan],
+        loader: DataLoader[Any],
+        keys: Iterable[str],
+        base: Iterable[Reduction] = (),
+    ) -> Table:
+        """Values of ``keys`` on every example of ``loader``, of the base and of each plan on top of it.
+
+        Args:
+            plans: what each arm cuts in addition to ``base``.
+            loader: the examples.
+            keys: metrics that the module logs.
+            base: reductions in place.
+
+        Raises:
+            MisconfigurationException: for a key that is not logged, or is not a mean over examples or batches.
+            ValueError: for a value of the original that is not finite.
+        """
+        names = {f"arm{number}": name for number, name in enumerate(plans)}
+        shares = {arm: self.share(plans[name]) for arm, name in names.items()}
+        measure = _Measure(
+            {arm: plans[name] for arm, name in names.items()}, self.spectra, lambda arm: self.on_arm(shares[arm])
+        )
+        with self.base(base):
+            self.validate(loader, measure)
+        self.logged = measure.logged
+        table: Table = {ORIGINAL: {}, **{name: {} for name in plans}}
+        for key in keys:
+            for arm, name in names.items():
+                table[ORIGINAL][key], table[name][key] = measure.values(arm, key)
+        return table
+
+    def compare(
+        self, plan: Iterable[Reduction], loaders: Any, *, primary: str | None, controls: bool, seed: int = 0
+    ) -> LaserResult:
+        """The original against one plan, with all statistics, as anyone would run it."""
+        options = {"primary": primary, "controls": controls, "seed": seed}
+        callback = _WithSpectra(LaserPlan(plan), self.spectra, loops="validate", report=False, **options)
+        self.validate(loaders, callback)
+        return callback.result
+
+    def base(self, reductions: Iterable[Reduction]) -> AbstractContextManager[Any]:
+        """Context in which ``reductions`` are in place."""
+        base = list(reductions)
+        return reduced(self.module, LaserPlan(base), self.spectra) if base else nullcontext()
+
+    def share(self, plan: LaserPlan) -> float:
+        """Share of the model's layers from the plan's first cut on: what a pass costs when the others are replayed."""
+        depth = {stack: len(layers) for stack, layers in layer_stacks(self.module).items()}
+        first: dict[str | None, int] = {}
+        for matrix, _ in plan.resolve(self.module):
+            if matrix.stack is None or matrix.layer is None:
+                return 1.0
+            first[matrix.stack] = min(matrix.layer, first.get(matrix.stack, matrix.layer))
+        # Stacks without a cut are counted as replayed: an encoder before a decoder.
+        return sum(depth[stack] - layer for stack, layer in first.items() if stack) / max(sum(depth.values()), 1)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Within: Lightning does not introduce itself. A search starts dozens of trainers."""
+    logger = logging.getLogger("lightning.pytorch")
+    level = logger.level
+    logger.setLevel(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*(does not have many workers|isinstance.treespec, LeafSpec)")
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+class _WithSpectra(LaserCallback):
+    """A LaserCallback that takes its factorisations from a store."""
+
+    def __init__(self, plan: LaserPlan | Mapping[str, LaserPlan], spectra: Spectra, **arguments: Any) -> None:
+        super().__init__(plan, **arguments)
+        self._spectra = spectra
+
+    @property
+    @override
+    def _options(self) -> RunOptions:
+        return replace(super()._options, spectra=self._spectra)
+
+
+class _Measure(_WithSpectra):
+    """A LaserCallback for dozens of arms, which keeps the values and leaves out all statistics and logging."""
+
+    def __init__(self, plans: Mapping[str, LaserPlan], spectra: Spectra, on_arm: Callable[[str], None]) -> None:
+        super().__init__(plans, spectra, loops="validate", report=False)
+        self._on_arm = on_arm
+        self._examples = PairedExamples()
+        self._original: dict[str, arms.Logged] = {}
+
+    @property
+    @override
+    def _options(self) -> RunOptions:
+        return replace(super()._options, tensor_bytes=TENSOR_BYTES, on_arm=self._on_arm)
+
+    @override
+    def _finish(self, run: ComparisonRun, trainer: pl.Trainer) -> None:
+        self._original, _ = run.end()
+        self._examples = run.gathered()
+
+    @property
+    def logged(self) -> dict[str, arms.Logged]:
+        """What the original logged."""
+        return self._original
+
+    def values(self, arm: str, key: str) -> tuple[Values, Values]:
+        """The base's and an arm's values of ``key``."""
+        if key not in self._original:
+            raise MisconfigurationException(
+                f"{key!r} is not logged by `validation_step`: it logs {', '.join(self._original) or 'nothing'}"
+            )
+        pair = self._examples.values(arm, key, self._original[key])
+        if pair is None:
+            raise MisconfigurationException(
+                f"{key!r} is not a mean over examples or batches, so candidates cannot be compared by it while they "
+                f"are run: return a 1-D tensor with one value per example under {key!r} from `validation_step`"
+            )
+        before, after = (
+            Values(o.values.double(), torch.ones(len(o.values)).double() if o.weights is None else o.weights.double())
+            for o in pair
+        )
+        present = before.values[~torch.isnan(before.values)]
+        if not len(present) or not bool(torch.isfinite(present).all()):
+            raise ValueError(f"{key!r} is not finite for the model as it is: nothing can be compared with that")
+        return before, after

@@ -1,0 +1,62 @@
+"""Progress of a long run: a bar with the time left for each phase in a terminal, elsewhere a line when it is done."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+
+class PhaseProgress:
+    """Shows the phase that is running.
+
+    Args:
+        enabled: show anything at all.
+        console: where; standard error by default, so that output can be piped.
+    """
+
+    def __init__(self, enabled: bool = True, console: Console | None = None) -> None:
+        self._enabled = enabled
+        self._console = console or Console(stderr=True)
+        self._live: Progress | None = None
+
+    @contextmanager
+    def phase(self, description: str, total: float | None = None) -> Iterator[None]:
+        """Within: the phase runs. ``total`` is in the units of :meth:`advance`; ``None`` if unknown."""
+        begin = time.perf_counter()
+        if not self._enabled:
+            yield
+            return
+        if not self._console.is_terminal:
+            yield
+            self._done(description, begin)
+            return
+        columns = (
+            SpinnerColumn(),
+            TextColumn("{task.description}", markup=False),
+            BarColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+        )
+        with Progress(*columns, console=self._console, transient=True) as live:
+            live.add_task(description, total=total)
+            self._live = live
+            try:
+                yield
+            finally:
+                self._live = None
+        self._done(description, begin)
+
+    def advance(self, amount: float) -> None:
+        """So much of the phase's total is done."""
+        if self._live is not None:
+            self._live.advance(self._live.task_ids[0], amount)
+
+    def _done(self, description: str, begin: float) -> None:
+        self._console.print(
+            f"{description}  {time.perf_counter() - begin:.1f} s", markup=False, highlight=False, soft_wrap=True
+        )

@@ -1,0 +1,441 @@
+"""The search: which cut helps this model on this task, in minutes, with sound statistics.
+
+Four steps on disjoint examples. *Screen*: one backward pass scores every (matrix, rho). *Race*: the best few dozen run
+on more and more examples while the worse half drops out. *Compose*: the same again with the winner in place, accepted
+only on fresh examples. *Confirm*: the plan against the original, once, on examples that nothing before has seen; only
+this is a result. A plan is recommended if the confirmed gain is significant, is more than a shift of what is said most,
+and every constraint holds on the guard set; else the original is.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass, fields
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch.utils.data import DataLoader
+
+from laser_callback.candidates import REFERENCE_RHOS, RHOS, Candidate, Target, grid, targets
+from laser_callback.comparison import Kind, Outcomes, PairedResult, compare
+from laser_callback.constraints import Constraint, judge_all
+from laser_callback.examples import ORIGINAL
+from laser_callback.facts import DEFAULT_SIZES
+from laser_callback.journal import Journal, Step
+from laser_callback.measure import Lab, Table
+from laser_callback.module import LaserModule
+from laser_callback.plan import LaserPlan, Reduction
+from laser_callback.progress import PhaseProgress
+from laser_callback.race import Rung, choose, schedule
+from laser_callback.result import LaserResult
+from laser_callback.screen import GradientScreen, LossFn
+from laser_callback.screen_alternatives import Screen as DataFreeScreen
+from laser_callback.screen_alternatives import late_mlp_screen, random_screen, spectrum_screen
+from laser_callback.search_result import SearchResult, Trade, decide, mark_efficient
+from laser_callback.search_setup import (
+    FLUENCY,
+    constraints_of,
+    fingerprints,
+    objective_of,
+    power_warnings,
+    versions,
+)
+from laser_callback.search_steps import Screen, Steps
+from laser_callback.sets import ExampleSets
+from laser_callback.spectra import Spectra
+
+_NOT_SETTINGS = ("module", "data", "folder", "resume", "spectra", "progress", "minutes")
+SCREENS: dict[str, DataFreeScreen] = {
+    "gavish-donoho": spectrum_screen("gavish-donoho"),
+    "entropy": spectrum_screen("entropy"),
+    "laser-rmt-snr": spectrum_screen("laser-rmt-snr"),
+    "late-mlp": late_mlp_screen,
+    "random": random_screen,
+}
+"""Screens that look at no data."""
+FINALISTS = 6
+FRESH_SHARE = 0.2
+"""Share of the race examples that each further reduction is accepted on."""
+PROBE = 32
+"""Race examples that the arguments are tried on."""
+
+
+@dataclass
+class LaserSearch:
+    """Search a module for the cuts that improve an objective.
+
+    Args:
+        module: a :class:`LaserModule` (without a plan), or any LightningModule with a ``validation_step``.
+        data: a :class:`FactsDataModule`, a LightningDataModule or DataLoader over a map-style dataset, which are split
+            into the four sets; the sets as ``{"screen": loader, "race": ..., "confirm": ..., "guard": ...}``; or
+            :class:`~laser_callback.sets.ExampleSets`, where examples have groups or subjects.
+        objective: one or more keys that ``validation_step`` logs. The mean of their changes is improved, and the first
+            carries the claim. For a LaserModule by default ``first_token_accuracy``, and ``paraphrase_robustness``
+            where facts have paraphrases.
+        direction: ``"max"`` or ``"min"``, for all keys or by key; needed where what is logged does not say it (a
+            torchmetrics object does).
+        loss: a logged key, lower is better, that helps to tell candidates apart. For a LaserModule ``log_loss``.
+        constraints: how much worse a key may become on the guard set, as text: ``"perplexity <= +2 %"``,
+            ``"log_loss <= +0.05"``. By default ``perplexity <= +5 %`` where there is text, and
+            ``paraphrase_robustness >= -0.02`` where that is an objective.
+        within: where to look, as plan text without rho: ``"*.all"``, ``"20-29.mlp, *.q_proj"``.
+        rhos: the grid.
+        screen: ``"gradient"``; one that looks at no data, ``"gavish-donoho"``, ``"entropy"``, ``"laser-rmt-snr"``,
+            ``"late-mlp"``, ``"random"``; or a function ``(targets, rhos, loader) -> {reduction: score}``, lower is
+            better.
+        screen_loss: ``f(module, batch)``, the loss of the gradient screen, where the step does not return it.
+        candidates: how many of the screen's best race.
+        max_reductions: stop composing at so many.
+        sizes: of the sets, as shares or numbers; by default a tenth, three, four and two tenths of the examples.
+        min_gain, power: warn before the work if a gain of ``min_gain`` would be confirmed with less than this
+            probability.
+        method: ``"exhaustive"`` runs all candidates on all race examples instead of screening.
+        spectrum: ``"reference"`` cuts as the paper's code does (``torch.svd_lowrank``) and, with the exhaustive method,
+            selects as it does: the first fifth of the examples, highest accuracy, then lowest log loss.
+        controls: confirm beside the plan its matrices zeroed and random matrices cut at the same rho.
+        minutes: race only as many candidates as fit into so much time.
+        folder: keep each finished step here; with ``resume`` go on from them.
+        spectra: the store of factorisations; by default on this machine's disk.
+        accelerator, precision: as in ``Trainer``. The search runs on one device.
+        progress: show progress on standard error.
+        seed: of the sets, the order of examples and the random control.
+
+    Attributes:
+        result: the outcome; after an interruption what there was by then.
+
+    Raises:
+        MisconfigurationException, ValueError: at once, or in :meth:`run` before the work, naming the argument.
+
+    Example::
+
+        module = LaserModule("HuggingFaceTB/SmolLM2-135M-Instruct")
+        found = LaserSearch(module, FactsDataModule("facts.jsonl", module.tokenizer, text="text.txt")).run()
+        found.plan, found.reason
+    """
+
+    module: pl.LightningModule
+    data: Any
+    _: KW_ONLY
+    objective: str | Sequence[str] | None = None
+    direction: str | Mapping[str, str] | None = None
+    loss: str | None = None
+    constraints: Sequence[str] | None = None
+    within: str = "*.all"
+    rhos: Sequence[float] = RHOS
+    screen: str | Screen = "gradient"
+    screen_loss: LossFn | None = None
+    candidates: int = 48
+    max_reductions: int = 1
+    sizes: Mapping[str, int | float] | None = None
+    min_gain: float = 0.05
+    power: float = 0.8
+    method: Literal["screened", "exhaustive"] = "screened"
+    spectrum: Literal["exact", "reference"] = "exact"
+    controls: bool = True
+    minutes: float | None = None
+    folder: str | Path | None = None
+    resume: bool = False
+    spectra: Spectra | None = None
+    accelerator: str = "auto"
+    precision: Any = None
+    progress: bool = True
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        self.result = SearchResult(None, None, "the search has not run", (), [])
+        if isinstance(self.module, LaserModule) and self.module.plan is not None:
+            raise MisconfigurationException("`module` must have no plan of its own: the search finds one")
+        for name in ("candidates", "max_reductions"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}")
+        for name, choices in (("method", ("screened", "exhaustive")), ("spectrum", ("exact", "reference"))):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"`{name}` must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
+        if not callable(self.screen) and self.screen not in ("gradient", *SCREENS):
+            known = ", ".join(("gradient", *SCREENS))
+            raise ValueError(f"`screen` must be one of {known}, or a function, got {self.screen!r}")
+        if not self.rhos or not all(0 <= rho <= 1 for rho in self.rhos):
+            raise ValueError(f"`rhos` must be numbers in [0, 1], at least one, got {self.rhos!r}")
+        if self.spectrum == "reference" and self.rhos is RHOS:
+            self.rhos = REFERENCE_RHOS
+        if self.folder is None and self.resume:
+            raise ValueError("`resume` needs the `folder` of the search to go on with")
+        for text in self.constraints or ():
+            Constraint.parse(text)
+
+    # ---- the run ----------------------------------------------------------------------------------------------------
+
+    def run(self) -> SearchResult:
+        """Search. The module is left as it was, bit by bit, whatever happens.
+
+        Raises:
+            MisconfigurationException: if a key is not logged or not a mean over examples, or a constraint has no data.
+            ValueError: if there are too few examples, a value is not finite, or ``minutes`` is too short.
+            KeyboardInterrupt: on Ctrl-C; :attr:`result`, and ``result.json`` in the folder, hold what there was.
+        """
+        self._start = time.perf_counter()
+        steps = self._prepare()
+        try:
+            self._search(steps)
+            self._confirm(steps)
+        except (KeyboardInterrupt, SystemExit):  # Lightning turns the first into the second
+            self.result.reason = f"interrupted; {self.result.reason}"
+            self._finish(steps)
+            raise KeyboardInterrupt from None
+        return self._finish(steps)
+
+    def _prepare(self) -> Steps:
+        """Everything that can be wrong is found here, before the work."""
+        reference = self.spectrum == "reference"
+        if isinstance(self.data, ExampleSets):
+            sets = self.data
+        elif reference and self.method == "exhaustive":
+            sets = ExampleSets.reference(self.data)
+        else:
+            sets = ExampleSets.of(self.data, sizes=self.sizes or DEFAULT_SIZES, seed=self.seed)
+        spectra = self.spectra or (Spectra(method="reference") if reference else Spectra.default())
+        lab = Lab(self.module, spectra, self.accelerator, self.precision)
+        # One small batch, and one candidate, show what is logged and whether it can be compared.
+        probe = {"probe": LaserPlan([targets(self.module, self.within)[0].at(self.rhos[0])])}
+        loader = sets.loader("race", range(min(PROBE, sets.sizes["race"])))
+        lab.measure(probe, loader, ())
+        objective = objective_of(self.module, self.objective, self.direction, self.loss, lab.logged)
+        self._bounds = constraints_of(self.constraints, sets, objective, lab.logged)
+        keys = tuple(dict.fromkeys([*objective.measured, *(b.key for b in self._bounds if b.key in lab.logged)]))
+        begin = time.perf_counter()
+        lab.measure(probe, loader, keys)
+        self._pass_seconds = (time.perf_counter() - begin) / PROBE / (1 + lab.share(probe["probe"]))
+        self._objective = objective
+
+        found = SearchResult(None, None, "no candidate has run yet", objective.keys, [], sets=dict(sets.sizes))
+        found.warnings += [*sets.notes, *power_warnings(sets, self.min_gain, self.power)]
+        if sets.text("guard") is None and isinstance(self.module, LaserModule):
+            found.warnings.append("fluency is not checked: give the data `text=`, a file of running text")
+        for warning in found.warnings:
+            rank_zero_warn(warning)
+        own = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in _NOT_SETTINGS}
+        found.settings = {name: _plain(value) for name, value in own.items()} | {"versions": versions()}
+        if self.folder is not None:
+            found.settings["fingerprints"] = fingerprints(self.module, sets)
+        self.result = found
+        journal = Journal(self.folder, found.settings, self.resume)
+        return Steps(lab, sets, journal, PhaseProgress(self.progress), objective, keys)
+
+    def _search(self, steps: Steps) -> None:
+        """Screen, race and compose; leaves the plan to confirm in the result."""
+        race, *fresh = self._race_parts(steps.sets)
+        base: list[Reduction] = []
+        for number in range(1, self.max_reductions + 1):
+            table, finalists = self._one_step(steps, number, base, race)
+            if not finalists:
+                break
+            if number == 1:
+                self._check_positive(table)
+                winner = self._choose(table, finalists)
+                gain, loss = winner.gain, winner.loss
+                if gain is None or gain.delta < 0 or (gain.delta == 0 and (loss is None or loss.delta >= 0)):
+                    self.result.reason = "no candidate was better than the original in the race"
+                    break
+            else:
+                accepted = steps.accept(number, finalists, base, fresh[number - 2], table)
+                if accepted is None:
+                    break
+                winner = accepted
+            winner.status, winner.reason = "accepted", ""
+            base = [*base, winner.reduction]
+            self.result.found = LaserPlan(base)
+            self.result.reason = f"{self.result.found} was the best in the race; it is not confirmed"
+        mark_efficient(self.result.trades)
+        for trade in self.result.trades:
+            trade.chosen = self.result.found is not None and trade.plan == str(self.result.found)
+
+    def _one_step(
+        self, steps: Steps, number: int, base: list[Reduction], positions: list[int]
+    ) -> tuple[Table, list[Candidate]]:
+        """Screen, race and refine with ``base`` in place: the finalists and their values."""
+        found = targets(self.module, self.within, without=base)
+        candidates = grid(found, self.rhos, base=", ".join(map(str, base)))
+        self.result.candidates += candidates
+        if self.method == "screened":
+            scores = steps.screen(number, found, self.rhos, base, self._screen(steps))
+            for candidate in candidates:
+                candidate.score = scores.get(str(candidate.reduction))
+            scored = [c for c in candidates if c.score is not None and not math.isnan(c.score)]
+            scored.sort(key=lambda candidate: float(candidate.score or 0))
+            racers = scored[: self._affordable(steps, number, scored, len(positions))]
+        else:
+            racers = candidates
+        if not racers:
+            return {}, []
+        rungs = schedule(len(positions), len(racers), FINALISTS)
+        if self.method == "exhaustive":
+            rungs = [Rung(len(positions), FINALISTS)]
+        table = steps.race(number, racers, base, positions, rungs)
+        finalists = [candidate for candidate in racers if candidate.status == "finalist"]
+        if self.spectrum == "exact":
+            best = self._choose(table, finalists)
+            target = next(t for t in found if t.at(best.rho) == best.reduction)
+            refined = steps.refine(number, best, self.rhos, base, positions, target.matrices[0].max_rank, table)
+            self.result.candidates += refined
+            finalists += refined
+        return table, self._fluent(steps, number, finalists, table)
+
+    def _choose(self, table: Table, finalists: Sequence[Candidate]) -> Candidate:
+        if self.spectrum == "reference":  # the original's rule
+            return max(finalists, key=lambda c: (c.gain.delta if c.gain else 0.0, -(c.loss.delta if c.loss else 0.0)))
+        by_name = {str(candidate.reduction): candidate for candidate in finalists}
+        return by_name[choose(self._objective, table, list(by_name))]
+
+    def _fluent(self, steps: Steps, number: int, finalists: list[Candidate], table: Table) -> list[Candidate]:
+        """The finalists that keep the constraints as far as the race can tell; all enter the trade-off table."""
+        text = steps.sets.text("race")
+        fluency = steps.fluency(number, [c.plan for c in finalists], text) if text is not None and finalists else None
+        kept = []
+        for candidate in finalists:
+            arm, plan = str(candidate.reduction), str(candidate.plan)
+            rows = {key: _row(key, table, arm) for key in steps.keys}
+            if fluency is not None:
+                rows[FLUENCY] = _row(FLUENCY, fluency, plan, kind="log_ratio")
+            broken = [str(bound) for bound in self._bounds if bound.key in rows and not _keeps(bound, rows[bound.key])]
+            if broken:
+                candidate.status, candidate.reason = "rejected", f"breaks {', '.join(broken)} on the race examples"
+            else:
+                kept.append(candidate)
+            gain = candidate.gain.delta if candidate.gain else math.nan
+            self.result.trades.append(Trade(plan, gain, rows[FLUENCY].delta if FLUENCY in rows else None))
+        if finalists and not kept:
+            self.result.reason = "every finalist breaks a constraint in the race"
+        return kept
+
+    def _confirm(self, steps: Steps) -> None:
+        """The found plan against the original on what nothing has seen; then the recommendation."""
+        result, primary = self.result, self._objective.keys[0]
+        if result.found is None:
+            return
+        result.confirmed = self._compared(steps, "confirm", steps.sets.loader("confirm"), primary, self.controls)
+        if self._bounds:
+            text = steps.sets.text("guard")
+            loaders = [steps.sets.loader("guard")] if steps.sets.sizes.get("guard") else []
+            result.guard = self._compared(
+                steps, "guard", [*loaders, *([text] if text is not None else [])], None, False
+            )
+            result.judgements = judge_all(self._bounds, result.guard["laser"].rows)
+        decide(result, self._objective.signs[0])
+
+    def _compared(self, steps: Steps, name: str, loaders: Any, primary: str | None, controls: bool) -> LaserResult:
+        plan, live = self.result.found, []
+        assert plan is not None
+
+        def compute() -> Step:
+            live.append(steps.lab.compare(plan, loaders, primary=primary, controls=controls, seed=self.seed))
+            return live[0].to_dict(), {}
+
+        examples = sum(len(loader.dataset) for loader in (loaders if isinstance(loaders, list) else [loaders]))
+        arms = 2 + 2 * controls
+        what = f"{name}: {plan} on {examples} examples"
+        data, _ = steps.timed(name, name, what, compute, examples * arms, examples * (1 + steps.lab.share(plan)))
+        result = LaserResult.from_dict(data)
+        if live:
+            result.examples = live[0].examples
+            if self.folder is not None:
+                result.examples.write(Path(self.folder) / f"{name}.examples.jsonl")
+        return result
+
+    def _finish(self, steps: Steps) -> SearchResult:
+        self.result.phases = list(steps.phases.values())
+        if self.folder is not None:
+            self.result.to_json(Path(self.folder) / "result.json")
+        return self.result
+
+    def _check_positive(self, table: Table) -> None:
+        """Say so where nothing is ever right, since then only the loss has chosen."""
+        key = self._objective.keys[0]
+        values = [arm[key].values for arm in table.values()]
+        if self._objective.signs[0] > 0 and not any(bool((value > 0).any()) for value in values):
+            note = f"{key} is 0 on all race examples for the original and every finalist: "
+            cure = "give easier examples, or another objective"
+            self.result.warnings.append(
+                note + (f"only {self._objective.loss} told them apart; " if self._objective.loss else "") + cure
+            )
+
+    # ---- details ----------------------------------------------------------------------------------------------------
+
+    def _race_parts(self, sets: ExampleSets) -> list[list[int]]:
+        """Positions to race on, and fresh ones for each further reduction."""
+        if self.spectrum == "reference":
+            return [list(range(sets.sizes["race"]))]
+        fresh = [FRESH_SHARE] * (self.max_reductions - 1)
+        if sum(fresh) > 0.6:
+            fresh = [0.6 / len(fresh)] * len(fresh)
+        return sets.deal("race", [1.0 - sum(fresh), *fresh])  # shares, not numbers
+
+    def _affordable(self, steps: Steps, number: int, ranked: Sequence[Candidate], examples: int) -> int:
+        """How many of the ranked candidates may race."""
+        wanted = min(self.candidates, len(ranked))
+        if self.minutes is None:
+            return wanted
+
+        def compute() -> Step:
+            left = 60 * float(self.minutes or 0) - (time.perf_counter() - self._start)
+            left -= 3 * self._pass_seconds * steps.sets.sizes["confirm"]  # the original, the plan and its controls
+            for count in range(wanted, 0, -1):
+                shares = sorted((steps.lab.share(c.plan) for c in ranked[:count]), reverse=True)
+                passes, alive = 0.0, count
+                for rung in schedule(examples, count, FINALISTS):
+                    passes += rung.examples * (1 + sum(shares) / count * alive)
+                    alive = rung.keep
+                if passes * self._pass_seconds <= left:
+                    return {"count": count}, {}
+            raise ValueError(
+                f"`minutes` = {self.minutes} is too short: to race one candidate and confirm it takes about "
+                f"{(passes * self._pass_seconds - left) / 60 + float(self.minutes or 0):.1f}; give more time, or fewer "
+                "examples"
+            )
+
+        data, _ = steps.journal.step(f"{number}-budget", compute)
+        if data["count"] < wanted:
+            note = f"only {data['count']} of {wanted} candidates raced, to keep within {self.minutes} minutes"
+            self.result.warnings.append(note)
+        return int(data["count"])
+
+    def _screen(self, steps: Steps) -> Screen:
+        if callable(self.screen):
+            return self.screen
+        exact = steps.lab.spectra if self.spectrum == "exact" else Spectra.default()
+        if self.screen != "gradient":
+            by_name = SCREENS[self.screen]
+            return lambda found, rhos, _: by_name(found, rhos, exact, self.seed)
+
+        def gradient(found: Sequence[Target], rhos: Sequence[float], loader: DataLoader[Any]) -> dict[Reduction, float]:
+            screen = GradientScreen(found, rhos, exact, loss=self.screen_loss)
+            steps.lab.validate(loader, screen, inference_mode=False)
+            return screen.scores
+
+        return gradient
+
+
+def _row(key: str, table: Table, arm: str, kind: Kind = "mean") -> PairedResult:
+    before, after = (Outcomes(table[name][key].values, table[name][key].weights, kind) for name in (ORIGINAL, arm))
+    return compare(key, before, after)
+
+
+def _keeps(bound: Constraint, row: PairedResult) -> bool:
+    """Whether the estimate, whatever its error, is within the margin."""
+    change = bound.judge(row).change
+    return change <= bound.margin if bound.op == "<=" else change >= bound.margin
+
+
+def _plain(value: Any) -> Any:
+    """A setting as JSON can hold it."""
+    if isinstance(value, (str, int, float, bool, type(None))):
+        return value
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, Iterable):
+        return [_plain(item) for item in value]
+    return getattr(value, "__qualname__", None) or type(value).__qualname__

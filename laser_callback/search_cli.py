@@ -1,0 +1,144 @@
+"""``laser-callback search``: from a model and a file of facts, or a LightningModule and its data, to a plan."""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from pathlib import Path
+from typing import Literal
+
+import lightning.pytorch as pl
+import transformers.utils.logging
+from rich.console import Console
+
+from laser_callback.candidates import RHOS
+from laser_callback.data import FactsDataModule
+from laser_callback.module import LaserModule
+from laser_callback.search import LaserSearch
+from laser_callback.search_report import print_search
+
+
+def search(
+    model: str | None = None,
+    facts: Path | None = None,
+    text: Path | None = None,
+    module: pl.LightningModule | None = None,
+    data: pl.LightningDataModule | None = None,
+    objective: list[str] | None = None,
+    direction: Literal["max", "min"] | None = None,
+    loss: str | None = None,
+    constraints: list[str] | None = None,
+    within: str = "*.all",
+    rhos: list[float] | None = None,
+    screen: str = "gradient",
+    candidates: int = 48,
+    max_reductions: int = 1,
+    min_gain: float = 0.05,
+    limit: int = 0,
+    batch_size: int = 64,
+    method: Literal["screened", "exhaustive"] = "screened",
+    spectrum: Literal["exact", "reference"] = "exact",
+    controls: bool = True,
+    minutes: float | None = None,
+    folder: Path | None = None,
+    resume: bool = False,
+    accelerator: str = "auto",
+    precision: str | None = None,
+    seed: int = 0,
+    output: Path = Path("laser-search.json"),
+    plan: Path | None = None,
+    quiet: bool = False,
+) -> int:
+    """Search for the cuts that help a model on a task, and confirm the best on unseen examples.
+
+    Args:
+        model: folder or hub name of a Hugging Face language model; goes with facts.
+        facts: a JSONL, CSV or Parquet file of {id, prompt, answer, paraphrases?, choices?, subject?, group?}.
+        text: a UTF-8 text file; perplexity on it must hold.
+        module: instead of a model, a LightningModule class of your own; goes with data.
+        data: a LightningDataModule class whose validation dataloader is split into the search's sets.
+        objective: keys that validation_step logs; the mean of their changes is improved, the first carries the claim.
+        direction: whether the objective is better high or low, where the metric does not say so.
+        loss: a logged key, lower is better, that helps to tell candidates apart.
+        constraints: how much worse a key may become, e.g. "perplexity <= +2 %".
+        within: where to look, as plan text without rho, e.g. "20-29.mlp, *.q_proj".
+        rhos: fractions of the rank to try; by default those of the paper's code, and 0.
+        screen: gradient, spectrum, late-mlp or random.
+        candidates: how many of the screen's best race.
+        max_reductions: stop composing at so many cuts.
+        min_gain: warn if the examples are too few to confirm a gain of this size.
+        limit: use a seeded sample of so many facts, stratified by group; 0 for all.
+        batch_size: facts in a batch.
+        method: screened, or exhaustive: all candidates on all race examples.
+        spectrum: exact, or reference: cut as the paper's code does.
+        controls: confirm beside the plan its matrices zeroed and random matrices cut at the same rho.
+        minutes: race only as many candidates as fit into so much time.
+        folder: keep each finished step here.
+        resume: go on with the search in the folder.
+        accelerator: as in Lightning's Trainer.
+        precision: as in Lightning's Trainer.
+        seed: of the sets, the order of examples and the random control.
+        output: where to write the result as JSON.
+        plan: where to write the recommended plan (.yaml, .json or .txt), if there is one.
+        quiet: print the verdict only.
+    """
+    # Remarks on hardware, workers, loggers and other libraries' internals are noise here; the rest is not.
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    transformers.utils.logging.disable_progress_bar()
+    for noise in ("does not have many workers", "but have no logger configured", "isinstance.treespec, LeafSpec"):
+        warnings.filterwarnings("ignore", message=f".*{noise}")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if (model is None) == (module is None) or (facts is None) != (model is None) or (data is None) != (module is None):
+        raise SystemExit("give `--model` and `--facts`, or `--module` and `--data`")
+    if model is not None and facts is not None:
+        module = LaserModule(model)
+        data = FactsDataModule(
+            facts,
+            module.tokenizer,
+            text=text,
+            limit=limit or None,
+            seed=seed,
+            batch_size=batch_size,
+            masked=module.masked,
+        )
+    assert module is not None
+    found = LaserSearch(
+        module,
+        data,
+        objective=objective,
+        direction=direction,
+        loss=loss,
+        constraints=constraints,
+        within=within,
+        rhos=RHOS if rhos is None else rhos,
+        screen=screen,
+        candidates=candidates,
+        max_reductions=max_reductions,
+        min_gain=min_gain,
+        method=method,
+        spectrum=spectrum,
+        controls=controls,
+        minutes=minutes,
+        folder=folder,
+        resume=resume,
+        accelerator=accelerator,
+        precision=precision,
+        progress=not quiet,
+        seed=seed,
+    )
+    try:
+        found.run()
+    except KeyboardInterrupt:
+        Console(stderr=True).print(f"interrupted; so far: {found.result.reason}", markup=False)
+        found.result.to_json(output)
+        return 130
+    found.result.to_json(output)
+    if plan is not None and found.result.plan is not None:
+        found.result.plan.to_file(plan)
+    if quiet:
+        print(found.result.reason)
+    else:
+        print_search(found.result)
+        Console().print(f"\nresult: {output}", markup=False, highlight=False)
+    return 0

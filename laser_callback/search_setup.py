@@ -1,0 +1,142 @@
+"""What a search must know before it works: the objective and its direction, the constraints, what all depends on.
+
+Contract: whatever is wrong with the arguments and can be seen from one small batch is an error here, with its cure.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+from importlib.metadata import version
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from laser_callback.arms import Logged
+from laser_callback.constraints import Constraint
+from laser_callback.module import LaserModule
+from laser_callback.power import detectable_gain, examples_needed
+from laser_callback.race import Objective
+from laser_callback.sets import ExampleSets
+from laser_callback.spectrum_folder import content_hash
+
+FLUENCY = "perplexity"
+"""The metric of running text."""
+
+_ROBUSTNESS = "paraphrase_robustness"
+
+
+def objective_of(
+    module: pl.LightningModule,
+    keys: str | Sequence[str] | None,
+    direction: str | Mapping[str, str] | None,
+    loss: str | None,
+    logged: Mapping[str, Logged],
+) -> Objective:
+    """The objective, from the search's arguments and what the module logs.
+
+    Raises:
+        MisconfigurationException: if a key is not logged, or its better direction is not known.
+    """
+    facts = isinstance(module, LaserModule)
+    if keys is None:
+        if not facts:
+            raise MisconfigurationException(
+                f"`objective` must name what to improve; `validation_step` logs {_names(logged)}"
+            )
+        keys = ["first_token_accuracy", *([_ROBUSTNESS] if _ROBUSTNESS in logged else [])]
+    keys = (keys,) if isinstance(keys, str) else tuple(keys)
+    if loss is None and facts and "log_loss" in logged:
+        loss = "log_loss"
+    for key in (*keys, *([loss] if loss else [])):
+        if key not in logged:
+            what = "objective" if key in keys else "loss"
+            raise MisconfigurationException(
+                f"`{what}` {key!r} is not logged by `validation_step`; it logs {_names(logged)}"
+            )
+    return Objective(keys, tuple(_sign(key, direction, logged[key]) for key in keys), loss)
+
+
+def _sign(key: str, direction: str | Mapping[str, str] | None, logged: Logged) -> int:
+    given = direction if isinstance(direction, str) or direction is None else direction.get(key)
+    if given not in (None, "max", "min"):
+        raise MisconfigurationException(f"`direction` must be 'max' or 'min', got {given!r} for {key!r}")
+    if given is not None:
+        return 1 if given == "max" else -1
+    if logged.higher_is_better is None:
+        raise MisconfigurationException(
+            f"`direction` must say whether {key!r} is better high ('max') or low ('min'): a plain number is logged"
+        )
+    return 1 if logged.higher_is_better else -1
+
+
+def constraints_of(
+    texts: Sequence[str] | None, sets: ExampleSets, objective: Objective, logged: Mapping[str, Logged]
+) -> list[Constraint]:
+    """The constraints, the default ones where none are given.
+
+    Raises:
+        MisconfigurationException: if a constraint has no data, naming the cure.
+    """
+    has_guard, has_text = sets.sizes.get("guard", 0) > 0, sets.text("guard") is not None
+    if texts is None:
+        texts = [f"{FLUENCY} <= +5 %"] if has_text else []
+        texts = [*texts, *([f"{_ROBUSTNESS} >= -0.02"] if has_guard and _ROBUSTNESS in objective.keys else [])]
+    constraints = [Constraint.parse(text) for text in texts]
+    for constraint in constraints:
+        key = constraint.key
+        if key == FLUENCY and key not in logged:
+            if not has_text:
+                raise MisconfigurationException(
+                    f"the constraint '{constraint}' needs running text: give the data `text=`"
+                )
+        elif key not in logged:
+            raise MisconfigurationException(f"the constraint '{constraint}' needs {key!r}; logged are {_names(logged)}")
+        elif not has_guard:
+            raise MisconfigurationException(
+                f"the constraint '{constraint}' is judged on the guard set, and there is none: give it a size"
+            )
+    return constraints
+
+
+def power_warnings(sets: ExampleSets, min_gain: float, power: float) -> list[str]:
+    """What to say about the size of the confirm set; nothing if it suffices."""
+    have, need = sets.sizes["confirm"], examples_needed(min_gain, power=power)
+    if have >= need:
+        return []
+    return [
+        f"the confirm set has {have} examples: a gain of {min_gain:.1%} is confirmed with less than {power:.0%} "
+        f"probability. That takes {need}; {have} suffice for gains from {detectable_gain(have, power=power):.1%} on. "
+        "Give more examples, or a larger share of them to `confirm`"
+    ]
+
+
+def fingerprint(leaves: Iterable[Any]) -> str:
+    """A hash of tensors and plain values."""
+    digest = hashlib.sha256()
+    for leaf in leaves:
+        if isinstance(leaf, Tensor):
+            leaf = content_hash(f"{leaf.dtype} {tuple(leaf.shape)}", leaf.detach().contiguous())
+        digest.update(repr(leaf).encode())
+    return digest.hexdigest()[:16]
+
+
+def fingerprints(module: pl.LightningModule, sets: ExampleSets) -> dict[str, str]:
+    """Hashes of the weights and of each set's first batch: what a search that goes on must find unchanged."""
+    found = {"weights": fingerprint(module.parameters())}
+    for name in sets.sizes:
+        found[name] = fingerprint(pytree.tree_leaves(dict(enumerate([next(iter(sets.loader(name)))]))))
+    return found
+
+
+def versions() -> dict[str, str]:
+    """Of everything that the numbers depend on."""
+    names = ("laser-callback", "torch", "lightning", "transformers", "torchmetrics")
+    return {name: version(name) for name in names}
+
+
+def _names(logged: Mapping[str, Logged]) -> str:
+    return ", ".join(logged) or "nothing"

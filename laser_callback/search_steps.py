@@ -1,0 +1,278 @@
+"""The steps of a search: screen, race, refine, accept. Each is kept in the journal and counted in its phase.
+
+:class:`Steps` holds what they share; the order in which they run, and what follows from them, is ``search.py``'s.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Subset
+
+from laser_callback.candidates import Candidate, Target
+from laser_callback.comparison import ALPHA, adjust
+from laser_callback.examples import ORIGINAL
+from laser_callback.journal import Journal, Step
+from laser_callback.measure import Lab, Table, Values
+from laser_callback.plan import LaserPlan, Reduction
+from laser_callback.progress import PhaseProgress
+from laser_callback.race import Objective, Rung, choose, order, paired
+from laser_callback.search_result import Phase
+from laser_callback.search_setup import FLUENCY
+from laser_callback.sets import ExampleSets
+
+FLUENCY_WINDOWS = 12
+"""So many windows of text rank the finalists' fluency; the guard set has others, and more."""
+
+ARMS = 64
+"""So many candidates run in one evaluation loop, and are one step of the journal."""
+
+Screen = Callable[[Sequence[Target], Sequence[float], DataLoader[Any]], dict[Reduction, float]]
+
+
+@dataclass
+class Steps:
+    """What the steps of one search share.
+
+    Attributes:
+        keys: metrics that candidates are measured by: those of the objective, and of constraints on the same examples.
+        phases: time and passes so far.
+    """
+
+    lab: Lab
+    sets: ExampleSets
+    journal: Journal
+    progress: PhaseProgress
+    objective: Objective
+    keys: tuple[str, ...]
+    phases: dict[str, Phase] = field(default_factory=dict)
+
+    def timed(
+        self, name: str, phase: str, description: str, compute: Callable[[], Step], passes: int, whole: float
+    ) -> Step:
+        """A journal step that counts its time, and its passes, in ``phase``."""
+
+        def run() -> Step:
+            begin = time.perf_counter()
+            with self.progress.phase(description, total=whole):
+                data, tensors = compute()
+            seconds = time.perf_counter() - begin
+            return {"data": data, "seconds": seconds, "passes": passes, "whole_passes": whole}, tensors
+
+        data, tensors = self.journal.step(name, run)
+        total = self.phases.setdefault(phase, Phase(phase))
+        total.seconds += data["seconds"]
+        total.passes += data["passes"]
+        total.whole_passes += data["whole_passes"]
+        return data["data"], tensors
+
+    def screen(
+        self, number: int, found: Sequence[Target], rhos: Sequence[float], base: Sequence[Reduction], screen: Screen
+    ) -> dict[str, float]:
+        """Each candidate's estimated change of the loss, by its text."""
+        loader = self.sets.loader("screen")
+
+        def compute() -> Step:
+            with self.lab.base(base):
+                scores = screen(found, rhos, loader)
+            return {str(reduction): score for reduction, score in scores.items()}, {}
+
+        examples = self.sets.sizes["screen"]
+        what = f"screen: {len(found)} targets at {len(rhos)} rhos, one backward pass on {examples} examples"
+        data, _ = self.timed(f"{number}-screen", "screen", what, compute, examples, 3.0 * examples)
+        return {name: math.nan if score is None else score for name, score in data.items()}
+
+    def measure(
+        self,
+        name: str,
+        phase: str,
+        reductions: Iterable[Reduction],
+        loader: DataLoader[Any],
+        base: Sequence[Reduction] = (),
+        what: str = "",
+    ) -> Table:
+        """Values of all keys for the base and for each reduction added to it."""
+        plans = {str(reduction): LaserPlan([reduction]) for reduction in reductions}
+        examples = _length(loader)
+        whole = examples * (1 + sum(self.lab.share(plan) for plan in plans.values()))
+        per_batch = examples / max(len(loader), 1)
+        self.lab.on_arm = lambda share: self.progress.advance(share * per_batch)
+
+        def compute() -> Step:
+            table = self.lab.measure(plans, loader, self.keys, base)
+            return {"arms": list(table)}, _to_tensors(table)
+
+        what = what or f"{phase}: {len(plans)} candidates on {examples} examples"
+        data, tensors = self.timed(name, phase, what, compute, examples * (1 + len(plans)), whole)
+        return _to_table(data["arms"], tensors)
+
+    def fluency(self, number: int, plans: Sequence[LaserPlan], loader: DataLoader[Any]) -> Table:
+        """Perplexity of the original and of each whole plan, by its text, on a few windows of running text."""
+        by_name = {str(plan): plan for plan in plans}
+        windows = _length(loader)
+        few = Subset(loader.dataset, range(0, windows, max(1, windows // FLUENCY_WINDOWS)))
+        loader = DataLoader(few, loader.batch_size, collate_fn=loader.collate_fn)
+        whole = len(few) * (1 + sum(self.lab.share(plan) for plan in plans))
+        self.lab.on_arm = lambda share: self.progress.advance(share * len(few) / len(loader))
+
+        def compute() -> Step:
+            table = self.lab.measure(by_name, loader, (FLUENCY,))
+            return {"arms": list(table)}, _to_tensors(table)
+
+        what = f"fluency: {len(plans)} finalists on {len(few)} windows of text"
+        data, tensors = self.timed(f"{number}-fluency", "fluency", what, compute, len(few) * (1 + len(plans)), whole)
+        return _to_table(data["arms"], tensors)
+
+    def race(
+        self,
+        number: int,
+        candidates: Sequence[Candidate],
+        base: Sequence[Reduction],
+        positions: Sequence[int],
+        rungs: Sequence[Rung],
+    ) -> Table:
+        """Successive halving. Writes into the candidates how far each came; returns the finalists' values."""
+        alive = {str(candidate.reduction): candidate for candidate in candidates}
+        table: Table = {}
+        begin = 0
+        for number_of_rung, rung in enumerate(rungs):
+            loader = self.sets.loader("race", positions[begin : begin + rung.examples])
+            begin += rung.examples
+            fresh: Table = {}
+            names = list(alive)
+            for chunk, first in enumerate(range(0, len(names), ARMS)):
+                reductions = [alive[name].reduction for name in names[first : first + ARMS]]
+                fresh |= self.measure(f"{number}-race-{number_of_rung}-{chunk}", "race", reductions, loader, base)
+            table = {arm: _joined(table.get(arm), fresh[arm]) for arm in fresh}
+            ranked = order(self.objective, table, names)
+            for name, candidate in alive.items():
+                candidate.examples = begin
+                candidate.gain, candidate.loss = self.objective.estimates(table, name)
+            twins = _twins(table, ranked)
+            for name, twin in twins.items():
+                alive[name].status, alive[name].reason = "dropped", f"does the same as {twin}"
+            ranked = [name for name in ranked if name not in twins]
+            for place, name in enumerate(ranked):
+                alive[name].status = "dropped" if place >= rung.keep else "finalist"
+                if place >= rung.keep:
+                    alive[name].reason = f"place {place + 1} of {len(ranked)} after {begin} examples"
+            alive = {name: alive[name] for name in ranked[: rung.keep]}
+            table = {arm: values for arm, values in table.items() if arm == ORIGINAL or arm in alive}
+        return table
+
+    def refine(
+        self,
+        number: int,
+        winner: Candidate,
+        rhos: Sequence[float],
+        base: Sequence[Reduction],
+        positions: Sequence[int],
+        max_rank: int,
+        table: Table,
+    ) -> list[Candidate]:
+        """The winner's neighbours in rho, between it and the next of ``rhos``; adds their values to ``table``."""
+        neighbours = []
+        for rho in _between(winner.rho, rhos):
+            reduction = replace(winner.reduction, rho=rho)
+            if reduction.rank(max_rank) not in {winner.reduction.rank(max_rank), 0, max_rank}:
+                neighbours.append(replace(winner, reduction=reduction, rho=rho, score=None))
+        if not neighbours:
+            return []
+        loader = self.sets.loader("race", positions)
+        found = self.measure(f"{number}-refine", "refine", [c.reduction for c in neighbours], loader, base)
+        for candidate in neighbours:
+            name = str(candidate.reduction)
+            table[name] = found[name]
+            candidate.gain, candidate.loss = self.objective.estimates(table, name)
+        return neighbours
+
+    def accept(
+        self,
+        number: int,
+        finalists: Sequence[Candidate],
+        base: Sequence[Reduction],
+        positions: Sequence[int],
+        table: Table,
+    ) -> Candidate | None:
+        """The finalist that improves on the base also on fresh examples, Holm-corrected for all finalists; or none.
+
+        Tested is the loss where there is one, since it decides on fewer examples; the gain over all examples must then
+        not be negative.
+        """
+        loader = self.sets.loader("race", positions)
+        fresh = self.measure(f"{number}-accept", "accept", [c.reduction for c in finalists], loader, base)
+        rows = []
+        for candidate in finalists:
+            name = str(candidate.reduction)
+            change = self.objective.loss_change(fresh, name)
+            rows.append(replace(paired(change or self.objective.gain(fresh, name)), metric=name))
+        better = -1 if self.objective.loss else 1
+        accepted = []
+        for row in adjust(rows, None):
+            joined = {arm: _joined(table[arm], fresh[arm]) for arm in (ORIGINAL, row.metric)}
+            gain, _ = self.objective.estimates(joined, row.metric)
+            significant = row.p_adjusted is not None and row.p_adjusted <= ALPHA and row.delta * better > 0
+            if significant and gain.delta >= 0:
+                accepted.append(row.metric)
+        for candidate in finalists:
+            if str(candidate.reduction) not in accepted:
+                candidate.status, candidate.reason = (
+                    "rejected",
+                    f"no better than without it on {len(positions)} fresh examples",
+                )
+        if not accepted:
+            return None
+        chosen = choose(self.objective, table, accepted)
+        return next(candidate for candidate in finalists if str(candidate.reduction) == chosen)
+
+
+def _twins(table: Table, ranked: Sequence[str]) -> dict[str, str]:
+    """Arms with the very values of one that ranks higher: zero queries or zero keys, say, make the same model."""
+    first: dict[tuple[bytes, ...], str] = {}
+    twins = {}
+    for name in ranked:
+        values = tuple(v.values.numpy().tobytes() for v in table[name].values())
+        if values in first:
+            twins[name] = first[values]
+        first.setdefault(values, name)
+    return twins
+
+
+def _between(rho: float, rhos: Sequence[float]) -> list[float]:
+    """Geometric means of ``rho`` and its two neighbours in ``rhos``; half of the next one where a neighbour is 0."""
+    grid = sorted({*rhos, rho})
+    place = grid.index(rho)
+    found = []
+    for other in (grid[place - 1] if place else None, grid[place + 1] if place + 1 < len(grid) else None):
+        if other is not None:
+            low, high = sorted((rho, other))
+            found.append(round(math.sqrt(low * high) if low else high / 2, 4))
+    return found
+
+
+def _joined(old: dict[str, Values] | None, new: dict[str, Values]) -> dict[str, Values]:
+    return new if old is None else {key: Values.join([old[key], new[key]]) for key in new}
+
+
+def _to_tensors(table: Table) -> dict[str, Tensor]:
+    keys = list(next(iter(table.values())))
+    tensors = {f"values/{key}": torch.stack([arm[key].values for arm in table.values()]) for key in keys}
+    return tensors | {f"weights/{key}": torch.stack([arm[key].weights for arm in table.values()]) for key in keys}
+
+
+def _to_table(arms: Sequence[str], tensors: dict[str, Tensor]) -> Table:
+    keys = [name.removeprefix("values/") for name in tensors if name.startswith("values/")]
+    return {
+        arm: {key: Values(tensors[f"values/{key}"][i], tensors[f"weights/{key}"][i]) for key in keys}
+        for i, arm in enumerate(arms)
+    }
+
+
+def _length(loader: DataLoader[Any]) -> int:
+    return len(loader.dataset)  # type: ignore[arg-type]  # a map-style dataset has a length
