@@ -6,9 +6,12 @@ target at a rho.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
+from itertools import pairwise
 from typing import Any, Literal
 
 from torch import nn
@@ -104,9 +107,10 @@ def targets(model: nn.Module, within: str = "*.all", without: Iterable[Reduction
     if not any(matrix.kind for matrix in matrices) and within == "*.all":
         raise ValueError("the model has no matrix of a known kind: name some in `within`, e.g. '/.*weight_hh_l0/'")
     wanted: dict[str, WeightMatrix] = {}
+    stacks = list(dict.fromkeys(matrix.stack for matrix in matrices if matrix.stack))
     for piece in _pieces(within):
         # One by one, since here they may overlap.
-        wanted |= {matrix.name: matrix for matrix, _ in LaserPlan.parse(f"{piece}@0").resolve(model)}
+        wanted |= {matrix.name: matrix for matrix in _named(model, Reduction.parse(f"{piece}@0"), stacks)}
     cut = list(without)
     taken = {matrix.name for matrix, _ in LaserPlan(cut).resolve(model)} if cut else set()
 
@@ -122,8 +126,9 @@ def targets(model: nn.Module, within: str = "*.all", without: Iterable[Reduction
         chosen = [m for m in members if m.name in wanted and m.name not in taken]
         experts = kind is not None and len(members) > 1 and all(m.expert is not None for m in members)
         unique = kind is not None and stacks_of_kind[layer, kind] == {stack}
-        if chosen == members and unique and (experts or len(members) == 1):
-            found.append(Target(tuple(members), {"layer": layer, "matrix": kind}))
+        if chosen == members and stack is not None and (experts or len(members) == 1):
+            among = {} if unique or not stack else {"stack": stack}
+            found.append(Target(tuple(members), {**among, "layer": layer, "matrix": kind}))
         else:
             found += [Target((matrix,), by_name(matrix)) for matrix in chosen]
     if not found:
@@ -149,6 +154,33 @@ def grid(found: Sequence[Target], rhos: Sequence[float], base: str = "") -> list
                 ranks.add(rank)
                 candidates.append(Candidate(target.at(rho), matrix.layer, matrix.kind, rho, base))
     return candidates
+
+
+def neighbours(candidate: Candidate, rhos: Sequence[float], max_rank: int) -> list[Candidate]:
+    """Candidates of the same target between ``candidate`` and the next lower and higher of ``rhos``.
+
+    Their rho is the geometric mean of the two, or half of the higher where the lower is 0.
+    """
+    places = sorted({*rhos, candidate.rho})
+    place = places.index(candidate.rho)
+    found = []
+    for low, high in pairwise(places[max(place - 1, 0) : place + 2]):
+        rho = round(math.sqrt(low * high) if low else high / 2, 4)
+        reduction = replace(candidate.reduction, rho=rho)
+        ends = {replace(candidate.reduction, rho=end).rank(max_rank) for end in (low, high)}
+        if reduction.rank(max_rank) not in ends:
+            found.append(replace(candidate, reduction=reduction, rho=rho, score=None))
+    return found
+
+
+def _named(model: nn.Module, reduction: Reduction, stacks: Sequence[str]) -> list[WeightMatrix]:
+    """The matrices that a reduction names; unlike in a plan, in every layer stack unless it names one."""
+    found = []
+    if reduction.stack is None and reduction.layer is not None and len(stacks) > 1:
+        for stack in stacks:
+            with suppress(ValueError):  # not every stack has what is named
+                found += LaserPlan([replace(reduction, stack=stack)]).resolve(model)
+    return [matrix for matrix, _ in found or LaserPlan([reduction]).resolve(model)]
 
 
 def _pieces(text: str) -> list[str]:

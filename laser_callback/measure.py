@@ -24,7 +24,7 @@ from typing_extensions import override
 from laser_callback import arms
 from laser_callback.callback import LaserCallback
 from laser_callback.examples import ORIGINAL, PairedExamples
-from laser_callback.matrices import layer_stacks
+from laser_callback.matrices import find_matrices, layer_stacks
 from laser_callback.plan import LaserPlan, Reduction
 from laser_callback.result import LaserResult
 from laser_callback.run import ComparisonRun, RunOptions
@@ -75,6 +75,10 @@ class Lab:
     precision: Any = None
     on_arm: Callable[[float], None] = lambda share: None
     logged: dict[str, arms.Logged] = field(default_factory=dict, init=False)  # by the base, in the latest measurement
+
+    def __post_init__(self) -> None:
+        self._matrices = find_matrices(self.module)
+        self._depth = {stack: len(layers) for stack, layers in layer_stacks(self.module).items()}
 
     def validate(self, loaders: Any, *callbacks: pl.Callback, inference_mode: bool = True) -> list[Mapping[str, float]]:
         """``trainer.validate`` on one device, with nothing but the callbacks and what the module brings."""
@@ -137,18 +141,18 @@ class Lab:
     def base(self, reductions: Iterable[Reduction]) -> AbstractContextManager[Any]:
         """Context in which ``reductions`` are in place."""
         base = list(reductions)
-        return reduced(self.module, LaserPlan(base), self.spectra) if base else nullcontext()
+        return reduced(self._matrices, LaserPlan(base), self.spectra) if base else nullcontext()
 
     def share(self, plan: LaserPlan) -> float:
         """Share of the model's layers from the plan's first cut on: what a pass costs when the others are replayed."""
-        depth = {stack: len(layers) for stack, layers in layer_stacks(self.module).items()}
-        first: dict[str | None, int] = {}
-        for matrix, _ in plan.resolve(self.module):
+        first: dict[str, int] = {}
+        for matrix, _ in plan.resolve(self._matrices):
             if matrix.stack is None or matrix.layer is None:
                 return 1.0
             first[matrix.stack] = min(matrix.layer, first.get(matrix.stack, matrix.layer))
         # Stacks without a cut are counted as replayed: an encoder before a decoder.
-        return sum(depth[stack] - layer for stack, layer in first.items() if stack) / max(sum(depth.values()), 1)
+        computed = sum(self._depth[stack] - layer for stack, layer in first.items())
+        return computed / max(sum(self._depth.values()), 1)
 
 
 @contextmanager

@@ -10,7 +10,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -266,14 +266,14 @@ class LaserPlan:
         """``{"reductions": [{"layer": 27, "matrix": "fc_in", "rho": 0.01}, ...]}``"""
         return {"reductions": [reduction.to_dict() for reduction in self.reductions]}
 
-    def resolve(self, model: nn.Module) -> list[tuple[WeightMatrix, Reduction]]:
-        """The matrices of ``model`` that the plan names, each with its reduction, in the model's order.
+    def resolve(self, model: nn.Module | Sequence[WeightMatrix]) -> list[tuple[WeightMatrix, Reduction]]:
+        """The matrices of ``model`` (or of what was found in one) that the plan names, in the model's order.
 
         Raises:
             ValueError: if a reduction matches nothing (the message lists what exists), is ambiguous, or two reductions
                 meet in one matrix.
         """
-        matrices = find_matrices(model)
+        matrices = find_matrices(model) if isinstance(model, nn.Module) else list(model)
         chosen: dict[int, Reduction] = {}
         for reduction in self.reductions:
             for position in _select(matrices, reduction):

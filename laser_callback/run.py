@@ -23,6 +23,7 @@ from torchmetrics import MetricCollection
 from laser_callback import arms
 from laser_callback.controls import random_plan, zeroed_plan
 from laser_callback.examples import ORIGINAL, PairedExamples, example_count
+from laser_callback.matrices import find_matrices
 from laser_callback.plan import LaserPlan
 from laser_callback.replay import LayerReplay
 from laser_callback.result import ArmResult, LaserResult, adjust_together
@@ -81,8 +82,9 @@ class ComparisonRun:
         self.stage = stage
         self.has_data = False
         self._start_rng = RandomState.now()
+        matrices = find_matrices(module)
         self._reductions = [
-            _Reduction(name, control, reduced(module, plan, options.spectra), arms.Arm(trainer, module, stage))
+            _Reduction(name, control, reduced(matrices, plan, options.spectra), arms.Arm(trainer, module, stage))
             for name, base in options.plans.items()
             for control, plan in self._with_controls(base)
         ]

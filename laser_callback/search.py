@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -21,7 +21,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.utils.data import DataLoader
 
-from laser_callback.candidates import REFERENCE_RHOS, RHOS, Candidate, Target, grid, targets
+from laser_callback.candidates import REFERENCE_RHOS, RHOS, Candidate, Target, grid, neighbours, targets
 from laser_callback.comparison import Kind, Outcomes, PairedResult, compare
 from laser_callback.constraints import Constraint, judge_all
 from laser_callback.examples import ORIGINAL
@@ -230,6 +230,7 @@ class LaserSearch:
         """Screen, race and compose; leaves the plan to confirm in the result."""
         race, *fresh = self._race_parts(steps.sets)
         base: list[Reduction] = []
+        self._base_gain = 0.0  # of the reductions in place, each as estimated when it was added
         for number in range(1, self.max_reductions + 1):
             table, finalists = self._one_step(steps, number, base, race)
             if not finalists:
@@ -247,6 +248,7 @@ class LaserSearch:
                     break
                 winner = accepted
             winner.status, winner.reason = "accepted", ""
+            self._base_gain += winner.gain.delta if winner.gain else 0.0
             base = [*base, winner.reduction]
             self.result.found = LaserPlan(base)
             self.result.reason = f"{self.result.found} was the best in the race; it is not confirmed"
@@ -275,15 +277,18 @@ class LaserSearch:
         rungs = schedule(len(positions), len(racers), FINALISTS)
         if self.method == "exhaustive":
             rungs = [Rung(len(positions), FINALISTS)]
-        table = steps.race(number, racers, base, positions, rungs)
-        finalists = [candidate for candidate in racers if candidate.status == "finalist"]
-        if self.spectrum == "exact":
-            best = self._choose(table, finalists)
-            target = next(t for t in found if t.at(best.rho) == best.reduction)
-            refined = steps.refine(number, best, self.rhos, base, positions, target.matrices[0].max_rank, table)
-            self.result.candidates += refined
-            finalists += refined
+        near = self._neighbours(found) if self.spectrum == "exact" else None
+        table, finalists = steps.race(number, racers, base, positions, rungs, near)
         return table, self._fluent(steps, number, finalists, table)
+
+    def _neighbours(self, found: Sequence[Target]) -> Callable[[Candidate], list[Candidate]]:
+        def near(candidate: Candidate) -> list[Candidate]:
+            target = next(t for t in found if t.at(candidate.rho) == candidate.reduction)
+            new = neighbours(candidate, self.rhos, target.matrices[0].max_rank)
+            self.result.candidates += new
+            return new
+
+        return near
 
     def _choose(self, table: Table, finalists: Sequence[Candidate]) -> Candidate:
         if self.spectrum == "reference":  # the original's rule
@@ -306,7 +311,7 @@ class LaserSearch:
                 candidate.status, candidate.reason = "rejected", f"breaks {', '.join(broken)} on the race examples"
             else:
                 kept.append(candidate)
-            gain = candidate.gain.delta if candidate.gain else math.nan
+            gain = self._base_gain + (candidate.gain.delta if candidate.gain else math.nan)
             self.result.trades.append(Trade(plan, gain, rows[FLUENCY].delta if FLUENCY in rows else None))
         if finalists and not kept:
             self.result.reason = "every finalist breaks a constraint in the race"

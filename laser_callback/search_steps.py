@@ -136,8 +136,21 @@ class Steps:
         base: Sequence[Reduction],
         positions: Sequence[int],
         rungs: Sequence[Rung],
-    ) -> Table:
-        """Successive halving. Writes into the candidates how far each came; returns the finalists' values."""
+        neighbours: Callable[[Candidate], list[Candidate]] | None = None,
+    ) -> tuple[Table, list[Candidate]]:
+        """Successive halving. Writes into the candidates how far each came.
+
+        Args:
+            number: of the step.
+            candidates: at the start.
+            base: reductions in place.
+            positions: race examples, in the order in which they are used.
+            rungs: how many examples, and how many go on.
+            neighbours: candidates near the leader, which enter ahead of the last rung.
+
+        Returns:
+            The finalists' values, and the finalists.
+        """
         alive = {str(candidate.reduction): candidate for candidate in candidates}
         table: Table = {}
         begin = 0
@@ -164,33 +177,29 @@ class Steps:
                     alive[name].reason = f"place {place + 1} of {len(ranked)} after {begin} examples"
             alive = {name: alive[name] for name in ranked[: rung.keep]}
             table = {arm: values for arm, values in table.items() if arm == ORIGINAL or arm in alive}
-        return table
+            if neighbours is not None and number_of_rung == max(len(rungs) - 2, 0):
+                near = neighbours(alive[choose(self.objective, table, list(alive))])
+                if near:
+                    alive |= self._refine(number, near, base, positions[:begin], table)
+        return table, list(alive.values())
 
-    def refine(
+    def _refine(
         self,
         number: int,
-        winner: Candidate,
-        rhos: Sequence[float],
+        found: Sequence[Candidate],
         base: Sequence[Reduction],
         positions: Sequence[int],
-        max_rank: int,
         table: Table,
-    ) -> list[Candidate]:
-        """The winner's neighbours in rho, between it and the next of ``rhos``; adds their values to ``table``."""
-        neighbours = []
-        for rho in _between(winner.rho, rhos):
-            reduction = replace(winner.reduction, rho=rho)
-            if reduction.rank(max_rank) not in {winner.reduction.rank(max_rank), 0, max_rank}:
-                neighbours.append(replace(winner, reduction=reduction, rho=rho, score=None))
-        if not neighbours:
-            return []
+    ) -> dict[str, Candidate]:
+        """Give the leader's neighbours the values that the others have by now, and let them in."""
         loader = self.sets.loader("race", positions)
-        found = self.measure(f"{number}-refine", "refine", [c.reduction for c in neighbours], loader, base)
-        for candidate in neighbours:
+        values = self.measure(f"{number}-refine", "refine", [c.reduction for c in found], loader, base)
+        for candidate in found:
             name = str(candidate.reduction)
-            table[name] = found[name]
+            table[name] = values[name]
+            candidate.examples, candidate.status = len(positions), "finalist"
             candidate.gain, candidate.loss = self.objective.estimates(table, name)
-        return neighbours
+        return {str(candidate.reduction): candidate for candidate in found}
 
     def accept(
         self,
@@ -242,18 +251,6 @@ def _twins(table: Table, ranked: Sequence[str]) -> dict[str, str]:
             twins[name] = first[values]
         first.setdefault(values, name)
     return twins
-
-
-def _between(rho: float, rhos: Sequence[float]) -> list[float]:
-    """Geometric means of ``rho`` and its two neighbours in ``rhos``; half of the next one where a neighbour is 0."""
-    grid = sorted({*rhos, rho})
-    place = grid.index(rho)
-    found = []
-    for other in (grid[place - 1] if place else None, grid[place + 1] if place + 1 < len(grid) else None):
-        if other is not None:
-            low, high = sorted((rho, other))
-            found.append(round(math.sqrt(low * high) if low else high / 2, 4))
-    return found
 
 
 def _joined(old: dict[str, Values] | None, new: dict[str, Values]) -> dict[str, Values]:

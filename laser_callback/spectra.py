@@ -63,7 +63,7 @@ class Spectra:
         folder: str | Path | None = None,
         *,
         method: Literal["exact", "reference"] = "exact",
-        memory_bytes: int = 512 * 2**20,
+        memory_bytes: int = 2**30,
         disk_bytes: int = DISK_BYTES,
     ) -> None:
         if method not in ("exact", "reference"):

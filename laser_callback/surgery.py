@@ -7,7 +7,7 @@ or of the original weights, no version counter moves, and an optimizer's state s
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import Any
@@ -28,7 +28,7 @@ class reduced(AbstractContextManager["reduced"]):  # noqa: N801 - reads as a ver
     the first entry.
 
     Args:
-        model: any module.
+        model: any module, or the matrices that :func:`find_matrices` has found in it.
         plan: a :class:`LaserPlan`, or anything that :meth:`LaserPlan.of` takes.
         spectra: where factorisations are looked up and kept, for those who cut the same matrices again and again.
 
@@ -52,7 +52,10 @@ class reduced(AbstractContextManager["reduced"]):  # noqa: N801 - reads as a ver
     """
 
     def __init__(
-        self, model: nn.Module, plan: LaserPlan | str | Mapping[str, Any], spectra: Spectra | None = None
+        self,
+        model: nn.Module | Sequence[WeightMatrix],
+        plan: LaserPlan | str | Mapping[str, Any],
+        spectra: Spectra | None = None,
     ) -> None:
         self.plan = LaserPlan.of(plan)
         self._spectra = spectra

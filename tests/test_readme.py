@@ -37,8 +37,9 @@ def folder(tmp_path_factory):
     LlamaForCausalLM(config).save_pretrained(folder)
     tokenizer.model_max_length = 512
     tokenizer.save_pretrained(folder)
-    (folder / "facts.jsonl").write_text('{"prompt": "The capital of France is", "answer": "Paris"}\n' * 3)
-    (folder / "text.txt").write_text("Paris is the capital of France. " * 20)
+    rows = [f'{{"prompt": "The capital of the country {i} is", "answer": "Paris"}}\n' for i in range(60)]
+    (folder / "facts.jsonl").write_text("".join(rows))
+    (folder / "text.txt").write_text("Paris is the capital of France. " * 400)
     return folder
 
 
@@ -81,13 +82,24 @@ def test_module_example(folder, monkeypatch):
     scope = {}
     exec(BLOCKS[2].replace(HUB_NAME, str(folder)), scope)
     result = scope["module"].result
-    assert result["laser"]["first_token_accuracy"].n == 3
+    assert result["laser"]["first_token_accuracy"].n == 60
     assert result["laser"]["perplexity"].kind == "log_ratio"
     assert set(result.controls["laser"]) == {"zeroed", "random"}
 
 
+def test_search_example(folder, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    for name in ("facts.jsonl", "text.txt"):
+        (tmp_path / name).write_text((folder / name).read_text())
+    scope = {}
+    exec(BLOCKS[3].replace(HUB_NAME, str(folder)), scope)
+    assert scope["found"].sets == {"screen": 6, "race": 18, "confirm": 24, "guard": 12}
+    assert (tmp_path / "search" / "result.json").is_file()
+
+
 def test_every_block_is_one_of_these():
-    assert len(BLOCKS) == 3
+    assert len(BLOCKS) == 4
 
 
 def test_plans_of_the_table_parse():

@@ -1,0 +1,88 @@
+"""What a search may cut: targets of all kinds of models, the grid, neighbours in rho."""
+
+from __future__ import annotations
+
+import pytest
+from tiny import tiny_causal_lm
+from transformers import MixtralConfig, MixtralForCausalLM, T5Config, T5ForConditionalGeneration
+
+from laser_callback import LaserPlan, Reduction, find_matrices
+from laser_callback.candidates import Candidate, grid, neighbours, targets
+
+
+def t5():
+    config = T5Config(vocab_size=40, d_model=16, d_ff=32, num_layers=2, num_heads=2, d_kv=8)
+    return T5ForConditionalGeneration(config)
+
+
+def mixtral():
+    config = MixtralConfig(
+        vocab_size=40,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        num_local_experts=3,
+    )
+    return MixtralForCausalLM(config)
+
+
+@pytest.mark.parametrize("make", [tiny_causal_lm, t5, mixtral])
+def test_targets_cover_every_matrix_of_a_known_kind_once_and_are_found_by_their_address(make):
+    model = make()
+    found = targets(model)
+    covered = [matrix.name for target in found for matrix in target.matrices]
+    assert sorted(covered) == sorted(matrix.name for matrix in find_matrices(model) if matrix.kind)
+    for target in found:
+        named = [matrix.name for matrix, _ in LaserPlan([target.at(0.5)]).resolve(model)]
+        assert named == [matrix.name for matrix in target.matrices]
+        assert Reduction.parse(str(target.at(0.5))) == target.at(0.5)
+
+
+def test_the_experts_of_a_layer_are_one_target():
+    experts = [target for target in targets(mixtral(), "0.fc_out") if len(target.matrices) == 3]
+    assert [str(target.at(0.1)) for target in experts] == ["0.fc_out@0.1"]
+
+
+def test_an_encoder_and_a_decoder_have_their_own():
+    names = {str(target.at(0.1)) for target in targets(t5(), "*.fc_out")}
+    assert names == {f"{stack}.block.{layer}.fc_out@0.1" for stack in ("encoder", "decoder") for layer in (0, 1)}
+    assert {str(target.at(0.1)) for target in targets(t5(), "decoder.-1.fc_out")} == {"decoder.block.1.fc_out@0.1"}
+
+
+def test_within_and_without():
+    model = tiny_causal_lm()
+    assert len(targets(model, "0-1.mlp, 1.all")) == 3 + 7
+    cut = Reduction.parse("1.fc_in@0.1")
+    assert len(targets(model, "0-1.mlp, 1.all", without=[cut])) == 9
+    with pytest.raises(ValueError, match="leaves nothing to cut"):
+        targets(model, "1.fc_in", without=[cut])
+    with pytest.raises(ValueError, match="matches no matrix of the model"):
+        targets(model, "9.fc_in")
+    with pytest.raises(ValueError, match="without rho"):
+        targets(model, "9.fc_in@0.1")
+
+
+def test_the_grid_has_each_rank_once_and_never_the_whole():
+    model = tiny_causal_lm()  # 32 wide: 0.005, 0.01 and 0.05 all keep rank 1
+    (target,) = targets(model, "0.q_proj")
+    candidates = grid([target], (0, 0.005, 0.01, 0.05, 0.5, 1.0), base="1.fc_in@0.1")
+    assert [candidate.rho for candidate in candidates] == [0, 0.005, 0.5]
+    assert str(candidates[1].plan) == "1.fc_in@0.1, 0.q_proj@0.005"
+    assert (candidates[1].layer, candidates[1].kind) == (0, "q_proj")
+
+
+@pytest.mark.parametrize(
+    ("rho", "expected"), [(0.0, [0.005]), (0.01, [0.005, 0.0316]), (0.1, [0.0316, 0.3]), (0.9, [0.3])]
+)
+def test_neighbours_lie_between(rho, expected):
+    candidate = Candidate(Reduction(0, "fc_in", rho), 0, "fc_in", rho, score=1.0)
+    near = neighbours(candidate, (0, 0.01, 0.1, 0.9), 1000)
+    assert [c.rho for c in near] == expected
+    assert all(c.reduction.rho == c.rho and c.score is None for c in near)
+
+
+def test_neighbours_of_the_same_rank_are_left_out():
+    candidate = Candidate(Reduction(0, "fc_in", 0.1), 0, "fc_in", 0.1)
+    assert neighbours(candidate, (0.1, 0.11), 20) == []
