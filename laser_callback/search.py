@@ -220,6 +220,7 @@ class LaserSearch:
             rank_zero_warn(warning)
         own = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in _NOT_SETTINGS}
         found.settings = {name: _plain(value) for name, value in own.items()} | {"versions": versions()}
+        found.settings |= {"objective": list(objective.keys), "loss": objective.loss}
         if self.folder is not None:
             found.settings["fingerprints"] = fingerprints(self.module, sets)
         self.result = found

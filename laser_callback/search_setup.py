@@ -6,6 +6,7 @@ Contract: whatever is wrong with the arguments and can be seen from one small ba
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import version
 from typing import Any
@@ -107,10 +108,11 @@ def power_warnings(sets: ExampleSets, min_gain: float, power: float) -> list[str
     have, need = sets.sizes["confirm"], examples_needed(min_gain, power=power)
     if have >= need:
         return []
+    shown = detectable_gain(have, power=power)
+    enough = f"{have} suffice for gains from {shown:.1%} on" if math.isfinite(shown) else f"{have} suffice for none"
     return [
         f"the confirm set has {have} examples: a gain of {min_gain:.1%} is confirmed with less than {power:.0%} "
-        f"probability. That takes {need}; {have} suffice for gains from {detectable_gain(have, power=power):.1%} on. "
-        "Give more examples, or a larger share of them to `confirm`"
+        f"probability. That takes {need}; {enough}. Give more examples, or a larger share of them to `confirm`"
     ]
 
 
@@ -125,10 +127,15 @@ def fingerprint(leaves: Iterable[Any]) -> str:
 
 
 def fingerprints(module: pl.LightningModule, sets: ExampleSets) -> dict[str, str]:
-    """Hashes of the weights and of each set's first batch: what a search that goes on must find unchanged."""
+    """Hashes of the weights and of each set: what a search that goes on must find unchanged.
+
+    Of facts, which are small, all of a set; of other data its first batch.
+    """
     found = {"weights": fingerprint(module.parameters())}
     for name in sets.sizes:
-        found[name] = fingerprint(pytree.tree_leaves(dict(enumerate([next(iter(sets.loader(name)))]))))
+        batches = iter(sets.loader(name))
+        seen = list(batches) if isinstance(module, LaserModule) else [next(batches)]
+        found[name] = fingerprint(pytree.tree_leaves(seen))
     return found
 
 

@@ -33,7 +33,7 @@ def sets(path: Path, seed: int = 0) -> dict[str, list]:
 
 
 def sweep(module: LaserModule, facts: list, output: Path, thin_below: int) -> None:
-    """Write ``output``; where a layer is below ``thin_below``, only every other rho, the others stay NaN."""
+    """Write ``output``; where a layer is below ``thin_below``, only every fourth rho, the others stay NaN."""
     matrices = [m for m in find_matrices(module) if m.kind is not None]
     encoded = encode_facts(facts, module.tokenizer, masked=False)
     batch = FactCollator(module.tokenizer.pad_token_id or 0, rows_per_forward=len(encoded))(encoded)
@@ -54,7 +54,7 @@ def sweep(module: LaserModule, facts: list, output: Path, thin_below: int) -> No
             base_loss, base_right = scores()
         print("original", base_loss.mean(), base_right.mean(), flush=True)
         for i in sorted(range(len(matrices)), key=lambda i: -matrices[i].layer):
-            wanted = range(0, len(RHOS), 2 if matrices[i].layer < thin_below else 1)
+            wanted = range(0, len(RHOS), 4 if matrices[i].layer < thin_below else 1)
             if not np.isnan(loss[i][wanted]).any():
                 continue
             matrix, begin = matrices[i], time.perf_counter()
@@ -88,7 +88,7 @@ def main() -> None:
     parser.add_argument("output", type=Path)
     parser.add_argument("--n", type=int, default=100)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--thin-below", type=int, default=0, help="layers below this run at every other rho")
+    parser.add_argument("--thin-below", type=int, default=0, help="layers below this run at rho 0, 0.1 and 0.8 only")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     module = LaserModule(str(demo_model_folder(print))).eval()
