@@ -89,6 +89,7 @@ def search(
     for noise in ("does not have many workers", "but have no logger configured", "isinstance.treespec, LeafSpec"):
         warnings.filterwarnings("ignore", message=f".*{noise}")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    console = Console(stderr=True)
     if (model is None) == (module is None) or (facts is None) != (model is None) or (data is None) != (module is None):
         raise SystemExit("give `--model` and `--facts`, or `--module` and `--data`")
     if model is not None and facts is not None:
@@ -128,9 +129,12 @@ def search(
         seed=seed,
     )
     try:
-        found.run()
+        with warnings.catch_warnings():
+            # A reader of the terminal needs the sentence, not where in the code it was said.
+            warnings.showwarning = lambda message, *_: console.print(f"note: {message}", markup=False, highlight=False)
+            found.run()
     except KeyboardInterrupt:
-        Console(stderr=True).print(f"interrupted; so far: {found.result.reason}", markup=False)
+        console.print(f"interrupted; so far: {found.result.reason}", markup=False)
         found.result.to_json(output)
         return 130
     found.result.to_json(output)
