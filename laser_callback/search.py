@@ -115,7 +115,7 @@ class LaserSearch:
 
         module = LaserModule("HuggingFaceTB/SmolLM2-135M-Instruct")
         found = LaserSearch(module, FactsDataModule("facts.jsonl", module.tokenizer, text="text.txt")).run()
-        found.plan, found.reason
+        found.plan, found.verdict
     """
 
     module: pl.LightningModule

@@ -141,7 +141,7 @@ def search(
     if plan is not None and found.result.plan is not None:
         found.result.plan.to_file(plan)
     if quiet:
-        print(found.result.reason)
+        print(found.result.verdict)
     else:
         print_search(found.result)
         Console().print(f"\nresult: {output}", markup=False, highlight=False)

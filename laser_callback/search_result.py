@@ -97,6 +97,11 @@ class SearchResult:
     settings: dict[str, Any] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
 
+    @property
+    def verdict(self) -> str:
+        """The recommendation and its reason, in one line."""
+        return f"{'keep the original' if self.plan is None else f'use {self.plan}'}: {self.reason}"
+
     def to_dict(self) -> dict[str, Any]:
         """Ready for JSON."""
         return {
@@ -137,12 +142,12 @@ def decide(result: SearchResult, sign: int) -> None:
     gain += f", p = {row.p:.2g}" if row.p is not None else f", {row.test}"
     broken = [f"{j.constraint} ({j.verdict})" for j in result.judgements if j.verdict != "pass"]
     if row.p is None or row.p > ALPHA or row.delta * sign <= 0:
-        result.reason = f"keep the original: a gain of {result.found} is not confirmed ({gain})"
+        result.reason = f"a gain of {result.found} is not confirmed ({gain})"
     elif prior is not None and prior.prior_shift:
         shift = "there is no gain shown outside of the most predicted answers"
-        result.reason = f"keep the original: of {result.found} {shift} ({gain})"
+        result.reason = f"of {result.found} {shift} ({gain})"
     elif broken:
-        result.reason = f"keep the original: {result.found} improves ({gain}), but not shown is {'; '.join(broken)}"
+        result.reason = f"{result.found} improves ({gain}), but not shown is {'; '.join(broken)}"
     else:
         result.plan = result.found
-        result.reason = f"{result.found} improves {gain}"
+        result.reason = f"it improves {gain}"
