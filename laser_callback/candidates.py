@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
@@ -24,6 +25,9 @@ RHOS = (0.0, 0.005, 0.01, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 0.9)
 
 REFERENCE_RHOS = tuple((10 - rate) * 0.1 for rate in (1, 2, 4, 6, 8, 9, 9.5, 9.9, 9.95))
 """The rates of the paper's code as it turns them into shares, in floating point: they decide its ranks."""
+
+RHOS_PER_TARGET = 2
+"""So many rhos of a target race before any target has more."""
 
 Status = Literal["screened out", "dropped", "finalist", "rejected", "accepted"]
 
@@ -154,6 +158,23 @@ def grid(found: Sequence[Target], rhos: Sequence[float], base: str = "") -> list
                 ranks.add(rank)
                 candidates.append(Candidate(target.at(rho), matrix.layer, matrix.kind, rho, base))
     return candidates
+
+
+def shortlist(scored: Iterable[Candidate]) -> list[Candidate]:
+    """Candidates by their screen score, best first, but only the two best rhos of each target ahead of all others.
+
+    Scores of one target go together, and so do their errors: without this, a few targets that the screen is wrong about
+    would fill the race with all of their rhos.
+    """
+    ranked = sorted(scored, key=lambda candidate: float(candidate.score or 0))
+    seen: Counter[Reduction] = Counter()
+    first: list[Candidate] = []
+    rest: list[Candidate] = []
+    for candidate in ranked:
+        target = replace(candidate.reduction, rho=0.0)
+        seen[target] += 1
+        (first if seen[target] <= RHOS_PER_TARGET else rest).append(candidate)
+    return first + rest
 
 
 def neighbours(candidate: Candidate, rhos: Sequence[float], max_rank: int) -> list[Candidate]:

@@ -21,7 +21,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.utils.data import DataLoader
 
-from laser_callback.candidates import REFERENCE_RHOS, RHOS, Candidate, Target, grid, neighbours, targets
+from laser_callback.candidates import REFERENCE_RHOS, RHOS, Candidate, Target, grid, neighbours, shortlist, targets
 from laser_callback.comparison import Kind, Outcomes, PairedResult, compare
 from laser_callback.constraints import Constraint, judge_all
 from laser_callback.examples import ORIGINAL
@@ -269,8 +269,8 @@ class LaserSearch:
             for candidate in candidates:
                 candidate.score = scores.get(str(candidate.reduction))
             scored = [c for c in candidates if c.score is not None and not math.isnan(c.score)]
-            scored.sort(key=lambda candidate: float(candidate.score or 0))
-            racers = scored[: self._affordable(steps, number, scored, len(positions))]
+            ranked = shortlist(scored)
+            racers = ranked[: self._affordable(steps, number, ranked, len(positions))]
         else:
             racers = candidates
         if not racers:
@@ -278,16 +278,23 @@ class LaserSearch:
         rungs = schedule(len(positions), len(racers), FINALISTS)
         if self.method == "exhaustive":
             rungs = [Rung(len(positions), FINALISTS)]
-        near = self._neighbours(found) if self.spectrum == "exact" else None
+        near = self._neighbours(found, candidates) if self.spectrum == "exact" else None
         table, finalists = steps.race(number, racers, base, positions, rungs, near)
         return table, self._fluent(steps, number, finalists, table)
 
-    def _neighbours(self, found: Sequence[Target]) -> Callable[[Candidate], list[Candidate]]:
+    def _neighbours(
+        self, found: Sequence[Target], candidates: Sequence[Candidate]
+    ) -> Callable[[Candidate], list[Candidate]]:
+        """What is near a leader in rho: between the grid's rhos, and the next of these if they have not raced."""
+
         def near(candidate: Candidate) -> list[Candidate]:
             target = next(t for t in found if t.at(candidate.rho) == candidate.reduction)
+            same = [c for c in candidates if c.reduction == target.at(c.rho)]
+            place = same.index(candidate) if candidate in same else 0
+            adjacent = [c for c in same[max(place - 1, 0) : place + 2] if not c.examples]
             new = neighbours(candidate, self.rhos, target.matrices[0].max_rank)
             self.result.candidates += new
-            return new
+            return adjacent + new
 
         return near
 

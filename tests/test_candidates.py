@@ -7,7 +7,7 @@ from tiny import tiny_causal_lm
 from transformers import MixtralConfig, MixtralForCausalLM, T5Config, T5ForConditionalGeneration
 
 from laser_callback import LaserPlan, Reduction, find_matrices
-from laser_callback.candidates import Candidate, grid, neighbours, targets
+from laser_callback.candidates import Candidate, grid, neighbours, shortlist, targets
 
 
 def t5():
@@ -71,6 +71,17 @@ def test_the_grid_has_each_rank_once_and_never_the_whole():
     assert [candidate.rho for candidate in candidates] == [0, 0.005, 0.5]
     assert str(candidates[1].plan) == "1.fc_in@0.1, 0.q_proj@0.005"
     assert (candidates[1].layer, candidates[1].kind) == (0, "q_proj")
+
+
+def test_the_shortlist_has_two_rhos_of_each_target_first():
+    scores = {"0.fc_in": (-5, -4, -3), "1.fc_in": (-1, -2, 0.5)}
+    candidates = [
+        Candidate(Reduction.parse(f"{name}@{rho}"), 0, "fc_in", rho, score=score)
+        for name, three in scores.items()
+        for rho, score in zip((0.1, 0.2, 0.3), three, strict=True)
+    ]
+    order = ["0.fc_in@0.1", "0.fc_in@0.2", "1.fc_in@0.2", "1.fc_in@0.1", "0.fc_in@0.3", "1.fc_in@0.3"]
+    assert [str(candidate.reduction) for candidate in shortlist(candidates)] == order
 
 
 @pytest.mark.parametrize(
