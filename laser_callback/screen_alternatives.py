@@ -101,3 +101,13 @@ def laser_rmt(spectrum: Spectrum) -> tuple[int, float]:
     above = spectrum.values > (upper - lower) / 1.349 * (1 + math.sqrt(beta))
     noise = float(spectrum.values[~above].sum())
     return int(above.sum()), float(spectrum.values[above].sum()) / noise if noise else math.inf
+
+
+SCREENS: dict[str, Screen] = {
+    "gavish-donoho": spectrum_screen("gavish-donoho"),
+    "entropy": spectrum_screen("entropy"),
+    "laser-rmt-snr": spectrum_screen("laser-rmt-snr"),
+    "late-mlp": late_mlp_screen,
+    "random": random_screen,
+}
+"""Screens that look at no data."""

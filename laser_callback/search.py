@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -22,9 +22,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.utils.data import DataLoader
 
 from laser_callback.candidates import REFERENCE_RHOS, RHOS, Candidate, Target, grid, neighbours, shortlist, targets
-from laser_callback.comparison import Kind, Outcomes, PairedResult, compare
 from laser_callback.constraints import Constraint, judge_all
-from laser_callback.examples import ORIGINAL
 from laser_callback.facts import DEFAULT_SIZES
 from laser_callback.journal import Journal, Step
 from laser_callback.measure import Lab, Table
@@ -34,15 +32,17 @@ from laser_callback.progress import PhaseProgress
 from laser_callback.race import Rung, choose, schedule
 from laser_callback.result import LaserResult
 from laser_callback.screen import GradientScreen, LossFn
-from laser_callback.screen_alternatives import Screen as DataFreeScreen
-from laser_callback.screen_alternatives import late_mlp_screen, random_screen, spectrum_screen
+from laser_callback.screen_alternatives import SCREENS
 from laser_callback.search_result import SearchResult, Trade, decide, mark_efficient
 from laser_callback.search_setup import (
     FLUENCY,
     constraints_of,
     fingerprints,
+    keeps,
     objective_of,
+    plain,
     power_warnings,
+    row_of,
     versions,
 )
 from laser_callback.search_steps import Screen, Steps
@@ -50,14 +50,6 @@ from laser_callback.sets import ExampleSets
 from laser_callback.spectra import Spectra
 
 _NOT_SETTINGS = ("module", "data", "folder", "resume", "spectra", "progress", "minutes")
-SCREENS: dict[str, DataFreeScreen] = {
-    "gavish-donoho": spectrum_screen("gavish-donoho"),
-    "entropy": spectrum_screen("entropy"),
-    "laser-rmt-snr": spectrum_screen("laser-rmt-snr"),
-    "late-mlp": late_mlp_screen,
-    "random": random_screen,
-}
-"""Screens that look at no data."""
 FINALISTS = 6
 FRESH_SHARE = 0.2
 """Share of the race examples that each further reduction is accepted on."""
@@ -219,7 +211,7 @@ class LaserSearch:
         for warning in found.warnings:
             rank_zero_warn(warning)
         own = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in _NOT_SETTINGS}
-        found.settings = {name: _plain(value) for name, value in own.items()} | {"versions": versions()}
+        found.settings = {name: plain(value) for name, value in own.items()} | {"versions": versions()}
         found.settings |= {"objective": list(objective.keys), "loss": objective.loss}
         if self.folder is not None:
             found.settings["fingerprints"] = fingerprints(self.module, sets)
@@ -311,10 +303,10 @@ class LaserSearch:
         kept = []
         for candidate in finalists:
             arm, plan = str(candidate.reduction), str(candidate.plan)
-            rows = {key: _row(key, table, arm) for key in steps.keys}
+            rows = {key: row_of(key, table, arm) for key in steps.keys}
             if fluency is not None:
-                rows[FLUENCY] = _row(FLUENCY, fluency, plan, kind="log_ratio")
-            broken = [str(bound) for bound in self._bounds if bound.key in rows and not _keeps(bound, rows[bound.key])]
+                rows[FLUENCY] = row_of(FLUENCY, fluency, plan, kind="log_ratio")
+            broken = [str(bound) for bound in self._bounds if bound.key in rows and not keeps(bound, rows[bound.key])]
             if broken:
                 candidate.status, candidate.reason = "rejected", f"breaks {', '.join(broken)} on the race examples"
             else:
@@ -430,25 +422,3 @@ class LaserSearch:
             return screen.scores
 
         return gradient
-
-
-def _row(key: str, table: Table, arm: str, kind: Kind = "mean") -> PairedResult:
-    before, after = (Outcomes(table[name][key].values, table[name][key].weights, kind) for name in (ORIGINAL, arm))
-    return compare(key, before, after)
-
-
-def _keeps(bound: Constraint, row: PairedResult) -> bool:
-    """Whether the estimate, whatever its error, is within the margin."""
-    change = bound.judge(row).change
-    return change <= bound.margin if bound.op == "<=" else change >= bound.margin
-
-
-def _plain(value: Any) -> Any:
-    """A setting as JSON can hold it."""
-    if isinstance(value, (str, int, float, bool, type(None))):
-        return value
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, Iterable):
-        return [_plain(item) for item in value]
-    return getattr(value, "__qualname__", None) or type(value).__qualname__

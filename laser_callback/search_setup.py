@@ -17,7 +17,10 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from laser_callback.arms import Logged
+from laser_callback.comparison import Kind, Outcomes, PairedResult, compare
 from laser_callback.constraints import Constraint
+from laser_callback.examples import ORIGINAL
+from laser_callback.measure import Table
 from laser_callback.module import LaserModule
 from laser_callback.power import detectable_gain, examples_needed
 from laser_callback.race import Objective
@@ -147,3 +150,26 @@ def versions() -> dict[str, str]:
 
 def _names(logged: Mapping[str, Logged]) -> str:
     return ", ".join(logged) or "nothing"
+
+
+def row_of(key: str, table: Table, arm: str, kind: Kind = "mean") -> PairedResult:
+    """A row of an arm against the base, from measured values."""
+    before, after = (Outcomes(table[name][key].values, table[name][key].weights, kind) for name in (ORIGINAL, arm))
+    return compare(key, before, after)
+
+
+def keeps(bound: Constraint, row: PairedResult) -> bool:
+    """Whether the estimate, whatever its error, is within the margin."""
+    change = bound.judge(row).change
+    return change <= bound.margin if bound.op == "<=" else change >= bound.margin
+
+
+def plain(value: Any) -> Any:
+    """A setting as JSON can hold it."""
+    if isinstance(value, (str, int, float, bool, type(None))):
+        return value
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, Iterable):
+        return [plain(item) for item in value]
+    return getattr(value, "__qualname__", None) or type(value).__qualname__
