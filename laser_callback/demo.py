@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import logging
-import os
 import tempfile
 import time
-import warnings
 from pathlib import Path
 
 import lightning.pytorch as pl
-import transformers.utils.logging
 from rich.console import Console
 
 from laser_callback.data import FactsDataModule
 from laser_callback.demo_model import demo_model_folder
 from laser_callback.module import LaserModule
+from laser_callback.progress import quiet_libraries
 from laser_callback.report import save_picture
 from laser_callback.worldfacts import write_world_facts
 
@@ -54,12 +51,7 @@ def demo(
     begin = time.perf_counter()
     if model is not None and plan is None:
         raise SystemExit("`--plan` must say what to cut in a model of your own, e.g. --plan 28.fc_up@0.01")
-    # Remarks on hardware, workers, loggers and other libraries' internals are noise here; the rest is not.
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    transformers.utils.logging.disable_progress_bar()
-    for noise in ("does not have many workers", "but have no logger configured", "isinstance.treespec, LeafSpec"):
-        warnings.filterwarnings("ignore", message=f".*{noise}")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    quiet_libraries()
 
     note = ""
     if model is None:

@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import transformers.utils.logging
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+
+def quiet_libraries() -> None:
+    """For commands: remarks on hardware, workers, loggers and libraries' internals are noise there; the rest is not."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    transformers.utils.logging.disable_progress_bar()
+    for noise in ("does not have many workers", "but have no logger configured", "isinstance.treespec, LeafSpec"):
+        warnings.filterwarnings("ignore", message=f".*{noise}")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
 class PhaseProgress:

@@ -194,14 +194,15 @@ class LaserSearch:
         lab = Lab(self.module, spectra, self.accelerator, self.precision)
         # One small batch, and one candidate, show what is logged and whether it can be compared.
         probe = {"probe": LaserPlan([targets(self.module, self.within)[0].at(self.rhos[0])])}
-        loader = sets.loader("race", range(min(PROBE, sets.sizes["race"])))
+        few = min(PROBE, sets.sizes["race"])
+        loader = sets.loader("race", range(few))
         lab.measure(probe, loader, ())
         objective = objective_of(self.module, self.objective, self.direction, self.loss, lab.logged)
         self._bounds = constraints_of(self.constraints, sets, objective, lab.logged)
         keys = tuple(dict.fromkeys([*objective.measured, *(b.key for b in self._bounds if b.key in lab.logged)]))
         begin = time.perf_counter()
         lab.measure(probe, loader, keys)
-        self._pass_seconds = (time.perf_counter() - begin) / PROBE / (1 + lab.share(probe["probe"]))
+        self._pass_seconds = (time.perf_counter() - begin) / few / (1 + lab.share(probe["probe"]))
         self._objective = objective
 
         found = SearchResult(None, None, "no candidate has run yet", objective.keys, [], sets=dict(sets.sizes))

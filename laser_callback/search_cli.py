@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import logging
-import os
 import warnings
 from pathlib import Path
 from typing import Literal
 
 import lightning.pytorch as pl
-import transformers.utils.logging
 from rich.console import Console
 
 from laser_callback.candidates import RHOS
 from laser_callback.data import FactsDataModule
 from laser_callback.module import LaserModule
+from laser_callback.progress import quiet_libraries
 from laser_callback.search import LaserSearch
 from laser_callback.search_report import print_search
 
@@ -83,12 +81,7 @@ def search(
         plan: where to write the recommended plan (.yaml, .json or .txt), if there is one.
         quiet: print the verdict only.
     """
-    # Remarks on hardware, workers, loggers and other libraries' internals are noise here; the rest is not.
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    transformers.utils.logging.disable_progress_bar()
-    for noise in ("does not have many workers", "but have no logger configured", "isinstance.treespec, LeafSpec"):
-        warnings.filterwarnings("ignore", message=f".*{noise}")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    quiet_libraries()
     console = Console(stderr=True)
     if (model is None) == (module is None) or (facts is None) != (model is None) or (data is None) != (module is None):
         raise SystemExit("give `--model` and `--facts`, or `--module` and `--data`")

@@ -28,7 +28,7 @@ from laser_callback.search_setup import FLUENCY
 from laser_callback.sets import ExampleSets
 
 FLUENCY_WINDOWS = 12
-"""So many windows of text rank the finalists' fluency; the guard set has others, and more."""
+"""At most so many windows of text rank the finalists' fluency; the guard set has others, and more."""
 
 ARMS = 64
 """So many candidates run in one evaluation loop, and are one step of the journal."""
@@ -116,7 +116,7 @@ class Steps:
         """Perplexity of the original and of each whole plan, by its text, on a few windows of running text."""
         by_name = {str(plan): plan for plan in plans}
         windows = _length(loader)
-        few = Subset(loader.dataset, range(0, windows, max(1, windows // FLUENCY_WINDOWS)))
+        few = Subset(loader.dataset, range(0, windows, math.ceil(windows / FLUENCY_WINDOWS)))
         loader = DataLoader(few, loader.batch_size, collate_fn=loader.collate_fn)
         whole = len(few) * (1 + sum(self.lab.share(plan) for plan in plans))
         self.lab.on_arm = lambda share: self.progress.advance(share * len(few) / len(loader))
