@@ -8,6 +8,7 @@ back. No reduced weight outlives a hook, so checkpoints, early stopping and weig
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +16,20 @@ import lightning.pytorch as pl
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch import Tensor
 from torchmetrics import Metric, MetricCollection
 from typing_extensions import override
 
 from laser_callback import arms
+from laser_callback.delta import BaseWeights, Source, read_weights
 from laser_callback.examples import DESCRIPTIONS, ORIGINAL
+from laser_callback.figures import require_matplotlib
 from laser_callback.plan import LaserPlan
+from laser_callback.publish import publish
 from laser_callback.report import print_report
 from laser_callback.result import LaserResult
 from laser_callback.run import ComparisonRun, RunOptions, UpdateFn
+from laser_callback.spectra import Spectra
 
 LOOPS = ("validate", "test", "fit")
 
@@ -38,6 +44,8 @@ class LaserCallback(pl.Callback):
 
     Args:
         plan: what to cut: a :class:`LaserPlan`, its text, a plan file, or several of them by name.
+        base: what the module was fine-tuned from, as :class:`~laser_callback.delta.BaseWeights` takes it: then only the
+            difference is cut (delta mode).
         loops: where to compare: ``"validate"``, ``"test"``, and ``"fit"`` for the validation inside of ``trainer.fit``.
         metrics: torchmetrics of your own, fed for both arms by ``update``; logged under their names.
         update: ``update(metrics, outputs, batch)``, called after each step with what the step returned.
@@ -45,12 +53,15 @@ class LaserCallback(pl.Callback):
         controls: also run two controls of each plan: its matrices zeroed, and other matrices cut at the same rho.
         key_prefix: first part of the logged keys.
         replay: do not recompute the layers in front of the first cut.
-        report: print the table at the end; a path ending in ``.json`` also writes :attr:`result` there.
+        report: print the table at the end; a path ending in ``.json`` or ``.html`` also writes :attr:`result` there,
+            and with ``.json`` the outcomes of each example beside it (``.examples.jsonl``).
+        publish: send tables and pictures to the trainer's loggers as well (TensorBoard, CSV, Weights & Biases); needs
+            matplotlib (extra ``plots``).
         seed: of the random control.
 
     Raises:
         MisconfigurationException: for arguments that do not fit each other or the trainer.
-        ValueError: before the first batch for a plan that does not fit, at it for weights that are not finite.
+        ValueError: before the first batch for a plan or base that does not fit, at it for weights that are not finite.
 
     Example::
 
@@ -62,6 +73,7 @@ class LaserCallback(pl.Callback):
         self,
         plan: LaserPlan | str | Mapping[str, LaserPlan | str],
         *,
+        base: Source | None = None,
         loops: str | Iterable[str] = ("validate", "test"),
         metrics: MetricCollection | Metric | Mapping[str, Metric] | None = None,
         update: UpdateFn | None = None,
@@ -70,6 +82,7 @@ class LaserCallback(pl.Callback):
         key_prefix: str = "laser",
         replay: bool = True,
         report: bool | str | Path = True,
+        publish: bool = False,
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -83,8 +96,12 @@ class LaserCallback(pl.Callback):
             raise MisconfigurationException(
                 f"`key_prefix` must be non-empty, without slashes around, got {key_prefix!r}"
             )
-        if isinstance(report, (str, Path)) and Path(report).suffix != ".json":
-            raise MisconfigurationException(f"`report` must be a bool or a path ending in .json, got {str(report)!r}")
+        if isinstance(report, (str, Path)) and Path(report).suffix not in (".json", ".html"):
+            raise MisconfigurationException(
+                f"`report` must be a bool or a path ending in .json or .html, got {str(report)!r}"
+            )
+        self.base = base
+        self._base_weights: Mapping[str, Tensor] | None = None  # read once for all runs
         self.metrics = None if metrics is None else _collection(metrics)
         self.update = update
         self.primary = primary
@@ -92,6 +109,7 @@ class LaserCallback(pl.Callback):
         self.key_prefix = key_prefix
         self.replay = replay
         self.report = report
+        self.publish = publish
         self.seed = seed
         self._result: LaserResult | None = None
         self._run: ComparisonRun | None = None
@@ -136,6 +154,8 @@ class LaserCallback(pl.Callback):
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         _check_trainer(trainer, self)
+        if self.publish:
+            require_matplotlib()
         if stage == "predict":
             raise MisconfigurationException(
                 "LaserCallback has nothing to compare in `trainer.predict()`: predictions are not logged. "
@@ -154,7 +174,11 @@ class LaserCallback(pl.Callback):
                 f"pass. Give the module a `{stage}_step(batch, batch_idx)`."
             )
         self._result = None
-        self._run = ComparisonRun(self._options, trainer, pl_module, stage)
+        options = self._options
+        if self.base is not None:
+            self._base_weights = read_weights(self.base) if self._base_weights is None else self._base_weights
+            options = replace(options, spectra=Spectra(base=BaseWeights(self._base_weights, pl_module)))
+        self._run = ComparisonRun(options, trainer, pl_module, stage)
 
     @override
     def on_validation_batch_start(
@@ -192,7 +216,9 @@ class LaserCallback(pl.Callback):
         self._result = run.finish()
         self._unprinted = True
         if isinstance(self.report, (str, Path)) and trainer.is_global_zero:
-            self._result.to_json(self.report)
+            _write(self._result, Path(self.report))
+        if self.publish and trainer.is_global_zero:
+            publish(self._result, trainer.loggers, trainer.global_step, self.key_prefix)
 
     @override
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -226,22 +252,35 @@ class LaserCallback(pl.Callback):
         self._unprinted = False
 
 
+def _write(result: LaserResult, path: Path) -> None:
+    if path.suffix == ".html":
+        result.to_html(path)
+    else:
+        result.to_json(path)
+        result.examples.write(path.with_suffix(".examples.jsonl"))
+
+
 # ---- checks ----------------------------------------------------------------------------------------------------------
 
 
-def _check_trainer(trainer: pl.Trainer, callback: LaserCallback) -> None:
+def check_strategy(trainer: pl.Trainer) -> None:
+    """Refuse strategies and devices under which the weights cannot be swapped."""
     strategy = trainer.strategy
     # By exact class: subclasses shard or live on devices whose parameters do not follow a pointer swap.
     if type(strategy) not in (SingleDeviceStrategy, DDPStrategy):
         raise MisconfigurationException(
-            f"LaserCallback supports single devices and DDP, got {type(strategy).__name__}: parameters that are "
+            f"rank reduction supports single devices and DDP, got {type(strategy).__name__}: parameters that are "
             "sharded or flattened do not follow a swap. Evaluate with `Trainer(devices=1)` or `strategy='ddp'`."
         )
     if strategy.root_device.type not in ("cpu", "cuda"):
         raise MisconfigurationException(
-            f"LaserCallback supports the CPU and CUDA devices, got {strategy.root_device.type!r}: its sums and "
+            f"rank reduction supports the CPU and CUDA devices, got {strategy.root_device.type!r}: its sums and "
             "factorisations need float64. Evaluate with `Trainer(accelerator='cpu')`."
         )
+
+
+def _check_trainer(trainer: pl.Trainer, callback: LaserCallback) -> None:
+    check_strategy(trainer)
     for other in trainer.callbacks:
         if isinstance(other, LaserCallback) and other is not callback and other.key_prefix == callback.key_prefix:
             raise MisconfigurationException(

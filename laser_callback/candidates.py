@@ -26,6 +26,9 @@ RHOS = (0.0, 0.005, 0.01, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 0.9)
 REFERENCE_RHOS = tuple((10 - rate) * 0.1 for rate in (1, 2, 4, 6, 8, 9, 9.5, 9.9, 9.95))
 """The rates of the paper's code as it turns them into shares, in floating point: they decide its ranks."""
 
+DELTA_RHOS = (0.0, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.4)
+"""For the difference to a base: fine-tuning, and LoRA by its making, changes few directions."""
+
 RHOS_PER_TARGET = 2
 """So many rhos of a target race before any target has more."""
 
@@ -56,6 +59,11 @@ class Estimate:
     delta: float
     lower: float | None = None
     upper: float | None = None
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Estimate:
+        """The inverse of ``dataclasses.asdict``, also after JSON has made ``None`` of a mean that is no number."""
+        return cls(**{**data, "delta": math.nan if data["delta"] is None else data["delta"]})
 
 
 @dataclass
@@ -94,6 +102,12 @@ class Candidate:
     def to_dict(self) -> dict[str, Any]:
         """Ready for JSON."""
         return {**asdict(self), "reduction": str(self.reduction)}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Candidate:
+        """The inverse of :meth:`to_dict`."""
+        estimates = {name: data[name] and Estimate.from_dict(data[name]) for name in ("gain", "loss")}
+        return cls(**{**data, **estimates, "reduction": Reduction.parse(data["reduction"])})
 
 
 def targets(model: nn.Module, within: str = "*.all", without: Iterable[Reduction] = ()) -> list[Target]:

@@ -1,32 +1,99 @@
-"""The command line. A command is a plain typed function; its options and help come from its signature and docstring."""
+"""The command line: which commands there are. How one is run is in ``command.py``."""
 
 from __future__ import annotations
 
-import importlib
+import os
 import sys
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any
 
-_COMMANDS = {
+from laser_callback.command import COMMON_OPTIONS, Exit, call, run
+
+COMMANDS = {
     "demo": ("laser_callback.demo", "compare plans on a real model and real facts"),
+    "validate": ("laser_callback.lightning_cli", "compare a plan in trainer.validate of your own module and data"),
+    "test": ("laser_callback.lightning_cli", "the same in trainer.test"),
+    "fit": ("laser_callback.lightning_cli", "train, and compare in each validation"),
     "search": ("laser_callback.search_cli", "find the cuts that help a model on a task, and confirm them"),
-    "cache": ("laser_callback.cache_cli", "list or clear the factorisations kept on disk"),
+    "gate": ("laser_callback.rollout_cli", "judge a plan by gates; the exit code says whether it may ship"),
+    "rollout": ("laser_callback.rollout_cli", "put a plan in stage by stage, keep the last that passes all gates"),
+    "export": ("laser_callback.ship_cli", "write what a plan makes of a model: dense, factored, adapter, recipe, undo"),
+    "apply": ("laser_callback.ship_cli", "apply a recipe to the original, and write the reduced model"),
+    "restore": ("laser_callback.ship_cli", "give a cut model its original weights back, bit for bit"),
+    "inspect": ("laser_callback.inspect_cli", "show a model's matrices, their spectra, and what each rank rule keeps"),
+    "report": ("laser_callback.report_cli", "show a result again: in the terminal, as a page, or as pictures"),
+    "recipes ls": ("laser_callback.recipes_cli", "list the recipes: annotated files to run, copy and change"),
+    "recipes show": ("laser_callback.recipes_cli", "print one"),
+    "recipes cp": ("laser_callback.recipes_cli", "copy one"),
+    "recipes run": ("laser_callback.recipes_cli", "run one, with options of its command to override it"),
+    "cache ls": ("laser_callback.cache_cli", "show what the factorisations kept on disk take"),
+    "cache clear": ("laser_callback.cache_cli", "remove them"),
+    "completion": (
+        "laser_callback.completion_cli",
+        "print a script that lets your shell complete commands and options",
+    ),
 }
+"""By name: the module, imported only to run it, that has the function of the name's last word, and a summary."""
+READ_THEIR_OWN_ARGUMENTS = ("validate", "test", "fit", "recipes run")
+"""Commands whose function takes the list of arguments, since their options depend on what is run."""
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run ``laser-callback COMMAND [options]``; returns the exit code."""
-    arguments = sys.argv[1:] if arguments is None else arguments
-    command = arguments[0] if arguments else "--help"
-    if command in ("-h", "--help"):
-        lines = [f"  {name:10} {summary}" for name, (_, summary) in _COMMANDS.items()]
-        print("usage: laser-callback COMMAND [options]\n\ncommands:", *lines, sep="\n")
-        print("\nlaser-callback COMMAND --help shows a command's options")
-        return 0
-    if command not in _COMMANDS:
-        print(f"laser-callback: unknown command {command!r}; there are {', '.join(_COMMANDS)}", file=sys.stderr)
-        return 2
-    # Imported late: `--help` must not wait for torch.
-    from jsonargparse import auto_cli
+    """Run ``laser-callback COMMAND [options]``; returns the exit code, one of :class:`~laser_callback.command.Exit`."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    as_json, debug = _take(given, "--json"), _take(given, "--debug") or bool(os.environ.get("LASER_CALLBACK_DEBUG"))
+    if not given or given[0] in ("-h", "--help"):
+        print(_help())
+        return Exit.DONE
+    if given == ["--version"]:
+        from laser_callback import __version__
 
-    function = getattr(importlib.import_module(_COMMANDS[command][0]), command)
-    code = auto_cli(function, args=arguments[1:], prog=f"laser-callback {command}", as_positional=False)
-    return code if isinstance(code, int) else 0
+        print(__version__)
+        return Exit.DONE
+    name = " ".join(given[:2]) if " ".join(given[:2]) in COMMANDS else given[0]
+    if name not in COMMANDS:
+        verbs = [known.split()[1] for known in COMMANDS if known.startswith(f"{name} ")]
+        if verbs and given[1:] in (["-h"], ["--help"]):
+            print(f"usage: laser-callback {name} {{{','.join(verbs)}}} [options]")
+            return Exit.DONE
+        known = f"`{name}` is followed by one of {', '.join(verbs)}" if verbs else f"there are {', '.join(COMMANDS)}"
+        print(f"laser-callback: error: unknown command {' '.join(given[:2])!r}; {known}", file=sys.stderr)
+        return Exit.MISUSED
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())  # as `python -m` does: modules of one's own beside the config
+    rest, prog = given[len(name.split()) :], f"laser-callback {name}"
+    return run(lambda: work(name, rest), prog, as_json=as_json, debug=debug)
+
+
+def work(name: str, arguments: list[str]) -> Any:
+    """Do what a command does with these arguments; returns its answer."""
+    function = function_of(name)
+    if name in READ_THEIR_OWN_ARGUMENTS:
+        return function(arguments)
+    return call(function, arguments, f"laser-callback {name}")
+
+
+def function_of(name: str) -> Callable[..., Any]:
+    """The function behind a command."""
+    return getattr(import_module(COMMANDS[name][0]), name.split()[-1])
+
+
+def _take(arguments: list[str], flag: str) -> bool:
+    """Whether the flag is among the arguments; it is removed."""
+    found = flag in arguments
+    arguments[:] = [argument for argument in arguments if argument != flag]
+    return found
+
+
+def _help() -> str:
+    lines = [f"  {name:12}  {summary}" for name, (_, summary) in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: laser-callback COMMAND [options]\n\ncommands:",
+            *lines,
+            f"\n`laser-callback COMMAND --help` shows a command's options;\n{COMMON_OPTIONS}",
+            "exit codes: 0 done, or a plan is recommended; 1 a crash; 2 a bad option, plan or file;",
+            "            3 the verdict is to keep the original; 130 interrupted",
+        ]
+    )

@@ -21,7 +21,7 @@ from __future__ import annotations
 import math
 from collections.abc import Hashable, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, TypeVar
 
 import numpy as np
 import torch
@@ -35,7 +35,7 @@ ALPHA = 0.05  # level of every verdict; 1 - ALPHA is the confidence of every int
 
 Kind: TypeAlias = Literal["binary", "mean", "log_ratio"]
 Role: TypeAlias = Literal["primary", "holm", "exploratory"]
-Test: TypeAlias = Literal["exact McNemar", "paired t", "cluster-robust t", "not tested"]
+Test: TypeAlias = Literal["exact McNemar", "paired t", "cluster-robust t", "Fisher's exact", "Welch's t", "not tested"]
 Verdict: TypeAlias = Literal["better", "worse", "higher", "lower", "no difference shown", "not tested", "exploratory"]
 
 
@@ -281,7 +281,10 @@ def not_tested(
     )
 
 
-def adjust(results: Sequence[PairedResult], primary: str | None) -> list[PairedResult]:
+Row = TypeVar("Row", bound=PairedResult)
+
+
+def adjust(results: Sequence[Row], primary: str | None) -> list[Row]:
     """Give every tested row the role in which it may claim something.
 
     Args:

@@ -7,6 +7,7 @@ matrices at the same rho helps as much, it is not in where the cut was made.
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from dataclasses import replace
 
 from torch import nn
@@ -18,11 +19,13 @@ from laser_callback.plan import LaserPlan, Reduction
 
 def zeroed_plan(plan: LaserPlan) -> LaserPlan:
     """The same matrices at rho = 0."""
-    return LaserPlan(replace(reduction, rho=0.0, keep="head", scale=0.0) for reduction in plan)
+    return LaserPlan(Reduction(r.layer, r.matrix, 0.0, stack=r.stack, expert=r.expert) for r in plan)
 
 
-def random_plan(model: nn.Module, plan: LaserPlan, seed: int) -> LaserPlan:
-    """As many other matrices, drawn without replacement from all kinds, each cut like one of the plan's.
+def random_plan(
+    model: nn.Module, plan: LaserPlan, seed: int, among: Callable[[WeightMatrix], bool] = lambda matrix: True
+) -> LaserPlan:
+    """As many other matrices, drawn without replacement ``among`` those of all kinds, each cut like one of the plan's.
 
     Raises:
         ValueError: if the model has too few matrices outside of the plan.
@@ -30,7 +33,7 @@ def random_plan(model: nn.Module, plan: LaserPlan, seed: int) -> LaserPlan:
     resolved = plan.resolve(model)
     planned = {matrix.name for matrix, _ in resolved}
     matrices = find_matrices(model)
-    others = [m for m in matrices if m.kind is not None and m.name not in planned]
+    others = [m for m in matrices if m.kind is not None and m.name not in planned and among(m)]
     if len(others) < len(resolved):
         raise ValueError(
             f"the random control needs {len(resolved)} matrices that the plan leaves alone, the model has "

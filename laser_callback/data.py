@@ -11,7 +11,7 @@ The answer's tokens are those of ``" " + answer`` without special tokens.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -94,7 +94,7 @@ def encode_facts(
             "`tokenizer` must have a mask token for a masked model, got none; a causal one is masked=False."
         )
     limit = tokenizer.model_max_length if max_length is None else max_length
-    prefix, suffix = _special_tokens(tokenizer)
+    prefix, suffix = special_tokens(tokenizer)
     prompts = _tokenize(tokenizer, [text for fact in facts for text in (fact.prompt, *fact.paraphrases)])
     answers = _tokenize(tokenizer, [f" {text}" for fact in facts for text in (fact.answer, *fact.choices)])
     full_stop = _tokenize(tokenizer, ["."])["."]
@@ -135,7 +135,7 @@ def _tokenize(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> dict[
     return {text: tuple(tokens) for text, tokens in zip(unique, ids, strict=True)}
 
 
-def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def special_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """The special tokens that the tokenizer puts before and after a text."""
     probe, whole = _tokenize(tokenizer, ["a"])["a"], tuple(tokenizer("a")["input_ids"])
     for start in range(len(whole) - len(probe) + 1):
@@ -149,6 +149,12 @@ def _shorten(text: str) -> str:
 
 
 # --------------------------------------------------------------------------------------------- batches
+
+
+PADDING = 0.25
+"""A chunk ends where padding would be more than this share of its tokens ..."""
+SMALLEST_CHUNK = 16
+"""... but not with fewer rows than this: each chunk has costs of its own."""
 
 
 @dataclass(frozen=True)
@@ -178,7 +184,7 @@ class FactCollator:
         """Make the batch.
 
         Returns:
-            ``id``, ``group``, ``subject``, ``answer``: lists of F strings.
+            ``id``, ``group``, ``subject``, ``prompt``, ``answer``: lists of F strings.
             ``row_fact``, ``row_role``: (R,) int64, index of each row's fact and its
             :class:`~laser_callback.scoring.Role`, in the order of the chunks.
             ``chunks``: a list of dicts with ``input_ids`` and ``attention_mask``, (r, T) int64, ``positions`` and
@@ -187,13 +193,30 @@ class FactCollator:
         """
         rows = [(index, row) for index, item in enumerate(encoded) for row in item.rows]
         rows.sort(key=lambda pair: len(pair[1].input_ids))
-        step = self.rows_per_forward
         return {
-            "chunks": [self._chunk([row for _, row in rows[i : i + step]]) for i in range(0, len(rows), step)],
+            "chunks": [self._chunk(chunk) for chunk in self._split([row for _, row in rows])],
             "row_fact": torch.tensor([index for index, _ in rows]),
             "row_role": torch.tensor([row.role for _, row in rows]),
-            **{name: [getattr(item.fact, name) for item in encoded] for name in ("id", "group", "subject", "answer")},
+            **{
+                name: [getattr(item.fact, name) for item in encoded]
+                for name in ("id", "group", "subject", "prompt", "answer")
+            },
         }
+
+    def _split(self, rows: Sequence[EncodedRow]) -> Iterator[list[EncodedRow]]:
+        """Cut rows, sorted by length, where a further one would make too much of the chunk padding."""
+        chunk: list[EncodedRow] = []
+        tokens = 0
+        for row in rows:
+            length = len(row.input_ids)
+            padded = (len(chunk) + 1) * length > (1 + PADDING) * (tokens + length)
+            if len(chunk) == self.rows_per_forward or (len(chunk) >= SMALLEST_CHUNK and padded):
+                yield chunk
+                chunk, tokens = [], 0
+            chunk.append(row)
+            tokens += length
+        if chunk:
+            yield chunk
 
     def _chunk(self, rows: Sequence[EncodedRow]) -> dict[str, Tensor]:
         return {
@@ -209,7 +232,7 @@ def _pad(rows: Sequence[tuple[int, ...]], value: int) -> Tensor:
     return pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=value)
 
 
-def _pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
+def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
     """The pad token, or any other where there is none: causal tokenizers often lack one, and no token sees it."""
     return 0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id
 
@@ -232,7 +255,7 @@ class TextWindows(Dataset[dict[str, Any]]):
     """
 
     def __init__(self, path: str | Path, tokenizer: PreTrainedTokenizerBase, *, window: int = 256) -> None:
-        prefix, _ = _special_tokens(tokenizer)
+        prefix, _ = special_tokens(tokenizer)
         if not len(prefix) + 2 <= window <= tokenizer.model_max_length:
             limits = f"between {len(prefix) + 2} and {tokenizer.model_max_length}"
             raise ValueError(f"`window` must be {limits} tokens, got {window}.")
@@ -243,7 +266,7 @@ class TextWindows(Dataset[dict[str, Any]]):
         if not self.windows:
             raise ValueError(f"`text` must have tokens to predict, got {len(tokens)} in {path}.")
         self.name = Path(path).name
-        self.pad_token_id = _pad_token_id(tokenizer)
+        self.pad_token_id = pad_token_id(tokenizer)
 
     def __len__(self) -> int:
         return len(self.windows)
@@ -268,14 +291,14 @@ class TextWindows(Dataset[dict[str, Any]]):
 class FactsDataModule(LightningDataModule):
     """Facts, and optionally running text, for ``LaserModule``.
 
-    Validation and test read the same facts, in file order: all of them, unless ``split`` asks for a set. Training reads
-    them shuffled. With ``text``, validation and test have a second dataloader with its windows, a quarter as many in a
-    batch as facts (a window is as long as dozens of prompts).
+    Validation, test and prediction read the same facts, in file order: all of them, unless ``split`` asks for a set.
+    Training reads them shuffled. With ``text``, all but training have a second dataloader with its windows, a quarter
+    as many in a batch as facts (a window is as long as dozens of prompts).
 
     Args:
         path: a ``.jsonl``, ``.csv`` or ``.parquet`` file (see :func:`~laser_callback.facts.read_facts`), or facts or
             records themselves.
-        tokenizer: a tokenizer, or the folder or hub name of one.
+        tokenizer: a tokenizer, or the folder or hub name of one; by default that of the ``LaserModule`` in the trainer.
         text: a UTF-8 text file for perplexity (causal models only), or windows of one's own making.
         split: name of one of ``sizes``.
         sizes: the sets (see :func:`~laser_callback.facts.split_facts`); by default
@@ -295,7 +318,7 @@ class FactsDataModule(LightningDataModule):
     def __init__(
         self,
         path: str | Path | Sequence[Fact | Mapping[str, Any]],
-        tokenizer: PreTrainedTokenizerBase | str | Path,
+        tokenizer: PreTrainedTokenizerBase | str | Path | None = None,
         *,
         text: str | Path | TextWindows | None = None,
         split: str | None = None,
@@ -324,23 +347,38 @@ class FactsDataModule(LightningDataModule):
         """Read, split, sample and tokenise, once for all stages."""
         if self.encoded:
             return
-        if isinstance(self.tokenizer, (str, Path)):
-            self.tokenizer = cast("PreTrainedTokenizerBase", AutoTokenizer.from_pretrained(self.tokenizer))
-        masked = self.tokenizer.mask_token_id is not None if self.masked is None else self.masked
+        tokenizer = self.loaded_tokenizer()
+        masked = tokenizer.mask_token_id is not None if self.masked is None else self.masked
         if self.text is not None and masked:
             raise ValueError(f"`text` must be None for a masked model, which has no perplexity, got {self.text!r}.")
         if isinstance(self.path, (str, Path)):
             facts = read_facts(self.path)
         else:
-            facts = check_rows(enumerate(self.path), lambda row: row, "`path`", "item")
+            facts = check_rows(enumerate(self.path), lambda row: row, "`path`", "item", Fact)
         if self.split is not None:
             facts = split_facts(facts, self.sizes, self.seed)[self.split]
         if self.limit is not None:
             facts = sample_facts(facts, self.limit, self.seed)
-        self.collate = FactCollator(_pad_token_id(self.tokenizer), self.rows_per_forward)
+        self.collate = FactCollator(pad_token_id(tokenizer), self.rows_per_forward)
         if isinstance(self.text, (str, Path)):
-            self.text = TextWindows(self.text, self.tokenizer)
-        self.encoded = encode_facts(facts, self.tokenizer, masked=masked, max_length=self.max_length)
+            self.text = TextWindows(self.text, tokenizer)
+        self.encoded = encode_facts(facts, tokenizer, masked=masked, max_length=self.max_length)
+
+    def loaded_tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer, read at the first call.
+
+        Raises:
+            ValueError: if none was given and the trainer's module has none.
+        """
+        if self.tokenizer is None:
+            module = None if self.trainer is None else self.trainer.lightning_module
+            self.tokenizer = getattr(module, "tokenizer", None)
+            if self.tokenizer is None:
+                raise ValueError("`tokenizer` must be given where no LaserModule runs that has one, got None.")
+            self.masked = getattr(module, "masked", None) if self.masked is None else self.masked
+        if isinstance(self.tokenizer, (str, Path)):
+            self.tokenizer = cast("PreTrainedTokenizerBase", AutoTokenizer.from_pretrained(self.tokenizer))
+        return self.tokenizer
 
     @override
     def train_dataloader(self) -> DataLoader[Any]:
@@ -352,14 +390,29 @@ class FactsDataModule(LightningDataModule):
         """The facts in file order, or ``[facts, text]``."""
         if not isinstance(self.text, TextWindows):
             return self._facts()
-        size = max(1, self.batch_size // 4)
-        return [self._facts(), DataLoader(self.text, size, collate_fn=self.text.collate, num_workers=self.num_workers)]
+        # By name: Lightning cannot rebuild, for `predict`, a dataloader made by position.
+        size, collate = max(1, self.batch_size // 4), self.text.collate
+        return [
+            self._facts(),
+            DataLoader(self.text, batch_size=size, collate_fn=collate, num_workers=self.num_workers),
+        ]
 
     @override
     def test_dataloader(self) -> DataLoader[Any] | list[DataLoader[Any]]:
         """The same as :meth:`val_dataloader`."""
         return self.val_dataloader()
 
+    @override
+    def predict_dataloader(self) -> DataLoader[Any] | list[DataLoader[Any]]:
+        """The same as :meth:`val_dataloader`."""
+        return self.val_dataloader()
+
     def _facts(self, shuffle: bool = False) -> DataLoader[Any]:
         facts = cast("Dataset[EncodedFact]", self.encoded)  # a list has all that a Dataset needs
-        return DataLoader(facts, self.batch_size, shuffle, collate_fn=self.collate, num_workers=self.num_workers)
+        return DataLoader(
+            facts,
+            batch_size=self.batch_size,
+            shuffle=shuffle,
+            collate_fn=self.collate,
+            num_workers=self.num_workers,
+        )

@@ -9,6 +9,7 @@ from pathlib import Path
 import lightning.pytorch as pl
 from rich.console import Console
 
+from laser_callback.command import Answer
 from laser_callback.data import FactsDataModule
 from laser_callback.demo_model import demo_model_folder
 from laser_callback.module import LaserModule
@@ -30,7 +31,7 @@ def demo(
     seed: int = 0,
     output: Path = Path("laser-demo.json"),
     picture: Path | None = None,
-) -> None:
+) -> Answer:
     """Compare an original language model with reduced ones on facts, and write a JSON report.
 
     Args:
@@ -50,7 +51,7 @@ def demo(
     console = Console()
     begin = time.perf_counter()
     if model is not None and plan is None:
-        raise SystemExit("`--plan` must say what to cut in a model of your own, e.g. --plan 28.fc_up@0.01")
+        raise ValueError("`--plan` must say what to cut in a model of your own, e.g. --plan 28.fc_up@0.01")
     quiet_libraries()
 
     note = ""
@@ -75,8 +76,8 @@ def demo(
         console.print(f"model: {Path(model).name}{note}\nfacts: {facts.name}, {len(data.encoded)} of them\n")
         trainer = pl.Trainer(logger=False, enable_model_summary=False, enable_checkpointing=False, devices=1)
         trainer.validate(module, data, verbose=False)
-    examples = output.with_suffix(".examples.jsonl")
-    module.result.examples.write(examples)
     if picture is not None:
         save_picture(module.result, picture)
+    examples = output.with_suffix(".examples.jsonl")
     console.print(f"\nreport: {output}, facts one by one: {examples}; {time.perf_counter() - begin:.0f} s in all")
+    return Answer(module.result.to_dict())

@@ -13,10 +13,11 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-import tempfile
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
+
+from laser_callback.files import appearing
 
 _log = logging.getLogger(__name__)
 
@@ -98,16 +99,10 @@ def _convert(gguf: Path, folder: Path) -> None:
 
 def _publish(folder: Path, save: Callable[[Path], None]) -> None:
     """Let ``save`` fill a temporary folder, then give it the name ``folder``, unless another process was faster."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as scratch:
-        whole = Path(scratch) / "model"  # one level down: mkdtemp's own folder is readable by its owner only
-        whole.mkdir()
-        save(whole)
-        for file in whole.iterdir():
-            with file.open("rb+") as stream:
-                os.fsync(stream.fileno())
-        try:
-            os.rename(whole, folder)  # refused where a folder with files in it has the name already
-        except OSError:
-            if not folder.is_dir():
-                raise
+    try:
+        with appearing(folder) as whole:
+            whole.mkdir()
+            save(whole)
+    except FileExistsError:
+        if not folder.is_dir():
+            raise

@@ -59,11 +59,14 @@ class ExampleSet:
             groups=[self.groups[i] for i in positions],
         )
 
-    def loader(self) -> Loader:
-        """The examples in order."""
+    def loader(self, batches: int = 1) -> Loader:
+        """The examples in order, in at least so many batches, as far as there are examples and they can be dealt."""
         if self.whole is not None:
             return self.whole
-        return DataLoader(Subset(self.dataset, self.places), **self.options)
+        options = dict(self.options)
+        if batches > 1:
+            options["batch_size"] = min(options["batch_size"], max(len(self.places) // batches, 1))
+        return DataLoader(Subset(self.dataset, self.places), **options)
 
     def spread(self, seed: str) -> list[int]:
         """All positions in a random order in which every stretch has each group's share; a subject's are neighbours."""

@@ -1,10 +1,10 @@
 """What each arm did on each example: collected batch by batch, gathered over ranks, compared as pairs.
 
 An evaluation step that returns a mapping gives one outcome per example for each metric it names: 1-D float or bool
-tensors of batch length, or :class:`Outcomes`, under the name that the metric is logged under. Five names describe the
+tensors of batch length, or :class:`Outcomes`, under the name that the metric is logged under. Six names describe the
 examples instead: ``id`` (duplicates of distributed samplers are removed by it), ``cluster`` (examples that are not
-independent of each other share one), ``group``, ``answer`` and ``prediction`` (for the prior checks). Without such a
-mapping the pairs are the batches' logged means.
+independent of each other share one), ``group``, ``answer`` and ``prediction`` (for the prior checks), and ``prompt``
+(for readers of a report). Without such a mapping the pairs are the batches' logged means.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from laser_callback.comparison import Outcomes, PairedResult, compare, not_teste
 from laser_callback.files import write_atomically
 from laser_callback.priors import PriorChecks, prior_checks
 
-DESCRIPTIONS = ("id", "cluster", "group", "answer", "prediction")
+DESCRIPTIONS = ("id", "cluster", "group", "prompt", "answer", "prediction")
 ORIGINAL = "original"
 
 
@@ -107,12 +107,12 @@ class PairedExamples:
         before_right, after_right = ([p == a for p, a in zip(said, answers, strict=True)] for said in predictions)
         return prior_checks(answers, *predictions, before_right, after_right, groups)
 
-    def write(self, path: str | Path) -> None:
-        """Write one JSON object per example: its descriptions, and each arm's outcomes and prediction.
+    def to_rows(self) -> list[dict[str, Any]]:
+        """One mapping per example, ready for strict JSON: its descriptions, and each arm's outcomes and prediction.
 
-        A number that is not finite becomes null.
+        A number that is not finite becomes ``None``.
         """
-        lines = []
+        rows = []
         for batch in self.batches:
             for i in range(batch.size):
                 row: dict[str, Any] = {k: v[i] for k, v in batch.described[ORIGINAL].items() if k != "prediction"}
@@ -120,7 +120,12 @@ class PairedExamples:
                     row[arm] = {name: _json_number(o.values[i]) for name, o in outcomes.items()}
                     if "prediction" in batch.described[arm]:
                         row[arm]["prediction"] = batch.described[arm]["prediction"][i]
-                lines.append(json.dumps(row, ensure_ascii=False) + "\n")
+                rows.append(row)
+        return rows
+
+    def write(self, path: str | Path) -> None:
+        """Write each of :meth:`to_rows` as one line of JSON."""
+        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in self.to_rows()]
         write_atomically(Path(path), "".join(lines))
 
     def _select(

@@ -14,10 +14,25 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar, cast
 
 DEFAULT_SIZES: Mapping[str, float] = {"screen": 0.1, "race": 0.3, "confirm": 0.4, "guard": 0.2}
 """Shares of the four sets. ``confirm`` is the largest, since only its number is a result."""
+
+
+class Record(Protocol):
+    """What a row of a file becomes."""
+
+    @property
+    def id(self) -> str:
+        """Unique name within a data set."""
+
+    @classmethod
+    def from_row(cls, row: Mapping[str, Any], default_id: str) -> Record:
+        """Build it from a row, or raise a ValueError that says what is wrong with it."""
+
+
+R = TypeVar("R", bound=Record)
 
 # ---------------------------------------------------------------------------------------------- facts
 
@@ -109,32 +124,39 @@ def read_facts(path: str | Path) -> list[Fact]:
         ValueError: if a row is malformed (with file, line and reason), there are none, or the suffix is another.
         ModuleNotFoundError: for Parquet without pyarrow.
     """
+    return read_records(path, Fact)
+
+
+def read_records(path: str | Path, kind: type[R]) -> list[R]:
+    """Records of any kind, read as :func:`read_facts` reads facts."""
     path = Path(path)
     if (reader := _READERS.get(path.suffix.lower())) is None:
         raise ValueError(f"`path` must end in one of {', '.join(_READERS)}, got {str(path)!r}.")
     read, parse = reader
-    return check_rows(read(path), parse, str(path), "line")
+    return check_rows(read(path), parse, str(path), "line", kind)
 
 
-def check_rows(rows: Iterable[tuple[int, Any]], parse: Callable[[Any], Any], source: str, unit: str) -> list[Fact]:
-    """Facts from numbered raw rows (facts pass as they are); an error begins with the source, the unit, its number.
+def check_rows(
+    rows: Iterable[tuple[int, Any]], parse: Callable[[Any], Any], source: str, unit: str, kind: type[R]
+) -> list[R]:
+    """Records from numbered raw rows (records pass as they are); an error begins with the source, the unit, its number.
 
     Raises:
         ValueError: if a row is malformed, an id comes twice, or there are no rows.
     """
-    facts: dict[str, Fact] = {}
+    records: dict[str, R] = {}
     number_of: dict[str, int] = {}
     for number, row in rows:
         try:
-            fact = row if isinstance(row, Fact) else Fact.from_row(parse(row), default_id=str(len(facts) + 1))
-            if fact.id in facts:
-                raise ValueError(f"`id` must be unique, got {fact.id!r} as in {unit} {number_of[fact.id]}.")
+            record = row if isinstance(row, kind) else cast("R", kind.from_row(parse(row), str(len(records) + 1)))
+            if record.id in records:
+                raise ValueError(f"`id` must be unique, got {record.id!r} as in {unit} {number_of[record.id]}.")
         except ValueError as error:
             raise ValueError(f"{source}, {unit} {number}: {error}") from error
-        facts[fact.id], number_of[fact.id] = fact, number
-    if not facts:
-        raise ValueError(f"`path` must hold at least one fact, got none in {source}.")
-    return list(facts.values())
+        records[record.id], number_of[record.id] = record, number
+    if not records:
+        raise ValueError(f"`path` must hold at least one {kind.__name__.lower()}, got none in {source}.")
+    return list(records.values())
 
 
 def _parse_json(text: str) -> Any:

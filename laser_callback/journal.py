@@ -45,14 +45,14 @@ class Journal:
         if state.exists():
             if not resume:
                 raise FileExistsError(
-                    f"`folder` {str(self._folder)!r} holds a search already: go on with it by resume=True (--resume), "
+                    f"`folder` {str(self._folder)!r} holds a run already: go on with it by resume=True (--resume), "
                     "or name another folder"
                 )
             saved = json.loads(state.read_text(encoding="utf-8"))
             different = sorted(key for key in {*saved, *current} if saved.get(key) != current.get(key))
             if different:
                 shown = ", ".join(f"{key} ({saved.get(key)!r} then, {current.get(key)!r} now)" for key in different)
-                raise ValueError(f"the search in {str(self._folder)!r} was made with other settings: {shown}")
+                raise ValueError(f"the run in {str(self._folder)!r} was made with other settings: {shown}")
         else:
             write_atomically(state, json.dumps(current, indent=2) + "\n")
 
@@ -72,13 +72,13 @@ class Journal:
 
 
 def _as_read(step: Step) -> Step:
-    return json.loads(json.dumps(_strict(step[0]))), step[1]
+    return json.loads(json.dumps(strict(step[0]))), step[1]
 
 
-def _strict(data: Any) -> Any:
-    """``data`` with None for numbers that JSON has no word for."""
+def strict(data: Any) -> Any:
+    """Plain data with ``None`` for numbers that JSON has no word for, and lists for tuples."""
     if isinstance(data, dict):
-        return {key: _strict(value) for key, value in data.items()}
+        return {key: strict(value) for key, value in data.items()}
     if isinstance(data, (list, tuple)):
-        return [_strict(value) for value in data]
+        return [strict(value) for value in data]
     return None if isinstance(data, float) and not math.isfinite(data) else data

@@ -12,42 +12,14 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-ATTENTION_KINDS = ("q_proj", "k_proj", "v_proj", "out_proj")
-MLP_KINDS = ("fc_in", "fc_up", "fc_out")
-KINDS = ATTENTION_KINDS + MLP_KINDS
-GROUPS = {"attn": ATTENTION_KINDS, "mlp": MLP_KINDS, "all": KINDS}
+from laser_callback.fused import Rows, rows_of_kinds
+from laser_callback.kinds import KINDS, kinds_of
+from laser_callback.packed import refuse_packed
 
-# Last component of the module's name -> kind. Names that mean different things inside and outside of an attention
-# block (GPT-2's `c_proj`, BERT's `dense`, T5's `wo`) are in the two tables below instead.
-_NAMES = {
-    "q_proj": ("q_proj", "query", "q", "q_lin", "wq", "to_q", "q_proj_weight"),
-    "k_proj": ("k_proj", "key", "k", "k_lin", "wk", "to_k", "k_proj_weight"),
-    "v_proj": ("v_proj", "value", "v", "v_lin", "wv", "to_v", "v_proj_weight"),
-    "out_proj": ("o_proj", "out_proj", "out_lin"),
-    "fc_in": ("gate_proj", "fc_in", "fc1", "c_fc", "dense_h_to_4h", "lin1", "linear1", "w1", "wi", "wi_0"),
-    "fc_up": ("up_proj", "w3", "wi_1"),
-    "fc_out": ("down_proj", "fc_out", "fc2", "dense_4h_to_h", "lin2", "linear2", "w2"),
-}
-_KIND_OF_NAME = {name: kind for kind, names in _NAMES.items() for name in names}
-_IN_ATTENTION = dict.fromkeys(("c_proj", "dense", "proj", "o", "wo", "Wo"), "out_proj")
-_OUTSIDE_ATTENTION = {
-    **{"intermediate.dense": "fc_in", "ffn": "fc_in"},
-    **dict.fromkeys(("c_proj", "wo", "Wo", "output.dense", "ffn_output"), "fc_out"),
-}
-_QKV = ("q_proj", "k_proj", "v_proj")
-_FUSED: dict[str, tuple[str, ...]] = {
-    **dict.fromkeys(("query_key_value", "qkv_proj", "qkv", "c_attn", "Wqkv", "in_proj_weight"), _QKV),
-    **dict.fromkeys(("gate_up_proj", "Wi"), ("fc_in", "fc_up")),
-}
-# Attention classes whose fused rows are (key/value head, its queries | k | v, head size), not q | k | v in blocks.
-_PER_HEAD = ("NeoX", "Bloom", "Persimmon", "Falcon", "GPTBigCode", "MiniMaxLightning")
-_UNKNOWN_LAYOUT = ("CodeGen",)  # interleaved over the shards it was trained on
-
-_Index = tuple["int | slice | Tensor", ...]
+_Index = tuple[int | Rows, ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,6 +35,7 @@ class WeightMatrix:
         expert: index of the expert in a 3-D expert tensor or in a list of experts, or ``None``.
         shape: (rows, columns); rows are output features, also where the parameter is stored transposed.
         parameter_names: every name under which the parameter is registered (several when it is tied).
+        passes: how often a forward pass goes through it; more than once where layers share their weights.
         module: the module that owns the parameter, and ``attribute`` its name there.
     """
 
@@ -73,6 +46,7 @@ class WeightMatrix:
     expert: int | None
     shape: tuple[int, int]
     parameter_names: tuple[str, ...]
+    passes: int
     module: nn.Module = field(repr=False)
     attribute: str = field(repr=False)
     transposed: bool = field(default=False, repr=False)
@@ -119,6 +93,7 @@ def find_matrices(model: nn.Module) -> list[WeightMatrix]:
     Raises:
         TypeError: if a weight is packed (quantised) or sharded, so that it has no matrix to factorise.
     """
+    refuse_packed(model)
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(_clean(name))
@@ -131,7 +106,6 @@ def find_matrices(model: nn.Module) -> list[WeightMatrix]:
             if id(parameter) in seen or not _holds_matrices(module, path, attribute, parameter):
                 continue
             seen.add(id(parameter))
-            _refuse_packed(module, path, attribute, parameter)
             stack, layer = _place(path, stacks)
             own_names = tuple(names[id(parameter)])
             matrices += _matrices_of(model, module, _clean(path), attribute, stack, layer, own_names)
@@ -165,8 +139,10 @@ def describe(matrices: list[WeightMatrix]) -> str:
         kinds = [kind for kind in KINDS if any(m.kind == kind for m in members)]
         paths = sorted({re.sub(r"\[.*", "", m.path_in_layer) for m in members})
         shown = paths[:12] + (["..."] if len(paths) > 12 else [])
+        passes = max(m.passes for m in members)
+        shared = f" (shared: one runs {passes} times)" if passes > 1 else ""
         lines.append(
-            f"{stack}: layers {layers[0]}..{layers[-1]}, kinds {', '.join(kinds) or 'none known'}, "
+            f"{stack}: layers {layers[0]}..{layers[-1]}{shared}, kinds {', '.join(kinds) or 'none known'}, "
             f"matrices {', '.join(shown)}"
         )
     return "\n".join(lines) or "the model has no weight matrices"
@@ -212,6 +188,15 @@ def _place(path: str, stacks: dict[str, nn.Module]) -> tuple[str | None, int | N
     return None, None
 
 
+def _passes(model: nn.Module, stack: str, parameter_names: tuple[str, ...]) -> int:
+    """In how many layers a parameter is, by its names; ALBERT runs each of its groups of layers several times."""
+    prefix = f"{stack}." if stack else ""
+    layers = {name.removeprefix(prefix).partition(".")[0] for name in parameter_names if name.startswith(prefix)}
+    config = getattr(_submodule(model, stack.rpartition(".")[0]), "config", None)
+    groups = getattr(config, "num_hidden_groups", None)
+    return len(layers) * (config.num_hidden_layers // groups if config is not None and groups else 1)
+
+
 # ---- matrices of one parameter ---------------------------------------------------------------------------------------
 
 
@@ -234,98 +219,43 @@ def _matrices_of(
 ) -> Iterator[WeightMatrix]:
     parameter = getattr(module, attribute)
     name = path if path and attribute == "weight" else f"{path}.{attribute}".lstrip(".")
+    in_layer = "" if stack is None else name.removeprefix(f"{stack}.").partition(".")[2]
+    parent = _submodule(model, _unwrapped(path).rpartition(".")[0])
     kinds: tuple[str | None, ...] = (None,)
-    experts: list[int | None] = list(range(parameter.shape[0])) if parameter.ndim == 3 else [None]
-    if stack is not None:
-        in_layer = name.removeprefix(f"{stack}.").partition(".")[2]  # a model may be called `attention_model`
-        kinds = _kinds(model, name, in_layer, module)
-        listed = re.search(r"\bexperts\.(\d+)\.", in_layer)
-        if listed and parameter.ndim == 2:
-            experts = [int(listed[1])]
+    passes = 1 if stack is None else _passes(model, stack, parameter_names)
+    if stack is not None:  # only within its layer, since a model may be called `attention_model`
+        kinds = kinds_of(_unwrapped(in_layer), module, parent)
 
     # Conv1D and some expert tensors keep (in, out); reading transposes, so that rows are always outputs.
     transposed = type(module).__name__ == "Conv1D" or (parameter.ndim == 3 and _is_transposed(module))
-    out_axis_size = parameter.shape[-1] if transposed else parameter.shape[-2]
-    in_size = parameter.shape[-2] if transposed else parameter.shape[-1]
-
-    rows_of: dict[str | None, slice | Tensor] = {kinds[0]: slice(None)}
+    out_size, in_size = parameter.shape[-2:][:: -1 if transposed else 1]
+    parts: list[Rows] | None = [slice(None)]
     if len(kinds) > 1:
-        parts = _fused_rows(model, path, module, kinds, out_axis_size, in_size)
-        rows_of = {None: slice(None)} if parts is None else dict(zip(kinds, parts, strict=True))
+        owner = module if isinstance(module, nn.MultiheadAttention) else parent
+        parts = rows_of_kinds(kinds, module, owner, out_size, in_size)
+    if parts is None:
+        kinds, parts = (None,), [slice(None)]
 
+    listed = re.search(r"\bexperts\.(\d+)\.", in_layer)
+    experts = range(parameter.shape[0]) if parameter.ndim == 3 else [int(listed[1]) if listed else None]
     for expert in experts:
-        for kind, rows in rows_of.items():
-            expert_index: _Index = () if expert is None or parameter.ndim == 2 else (expert,)
-            index = (*expert_index, slice(None), rows) if transposed else (*expert_index, rows)
-            count = len(range(*rows.indices(out_axis_size))) if isinstance(rows, slice) else len(rows)
-            suffix = f"[{kind}]" if len(rows_of) > 1 else ""
-            suffix += f"[{expert}]" if expert_index else ""
+        place: _Index = (expert,) if parameter.ndim == 3 and expert is not None else ()
+        for kind, rows in zip(kinds, parts, strict=True):
+            suffix = f"[{kind}]" if len(kinds) > 1 else ""
             yield WeightMatrix(
-                name=name + suffix,
+                name=name + suffix + (f"[{expert}]" if place else ""),
                 stack=stack,
                 layer=layer,
                 kind=kind,
                 expert=expert,
-                shape=(count, in_size),
+                shape=(len(range(*rows.indices(out_size))) if isinstance(rows, slice) else len(rows), in_size),
                 parameter_names=parameter_names,
+                passes=passes,
                 module=module,
                 attribute=attribute,
                 transposed=transposed,
-                index=index,
+                index=(*place, slice(None), rows) if transposed else (*place, rows),
             )
-
-
-def _kinds(model: nn.Module, name: str, in_layer: str, module: nn.Module) -> tuple[str | None, ...]:
-    """The kind of the matrix ``name`` (``in_layer`` without its layer's path); several for a fused one, else one."""
-    parent_path, _, last = _unwrapped(in_layer).rpartition(".")
-    if "lora_" in in_layer or isinstance(module, nn.Embedding) or hasattr(module, "moe_num_experts"):
-        return (None,)  # the last: DBRX stacks its experts in one 2-D parameter
-    if last in _FUSED:
-        return _FUSED[last]
-    if last == "up_proj" and not hasattr(_submodule(model, _unwrapped(name).rpartition(".")[0]), "gate_proj"):
-        return ("fc_in",)  # an MLP without a gate (MPT, Nemotron)
-    in_attention = re.search(r"attn|attention", parent_path.lower()) is not None
-    if in_attention and last in _IN_ATTENTION:
-        return (_IN_ATTENTION[last],)
-    if not in_attention:
-        two = f"{parent_path.rpartition('.')[2]}.{last}"
-        kind = _OUTSIDE_ATTENTION.get(last) or _OUTSIDE_ATTENTION.get(two)
-        if kind:
-            return (kind,)
-    return (_KIND_OF_NAME.get(last),)
-
-
-def _fused_rows(
-    model: nn.Module, path: str, module: nn.Module, kinds: tuple[str | None, ...], out_size: int, in_size: int
-) -> list[slice | Tensor] | None:
-    """Which output rows belong to each kind; ``None`` where the layout is unknown (one matrix without a kind)."""
-    if len(kinds) == 2:  # gate and up
-        if "GptOss" in type(module).__name__ or not getattr(module, "is_concatenated", True):  # gate and up alternate
-            return [slice(0, None, 2), slice(1, None, 2)]
-        return [slice(0, out_size // 2), slice(out_size // 2, None)]
-
-    parent_path = _unwrapped(path).rpartition(".")[0]
-    owner = module if isinstance(module, nn.MultiheadAttention) else _submodule(model, parent_path)
-    class_name, config = type(owner).__name__, getattr(owner, "config", None)
-    heads = _first_int(owner, "num_heads", "num_attention_heads") or _first_int(config, "num_attention_heads")
-    if any(name in class_name for name in _UNKNOWN_LAYOUT) or hasattr(owner, "q_attn"):
-        return None  # with `q_attn` the fused weight is k | v: GPT-2's cross-attention
-    if any(name in class_name for name in _PER_HEAD):
-        kv_heads = _first_int(owner, "num_kv_heads", "kv_heads") or heads
-        if not heads or not kv_heads or out_size % (heads + 2 * kv_heads):
-            return None
-        rows = torch.arange(out_size).view(kv_heads, heads // kv_heads + 2, -1)
-        return [rows[:, :-2].reshape(-1), rows[:, -2].reshape(-1), rows[:, -1].reshape(-1)]
-    sizes = [in_size] * 3
-    if heads:
-        kv_heads = _first_int(owner, "num_key_value_heads") or _first_int(config, "num_key_value_heads") or heads
-        head_size = _first_int(owner, "head_dim") or _first_int(config, "head_dim") or in_size // heads
-        grouped = [heads * head_size, kv_heads * head_size, kv_heads * head_size]
-        sizes = grouped if sum(grouped) == out_size else sizes
-    if sum(sizes) != out_size:
-        return None
-    bounds = [0, sizes[0], sizes[0] + sizes[1], out_size]
-    return [slice(bounds[part], bounds[part + 1]) for part in range(3)]
 
 
 def _is_transposed(module: nn.Module) -> bool:
@@ -334,21 +264,6 @@ def _is_transposed(module: nn.Module) -> bool:
     if isinstance(up, Tensor) and isinstance(down, Tensor) and up.ndim == down.ndim == 3:
         return up.shape[2] == 2 * down.shape[1]
     return bool(getattr(module, "is_transposed", False))
-
-
-def _first_int(owner: object, *names: str) -> int | None:
-    return next((value for name in names if isinstance(value := getattr(owner, name, None), int)), None)
-
-
-def _refuse_packed(module: nn.Module, path: str, attribute: str, parameter: nn.Parameter) -> None:
-    data = parameter.data
-    if type(data) is torch.Tensor and data.is_floating_point() and data.element_size() >= 2:
-        return
-    packing = f"{type(parameter).__name__} of {data.dtype} in {type(module).__name__}"
-    raise TypeError(
-        f"The weight `{path}.{attribute}` is packed or sharded ({packing}), so it has no matrix to cut. "
-        "Load the model without a quantization config (or call `model.dequantize()`), and gather sharded weights first."
-    )
 
 
 def _submodule(model: nn.Module, path: str) -> nn.Module:
@@ -360,8 +275,8 @@ def _submodule(model: nn.Module, path: str) -> nn.Module:
 
 
 def _unwrapped(name: str) -> str:
-    """The name without the component under which PEFT keeps a wrapped layer."""
-    return name.removesuffix(".base_layer")
+    """The name without the components under which PEFT keeps a wrapped layer."""
+    return re.sub(r"\.base_layer\b", "", name)
 
 
 def _clean(name: str) -> str:

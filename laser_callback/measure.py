@@ -23,6 +23,7 @@ from typing_extensions import override
 
 from laser_callback import arms
 from laser_callback.callback import LaserCallback
+from laser_callback.candidates import Candidate
 from laser_callback.examples import ORIGINAL, PairedExamples
 from laser_callback.matrices import find_matrices, layer_stacks
 from laser_callback.plan import LaserPlan, Reduction
@@ -65,7 +66,7 @@ class Lab:
     Args:
         module: any LightningModule.
         spectra: shared by all candidates.
-        accelerator, precision: as in ``Trainer``.
+        accelerator, precision, devices: as in ``Trainer``; one device.
         on_arm: called after each arm's pass over a batch with the share of the model's layers that it had to compute.
     """
 
@@ -73,6 +74,7 @@ class Lab:
     spectra: Spectra
     accelerator: str = "auto"
     precision: Any = None
+    devices: int | list[int] = 1
     on_arm: Callable[[float], None] = lambda share: None
     logged: dict[str, arms.Logged] = field(default_factory=dict, init=False)  # by the base, in the latest measurement
 
@@ -80,12 +82,14 @@ class Lab:
         self._matrices = find_matrices(self.module)
         self._depth = {stack: len(layers) for stack, layers in layer_stacks(self.module).items()}
 
-    def validate(self, loaders: Any, *callbacks: pl.Callback, inference_mode: bool = True) -> list[Mapping[str, float]]:
+    def validate(
+        self, loaders: Any, *callbacks: pl.Callback, inference_mode: bool = True, limit_batches: int | None = None
+    ) -> list[Mapping[str, float]]:
         """``trainer.validate`` on one device, with nothing but the callbacks and what the module brings."""
-        with _quiet():
+        with quiet_trainer():
             trainer = pl.Trainer(
                 accelerator=self.accelerator,
-                devices=1,
+                devices=self.devices,
                 precision=self.precision,
                 callbacks=list(callbacks),
                 logger=False,
@@ -93,6 +97,7 @@ class Lab:
                 enable_progress_bar=False,
                 enable_model_summary=False,
                 inference_mode=inference_mode,
+                limit_val_batches=limit_batches,
             )
             return list(trainer.validate(self.module, loaders, verbose=False))
 
@@ -130,18 +135,32 @@ class Lab:
         return table
 
     def compare(
-        self, plan: Iterable[Reduction], loaders: Any, *, primary: str | None, controls: bool, seed: int = 0
+        self,
+        plan: Iterable[Reduction],
+        loaders: Any,
+        *,
+        primary: str | None,
+        controls: bool,
+        seed: int = 0,
+        limit_batches: int | None = None,
     ) -> LaserResult:
-        """The original against one plan, with all statistics, as anyone would run it."""
+        """The original against one plan, with all statistics, as anyone would run it; or on the first batches only."""
         options = {"primary": primary, "controls": controls, "seed": seed}
         callback = _WithSpectra(LaserPlan(plan), self.spectra, loops="validate", report=False, **options)
-        self.validate(loaders, callback)
+        self.validate(loaders, callback, limit_batches=limit_batches)
         return callback.result
 
     def base(self, reductions: Iterable[Reduction]) -> AbstractContextManager[Any]:
         """Context in which ``reductions`` are in place."""
         base = list(reductions)
         return reduced(self._matrices, LaserPlan(base), self.spectra) if base else nullcontext()
+
+    def alters(self, candidate: Candidate) -> bool:
+        """Whether it does more than round: the difference to a base may have a lower rank than a candidate keeps."""
+        return self.spectra.base is None or any(
+            not self.spectra.changes_nothing(matrix.read(matrix.parameter.data), reduction, matrix.name)
+            for matrix, reduction in LaserPlan([candidate.reduction]).resolve(self._matrices)
+        )
 
     def share(self, plan: LaserPlan) -> float:
         """Share of the model's layers from the plan's first cut on: what a pass costs when the others are replayed."""
@@ -156,7 +175,7 @@ class Lab:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet_trainer() -> Iterator[None]:
     """Within: Lightning does not introduce itself. A search starts dozens of trainers."""
     logger = logging.getLogger("lightning.pytorch")
     level = logger.level
@@ -194,7 +213,7 @@ class _Measure(_WithSpectra):
     @property
     @override
     def _options(self) -> RunOptions:
-        return replace(super()._options, tensor_bytes=TENSOR_BYTES, on_arm=self._on_arm)
+        return replace(super()._options, tensor_bytes=TENSOR_BYTES, with_spectra=False, on_arm=self._on_arm)
 
     @override
     def _finish(self, run: ComparisonRun, trainer: pl.Trainer) -> None:

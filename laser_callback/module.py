@@ -25,10 +25,13 @@ from transformers import (
 )
 from typing_extensions import override
 
-from laser_callback.callback import LaserCallback
+from laser_callback import probes
+from laser_callback.callback import LaserCallback, check_strategy
 from laser_callback.comparison import Outcomes
 from laser_callback.plan import LaserPlan
+from laser_callback.report import print_ab
 from laser_callback.result import LaserResult
+from laser_callback.routing import ABResult, ABTest
 from laser_callback.scoring import (
     METRICS,
     AnswerMetric,
@@ -53,8 +56,9 @@ _SHARES_OF_FACTS = (
 class LaserModule(pl.LightningModule):
     """Score the answers of a causal or masked language model, original against reduced.
 
-    Logs the metrics of :data:`~laser_callback.scoring.METRICS` and ``perplexity``, each only where its data is there,
-    and returns their per-fact values from its steps.
+    Logs the metrics of :data:`~laser_callback.scoring.METRICS`, ``perplexity`` of running text, and ``refusal_rate``
+    and ``answer_rate`` of refusal probes, each only where its data is there, and returns their per-example values from
+    its steps.
 
     Args:
         model: a transformers model, or its folder or hub name.
@@ -65,9 +69,13 @@ class LaserModule(pl.LightningModule):
         controls: also run the two controls of each plan.
         report: see :class:`LaserCallback`.
         learning_rate: of AdamW in ``fit``.
+        ab_fraction: in ``predict``, send this share of the examples, chosen by a hash of their ids, to the reduced
+            model and the others to the original; :attr:`ab_result` compares the two groups.
+        ab_seed: of that choice.
 
     Raises:
-        MisconfigurationException: if ``tokenizer`` is missing, or the model is neither causal nor masked.
+        MisconfigurationException: if ``tokenizer`` is missing, the model is neither causal nor masked, or
+            ``ab_fraction`` is not in [0, 1] or without one plan.
 
     Example::
 
@@ -86,8 +94,14 @@ class LaserModule(pl.LightningModule):
         controls: bool = False,
         report: bool | str = True,
         learning_rate: float = 1e-5,
+        ab_fraction: float | None = None,
+        ab_seed: int = 0,
     ) -> None:
         super().__init__()
+        if ab_fraction is not None and not 0 <= ab_fraction <= 1:
+            raise MisconfigurationException(f"`ab_fraction` must be in [0, 1], got {ab_fraction}")
+        if ab_fraction is not None and not isinstance(plan, (LaserPlan, str)):
+            raise MisconfigurationException(f"`ab_fraction` needs one `plan` to route to, got {plan!r}")
         if tokenizer is None:
             if not isinstance(model, str):
                 raise MisconfigurationException("`tokenizer` must be given when `model` is not a folder or hub name")
@@ -100,10 +114,15 @@ class LaserModule(pl.LightningModule):
         self.controls = controls
         self.report = report
         self.learning_rate = learning_rate
+        self.ab_fraction = ab_fraction
+        self.ab_seed = ab_seed
         self.metrics = nn.ModuleDict({name: metric() for name, metric in METRICS.items()})
         self.metrics["perplexity"] = Perplexity()
+        self.metrics.update({name: probes.ProbeRate() for name in probes.RATES})
         self._context = _context_length(self.model)
         self._laser: LaserCallback | None = None
+        self._ab: ABTest | None = None
+        self._ab_result: ABResult | None = None
 
     @property
     def result(self) -> LaserResult:
@@ -115,6 +134,17 @@ class LaserModule(pl.LightningModule):
         if self._laser is None:
             raise RuntimeError("there is no result: give LaserModule a `plan` and run `trainer.validate()` or `test()`")
         return self._laser.result
+
+    @property
+    def ab_result(self) -> ABResult:
+        """The outcome of the latest prediction with ``ab_fraction``.
+
+        Raises:
+            RuntimeError: if there was none.
+        """
+        if self._ab_result is None:
+            raise RuntimeError("there is no A/B result: give LaserModule `plan` and `ab_fraction`, run `predict()`")
+        return self._ab_result
 
     @override
     def configure_callbacks(self) -> list[pl.Callback]:
@@ -143,8 +173,8 @@ class LaserModule(pl.LightningModule):
 
     @override
     def validation_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
-        """Score one batch of facts or of text; returns each fact's (window's) outcomes under the metrics' names."""
-        return self._facts_step(batch) if "chunks" in batch else self._text_step(batch)
+        """Score one batch of facts, text or probes; returns each example's outcomes under the metrics' names."""
+        return self._step(batch)
 
     @override
     def test_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
@@ -153,10 +183,36 @@ class LaserModule(pl.LightningModule):
 
     @override
     def predict_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
-        """What :meth:`validation_step` returns, as plain tensors and lists, and counted in no metric."""
-        step = self._facts_step if "chunks" in batch else self._text_step
-        outcomes = step(batch, count=False)
+        """What :meth:`validation_step` returns, as plain tensors and lists, and counted in no metric.
+
+        With ``ab_fraction``, each example's outcomes are those of the model it is routed to, named under ``arm``.
+        """
+        if self._ab is not None:
+            return self._ab.step(lambda part: self._step(part, count=False), batch, dataloader_idx)
+        outcomes = self._step(batch, count=False)
         return {name: value.values if isinstance(value, Outcomes) else value for name, value in outcomes.items()}
+
+    @override
+    def on_predict_start(self) -> None:
+        """Begin the A/B test, if one is asked for."""
+        self._ab = self._ab_result = None
+        if self.ab_fraction is not None and self.plan is not None:
+            check_strategy(self.trainer)
+            if isinstance(self.report, str) and not self.report.endswith(".json"):
+                raise MisconfigurationException(f"an A/B test writes JSON: `report` is {self.report!r}")
+            self._ab = ABTest(self, LaserPlan.of(self.plan), self.ab_fraction, self.ab_seed)
+
+    @override
+    def on_predict_epoch_end(self) -> None:
+        """End it: compare the arms over all ranks."""
+        if self._ab is None:
+            return
+        better = {name: cast("AnswerMetric", metric).higher_is_better for name, metric in self.metrics.items()}
+        self._ab_result, self._ab = self._ab.result(self.primary, better), None
+        if self.trainer.is_global_zero and isinstance(self.report, str):
+            self._ab_result.to_json(self.report)
+        if self.trainer.is_global_zero and self.report:
+            print_ab(self._ab_result)
 
     @override
     def on_validation_epoch_start(self) -> None:
@@ -188,9 +244,14 @@ class LaserModule(pl.LightningModule):
         """AdamW over the trainable parameters."""
         return torch.optim.AdamW((p for p in self.parameters() if p.requires_grad), lr=self.learning_rate)
 
+    def _step(self, batch: dict[str, Any], count: bool = True) -> dict[str, Any]:
+        if "chunks" in batch:
+            return self._facts_step(batch, count)
+        return self._probes_step(batch, count) if "should_refuse" in batch else self._text_step(batch, count)
+
     def _facts_step(self, batch: dict[str, Any], count: bool = True) -> dict[str, Any]:
         scores = self._scores(batch)
-        outcomes: dict[str, Any] = {name: batch[name] for name in ("id", "group")}
+        outcomes: dict[str, Any] = {name: batch[name] for name in ("id", "group", "prompt")}
         for name, metric in self.metrics.items():
             if isinstance(metric, AnswerMetric):
                 if count:
@@ -226,6 +287,17 @@ class LaserModule(pl.LightningModule):
             cast("Perplexity", self.metrics["perplexity"]).update(nll, tokens)
         return {"id": batch["id"], "perplexity": Outcomes(nll.double() / tokens, tokens, "log_ratio")}
 
+    def _probes_step(self, batch: dict[str, Any], count: bool = True) -> dict[str, Any]:
+        owner, new = torch.arange(len(batch["id"])), batch["rule"]["max_new_tokens"]
+        self._check_length([batch["attention_mask"]], owner, batch["id"], new)
+        said = probes.continuations(self.model, self.tokenizer, batch)
+        outcomes = probes.outcomes(said, batch)
+        for name, values in outcomes.items():
+            if count:
+                cast("probes.ProbeRate", self.metrics[name]).update(values)
+        rates = {name: Outcomes(values, kind="binary") for name, values in outcomes.items()}
+        return {"id": batch["id"], "group": batch["group"], "continuation": said, **rates}
+
     def _scores(self, batch: dict[str, Any]) -> AnswerScores:
         self._check_length([chunk["attention_mask"] for chunk in batch["chunks"]], batch["row_fact"], batch["id"])
         return AnswerScores.gather([self._score(chunk) for chunk in batch["chunks"]], batch)
@@ -238,12 +310,12 @@ class LaserModule(pl.LightningModule):
             logits = self._forward(chunk["input_ids"], chunk["attention_mask"]).logits
         return score_rows(logits[0], chunk["targets"], mask)
 
-    def _check_length(self, masks: list[Tensor], owner: Tensor, ids: list[str]) -> None:
-        """Refuse rows, each of the example ``ids[owner[row]]``, that are longer than the model's context."""
-        width = max(mask.shape[1] for mask in masks)
+    def _check_length(self, masks: list[Tensor], owner: Tensor, ids: list[str], new: int = 0) -> None:
+        """Refuse rows, each of the example ``ids[owner[row]]``, that with ``new`` tokens exceed the context."""
+        width = max(mask.shape[1] for mask in masks) + new
         if self._context is None or width <= self._context:
             return
-        lengths = torch.cat([mask.sum(1) for mask in masks]).tolist()
+        lengths = (torch.cat([mask.sum(1) for mask in masks]) + new).tolist()
         long = [ids[i] for i, length in zip(owner.tolist(), lengths, strict=True) if length > self._context]
         raise ValueError(
             f"a row is {max(lengths)} tokens long, but the model's context is {self._context}: shorten or leave out "

@@ -9,19 +9,24 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from contextlib import suppress
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 from torch import nn
 
-from laser_callback.matrices import GROUPS, KINDS, WeightMatrix, describe, find_matrices
+from laser_callback.files import write_atomically
+from laser_callback.kinds import GROUPS, KINDS
+from laser_callback.matrices import WeightMatrix, find_matrices
+from laser_callback.rank_rules import RANK_RULES, canonical_rule
+from laser_callback.selection import STACK, select
 
-RANK_RULES = ("entropy", "gavish-donoho", "marchenko-pastur")
-"""Names that may stand in place of a number for rho: the rank is chosen from the matrix' spectrum alone."""
+if TYPE_CHECKING:
+    from laser_callback.recipe import Recipe
+    from laser_callback.spectra import Spectra
 
 _REDUCTION = re.compile(
     r"""^(?:/(?P<regex>.+)/                                           # a pattern for the whole module name, or
@@ -33,7 +38,6 @@ _REDUCTION = re.compile(
       (?::(?P<options>.+))?$""",
     re.VERBOSE,
 )
-_STACK = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*(\.\d+)*")
 _MATRIX = re.compile(r"[A-Za-z_]\w*(\.\w+)*|/[^/#\s]+/")  # no module name holds a slash, and `#` starts a comment
 _PAPER_NAMES = {
     "U_in": "fc_in",
@@ -49,17 +53,27 @@ _PAPER_NAMES = {
 class Reduction:
     """One cut: which matrix, and how much of it is kept.
 
+    Every cut does the same: it lines up the components of the matrix from the largest to the smallest, takes out a run
+    of them, and multiplies that by ``scale``. With the defaults the components are the singular directions, and the
+    run is all but the first k: the truncated SVD.
+
     Args:
         layer: index in the layer stack; negative counts from the end; ``"20-27"`` is a range with both ends; ``"*"`` is
             every layer; ``None`` only with a ``/regex/`` as ``matrix``.
         matrix: a kind (``fc_in``), a group (``attn``, ``mlp``, ``all``), the end of a module's name
             (``mlp.down_proj``), or ``/regex/`` that matches a whole module name, whatever its layer.
         rho: the fraction of the maximum rank that is kept, in [0, 1] (paper, section 4: k = floor(rho * min(m, n)));
-            0 is the zero matrix, 1 changes nothing. Or the name of a rule in :data:`RANK_RULES`.
+            0 is the zero matrix, 1 changes nothing. Or a rule in :data:`~laser_callback.rank_rules.RANK_RULES`.
         stack: a part of the layer stack's path, where a model has several (``decoder``).
         expert: one expert of a mixture-of-experts matrix; all of them by default.
-        keep: ``"head"`` keeps the k largest singular values, ``"tail"`` keeps the others instead.
+        keep: ``"head"`` keeps the first k components, ``"tail"`` removes these and keeps the others.
+        band: with ``keep="head"``: how many are removed behind the first k, as a fraction like rho, in (0, 1]. The
+            smallest stay if it does not reach to the end: rho 0.1 and band 0.6 keep the first 10 % and the last 30 %.
         scale: what is removed is multiplied by this factor instead of dropped; 0 drops it, 1 changes nothing.
+        of: ``"rank"``: components are singular directions, as in the paper. ``"entries"``: they are the entries, from
+            the largest magnitude on (the paper's code calls this pruning); rho and band are fractions of their number.
+        blocks: cut the rows in so many groups of neighbours, as equal as can be, and reduce each like a matrix of its
+            own (arXiv 2510.20800).
 
     Raises:
         ValueError, TypeError: naming the field, what was expected and what was got.
@@ -71,7 +85,10 @@ class Reduction:
     stack: str | None = None
     expert: int | None = None
     keep: str = "head"
+    band: float = 1.0
     scale: float = 0.0
+    of: str = "rank"
+    blocks: int = 1
 
     def __post_init__(self) -> None:
         _check_layer(self.layer, self.matrix)
@@ -85,7 +102,7 @@ class Reduction:
             except re.error as error:
                 raise ValueError(f"`matrix` {self.matrix!r} is not a regular expression: {error}") from None
         object.__setattr__(self, "rho", _check_rho(self.rho))
-        if self.stack is not None and (not isinstance(self.stack, str) or not _STACK.fullmatch(self.stack)):
+        if self.stack is not None and (not isinstance(self.stack, str) or not STACK.fullmatch(self.stack)):
             raise ValueError(f"`stack` must be (a part of) a layer stack's name or None, got {self.stack!r}")
         if self.stack is not None and self.layer is None:
             raise ValueError(f"`stack` goes with a `layer`; put {self.stack!r} into the /regex/ instead")
@@ -93,29 +110,42 @@ class Reduction:
             raise ValueError(f"`expert` must be a non-negative integer or None, got {self.expert!r}")
         if self.keep not in ("head", "tail"):
             raise ValueError(f"`keep` must be 'head' or 'tail', got {self.keep!r}")
-        if isinstance(self.scale, str):  # YAML reads 1e-3 as text
-            object.__setattr__(self, "scale", _float(self.scale, "scale"))
-        if isinstance(self.scale, bool) or not isinstance(self.scale, (int, float)) or not math.isfinite(self.scale):
-            raise ValueError(f"`scale` must be a finite number, got {self.scale!r}")
-        object.__setattr__(self, "scale", float(self.scale) + 0.0)  # no -0.0, which the text form does not show
+        object.__setattr__(self, "band", _check_number(self.band, "band"))
+        if not 0 < self.band <= 1:
+            raise ValueError(f"`band` must be a number above 0 and at most 1, got {self.band!r}")
+        if self.keep == "tail" and self.band != 1:
+            raise ValueError(f"`band` goes with keep='head'; keep='tail' removes the first k, got band {self.band!r}")
+        object.__setattr__(self, "scale", _check_number(self.scale, "scale"))
+        if self.of not in ("rank", "entries"):
+            raise ValueError(f"`of` must be 'rank' or 'entries', got {self.of!r}")
+        if self.of == "entries" and isinstance(self.rho, str):
+            raise ValueError(f"`rho` must be a number with of='entries': the rule {self.rho!r} needs singular values")
+        if type(self.blocks) is not int or self.blocks < 1:
+            raise ValueError(f"`blocks` must be a positive integer, got {self.blocks!r}")
 
     def __str__(self) -> str:
         stack = f"{self.stack}." if self.stack else ""
         layer = "" if self.layer is None else f"{self.layer}."
         expert = "" if self.expert is None else f"[{self.expert}]"
         rho = self.rho if isinstance(self.rho, str) else _number(self.rho)
-        options = [f"keep={self.keep}"] if self.keep != "head" else []
-        options += [f"scale={_number(self.scale)}"] if self.scale != 0 else []
+        values = {name: getattr(self, name) for name, default in _OPTIONS.items() if getattr(self, name) != default}
+        options = [f"{name}={_number(v) if isinstance(v, float) else v}" for name, v in values.items()]
         return f"{stack}{layer}{self.matrix}{expert}@{rho}{':' if options else ''}{','.join(options)}"
 
     def rank(self, max_rank: int) -> int:
-        """The rank k = floor(rho * max_rank), at least 1 when rho > 0. Only for a numeric rho.
-
-        The product is rounded to 9 decimals before the floor, since 0.29 * 100 is 28.999... in binary.
-        """
+        """The rank k = floor(rho * max_rank), at least 1 when rho > 0. Only for a numeric rho."""
         if isinstance(self.rho, str):
             raise TypeError(f"the rank of {self} depends on the spectrum; see `spectrum.Spectrum.rank`")
-        return max(math.floor(round(self.rho * max_rank, 9)), 1 if self.rho > 0 else 0)
+        return part_of(self.rho, max_rank)
+
+    def removed(self, first: int, size: int) -> tuple[int, int]:
+        """Which of ``size`` components are removed, [start, stop), if ``first`` of them are those that rho counts."""
+        return (0, first) if self.keep == "tail" else (first, min(first + part_of(self.band, size), size))
+
+    @property
+    def is_truncation(self) -> bool:
+        """True for the plain truncated SVD of the whole matrix: the first k singular directions and nothing else."""
+        return all(getattr(self, name) == default for name, default in _OPTIONS.items())
 
     @classmethod
     def parse(cls, text: str) -> Reduction:
@@ -132,14 +162,15 @@ class Reduction:
             key, equals, value = (piece.strip() for piece in option.partition("="))
             if not option:
                 continue
-            if not equals or key not in ("keep", "scale") or key in options:
-                raise ValueError(f"cannot read the option {option!r} in {text.strip()!r}: options are keep=, scale=")
-            options[key] = _float(value, key) if key == "scale" else value
+            if not equals or key not in _OPTIONS or key in options:
+                known = ", ".join(f"{name}=" for name in _OPTIONS)
+                raise ValueError(f"cannot read the option {option!r} in {text.strip()!r}: options are {known}")
+            options[key] = _int(value, key) if key == "blocks" else value
         layer = part["layer"]
         return cls(
             layer=int(layer) if layer and re.fullmatch(r"-?\d+", layer) else layer,
             matrix=f"/{part['regex']}/" if part["regex"] else part["matrix"],
-            rho=part["rho"].strip() if part["rho"].strip() in RANK_RULES else _float(part["rho"], "rho"),
+            rho=part["rho"].strip(),
             stack=part["stack"],
             expert=None if part["expert"] is None else int(part["expert"]),
             **options,
@@ -148,6 +179,9 @@ class Reduction:
     def to_dict(self) -> dict[str, Any]:
         """The fields that differ from their defaults; the inverse of ``Reduction(**fields)``."""
         return {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
+
+
+_OPTIONS = {f.name: f.default for f in fields(Reduction) if f.name in ("keep", "band", "scale", "of", "blocks")}
 
 
 @dataclass(frozen=True, eq=False)
@@ -208,7 +242,7 @@ class LaserPlan:
                 reductions[-1] += "," + piece
             else:
                 reductions.append(piece)
-        return cls(Reduction.parse(reduction) for reduction in reductions)
+        return LaserPlan(Reduction.parse(reduction) for reduction in reductions)
 
     @classmethod
     def of(cls, plan: LaserPlan | str | Mapping[str, Any] | Iterable[Any]) -> LaserPlan:
@@ -218,12 +252,16 @@ class LaserPlan:
         if isinstance(plan, str):
             return cls.parse(plan)
         if isinstance(plan, Mapping):
+            if "matrices" in plan:
+                from laser_callback.recipe import Recipe  # which is a plan
+
+                return Recipe.from_dict(plan)
             if set(plan) != {"reductions"}:
                 raise ValueError(f"a plan's dictionary has the one key 'reductions', got {sorted(map(str, plan))}")
             plan = plan["reductions"]
         if not isinstance(plan, Iterable):
             raise TypeError(f"`plan` must be a LaserPlan, its text or a list of reductions, got {type(plan).__name__}")
-        return cls(_reduction_of(item) for item in plan)
+        return LaserPlan(_reduction_of(item) for item in plan)
 
     @classmethod
     def from_paper(cls, tau: str, ell: int, rho: float) -> LaserPlan:
@@ -239,11 +277,14 @@ class LaserPlan:
         if matrix not in KINDS and matrix not in GROUPS:
             known = ", ".join([*_PAPER_NAMES, *KINDS, *GROUPS])
             raise ValueError(f"`tau` must be one of {known}, got {tau!r}")
-        return cls([Reduction(layer="*" if ell == -1 else ell, matrix=matrix, rho=rho)])
+        return LaserPlan([Reduction(layer="*" if ell == -1 else ell, matrix=matrix, rho=rho)])
 
     @classmethod
     def from_file(cls, path: str | Path) -> LaserPlan:
-        """Read a plan from ``.yaml``/``.yml``, ``.json``, or else text (``#`` starts a comment)."""
+        """Read a plan from ``.yaml``/``.yml``, ``.json``, or else text (``#`` starts a comment).
+
+        A file that a :class:`~laser_callback.recipe.Recipe` was written to gives a recipe.
+        """
         path = Path(path)
         text = path.read_text(encoding="utf-8")
         if path.suffix in (".yaml", ".yml"):
@@ -256,15 +297,35 @@ class LaserPlan:
         """Write the plan in the form that the file's ending names; see :meth:`from_file`."""
         path = Path(path)
         if path.suffix in (".yaml", ".yml"):
-            path.write_text(yaml.safe_dump(self.to_dict(), sort_keys=False), encoding="utf-8")
+            text = yaml.safe_dump(self.to_dict(), sort_keys=False)
         elif path.suffix == ".json":
-            path.write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+            text = json.dumps(self.to_dict(), indent=2) + "\n"
         else:
-            path.write_text("\n".join(map(str, self.reductions)) + "\n", encoding="utf-8")
+            text = "\n".join(map(str, self.reductions)) + "\n"
+        write_atomically(path, text)
 
     def to_dict(self) -> dict[str, Any]:
         """``{"reductions": [{"layer": 27, "matrix": "fc_in", "rho": 0.01}, ...]}``"""
         return {"reductions": [reduction.to_dict() for reduction in self.reductions]}
+
+    def apply(self, model: nn.Module, *, spectra: Spectra | None = None) -> Recipe:
+        """Cut ``model`` for good, in place; wholly, or not at all. `reduced` is for a block of code instead.
+
+        Args:
+            model: any module.
+            spectra: where factorisations are looked up and kept.
+
+        Returns:
+            What was done, with hashes: the same plan, to be applied to the same weights elsewhere.
+
+        Raises:
+            ValueError, TypeError: as from :class:`~laser_callback.surgery.reduced`.
+        """
+        from laser_callback.recipe import recorded  # a plan can be read without what carries it out
+
+        with recorded(model, self, spectra) as (cut, recipe):
+            cut.keep()
+        return recipe
 
     def resolve(self, model: nn.Module | Sequence[WeightMatrix]) -> list[tuple[WeightMatrix, Reduction]]:
         """The matrices of ``model`` (or of what was found in one) that the plan names, in the model's order.
@@ -276,78 +337,13 @@ class LaserPlan:
         matrices = find_matrices(model) if isinstance(model, nn.Module) else list(model)
         chosen: dict[int, Reduction] = {}
         for reduction in self.reductions:
-            for position in _select(matrices, reduction):
+            for position in select(matrices, reduction):
                 if position in chosen:
                     raise ValueError(
                         f"the reductions {chosen[position]} and {reduction} both cut `{matrices[position].name}`"
                     )
                 chosen[position] = reduction
         return [(matrices[position], chosen[position]) for position in sorted(chosen)]
-
-
-# ---- selection -------------------------------------------------------------------------------------------------------
-
-
-def _select(matrices: list[WeightMatrix], reduction: Reduction) -> list[int]:
-    """Positions of the matrices that a reduction names."""
-    candidates = [i for i, matrix in enumerate(matrices) if _matches_name(matrix, reduction)]
-    if reduction.layer is not None:
-        candidates = [i for i in candidates if _matches_stack(matrices[i], reduction)]
-        depth: Counter[str | None] = Counter()
-        for matrix in matrices:
-            depth[matrix.stack] = max(depth[matrix.stack], 1 + (matrix.layer or 0))
-        candidates = [i for i in candidates if matrices[i].layer in _layers(reduction.layer, depth[matrices[i].stack])]
-        stacks = {matrices[i].stack for i in candidates}
-        if len(stacks) > 1:
-            names = ", ".join(sorted(str(stack) for stack in stacks))
-            part = _STACK.search(min(map(str, stacks)))
-            raise ValueError(
-                f"the reduction {reduction} fits several layer stacks ({names}): put the stack's name in front"
-                + (f", e.g. {replace(reduction, stack=part[0])}" if part else "")
-            )
-    if reduction.expert is not None:
-        candidates = [i for i in candidates if matrices[i].expert == reduction.expert]
-    if not candidates:
-        raise ValueError(f"the reduction {reduction} matches no matrix of the model. It has:\n{describe(matrices)}")
-    for i in candidates:
-        if matrices[i].kind is None and len(matrices[i].parameter_names) > 1:
-            names = ", ".join(matrices[i].parameter_names)
-            raise ValueError(f"the reduction {reduction} would cut a tied weight, and with it each of {names}")
-    return candidates
-
-
-def _matches_name(matrix: WeightMatrix, reduction: Reduction) -> bool:
-    wanted = reduction.matrix
-    if wanted.startswith("/"):
-        # A module by its name or a parameter by any of its names: a tied weight is refused rather than not found.
-        names = [re.sub(r"\[\d+\]$", "", matrix.name), re.sub(r"\[.*", "", matrix.name)]
-        names += [name.removesuffix(".weight") for name in matrix.parameter_names]
-        return any(re.fullmatch(wanted[1:-1], name) for name in names)
-    if wanted in GROUPS:
-        return matrix.kind in GROUPS[wanted]
-    if wanted in KINDS:
-        return matrix.kind == wanted
-    path = re.sub(r"\[.*", "", matrix.path_in_layer) or "weight"
-    # `q_proj` of PEFT is a module around `q_proj.base_layer`: the name of the model as it was works too.
-    return any(f".{name}".endswith(f".{wanted}") for name in (path, path.removesuffix(".base_layer")))
-
-
-def _matches_stack(matrix: WeightMatrix, reduction: Reduction) -> bool:
-    if matrix.stack is None:
-        return False
-    # `decoder` names the stack `model.decoder.layers`; `decoder.layers` and the full path do so too.
-    wanted = reduction.stack
-    return wanted is None or f".{wanted}." in f".{matrix.stack}."
-
-
-def _layers(layer: int | str, depth: int) -> range:
-    if layer == "*":
-        return range(depth)
-    if isinstance(layer, str):
-        first, last = map(int, layer.split("-"))
-        return range(first, last + 1) if last < depth else range(0)
-    index = layer + depth if layer < 0 else layer
-    return range(index, index + 1)
 
 
 # ---- validation ------------------------------------------------------------------------------------------------------
@@ -366,11 +362,31 @@ def _check_layer(layer: Any, matrix: Any) -> None:
 
 
 def _check_rho(rho: Any) -> float | str:
-    if isinstance(rho, str):
-        return rho if rho in RANK_RULES else _check_rho(_float(rho, "rho"))
-    if isinstance(rho, bool) or not isinstance(rho, (int, float)) or not 0 <= rho <= 1:  # NaN fails the comparison
-        raise ValueError(f"`rho` must be a number in [0, 1] or one of {', '.join(RANK_RULES)}, got {rho!r}")
-    return float(rho)
+    if isinstance(rho, str) and (rule := canonical_rule(rho)):
+        return rule
+    wanted = f"a number in [0, 1] or one of {', '.join(RANK_RULES)}"
+    number = _check_number(rho, "rho", wanted)
+    if not 0 <= number <= 1:
+        raise ValueError(f"`rho` must be {wanted}, got {rho!r}")
+    return number
+
+
+def _check_number(value: Any, field: str, wanted: str = "a finite number") -> float:
+    """``value`` as a float; it may be text, since YAML reads 1e-3 as such."""
+    number = None if isinstance(value, bool) or not isinstance(value, (int, float, str)) else value
+    with suppress(ValueError):
+        number = None if number is None else float(number)
+    if not isinstance(number, float) or not math.isfinite(number):
+        raise ValueError(f"`{field}` must be {wanted}, got {value!r}")
+    return number + 0.0  # no -0.0, which the text form does not show
+
+
+def part_of(share: float, size: int) -> int:
+    """``share`` of ``size``, rounded down, but of a share above 0 at least 1.
+
+    The product is rounded to 9 decimals before the floor, since 0.29 * 100 is 28.999... in binary.
+    """
+    return max(math.floor(round(share * size, 9)), 1 if share > 0 else 0)
 
 
 def _reduction_of(item: Any) -> Reduction:
@@ -388,12 +404,10 @@ def _reduction_of(item: Any) -> Reduction:
     raise TypeError(f"a reduction must be a Reduction, its text or its fields, got {type(item).__name__}")
 
 
-def _float(text: str, field: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        rules = f" or one of {', '.join(RANK_RULES)}" if field == "rho" else ""
-        raise ValueError(f"`{field}` must be a number{rules}, got {text.strip()!r}") from None
+def _int(text: str, field: str) -> int:
+    if not re.fullmatch(r"\d+", text):
+        raise ValueError(f"`{field}` must be a positive integer, got {text!r}")
+    return int(text)
 
 
 def _number(value: float) -> str:

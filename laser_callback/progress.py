@@ -10,17 +10,32 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import transformers.utils.logging
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from typing_extensions import override
 
 
 def quiet_libraries() -> None:
     """For commands: remarks on hardware, workers, loggers and libraries' internals are noise there; the rest is not."""
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    for library in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(library).setLevel(logging.WARNING)
     transformers.utils.logging.disable_progress_bar()
     for noise in ("does not have many workers", "but have no logger configured", "isinstance.treespec, LeafSpec"):
         warnings.filterwarnings("ignore", message=f".*{noise}")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # of what LightningCLI calls
+
+
+class _Bar(Progress):
+    """A progress bar with something above it."""
+
+    above: RenderableType | None = None
+
+    @override
+    def get_renderables(self) -> Iterator[RenderableType]:
+        if self.above is not None:
+            yield self.above
+        yield self.make_tasks_table(self.tasks)
 
 
 class PhaseProgress:
@@ -34,7 +49,8 @@ class PhaseProgress:
     def __init__(self, enabled: bool = True, console: Console | None = None) -> None:
         self._enabled = enabled
         self._console = console or Console(stderr=True)
-        self._live: Progress | None = None
+        self._live: _Bar | None = None
+        self._above: RenderableType | None = None
 
     @contextmanager
     def phase(self, description: str, total: float | None = None) -> Iterator[None]:
@@ -55,7 +71,8 @@ class PhaseProgress:
             TextColumn("left"),
             TimeRemainingColumn(),
         )
-        with Progress(*columns, console=self._console, transient=True) as live:
+        with _Bar(*columns, console=self._console, transient=True) as live:
+            live.above = self._above
             live.add_task(description, total=total)
             self._live = live
             try:
@@ -68,6 +85,10 @@ class PhaseProgress:
         """So much of the phase's total is done."""
         if self._live is not None:
             self._live.advance(self._live.task_ids[0], amount)
+
+    def show(self, above: RenderableType) -> None:
+        """Show this above the bars of the phases to come, in place of what was there; only in a terminal."""
+        self._above = above
 
     def _done(self, description: str, begin: float) -> None:
         self._console.print(

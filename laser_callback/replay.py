@@ -25,6 +25,7 @@ from torch.utils import _pytree as pytree
 
 from laser_callback.matrices import WeightMatrix, layer_stacks
 from laser_callback.replayable import (
+    CacheEntry,
     OwnState,
     TensorCopy,
     added_to_cache,
@@ -69,7 +70,7 @@ class _Call:
     context: tuple[Any, ...]
     output: list[Any]
     output_structure: pytree.TreeSpec
-    cache_entry: tuple[int, Tensor, Tensor] | None
+    cache_entry: CacheEntry | None
 
 
 class LayerReplay:
@@ -141,8 +142,7 @@ class LayerReplay:
                     return forward(*args, **kwargs)
                 report.replayed += 1
                 if call.cache_entry is not None:
-                    index, keys, values = call.cache_entry
-                    cache_in(leaves).update(keys, values, index)
+                    call.cache_entry.add_to(cache_in(leaves))
                 return pytree.tree_unflatten(_fresh(call.output, leaves), call.output_structure)
 
             return replayed_forward
@@ -270,7 +270,7 @@ def _why_not(call: _Call | str, modules: list[nn.Module], leaves: list[Any], str
         return "its inputs differ between the arms"
     cache = cache_in(leaves)
     if cache is not None and call.cache_entry is not None:
-        index = call.cache_entry[0]
+        index = call.cache_entry.index
         if index < len(cache.layers) and cached_length(cache.layers[index]):
             return "its key/value cache is not empty"
     return ""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import operator
 import random
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -104,8 +105,13 @@ def python_random_states() -> list[Any]:
 def random_states(leaves: list[Any], python: bool) -> list[Any]:
     """The states of torch's global generators that a call may draw from; on request also Python's and NumPy's."""
     states = [torch.get_rng_state(), *(python_random_states() if python else ())]
-    cuda = next((leaf.device for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_cuda), None)
-    return states if cuda is None else [*states, torch.cuda.get_rng_state(cuda)]
+    device = next((leaf.device for leaf in leaves if isinstance(leaf, Tensor) and leaf.device.type != "cpu"), None)
+    if device is None:
+        return states
+    get_state = getattr(getattr(torch, device.type, None), "get_rng_state", None)  # of torch.cuda, torch.mps, torch.xpu
+    if get_state is None:
+        return states
+    return [*states, get_state() if device.type == "mps" else get_state(device)]
 
 
 def same_states(before: list[Any], after: list[Any]) -> bool:
@@ -175,8 +181,25 @@ def cached_length(entry: Any) -> int:
     return entry.get_seq_length() if hasattr(entry, "get_seq_length") else 0  # convolution states have none
 
 
-def added_to_cache(cache: Any, lengths: list[int]) -> tuple[tuple[int, Tensor, Tensor] | None, str]:
-    """What a layer added to an empty entry of a DynamicCache, or why that cannot be written again."""
+@dataclass(frozen=True)
+class CacheEntry:
+    """What one layer added to its own, empty entry of a DynamicCache."""
+
+    index: int
+    keys: Tensor
+    values: Tensor
+    length: int
+
+    def add_to(self, cache: DynamicCache) -> None:
+        """Add the same to another cache, whose entry is empty too."""
+        cache.update(self.keys, self.values, self.index)
+        entry = cache.layers[self.index]
+        if isinstance(entry, DynamicSlidingWindowLayer):
+            entry.cumulative_length = self.length  # with what has left the window
+
+
+def added_to_cache(cache: Any, lengths: list[int]) -> tuple[CacheEntry | None, str]:
+    """What a layer added to a cache whose entries had these lengths, or why that cannot be added again."""
     if cache is None:
         return None, ""
     lengths = lengths + [0] * (len(cache.layers) - len(lengths))
@@ -185,9 +208,9 @@ def added_to_cache(cache: Any, lengths: list[int]) -> tuple[tuple[int, Tensor, T
         # Other kinds keep states whose length does not show (convolutions, recurrences).
         odd = [e for e in cache.layers if type(e) not in (DynamicLayer, DynamicSlidingWindowLayer)]
         return None, f"its cache holds a {type(odd[0]).__name__}" if odd else ""
-    if len(grown) > 1 or type(cache.layers[grown[0]]) is not DynamicLayer:
-        return None, f"its cache entry is a {type(cache.layers[grown[0]]).__name__}"
+    entry = cache.layers[grown[0]]
+    if len(grown) > 1 or type(entry) not in (DynamicLayer, DynamicSlidingWindowLayer):
+        return None, f"its cache entry is a {type(entry).__name__}"
     if lengths[grown[0]]:
         return None, "its key/value cache is not empty"
-    entry = cache.layers[grown[0]]
-    return (grown[0], entry.keys.clone(), entry.values.clone()), ""
+    return CacheEntry(grown[0], entry.keys.clone(), entry.values.clone(), cached_length(entry)), ""

@@ -11,16 +11,15 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from laser_callback.comparison import PairedResult
 from laser_callback.priors import PriorChecks
 from laser_callback.result import ArmResult, LaserResult
+from laser_callback.routing import ABResult
+from laser_callback.row_text import delta_text, interval_text, p_text, value_text
 
 _STYLES = {"better": "bold green", "worse": "bold red", "higher": "yellow", "lower": "yellow"}
 _SHORT = {"no difference shown": "not shown", "not tested": "untested"}  # in 80 columns
 WIDE = 116
 """From this many columns on, tables have their wide form."""
-SHARES = ("accuracy", "robustness", "consistency")
-"""A mean whose name holds one of these is a share, shown in percent."""
 
 
 def print_report(result: LaserResult, progress_bar: Any = None, console: Console | None = None) -> None:
@@ -69,6 +68,29 @@ def comparison(result: LaserResult, name: str, width: int) -> list[RenderableTyp
     return [table, *_lines(arm, result.controls.get(name, {}), result.primary or _first_tested(arm))]
 
 
+def print_ab(result: ABResult, console: Console | None = None) -> None:
+    """Print the table of an A/B test, on standard output by default; it fits from 80 columns on."""
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold underline")
+    table.add_column("metric", overflow="fold")
+    for column in ("orig.", "red.", "delta [95 % interval]", "p", "n"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for row in result.rows:
+        interval = f" [{interval_text(row)}]" if row.lower is not None else ""
+        table.add_row(
+            Text(f"{row.metric}*" if row.role == "primary" else row.metric),
+            value_text(row, row.original),
+            value_text(row, row.reduced),
+            Text(delta_text(row, row.delta) + interval, style=_STYLES.get(row.verdict, "")),
+            p_text(row),
+            f"{row.n_original}/{row.n_reduced}",
+        )
+    counts = " and ".join(f"{count:,} by the {arm}" for arm, count in result.examples.items())
+    title = Text.assemble("A/B, original against reduced, ", (result.plan, "bold cyan"), f": {counts}")
+    legend = "n: of the original/reduced model; p: Fisher's exact or Welch's test, Holm-adjusted"
+    legend += " but for the metric with the star" * any(row.role == "primary" for row in result.rows)
+    (console or Console()).print(title, table, Text(legend, style="dim"), sep="\n")
+
+
 def footnotes(result: LaserResult) -> list[str]:
     """What a reader of the tables must know: which p carries the claim, and what was left out."""
     lines = [_legend(result)]
@@ -102,12 +124,16 @@ def _table(arm: ArmResult, primary: str | None, wide: bool) -> Table:
         )
         if wide:
             flips = "" if row.fixed is None else f"{row.fixed}/{row.broken}"
-            cells = [_delta(row, row.delta), _interval(row), flips]
+            cells = [delta_text(row, row.delta), interval_text(row), flips]
         else:
             cells = [
-                f"{_delta(row, row.delta)} [{_interval(row)}]" if row.lower is not None else _delta(row, row.delta)
+                f"{delta_text(row, row.delta)} [{interval_text(row)}]"
+                if row.lower is not None
+                else delta_text(row, row.delta)
             ]
-        table.add_row(name, _value(row, row.original), _value(row, row.reduced), *cells, _p(row), str(row.n), verdict)
+        table.add_row(
+            name, value_text(row, row.original), value_text(row, row.reduced), *cells, p_text(row), str(row.n), verdict
+        )
     return table
 
 
@@ -134,8 +160,8 @@ def _lines(arm: ArmResult, controls: dict[str, ArmResult], metric: str | None) -
     for kind, control in controls.items():
         for row in (row for row in control.rows if row.metric == metric):
             label = "same matrix zeroed" if kind == "zeroed" else "random matrix, same rho"
-            interval = f" [{_interval(row)}]" if row.lower is not None else ""
-            value = f"{row.metric} {_value(row, row.reduced)}, delta {_delta(row, row.delta)}{interval}"
+            interval = f" [{interval_text(row)}]" if row.lower is not None else ""
+            value = f"{row.metric} {value_text(row, row.reduced)}, delta {delta_text(row, row.delta)}{interval}"
             lines.append(indent(Text(f"control, {label} ({control.plan}): {value}")))
     return lines
 
@@ -151,7 +177,7 @@ def _prior_lines(checks: PriorChecks) -> list[RenderableType]:
     parts = [f"best constant answer per group {checks.constant_answer:.1%}"]
     rest, macro = checks.majority_excluded, checks.macro
     if rest is not None:
-        interval = f" [{_interval(rest)}], n = {rest.n}"
+        interval = f" [{interval_text(rest)}], n = {rest.n}"
         parts.append(f"without the most predicted answers {rest.original:.1%} to {rest.reduced:.1%}{interval}")
     if macro is not None:
         parts.append(f"macro over {macro.answers} answers {macro.original:.1%} to {macro.reduced:.1%}")
@@ -176,33 +202,3 @@ def _timing(result: LaserResult) -> list[str]:
 
 def _first_tested(arm: ArmResult) -> str | None:
     return next((row.metric for row in arm.rows if row.test != "not tested"), None)
-
-
-# ---- numbers ---------------------------------------------------------------------------------------------------------
-
-
-def _is_share(row: PairedResult) -> bool:
-    return row.kind == "binary" or (row.kind == "mean" and any(word in row.metric for word in SHARES))
-
-
-def _value(row: PairedResult, value: float) -> str:
-    return f"{value:.1%}" if _is_share(row) else f"{value:#.3g}"
-
-
-def _delta(row: PairedResult, value: float) -> str:
-    return f"{value:+.1%}" if _is_share(row) or row.kind == "log_ratio" else f"{value:+.2g}"
-
-
-def _interval(row: PairedResult) -> str:
-    if row.lower is None or row.upper is None:
-        return ""
-    if _is_share(row) or row.kind == "log_ratio":
-        return f"{100 * row.lower:+.1f}, {100 * row.upper:+.1f}"
-    return f"{row.lower:+.2g}, {row.upper:+.2g}"
-
-
-def _p(row: PairedResult) -> str:
-    p = row.p_adjusted if row.role == "holm" else row.p
-    if p is None:
-        return ""
-    return "<.0001" if p < 1e-4 else f"{p:.4f}".lstrip("0") if p < 1 else "1"

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from laser_callback.comparison import PairedResult, adjust
+from laser_callback.cut_spectra import CutSpectrum
 from laser_callback.examples import PairedExamples
 from laser_callback.files import write_atomically
 from laser_callback.priors import MacroAccuracy, PriorChecks
@@ -25,6 +26,7 @@ class ArmResult:
         prior_checks: where the step returned answers and predictions.
         replay: how many layer calls before the first cut were not computed again, and why others were.
         seconds: time of this arm's passes; ``factorise_seconds`` is apart from it.
+        spectra: of the matrices that the plan cuts, for pictures.
     """
 
     plan: str
@@ -33,6 +35,7 @@ class ArmResult:
     replay: str
     seconds: float
     factorise_seconds: float
+    spectra: list[CutSpectrum] = field(default_factory=list, repr=False)
 
     def __getitem__(self, metric: str) -> PairedResult:
         for row in self.rows:
@@ -49,6 +52,7 @@ class ArmResult:
             "replay": self.replay,
             "seconds": self.seconds,
             "factorise_seconds": self.factorise_seconds,
+            "spectra": [asdict(spectrum) for spectrum in self.spectra],
         }
 
     @classmethod
@@ -60,6 +64,7 @@ class ArmResult:
                 **data,
                 "rows": [_row(row) for row in data["rows"]],
                 "prior_checks": None if priors is None else _priors(priors),
+                "spectra": [CutSpectrum.from_dict(spectrum) for spectrum in data["spectra"]],
             }
         )
 
@@ -76,6 +81,8 @@ class LaserResult:
         original_seconds: time of the original's passes.
         not_compared: metrics of the original without a counterpart, and why.
         examples: per-example outcomes, gathered from all ranks.
+        provenance: versions, model, device and seed.
+        base: the digest of the base's weights where plans cut the difference to them (delta mode), else ``None``.
     """
 
     arms: dict[str, ArmResult]
@@ -84,6 +91,8 @@ class LaserResult:
     original_seconds: float
     not_compared: dict[str, str]
     examples: PairedExamples = field(repr=False)
+    provenance: dict[str, Any] = field(default_factory=dict)
+    base: str | None = None
 
     def __getitem__(self, name: str) -> ArmResult:
         return self.arms[name]
@@ -100,6 +109,8 @@ class LaserResult:
             "original_seconds": self.original_seconds,
             "not_compared": self.not_compared,
             "duplicates_removed": self.examples.duplicates,
+            "base": self.base,
+            "provenance": self.provenance,
         }
 
     @classmethod
@@ -115,11 +126,30 @@ class LaserResult:
             original_seconds=data["original_seconds"],
             not_compared=dict(data["not_compared"]),
             examples=PairedExamples(duplicates=data["duplicates_removed"]),
+            provenance=dict(data["provenance"]),
+            base=data["base"],
         )
 
     def to_json(self, path: str | Path) -> None:
         """Write :meth:`to_dict`, atomically."""
         write_atomically(Path(path), json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n")
+
+    @classmethod
+    def from_json(cls, path: str | Path) -> LaserResult:
+        """Read what :meth:`to_json` has written; see :meth:`from_dict`."""
+        return cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
+
+    def to_html(self, path: str | Path, examples: Sequence[Mapping[str, Any]] | None = None) -> None:
+        """Write a page that shows everything, in one file that loads nothing.
+
+        Args:
+            path: of the file, replaced atomically.
+            examples: per-example outcomes, as in the lines that :meth:`PairedExamples.write` writes; by default
+                :attr:`examples`.
+        """
+        from laser_callback.html_report import comparison_page  # builds on this file
+
+        write_atomically(Path(path), comparison_page(self, examples))
 
 
 def _row(data: Mapping[str, Any]) -> PairedResult:

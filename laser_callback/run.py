@@ -22,9 +22,11 @@ from torchmetrics import MetricCollection
 
 from laser_callback import arms
 from laser_callback.controls import random_plan, zeroed_plan
+from laser_callback.cut_spectra import CutSpectrum, cut_spectra
 from laser_callback.examples import ORIGINAL, PairedExamples, example_count
 from laser_callback.matrices import find_matrices
 from laser_callback.plan import LaserPlan
+from laser_callback.provenance import provenance
 from laser_callback.replay import LayerReplay
 from laser_callback.result import ArmResult, LaserResult, adjust_together
 from laser_callback.spectra import Spectra
@@ -48,6 +50,7 @@ class RunOptions:
     seed: int
     spectra: Spectra | None = None
     tensor_bytes: float = math.inf  # hold so much of reduced tensors, rebuild the others from their spectra
+    with_spectra: bool = True  # put the spectra of what the plans cut into the result
     on_arm: Callable[[str], None] | None = None  # hears the name of each reduced arm that has finished a batch
 
 
@@ -62,6 +65,7 @@ class _Reduction:
         self.metrics: MetricCollection | None = None
         self.seconds = 0.0
         self.factorise_seconds = 0.0
+        self.spectra: list[CutSpectrum] = []
 
     @property
     def key(self) -> str:
@@ -83,8 +87,9 @@ class ComparisonRun:
         self.has_data = False
         self._start_rng = RandomState.now()
         matrices = find_matrices(module)
+        self._spectra = options.spectra or Spectra()
         self._reductions = [
-            _Reduction(name, control, reduced(matrices, plan, options.spectra), arms.Arm(trainer, module, stage))
+            _Reduction(name, control, reduced(matrices, plan, self._spectra), arms.Arm(trainer, module, stage))
             for name, base in options.plans.items()
             for control, plan in self._with_controls(base)
         ]
@@ -100,7 +105,8 @@ class ComparisonRun:
         yield "", plan
         if self.options.controls:
             yield "zeroed", zeroed_plan(plan)
-            yield "random", random_plan(self.module, plan, self.options.seed)
+            base = self._spectra.base
+            yield "random", random_plan(self.module, plan, self.options.seed, base.changed if base else lambda _: True)
 
     def _new_metrics(self) -> MetricCollection | None:
         # Fresh in each run: states made under inference mode cannot be updated outside of it.
@@ -120,7 +126,11 @@ class ComparisonRun:
                     torch.distributed.broadcast(tensor, src=0)
             self._hold(reduction)
             reduction.factorise_seconds = time.perf_counter() - begin
+            if self.options.with_spectra and not reduction.control:
+                reduction.spectra = cut_spectra(reduction.cut.matrices, self._spectra)
             reduction.metrics = self._new_metrics()
+        if self.options.spectra is None:
+            self._spectra.forget()
         if self.options.replay:
             cuts = {r.key: [matrix for matrix, _ in r.cut.matrices] for r in self._reductions}
             self._replay: LayerReplay | None = LayerReplay(self.module, cuts)
@@ -311,6 +321,7 @@ class ComparisonRun:
                 replay=str(self._replay.reports[reduction.key]) if self._replay is not None else "off",
                 seconds=reduction.seconds,
                 factorise_seconds=reduction.factorise_seconds,
+                spectra=reduction.spectra,
             )
         plans = {r.name: results[r.key] for r in self._reductions if not r.control}
         controls: dict[str, dict[str, ArmResult]] = {}
@@ -321,7 +332,16 @@ class ComparisonRun:
         reasons = dict.fromkeys(arms.logged_on_step_only(self._results), "logged per step only")
         compared = {key for arm in logged.values() for key in arm}
         reasons |= {key: "not logged by the module" for key in original if key not in compared}
-        return LaserResult(plans, controls, self.options.primary, self._original_seconds, reasons, examples)
+        return LaserResult(
+            plans,
+            controls,
+            self.options.primary,
+            self._original_seconds,
+            reasons,
+            examples,
+            provenance(self.trainer, self.module, self.options.seed),
+            None if self._spectra.base is None else self._spectra.base.digest,
+        )
 
 
 def _growth(

@@ -168,7 +168,7 @@ class AnswerScores(RowScores):
 # ------------------------------------------------------------------------------------------- metrics
 
 
-class _Mean(Metric):
+class UnitMean(Metric):
     """A mean over units, as two states that add up: ``total`` (float64) and ``count`` (int64)."""
 
     is_differentiable = False
@@ -199,7 +199,7 @@ class _Mean(Metric):
         return bool(self.count > 0)
 
 
-class AnswerMetric(_Mean):
+class AnswerMetric(UnitMean):
     """A mean over units (facts, prompts or pairs of prompts), each of which belongs to one fact.
 
     Subclasses say with :meth:`tally` what a fact adds to the sum and how many units it has.
@@ -383,7 +383,7 @@ def text_nll(logits: Tensor, input_ids: Tensor, attention_mask: Tensor) -> tuple
     return nll.where(predicted, 0).sum(1), predicted.sum(1)
 
 
-class Perplexity(_Mean):
+class Perplexity(UnitMean):
     """exp of the mean negative log likelihood per predicted token, over all tokens of all documents.
 
     >>> metric = Perplexity()

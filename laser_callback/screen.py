@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
@@ -29,18 +29,11 @@ from laser_callback.comparison import Outcomes
 from laser_callback.examples import example_count
 from laser_callback.matrices import WeightMatrix
 from laser_callback.plan import Reduction
+from laser_callback.spectra import Spectra
 from laser_callback.spectrum import Spectrum
 from laser_callback.state import copy_data
 
 LossFn = Callable[[pl.LightningModule, Any], Tensor]
-
-
-class SpectrumSource(Protocol):
-    """Where spectra come from: a :class:`~laser_callback.spectra.Spectra`."""
-
-    def of(self, matrix: Tensor, name: str = "matrix") -> Spectrum:
-        """The spectrum of ``matrix``."""
-        ...
 
 
 class GradientScreen(pl.Callback):
@@ -82,7 +75,7 @@ class GradientScreen(pl.Callback):
         self,
         targets: Sequence[Target],
         rhos: Sequence[float],
-        spectra: SpectrumSource,
+        spectra: Spectra,
         *,
         loss: LossFn | None = None,
         caution: float = 0.0,
@@ -222,7 +215,8 @@ class GradientScreen(pl.Callback):
         for part, matrix in self._places[id(parameter)]:
             weight = matrix.read(parameter.data)
             ranks = [reduction.rank(matrix.max_rank) for reduction in self._reductions[part]]
-            changes = loss_changes(matrix.read(gradient), weight, self._spectra.of(weight, matrix.name), ranks)
+            operand, spectrum = self._spectra.operand(weight, matrix.name), self._spectra.of(weight, matrix.name)
+            changes = loss_changes(matrix.read(gradient), operand, spectrum, ranks)
             if not bool(changes.isfinite().all()):
                 raise ValueError(f"the gradient of `{matrix.name}` holds NaN or infinite values")
             self._batch[part] += changes

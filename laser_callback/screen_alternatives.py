@@ -13,16 +13,17 @@ from collections.abc import Callable, Sequence
 from typing import Literal
 
 from laser_callback.candidates import Target, grid
-from laser_callback.matrices import MLP_KINDS
+from laser_callback.kinds import MLP_KINDS
 from laser_callback.plan import Reduction
-from laser_callback.screen import SpectrumSource
+from laser_callback.rank_rules import rank_by
+from laser_callback.spectra import Spectra
 from laser_callback.spectrum import Spectrum
 
-Screen = Callable[[Sequence[Target], Sequence[float], SpectrumSource, int], dict[Reduction, float]]
+Screen = Callable[[Sequence[Target], Sequence[float], Spectra, int], dict[Reduction, float]]
 
 
 def random_screen(
-    targets: Sequence[Target], rhos: Sequence[float], spectra: SpectrumSource, seed: int
+    targets: Sequence[Target], rhos: Sequence[float], spectra: Spectra, seed: int
 ) -> dict[Reduction, float]:
     """Candidates in random order."""
     draw = random.Random(seed)
@@ -30,7 +31,7 @@ def random_screen(
 
 
 def late_mlp_screen(
-    targets: Sequence[Target], rhos: Sequence[float], spectra: SpectrumSource, seed: int
+    targets: Sequence[Target], rhos: Sequence[float], spectra: Spectra, seed: int
 ) -> dict[Reduction, float]:
     """What the LASER paper (arXiv 2312.13558, section 5) found to help most: MLP weights, late layers, small rho.
 
@@ -60,9 +61,7 @@ def spectrum_screen(kind: Literal["gavish-donoho", "entropy", "laser-rmt-snr"]) 
     if kind not in ("gavish-donoho", "entropy", "laser-rmt-snr"):
         raise ValueError(f"`kind` must be 'gavish-donoho', 'entropy' or 'laser-rmt-snr', got {kind!r}")
 
-    def screen(
-        targets: Sequence[Target], rhos: Sequence[float], spectra: SpectrumSource, seed: int
-    ) -> dict[Reduction, float]:
+    def screen(targets: Sequence[Target], rhos: Sequence[float], spectra: Spectra, seed: int) -> dict[Reduction, float]:
         scores: dict[Reduction, float] = {}
         for target in targets:
             judged = []
@@ -84,7 +83,7 @@ def _judge(kind: str, spectrum: Spectrum) -> tuple[int, float]:
     if kind == "laser-rmt-snr":
         rank, ratio = laser_rmt(spectrum)
         return rank, math.log(ratio + 1e-12)
-    rank = spectrum.gavish_donoho_rank() if kind == "gavish-donoho" else spectrum.entropy_rank()
+    rank = rank_by(kind, spectrum.values, spectrum.shape)
     energy = spectrum.values**2
     return rank, -float(energy[rank:].sum() / energy.sum().clamp_min(1e-300))
 
@@ -92,15 +91,12 @@ def _judge(kind: str, spectrum: Spectrum) -> tuple[int, float]:
 def laser_rmt(spectrum: Spectrum) -> tuple[int, float]:
     """The rank and the signal-to-noise ratio of laserRMT (`rmt_laser_snr.py`).
 
-    Its threshold is sigma (1 + sqrt(beta)) with sigma = IQR(singular values) / 1.349 and beta = short side / long side,
-    which is not the Marchenko-Pastur edge (:meth:`Spectrum.marchenko_pastur_rank`); its ratio is the sum of the
-    singular values above the threshold over the sum of those below.
+    The ratio is the sum of the singular values above its threshold (:func:`~laser_callback.rank_rules.laser_rmt_rank`)
+    over the sum of those below.
     """
-    lower, upper = (float(spectrum.values.quantile(q)) for q in (0.25, 0.75))
-    beta = min(spectrum.shape) / max(spectrum.shape)
-    above = spectrum.values > (upper - lower) / 1.349 * (1 + math.sqrt(beta))
-    noise = float(spectrum.values[~above].sum())
-    return int(above.sum()), float(spectrum.values[above].sum()) / noise if noise else math.inf
+    rank = rank_by("laser-rmt", spectrum.values, spectrum.shape)
+    signal, noise = (float(part.sum()) for part in (spectrum.values[:rank], spectrum.values[rank:]))
+    return rank, signal / noise if noise else math.inf
 
 
 SCREENS: dict[str, Screen] = {

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -21,14 +21,26 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.utils.data import DataLoader
 
-from laser_callback.candidates import REFERENCE_RHOS, RHOS, Candidate, Target, grid, neighbours, shortlist, targets
+from laser_callback.candidates import (
+    DELTA_RHOS,
+    REFERENCE_RHOS,
+    RHOS,
+    Candidate,
+    Target,
+    grid,
+    neighbours,
+    shortlist,
+    targets,
+)
 from laser_callback.constraints import Constraint, judge_all
+from laser_callback.delta import BaseWeights, Source
 from laser_callback.facts import DEFAULT_SIZES
 from laser_callback.journal import Journal, Step
 from laser_callback.measure import Lab, Table
 from laser_callback.module import LaserModule
 from laser_callback.plan import LaserPlan, Reduction
 from laser_callback.progress import PhaseProgress
+from laser_callback.provenance import versions
 from laser_callback.race import Rung, choose, schedule
 from laser_callback.result import LaserResult
 from laser_callback.screen import GradientScreen, LossFn
@@ -43,18 +55,26 @@ from laser_callback.search_setup import (
     plain,
     power_warnings,
     row_of,
-    versions,
 )
-from laser_callback.search_steps import Screen, Steps
+from laser_callback.search_steps import SCREEN_BATCHES, Screen, Steps
 from laser_callback.sets import ExampleSets
 from laser_callback.spectra import Spectra
+from laser_callback.spectrum_folder import default_folder
 
-_NOT_SETTINGS = ("module", "data", "folder", "resume", "spectra", "progress", "minutes")
+_NOT_SETTINGS = ("module", "data", "base", "folder", "resume", "spectra", "progress", "minutes")
 FINALISTS = 6
 FRESH_SHARE = 0.2
 """Share of the race examples that each further reduction is accepted on."""
+CAUTION = 2.0
+"""Standard errors of the screen's estimate that count against a candidate, where there are batches to tell them by."""
+ROUNDS = 3
+"""So often the screen's next candidates race, while every finalist breaks a constraint."""
 PROBE = 32
 """Race examples that the arguments are tried on."""
+
+
+class OutOfTimeError(ValueError):
+    """``minutes`` do not suffice to race one candidate and confirm it."""
 
 
 @dataclass
@@ -75,6 +95,8 @@ class LaserSearch:
         constraints: how much worse a key may become on the guard set, as text: ``"perplexity <= +2 %"``,
             ``"log_loss <= +0.05"``. By default ``perplexity <= +5 %`` where there is text, and
             ``paraphrase_robustness >= -0.02`` where that is an objective.
+        base: what the module was fine-tuned from, as :class:`~laser_callback.delta.BaseWeights` takes it: then only the
+            difference is cut (delta mode).
         within: where to look, as plan text without rho: ``"*.all"``, ``"20-29.mlp, *.q_proj"``.
         rhos: the grid.
         screen: ``"gradient"``; one that looks at no data, ``"gavish-donoho"``, ``"entropy"``, ``"laser-rmt-snr"``,
@@ -93,7 +115,7 @@ class LaserSearch:
         minutes: race only as many candidates as fit into so much time.
         folder: keep each finished step here; with ``resume`` go on from them.
         spectra: the store of factorisations; by default on this machine's disk.
-        accelerator, precision: as in ``Trainer``. The search runs on one device.
+        accelerator, precision, devices: as in ``Trainer``. The search runs on one device.
         progress: show progress on standard error.
         seed: of the sets, the order of examples and the random control.
 
@@ -117,6 +139,7 @@ class LaserSearch:
     direction: str | Mapping[str, str] | None = None
     loss: str | None = None
     constraints: Sequence[str] | None = None
+    base: Source | None = None
     within: str = "*.all"
     rhos: Sequence[float] = RHOS
     screen: str | Screen = "gradient"
@@ -135,6 +158,7 @@ class LaserSearch:
     spectra: Spectra | None = None
     accelerator: str = "auto"
     precision: Any = None
+    devices: int | list[int] = 1
     progress: bool = True
     seed: int = 0
 
@@ -155,6 +179,12 @@ class LaserSearch:
             raise ValueError(f"`rhos` must be numbers in [0, 1], at least one, got {self.rhos!r}")
         if self.spectrum == "reference" and self.rhos is RHOS:
             self.rhos = REFERENCE_RHOS
+        if self.base is not None:
+            if self.spectrum == "reference" or self.spectra is not None:
+                raise ValueError(
+                    "`base` goes with spectrum='exact', and without `spectra`, which have their own `base`"
+                )
+            self.rhos = DELTA_RHOS if self.rhos is RHOS else self.rhos
         if self.folder is None and self.resume:
             raise ValueError("`resume` needs the `folder` of the search to go on with")
         for text in self.constraints or ():
@@ -191,9 +221,13 @@ class LaserSearch:
         else:
             sets = ExampleSets.of(self.data, sizes=self.sizes or DEFAULT_SIZES, seed=self.seed)
         spectra = self.spectra or (Spectra(method="reference") if reference else Spectra.default())
-        lab = Lab(self.module, spectra, self.accelerator, self.precision)
+        if self.base is not None:
+            spectra = Spectra(default_folder(), base=BaseWeights(self.base, self.module))
+        lab = Lab(self.module, spectra, self.accelerator, self.precision, self.devices)
+        if not (possible := self._targets(lab)):
+            raise ValueError(f"`base` and the module do not differ in any matrix of `within` {self.within!r}")
         # One small batch, and one candidate, show what is logged and whether it can be compared.
-        probe = {"probe": LaserPlan([targets(self.module, self.within)[0].at(self.rhos[0])])}
+        probe = {"probe": LaserPlan([possible[0].at(self.rhos[0])])}
         few = min(PROBE, sets.sizes["race"])
         loader = sets.loader("race", range(few))
         lab.measure(probe, loader, ())
@@ -216,6 +250,8 @@ class LaserSearch:
         found.settings |= {"objective": list(objective.keys), "loss": objective.loss}
         if self.folder is not None:
             found.settings["fingerprints"] = fingerprints(self.module, sets)
+        if spectra.base is not None:
+            found.base = found.settings["base"] = spectra.base.digest
         self.result = found
         journal = Journal(self.folder, found.settings, self.resume)
         return Steps(lab, sets, journal, PhaseProgress(self.progress), objective, keys)
@@ -254,7 +290,9 @@ class LaserSearch:
         self, steps: Steps, number: int, base: list[Reduction], positions: list[int]
     ) -> tuple[Table, list[Candidate]]:
         """Screen, race and refine with ``base`` in place: the finalists and their values."""
-        found = targets(self.module, self.within, without=base)
+        found = self._targets(steps.lab, base)
+        if not found:
+            return {}, []
         candidates = grid(found, self.rhos, base=", ".join(map(str, base)))
         self.result.candidates += candidates
         if self.method == "screened":
@@ -262,21 +300,30 @@ class LaserSearch:
             for candidate in candidates:
                 candidate.score = scores.get(str(candidate.reduction))
             scored = [c for c in candidates if c.score is not None and not math.isnan(c.score)]
-            ranked = shortlist(scored)
-            racers = ranked[: self._affordable(steps, number, ranked, len(positions))]
+            ranked, rounds = shortlist(filter(steps.lab.alters, scored)), ROUNDS
         else:
-            racers = candidates
-        if not racers:
-            return {}, []
-        rungs = schedule(len(positions), len(racers), FINALISTS)
-        if self.method == "exhaustive":
-            rungs = [Rung(len(positions), FINALISTS)]
-        near = self._neighbours(found, candidates) if self.spectrum == "exact" else None
-        table, finalists = steps.race(number, racers, base, positions, rungs, near)
-        return table, self._fluent(steps, number, finalists, table)
+            ranked, rounds = list(filter(steps.lab.alters, candidates)), 1
+        near = self._neighbours(steps.lab, found, candidates) if self.spectrum == "exact" else None
+        table: Table = {}
+        finalists: list[Candidate] = []
+        for round_ in range(rounds):
+            step = f"{number}" if round_ == 0 else f"{number}.{round_ + 1}"
+            racers, rungs = ranked, [Rung(len(positions), FINALISTS)]
+            if self.method == "screened":
+                racers = self._affordable(steps, step, ranked[: self.candidates], len(positions))
+                ranked = [c for c in ranked[len(racers) :] if not c.examples]  # a leader's neighbours have raced
+            if not racers:
+                break
+            if self.method == "screened":
+                rungs = schedule(len(positions), len(racers), FINALISTS)
+            table, finalists = steps.race(step, racers, base, positions, rungs, near)
+            finalists = self._fluent(steps, step, finalists, table)
+            if finalists:
+                break
+        return table, finalists
 
     def _neighbours(
-        self, found: Sequence[Target], candidates: Sequence[Candidate]
+        self, lab: Lab, found: Sequence[Target], candidates: Sequence[Candidate]
     ) -> Callable[[Candidate], list[Candidate]]:
         """What is near a leader in rho: between the grid's rhos, and the next of these if they have not raced."""
 
@@ -287,7 +334,7 @@ class LaserSearch:
             adjacent = [c for c in same[max(place - 1, 0) : place + 2] if not c.examples]
             new = neighbours(candidate, self.rhos, target.matrices[0].max_rank)
             self.result.candidates += new
-            return adjacent + new
+            return list(filter(lab.alters, adjacent + new))
 
         return near
 
@@ -297,10 +344,10 @@ class LaserSearch:
         by_name = {str(candidate.reduction): candidate for candidate in finalists}
         return by_name[choose(self._objective, table, list(by_name))]
 
-    def _fluent(self, steps: Steps, number: int, finalists: list[Candidate], table: Table) -> list[Candidate]:
+    def _fluent(self, steps: Steps, step: str, finalists: list[Candidate], table: Table) -> list[Candidate]:
         """The finalists that keep the constraints as far as the race can tell; all enter the trade-off table."""
         text = steps.sets.text("race")
-        fluency = steps.fluency(number, [c.plan for c in finalists], text) if text is not None and finalists else None
+        fluency = steps.fluency(step, [c.plan for c in finalists], text) if text is not None and finalists else None
         kept = []
         for candidate in finalists:
             arm, plan = str(candidate.reduction), str(candidate.plan)
@@ -371,6 +418,11 @@ class LaserSearch:
 
     # ---- details ----------------------------------------------------------------------------------------------------
 
+    def _targets(self, lab: Lab, without: Iterable[Reduction] = ()) -> list[Target]:
+        """What may be cut; in delta mode only what fine-tuning has changed."""
+        found, weights = targets(self.module, self.within, without), lab.spectra.base
+        return found if weights is None else [t for t in found if any(map(weights.changed, t.matrices))]
+
     def _race_parts(self, sets: ExampleSets) -> list[list[int]]:
         """Positions to race on, and fresh ones for each further reduction."""
         if self.spectrum == "reference":
@@ -380,34 +432,21 @@ class LaserSearch:
             fresh = [0.6 / len(fresh)] * len(fresh)
         return sets.deal("race", [1.0 - sum(fresh), *fresh])  # shares, not numbers
 
-    def _affordable(self, steps: Steps, number: int, ranked: Sequence[Candidate], examples: int) -> int:
-        """How many of the ranked candidates may race."""
-        wanted = min(self.candidates, len(ranked))
-        if self.minutes is None:
-            return wanted
-
-        def compute() -> Step:
-            left = 60 * float(self.minutes or 0) - (time.perf_counter() - self._start)
-            left -= 3 * self._pass_seconds * steps.sets.sizes["confirm"]  # the original, the plan and its controls
-            for count in range(wanted, 0, -1):
-                shares = sorted((steps.lab.share(c.plan) for c in ranked[:count]), reverse=True)
-                passes, alive = 0.0, count
-                for rung in schedule(examples, count, FINALISTS):
-                    passes += rung.examples * (1 + sum(shares) / count * alive)
-                    alive = rung.keep
-                if passes * self._pass_seconds <= left:
-                    return {"count": count}, {}
-            raise ValueError(
+    def _affordable(self, steps: Steps, step: str, ranked: list[Candidate], examples: int) -> list[Candidate]:
+        """Those of the ranked candidates for which there is time."""
+        if self.minutes is None or not ranked:
+            return ranked
+        left = 60 * self.minutes - (time.perf_counter() - self._start)
+        count, needed = steps.affordable(step, ranked, examples, FINALISTS, left / self._pass_seconds)
+        if count == 0 and step == "1":
+            raise OutOfTimeError(
                 f"`minutes` = {self.minutes} is too short: to race one candidate and confirm it takes about "
-                f"{(passes * self._pass_seconds - left) / 60 + float(self.minutes or 0):.1f}; give more time, or fewer "
-                "examples"
+                f"{self.minutes + (needed * self._pass_seconds - left) / 60:.1f}; give more time, or fewer examples"
             )
-
-        data, _ = steps.journal.step(f"{number}-budget", compute)
-        if data["count"] < wanted:
-            note = f"only {data['count']} of {wanted} candidates raced, to keep within {self.minutes} minutes"
+        if count < len(ranked):
+            note = f"only {count} of {len(ranked)} candidates raced, to keep within {self.minutes} minutes"
             self.result.warnings.append(note)
-        return int(data["count"])
+        return ranked[:count]
 
     def _screen(self, steps: Steps) -> Screen:
         if callable(self.screen):
@@ -418,7 +457,8 @@ class LaserSearch:
             return lambda found, rhos, _: by_name(found, rhos, exact, self.seed)
 
         def gradient(found: Sequence[Target], rhos: Sequence[float], loader: DataLoader[Any]) -> dict[Reduction, float]:
-            screen = GradientScreen(found, rhos, exact, loss=self.screen_loss)
+            caution = CAUTION if len(loader) >= SCREEN_BATCHES else 0.0
+            screen = GradientScreen(found, rhos, exact, loss=self.screen_loss, caution=caution)
             steps.lab.validate(loader, screen, inference_mode=False)
             return screen.scores
 

@@ -10,11 +10,14 @@ import lightning.pytorch as pl
 from rich.console import Console
 
 from laser_callback.candidates import RHOS
+from laser_callback.command import Answer, Exit
 from laser_callback.data import FactsDataModule
 from laser_callback.module import LaserModule
 from laser_callback.progress import quiet_libraries
+from laser_callback.report_cli import read_examples
 from laser_callback.search import LaserSearch
 from laser_callback.search_report import print_search
+from laser_callback.search_result import SearchResult
 
 
 def search(
@@ -27,6 +30,7 @@ def search(
     direction: Literal["max", "min"] | None = None,
     loss: str | None = None,
     constraints: list[str] | None = None,
+    base: str | None = None,
     within: str = "*.all",
     rhos: list[float] | None = None,
     screen: str = "gradient",
@@ -45,10 +49,13 @@ def search(
     precision: str | None = None,
     seed: int = 0,
     output: Path = Path("laser-search.json"),
+    html: Path | None = None,
     plan: Path | None = None,
     quiet: bool = False,
-) -> int:
+) -> Answer:
     """Search for the cuts that help a model on a task, and confirm the best on unseen examples.
+
+    The exit code is 0 if a plan is recommended, and 3 if the original is.
 
     Args:
         model: folder or hub name of a Hugging Face language model; goes with facts.
@@ -60,6 +67,7 @@ def search(
         direction: whether the objective is better high or low, where the metric does not say so.
         loss: a logged key, lower is better, that helps to tell candidates apart.
         constraints: how much worse a key may become, e.g. "perplexity <= +2 %".
+        base: folder, hub name or checkpoint that the model was fine-tuned from; only the difference is then cut.
         within: where to look, as plan text without rho, e.g. "20-29.mlp, *.q_proj".
         rhos: fractions of the rank to try; by default those of the paper's code, and 0.
         screen: gradient, spectrum, late-mlp or random.
@@ -77,14 +85,15 @@ def search(
         accelerator: as in Lightning's Trainer.
         precision: as in Lightning's Trainer.
         seed: of the sets, the order of examples and the random control.
-        output: where to write the result as JSON.
+        output: where to write the result as JSON; the outcomes of the confirm set's examples go beside it as JSONL.
+        html: where to write the result as a page.
         plan: where to write the recommended plan (.yaml, .json or .txt), if there is one.
         quiet: print the verdict only.
     """
     quiet_libraries()
     console = Console(stderr=True)
     if (model is None) == (module is None) or (facts is None) != (model is None) or (data is None) != (module is None):
-        raise SystemExit("give `--model` and `--facts`, or `--module` and `--data`")
+        raise ValueError("give `--model` and `--facts`, or `--module` and `--data`")
     if model is not None and facts is not None:
         module = LaserModule(model)
         data = FactsDataModule(
@@ -104,6 +113,7 @@ def search(
         direction=direction,
         loss=loss,
         constraints=constraints,
+        base=base,
         within=within,
         rhos=RHOS if rhos is None else rhos,
         screen=screen,
@@ -127,15 +137,25 @@ def search(
             warnings.showwarning = lambda message, *_: console.print(f"note: {message}", markup=False, highlight=False)
             found.run()
     except KeyboardInterrupt:
-        console.print(f"interrupted; so far: {found.result.reason}", markup=False)
-        found.result.to_json(output)
-        return 130
-    found.result.to_json(output)
+        console.print(f"so far: {found.result.reason}", markup=False)
+        _write(found.result, output, html, folder)
+        raise
+    _write(found.result, output, html, folder)
     if plan is not None and found.result.plan is not None:
         found.result.plan.to_file(plan)
     if quiet:
         print(found.result.verdict)
     else:
         print_search(found.result)
-        Console().print(f"\nresult: {output}", markup=False, highlight=False)
-    return 0
+        Console().print(f"\nresult: {output}{f', page: {html}' if html else ''}", markup=False, highlight=False)
+    return Answer(found.result.to_dict(), Exit.KEPT_ORIGINAL if found.result.plan is None else Exit.DONE)
+
+
+def _write(result: SearchResult, output: Path, html: Path | None, folder: Path | None) -> None:
+    result.to_json(output)
+    if result.confirmed is not None and result.confirmed.examples.batches:
+        result.confirmed.examples.write(output.with_suffix(".examples.jsonl"))
+    if html is not None:
+        # A search that was resumed may have its examples in the folder only.
+        kept = [] if folder is None else read_examples(folder / "result.json", must_exist=False)
+        result.to_html(html, kept or None)

@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from laser_callback.candidates import Candidate, Estimate
-from laser_callback.matrices import KINDS
+from laser_callback.kinds import KINDS
 
 SHADES = "░▒▓█"
 """Improvement in four steps, each but the first at twice the change of the one before."""
@@ -117,7 +117,7 @@ def heat_map(
     best = min((cell.change for cell in cells.values() if cell.change is not None), default=0.0)
     if best >= 0:
         return [Text(f"nothing lowers it: none of {len(cells)} cells (layer and kind)", style="dim")]
-    top = _round_threshold(-best)
+    top = round_threshold(-best)
     kinds = _columns({kind for _, kind in cells})
     table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="dim")
     table.add_column("layer", justify="right", no_wrap=True)
@@ -201,7 +201,7 @@ def short_rho(rho: float) -> str:
     return text[1:] if text.startswith("0.") else text
 
 
-def _round_threshold(best: float) -> float:
+def round_threshold(best: float) -> float:
     """Where the darkest shade starts: 1, 2, 4 or 8 times a power of ten, between 0.36 and 0.75 of the best."""
     power = 10.0 ** math.floor(math.log10(0.75 * best))
     return max(power * digit for digit in (1, 2, 4, 8) if power * digit <= 0.75 * best * (1 + 1e-9))

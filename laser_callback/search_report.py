@@ -17,16 +17,26 @@ from rich.text import Text
 
 from laser_callback import report
 from laser_callback.candidates import Candidate, Estimate
-from laser_callback.constraints import Judgement
+from laser_callback.gate_report import judgement_table
+from laser_callback.race import Objective
 from laser_callback.search_map import SHADES, bases, finite, heat_map, ranks
 from laser_callback.search_map import to_rows as candidate_rows
 from laser_callback.search_result import Phase, SearchResult, Trade
+from laser_callback.search_text import (
+    REACHED,
+    GainText,
+    aligned,
+    change_unit,
+    merit,
+    score_name,
+    score_unit,
+    seconds_text,
+    trade_order,
+)
 
-_OWN_UNIT = "units of the loss"  # that the user's step returns
 _TOP = 10  # rows in the tables of the race and of the trades
+_LEADERS = 3
 _MARKS = {"accepted": "✓", "rejected": "✗", "finalist": "•", "dropped": "·", "screened out": " "}
-_REACHED = {"accepted": 0, "finalist": 1, "rejected": 1, "dropped": 2, "screened out": 3}
-_VERDICTS = {"pass": "bold green", "fail": "bold red", "undecided": "yellow"}
 _ASCII = str.maketrans(f"{SHADES}·✓✗•◂●○→", "1234.+xo<*o>")
 
 
@@ -60,7 +70,7 @@ def render(result: SearchResult, width: int = 80) -> list[RenderableType]:
         _confirmed(result, width),
         _constraints(result, wide),
         _race(result, wide),
-        _trades(result.trades, _Gain(result)),
+        _trades(result.trades, GainText.of(result)),
         *_maps(result),
         _time(result.phases, result.sets),
         [Text(f"! {warning}", style="yellow") for warning in result.warnings],
@@ -77,7 +87,8 @@ def render(result: SearchResult, width: int = 80) -> list[RenderableType]:
 
 def _verdict(result: SearchResult) -> list[RenderableType]:
     if result.plan is not None:
-        verdict = Text.assemble((f"use {result.plan}", "bold green"), f": {result.reason}")
+        of = "" if result.base is None else f" on the difference to the base {result.base}"
+        verdict = Text.assemble((f"use {result.plan}{of}", "bold green"), f": {result.reason}")
     else:
         verdict = Text.assemble(("keep the original", "bold yellow"), f": {result.reason}")
     count = len(result.warnings)
@@ -109,61 +120,19 @@ def _constraints(result: SearchResult, wide: bool) -> list[RenderableType]:
     if not result.judgements:
         return []
     count = result.sets.get("guard")
-    table = _table("constraint", "change", "95 % bound", "n", "verdict", *["note"] * wide, right=("change", "n"))
-    notes: dict[str, list[str]] = {}
-    for judgement in result.judgements:
-        change, bound = (_amount(judgement, value) for value in (judgement.change, judgement.bound))
-        verdict = Text(judgement.verdict, style=_VERDICTS.get(judgement.verdict, ""))
-        row: list[str | Text] = [
-            Text(judgement.constraint, overflow="fold"),
-            change,
-            bound,
-            f"{judgement.n:,}",
-            verdict,
-        ]
-        table.add_row(*row, *[Text(judgement.note, style="dim")] * wide)
-        if judgement.note and not wide:
-            notes.setdefault(judgement.note, []).append(judgement.constraint)
-    lines = [report.indent(_dim(f"{', '.join(who)}: {note}")) for note, who in notes.items()]
-    legend = "95 % bound: one-sided, on the unfavourable side; a constraint passes if the bound keeps it"
     on = f"on {count:,} guard examples" if count else "on the guard set"
-    return [_heading("constraints", on), table, *lines, _dim(legend)]
-
-
-def _amount(judgement: Judgement, value: float | None) -> str:
-    if value is None or math.isnan(value):
-        return "-"
-    return f"{value:+.1%}" if judgement.constraint.rstrip().endswith("%") else f"{value:+.3f}"
+    return [_heading("constraints", on), *judgement_table(result.judgements, wide)]
 
 
 # ---- how it was found ------------------------------------------------------------------------------------------------
-
-
-class _Gain:
-    """How a change of the objective is written: shares in points."""
-
-    def __init__(self, result: SearchResult) -> None:
-        keys = result.objective
-        self.told = f"{'mean ' * (len(keys) > 1)}change of {' and '.join(keys) or 'the objective'}"
-        share = bool(keys) and all(any(word in key for word in report.SHARES) for key in keys)
-        if not share and len(keys) == 1 and result.confirmed is not None:
-            rows = (row for arm in result.confirmed.arms.values() for row in arm.rows if row.metric == keys[0])
-            share = any(row.kind == "binary" for row in rows)
-        self.scale = 100.0 if share else 1.0
-        self.decimals = 1 if share else None
-        self.unit = "points" if share else _loss_unit(keys[0]) if len(keys) == 1 else ""
-
-
-def _loss_unit(key: str) -> str:
-    return "nats" if any(word in key for word in ("log_loss", "nll", "cross_entropy")) else ""
 
 
 def _race(result: SearchResult, wide: bool) -> list[RenderableType]:
     run = [candidate for candidate in result.candidates if candidate.examples or candidate.gain or candidate.loss]
     if not run:
         return [_heading("race", f"none of {len(result.candidates):,} candidates was run")]
-    gain, place, steps = _Gain(result), ranks(result.candidates), bases(result.candidates)
-    run.sort(key=_merit)
+    gain, place, steps = GainText.of(result), ranks(result.candidates), bases(result.candidates)
+    run.sort(key=merit)
     best = run[:_TOP]
     columns: list[tuple[str, list[Text]]] = [
         ("", [Text(_MARKS[c.status], style="bold green" if c.status == "accepted" else "dim") for c in best]),
@@ -174,11 +143,11 @@ def _race(result: SearchResult, wide: bool) -> list[RenderableType]:
     if any(finite(c.score) is not None for c in best):
         scores = [finite(c.score) for c in best]
         columns.append(("rank", [Text(f"{place[id(c)]:,}" if id(c) in place else "-") for c in best]))
-        columns.append(("screen", [Text(cell) for cell in _aligned(scores)]))
+        columns.append(("screen", [Text(cell) for cell in aligned(scores)]))
     columns.append(("n", [Text(f"{c.examples:,}") for c in best]))
     columns.append((f"gain [95 %]\n{gain.unit}", _estimates([c.gain for c in best], gain.scale, +1, gain.decimals)))
     if any(c.loss for c in best):
-        columns.append((f"loss change [95 %]\n{_change_unit(result)}", _estimates([c.loss for c in best], 1, -1)))
+        columns.append((f"loss change [95 %]\n{change_unit(result)}", _estimates([c.loss for c in best], 1, -1)))
     if wide:
         columns.append(("outcome", [Text(f"{c.status}{': ' * bool(c.reason)}{c.reason}", style="dim") for c in best]))
     left = ("", "reduction", "outcome")
@@ -189,7 +158,7 @@ def _race(result: SearchResult, wide: bool) -> list[RenderableType]:
     )
     for i in range(len(best)):
         table.add_row(*(cells[i] for _, cells in columns))
-    counts = {status: sum(c.status == status for c in run) for status in _REACHED}
+    counts = {status: sum(c.status == status for c in run) for status in REACHED}
     told = ", ".join(f"{_plural(n, status)}" for status, n in counts.items() if n and status != "screened out")
     heading = _heading("race", f"{len(run):,} of {len(result.candidates):,} candidates run: {told}")
     parts: list[RenderableType] = [heading, table]
@@ -201,17 +170,21 @@ def _race(result: SearchResult, wide: bool) -> list[RenderableType]:
     return [*parts, *map(_dim, _race_legend(result, gain, len(run), [title for title, _ in columns]))]
 
 
-def _merit(candidate: Candidate) -> tuple[Any, ...]:
-    """How far it came, then what it gave; the text last, so that the order is always the same."""
-    gain, loss = (finite(e.delta) if e else None for e in (candidate.gain, candidate.loss))
-    return (
-        _REACHED[candidate.status],
-        -candidate.examples,
-        math.inf if gain is None else -gain,
-        math.inf if loss is None else loss,
-        candidate.base,
-        str(candidate.reduction),
-    )
+def leaders(candidates: Sequence[Candidate], objective: Objective) -> RenderableType:
+    """The best of a race that is running, the best first."""
+    best = candidates[:_LEADERS]
+    gain = GainText(objective.keys)
+    titles = ("best so far", "n", f"gain [95 %]\n{gain.unit}", f"{objective.loss} change [95 %]")
+    cells = [
+        [Text(str(candidate.reduction), style="cyan", overflow="fold") for candidate in best],
+        [Text(f"{candidate.examples:,}") for candidate in best],
+        _estimates([candidate.gain for candidate in best], gain.scale, +1, gain.decimals),
+        *([_estimates([candidate.loss for candidate in best], 1, -1)] if objective.loss else []),
+    ]
+    table = _table(*titles[: len(cells)], right=titles[1:])
+    for row in zip(*cells, strict=True):
+        table.add_row(*row)
+    return table
 
 
 def _reasons(best: Iterable[Candidate]) -> list[RenderableType]:
@@ -224,25 +197,25 @@ def _reasons(best: Iterable[Candidate]) -> list[RenderableType]:
     return [report.indent(_dim(f"{_MARKS[status]} {'; '.join(lines)}")) for status, lines in told.items()]
 
 
-def _race_legend(result: SearchResult, gain: _Gain, count: int, titles: list[str]) -> list[str]:
+def _race_legend(result: SearchResult, gain: GainText, count: int, titles: list[str]) -> list[str]:
     marks = "" if "outcome" in titles else "✓ accepted  ✗ rejected  • finalist  · dropped"
     more = f"{count - _TOP:,} more are in the JSON file" if count > _TOP else ""
     legend = [f"gain: {gain.told} on n race examples, + is better"]
     if "screen" in titles:
-        legend.append(f"screen: {_score_name(result)}, and its rank among all candidates of the step")
+        legend.append(f"screen: {score_name(result)}, and its rank among all candidates of the step")
     return [*filter(None, ["; ".join(filter(None, [marks, more]))]), "; ".join(legend)]
 
 
-def _trades(trades: Sequence[Trade], gain: _Gain) -> list[RenderableType]:
+def _trades(trades: Sequence[Trade], gain: GainText) -> list[RenderableType]:
     if not trades:
         return []
     # What one would choose from comes before what only has more gain.
-    first = sorted(trades, key=lambda trade: (not trade.chosen, not trade.efficient, *_trade_order(trade)))
-    shown = sorted(first[:_TOP], key=_trade_order)
+    first = sorted(trades, key=lambda trade: (not trade.chosen, not trade.efficient, *trade_order(trade)))
+    shown = sorted(first[:_TOP], key=trade_order)
     numbers = (f"gain\n{gain.unit}", "perplexity\n% change")
     table = _table("", "plan", *numbers, "", right=numbers)
-    gains = _aligned([gain.scale * trade.gain for trade in shown], gain.decimals)
-    fluency = _aligned([None if trade.fluency is None else 100 * trade.fluency for trade in shown], 1)
+    gains = aligned([gain.scale * trade.gain for trade in shown], gain.decimals)
+    fluency = aligned([None if trade.fluency is None else 100 * trade.fluency for trade in shown], 1)
     for trade, *cells in zip(shown, gains, fluency, strict=True):
         mark = Text("●" if trade.efficient else "○", style="green" if trade.efficient else "dim")
         table.add_row(mark, Text(trade.plan, style="cyan", overflow="fold"), *cells, "→ confirm" * trade.chosen)
@@ -251,44 +224,16 @@ def _trades(trades: Sequence[Trade], gain: _Gain) -> list[RenderableType]:
     return [_heading("gain against fluency", "finalists on race examples"), table, _dim(legend + more)]
 
 
-def _trade_order(trade: Trade) -> tuple[float, float, str]:
-    gain, fluency = finite(trade.gain), finite(trade.fluency)
-    return math.inf if gain is None else -gain, math.inf if fluency is None else fluency, trade.plan
-
-
 def _maps(result: SearchResult) -> list[list[RenderableType]]:
     first = [candidate for candidate in result.candidates if not candidate.base]
-    screen = heat_map(first, lambda c: c.score, _score_unit(result))
-    race = heat_map(first, lambda c: c.loss.delta if c.loss else None, _change_unit(result))
+    screen = heat_map(first, lambda c: c.score, score_unit(result))
+    race = heat_map(first, lambda c: c.loss.delta if c.loss else None, change_unit(result))
     return [
-        [_heading("map of the screen", _score_name(result)), *screen] if screen else [],
+        [_heading("map of the screen", score_name(result)), *screen] if screen else [],
         [_heading("map of the race", "measured change of the loss; empty where nothing was run"), *race]
         if race
         else [],
     ]
-
-
-def _score_unit(result: SearchResult) -> str:
-    # Only the gradient's score estimates a change of the loss; the others merely order the candidates.
-    return _change_unit(result) if _by_gradient(result) else "score units"
-
-
-def _score_name(result: SearchResult) -> str:
-    if _by_gradient(result):
-        unit = _change_unit(result)
-        return f"estimated change of the loss{f' in {unit}' * (unit != _OWN_UNIT)}"
-    return f"score of the screen {result.settings['screen']}, lower is tried earlier"
-
-
-def _by_gradient(result: SearchResult) -> bool:
-    return result.settings.get("screen", "gradient") == "gradient"
-
-
-def _change_unit(result: SearchResult) -> str:
-    key = result.settings.get("loss")
-    if key is None:  # the log loss of a LaserModule, else what the step returns
-        return "nats" if any(candidate.loss for candidate in result.candidates) else _OWN_UNIT
-    return _loss_unit(str(key)) or f"units of {key}"
 
 
 def _time(phases: Sequence[Phase], sets: dict[str, int]) -> list[RenderableType]:
@@ -304,20 +249,13 @@ def _time(phases: Sequence[Phase], sets: dict[str, int]) -> list[RenderableType]
         )
         for phase in [*phases, *([total] if len(phases) > 1 else [])]:
             style = "bold" if phase is total else ""
-            cells = (_seconds(phase.seconds), f"{phase.passes:,}", f"{phase.whole_passes:,.0f}")
+            cells = (seconds_text(phase.seconds), f"{phase.passes:,}", f"{phase.whole_passes:,.0f}")
             table.add_row(Text(phase.name), *map(Text, cells), style=style)
         legend = "passes: examples times arms; whole passes: each counted by the share of the layers that was computed"
         parts += [_heading("time", ""), table, _dim(legend)]
     if sets:
         parts.append(_dim(f"examples: {', '.join(f'{name} {count:,}' for name, count in sets.items())}"))
     return parts
-
-
-def _seconds(seconds: float) -> str:
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes // 60} h {minutes % 60:02d} min" if minutes >= 60 else f"{minutes} min {rest:02d} s"
 
 
 # ---- cells -----------------------------------------------------------------------------------------------------------
@@ -338,7 +276,7 @@ def _plural(count: int, status: str) -> str:
 def _table(*titles: str, right: Iterable[str], gap: int = 2) -> Table:
     table = Table(box=None, pad_edge=False, padding=(0, gap, 0, 0), header_style="bold")
     for title in titles:
-        fold = title in ("reduction", "plan", "constraint", "note", "outcome")
+        fold = title in ("reduction", "plan", "outcome", "best so far")
         head, _, unit = title.partition("\n")
         table.add_column(
             Text.assemble(head, (f"\n{unit}" if unit else "", "dim not bold")),
@@ -349,15 +287,6 @@ def _table(*titles: str, right: Iterable[str], gap: int = 2) -> Table:
     return table
 
 
-def _aligned(values: Sequence[float | None], decimals: int | None = None) -> list[str]:
-    """Signed numbers with as many decimals as show two digits of the largest; ``-`` for what is missing."""
-    known = [abs(value) for value in map(finite, values) if value is not None]
-    if decimals is None:
-        largest = max(known, default=0.0)
-        decimals = 1 if largest >= 10 else 2 if largest >= 0.1 or not largest else 4
-    return ["-" if finite(value) is None else f"{value:+.{decimals}f}" for value in values]
-
-
 def _estimates(
     estimates: Sequence[Estimate | None], scale: float, better: int, decimals: int | None = None
 ) -> list[Text]:
@@ -366,7 +295,7 @@ def _estimates(
     """
     ends = [(None, None, None) if e is None else (e.delta, e.lower, e.upper) for e in estimates]
     scaled = [None if value is None else scale * value for row in ends for value in row]
-    texts = _aligned(scaled, decimals)
+    texts = aligned(scaled, decimals)
     widths = [max(map(len, texts[i::3]), default=0) for i in range(3)]
     cells = []
     for i, (_, lower, upper) in enumerate(ends):

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from laser_callback.candidates import Candidate
-from laser_callback.comparison import ALPHA
-from laser_callback.constraints import Judgement
+from laser_callback.constraints import Gain, Judgement
 from laser_callback.files import write_atomically
+from laser_callback.journal import strict
 from laser_callback.plan import LaserPlan
 from laser_callback.result import LaserResult
 
@@ -50,6 +52,11 @@ class Trade:
     efficient: bool = False
     chosen: bool = False
 
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Trade:
+        """The inverse of ``dataclasses.asdict``, also after JSON has made ``None`` of a gain that is no number."""
+        return cls(**{**data, "gain": math.nan if data["gain"] is None else data["gain"]})
+
 
 def mark_efficient(trades: list[Trade]) -> None:
     """Mark the trades that no other beats in one respect without losing in the other."""
@@ -68,7 +75,7 @@ class SearchResult:
     """The outcome of a search.
 
     Attributes:
-        plan: what is recommended; ``None`` recommends the original model.
+        plan: what is recommended; ``None`` recommends the original model. With a ``base`` it is for the difference.
         found: the plan that went to confirmation, recommended or not; ``None`` if no candidate was better in the race.
         reason: why ``plan`` is what it is, in one sentence.
         objective: the keys that were improved, the first of which carries the claim.
@@ -81,6 +88,7 @@ class SearchResult:
         sets: examples in each set.
         settings: all arguments, versions and the seed.
         warnings: what a reader must know.
+        base: the digest of the base's weights in delta mode, else ``None``.
     """
 
     plan: LaserPlan | None
@@ -96,17 +104,20 @@ class SearchResult:
     sets: dict[str, int] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
+    base: str | None = None
 
     @property
     def verdict(self) -> str:
         """The recommendation and its reason, in one line."""
-        return f"{'keep the original' if self.plan is None else f'use {self.plan}'}: {self.reason}"
+        of = "" if self.base is None else f" on the difference to the base {self.base}"
+        return f"{'keep the original' if self.plan is None else f'use {self.plan}{of}'}: {self.reason}"
 
     def to_dict(self) -> dict[str, Any]:
-        """Ready for JSON."""
-        return {
+        """Ready for strict JSON: a number that is not finite becomes ``None``."""
+        data = {
             "plan": None if self.plan is None else str(self.plan),
             "found": None if self.found is None else str(self.found),
+            "base": self.base,
             "reason": self.reason,
             "objective": list(self.objective),
             "confirmed": None if self.confirmed is None else self.confirmed.to_dict(),
@@ -119,10 +130,40 @@ class SearchResult:
             "warnings": self.warnings,
             "candidates": [candidate.to_dict() for candidate in self.candidates],
         }
+        return strict(data)
 
     def to_json(self, path: str | Path) -> None:
         """Write :meth:`to_dict`, atomically."""
         write_atomically(Path(path), json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n")
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> SearchResult:
+        """The inverse of :meth:`to_dict`: all numbers, and no examples."""
+        plans = {name: data[name] and LaserPlan.parse(data[name]) for name in ("plan", "found")}
+        compared = {name: data[name] and LaserResult.from_dict(data[name]) for name in ("confirmed", "guard")}
+        return cls(
+            **{
+                **data,
+                **plans,
+                **compared,
+                "objective": tuple(data["objective"]),
+                "judgements": [Judgement.from_dict(judgement) for judgement in data["judgements"]],
+                "trades": [Trade.from_dict(trade) for trade in data["trades"]],
+                "phases": [Phase(**phase) for phase in data["phases"]],
+                "candidates": [Candidate.from_dict(candidate) for candidate in data["candidates"]],
+            }
+        )
+
+    @classmethod
+    def from_json(cls, path: str | Path) -> SearchResult:
+        """Read what :meth:`to_json` has written; see :meth:`from_dict`."""
+        return cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
+
+    def to_html(self, path: str | Path, examples: Sequence[Mapping[str, Any]] | None = None) -> None:
+        """Write a page that shows everything, in one file that loads nothing; see :meth:`LaserResult.to_html`."""
+        from laser_callback.html_report import search_page  # builds on this file
+
+        write_atomically(Path(path), search_page(self, examples))
 
 
 def decide(result: SearchResult, sign: int) -> None:
@@ -137,15 +178,13 @@ def decide(result: SearchResult, sign: int) -> None:
     """
     assert result.confirmed is not None
     arm, key = result.confirmed["laser"], result.objective[0]
-    row, prior = arm[key], arm.prior_checks
+    row = arm[key]
     gain = f"{key} {row.original:.4g} to {row.reduced:.4g} on {row.n} unseen examples"
     gain += f", p = {row.p:.2g}" if row.p is not None else f", {row.test}"
-    broken = [f"{j.constraint} ({j.verdict})" for j in result.judgements if j.verdict != "pass"]
-    if row.p is None or row.p > ALPHA or row.delta * sign <= 0:
-        result.reason = f"a gain of {result.found} is not confirmed ({gain})"
-    elif prior is not None and prior.prior_shift:
-        shift = "there is no gain shown outside of the most predicted answers"
-        result.reason = f"of {result.found} {shift} ({gain})"
+    broken = [f"{j.gate} ({j.verdict})" for j in result.judgements if j.verdict != "pass"]
+    judged = Gain(key, direction="max" if sign > 0 else "min").judge(row, arm.prior_checks)
+    if judged.verdict != "pass":
+        result.reason = f"a gain of {result.found} is not confirmed: {judged.note} ({gain})"
     elif broken:
         result.reason = f"{result.found} improves ({gain}), but not shown is {'; '.join(broken)}"
     else:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from importlib.metadata import version
 from typing import Any
 
 import lightning.pytorch as pl
@@ -140,12 +139,6 @@ def fingerprints(module: pl.LightningModule, sets: ExampleSets) -> dict[str, str
         seen = list(batches) if isinstance(module, LaserModule) else [next(batches)]
         found[name] = fingerprint(pytree.tree_leaves(seen))
     return found
-
-
-def versions() -> dict[str, str]:
-    """Of everything that the numbers depend on."""
-    names = ("laser-callback", "torch", "lightning", "transformers", "torchmetrics")
-    return {name: version(name) for name in names}
 
 
 def _names(logged: Mapping[str, Logged]) -> str:

@@ -22,13 +22,17 @@ from laser_callback.journal import Journal, Step
 from laser_callback.measure import Lab, Table, Values
 from laser_callback.plan import LaserPlan, Reduction
 from laser_callback.progress import PhaseProgress
-from laser_callback.race import Objective, Rung, choose, order, paired
+from laser_callback.race import Objective, Rung, choose, order, paired, schedule
+from laser_callback.search_report import leaders
 from laser_callback.search_result import Phase
 from laser_callback.search_setup import FLUENCY
 from laser_callback.sets import ExampleSets
 
 FLUENCY_WINDOWS = 12
 """At most so many windows of text rank the finalists' fluency; the guard set has others, and more."""
+
+SCREEN_BATCHES = 5
+"""The screen set in at least so many, between which its gradients are seen to vary."""
 
 ARMS = 64
 """So many candidates run in one evaluation loop, and are one step of the journal."""
@@ -76,7 +80,7 @@ class Steps:
         self, number: int, found: Sequence[Target], rhos: Sequence[float], base: Sequence[Reduction], screen: Screen
     ) -> dict[str, float]:
         """Each candidate's estimated change of the loss, by its text."""
-        loader = self.sets.loader("screen")
+        loader = self.sets.loader("screen", batches=SCREEN_BATCHES)
 
         def compute() -> Step:
             with self.lab.base(base):
@@ -112,7 +116,7 @@ class Steps:
         data, tensors = self.timed(name, phase, what, compute, examples * (1 + len(plans)), whole)
         return _to_table(data["arms"], tensors)
 
-    def fluency(self, number: int, plans: Sequence[LaserPlan], loader: DataLoader[Any]) -> Table:
+    def fluency(self, step: str, plans: Sequence[LaserPlan], loader: DataLoader[Any]) -> Table:
         """Perplexity of the original and of each whole plan, by its text, on a few windows of running text."""
         by_name = {str(plan): plan for plan in plans}
         windows = _length(loader)
@@ -126,12 +130,12 @@ class Steps:
             return {"arms": list(table)}, _to_tensors(table)
 
         what = f"fluency: {len(plans)} finalists on {len(few)} windows of text"
-        data, tensors = self.timed(f"{number}-fluency", "fluency", what, compute, len(few) * (1 + len(plans)), whole)
+        data, tensors = self.timed(f"{step}-fluency", "fluency", what, compute, len(few) * (1 + len(plans)), whole)
         return _to_table(data["arms"], tensors)
 
     def race(
         self,
-        number: int,
+        step: str,
         candidates: Sequence[Candidate],
         base: Sequence[Reduction],
         positions: Sequence[int],
@@ -141,7 +145,7 @@ class Steps:
         """Successive halving. Writes into the candidates how far each came.
 
         Args:
-            number: of the step.
+            step: its name in the journal.
             candidates: at the start.
             base: reductions in place.
             positions: race examples, in the order in which they are used.
@@ -161,7 +165,7 @@ class Steps:
             names = list(alive)
             for chunk, first in enumerate(range(0, len(names), ARMS)):
                 reductions = [alive[name].reduction for name in names[first : first + ARMS]]
-                fresh |= self.measure(f"{number}-race-{number_of_rung}-{chunk}", "race", reductions, loader, base)
+                fresh |= self.measure(f"{step}-race-{number_of_rung}-{chunk}", "race", reductions, loader, base)
             table = {arm: _joined(table.get(arm), fresh[arm]) for arm in fresh}
             ranked = order(self.objective, table, names)
             for name, candidate in alive.items():
@@ -177,15 +181,16 @@ class Steps:
                     alive[name].reason = f"place {place + 1} of {len(ranked)} after {begin} examples"
             alive = {name: alive[name] for name in ranked[: rung.keep]}
             table = {arm: values for arm, values in table.items() if arm == ORIGINAL or arm in alive}
+            self.progress.show(leaders([*alive.values()], self.objective))
             if neighbours is not None and number_of_rung == max(len(rungs) - 2, 0):
                 near = neighbours(alive[choose(self.objective, table, list(alive))])
                 if near:
-                    alive |= self._refine(number, near, base, positions[:begin], table)
+                    alive |= self._refine(step, near, base, positions[:begin], table)
         return table, list(alive.values())
 
     def _refine(
         self,
-        number: int,
+        step: str,
         found: Sequence[Candidate],
         base: Sequence[Reduction],
         positions: Sequence[int],
@@ -193,13 +198,45 @@ class Steps:
     ) -> dict[str, Candidate]:
         """Give the leader's neighbours the values that the others have by now, and let them in."""
         loader = self.sets.loader("race", positions)
-        values = self.measure(f"{number}-refine", "refine", [c.reduction for c in found], loader, base)
+        values = self.measure(f"{step}-refine", "refine", [c.reduction for c in found], loader, base)
         for candidate in found:
             name = str(candidate.reduction)
             table[name] = values[name]
             candidate.examples, candidate.status = len(positions), "finalist"
             candidate.gain, candidate.loss = self.objective.estimates(table, name)
         return {str(candidate.reduction): candidate for candidate in found}
+
+    def affordable(
+        self, step: str, ranked: Sequence[Candidate], examples: int, finalists: int, passes: float
+    ) -> tuple[int, float]:
+        """How many of the ranked candidates can race and the winner be confirmed, and the passes that takes.
+
+        Args:
+            step: its name in the journal. That there is time for none is not kept: a resumed search may have more.
+            ranked: in the order in which they would race.
+            examples: race examples.
+            finalists: candidates that see all of them.
+            passes: of one example through the whole model, for which there is time.
+        """
+        needed = math.inf
+
+        def compute() -> Step:
+            nonlocal needed
+            for count in range(len(ranked), 0, -1):
+                share = sum(self.lab.share(c.plan) for c in ranked[:count]) / count
+                needed, alive = 4.0 * self.sets.sizes["confirm"], count  # the original, the plan and its two controls
+                for rung in schedule(examples, count, finalists):
+                    needed += rung.examples * (1 + share * alive)
+                    alive = rung.keep
+                if needed <= passes:
+                    return {"count": count}, {}
+            raise _NoTimeError
+
+        try:
+            data, _ = self.journal.step(f"{step}-budget", compute)
+        except _NoTimeError:
+            return 0, needed
+        return int(data["count"]), needed
 
     def accept(
         self,
@@ -239,6 +276,10 @@ class Steps:
             return None
         chosen = choose(self.objective, table, accepted)
         return next(candidate for candidate in finalists if str(candidate.reduction) == chosen)
+
+
+class _NoTimeError(Exception):
+    """There is no time for even one candidate."""
 
 
 def _twins(table: Table, ranked: Sequence[str]) -> dict[str, str]:

@@ -114,15 +114,17 @@ class ExampleSets:
         parts = {"race": range(count // 5), "confirm": range(count // 5, count)}
         return cls({name: whole.subset(part) for name, part in parts.items()}, _texts(data, 32), 0, [])
 
-    def loader(self, name: str, part: Sequence[int] | None = None) -> Loader:
-        """A set, or the examples at some positions of it, in the given order; batches as the data makes them.
+    def loader(self, name: str, part: Sequence[int] | None = None, *, batches: int = 1) -> Loader:
+        """A set, or the examples at some positions of it, in the given order.
+
+        Batches are as the data makes them, or smaller, so that there are at least ``batches``.
 
         Raises:
             ValueError: if there is no such set.
             MisconfigurationException: if a part is asked of a dataloader that cannot be taken apart.
         """
         found = self._set(name)
-        return found.loader() if part is None else self._divisible(name).subset(part).loader()
+        return found.loader(batches) if part is None else self._divisible(name).subset(part).loader(batches)
 
     def deal(self, name: str, parts: Sequence[int | float]) -> list[list[int]]:
         """Deal the positions of a set to parts of these sizes (shares or numbers), whole subjects together.

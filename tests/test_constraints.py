@@ -12,8 +12,9 @@ import torch
 from scipy import stats
 
 from laser_callback.comparison import Outcomes, compare, not_tested
-from laser_callback.constraints import ENOUGH_UNCHANGED, Constraint, judge_all
+from laser_callback.constraints import ENOUGH_UNCHANGED, Constraint, Gain, judge_all, parse_gate
 from laser_callback.power import detectable_gain, exact_power, examples_needed
+from laser_callback.priors import prior_checks
 
 
 def pair(n: int, shift: float, spread: float, seed: int = 0, mean: float = 3.0) -> tuple[np.ndarray, np.ndarray]:
@@ -35,6 +36,11 @@ def row(before: np.ndarray, after: np.ndarray, metric: str = "log_loss", kind: s
         ("paraphrase_robustness >= -0.02", ("paraphrase_robustness", ">=", -0.02, False)),
         ("log_loss <= +0 %", ("log_loss", "<=", 0.0, True)),
         ("val/acc/dataloader_idx_1 >= -.5e-1%", ("val/acc/dataloader_idx_1", ">=", -0.0005, True)),
+        ("perplexity: ratio < 1.02", ("perplexity", "<=", 0.02, True)),
+        ("perplexity:ratio<=0.9", ("perplexity", "<=", -0.1, True)),
+        ("robustness: delta > -0.02", ("robustness", ">=", -0.02, False)),
+        ("log_loss: delta < .05", ("log_loss", "<=", 0.05, False)),
+        ("log_loss: <= +2 %", ("log_loss", "<=", 0.02, True)),
     ],
 )
 def test_text_is_read_and_written(text: str, fields: tuple):
@@ -55,7 +61,10 @@ def test_any_margin_survives_its_text():
     [
         ("perplexity <= 20", r"must have a sign.*'perplexity <= \+20'"),
         ("accuracy >= 2 %", "'accuracy >= -2 %'"),
-        ("perplexity < +2 %", "a constraint is"),
+        ("perplexity: ratio < 2 %", "a ratio is a plain number"),
+        ("perplexity: ratio < +1.02", "a ratio is a plain number"),
+        ("accuracy: delta > -2 %", "a delta is a signed number"),
+        ("perplexity = +2 %", "a constraint is"),
         ("<= +2 %", "a constraint is"),
         ("loss <= +inf", "a constraint is"),
     ],
@@ -63,6 +72,87 @@ def test_any_margin_survives_its_text():
 def test_other_text_is_refused_with_what_was_meant(text: str, message: str):
     with pytest.raises(ValueError, match=message):
         Constraint.parse(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "gain"),
+    [
+        ("accuracy: gain", Gain("accuracy")),
+        (" val/loss :gain , direction min,alpha 1e-3", Gain("val/loss", 0.001, "min")),
+        ("a: b: gain, alpha 0.1", Gain("a: b", 0.1)),
+    ],
+)
+def test_a_gain_is_read_and_written(text: str, gain: Gain):
+    assert parse_gate(text) == gain
+    assert parse_gate(str(gain)) == gain
+    assert isinstance(parse_gate("again <= +1"), Constraint)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("accuracy: gain 0.05", "a gain is"),
+        ("accuracy: gain, alpha", "a gain is"),
+        ("accuracy: gain, direction up", "a gain is"),
+        ("accuracy: gain, alpha 0.1, alpha 0.2", "comes twice"),
+        ("accuracy: gain, alpha 2", "between 0 and 1"),
+        ("accuracy is better", "a constraint is"),
+    ],
+)
+def test_other_gains_are_refused(text: str, message: str):
+    with pytest.raises(ValueError, match=message):
+        parse_gate(text)
+
+
+@pytest.mark.parametrize("alpha", [0.05, 0.001])
+@pytest.mark.parametrize("shift", [-0.2, -0.07, 0.0, 0.07, 0.2])
+@pytest.mark.parametrize("direction", ["max", "min"])
+def test_a_gain_is_that_of_scipys_two_sided_test(direction: str, shift: float, alpha: float):
+    before, after = pair(80, shift, 0.3)
+    judged = Gain("log_loss", alpha, direction).judge(row(before, after))
+    test = stats.ttest_rel(after, before)
+    better = (test.statistic > 0) == (direction == "max")
+    expected = "undecided" if test.pvalue > alpha else "pass" if better else "fail"
+    assert (judged.verdict, judged.p) == (expected, pytest.approx(test.pvalue))
+    interval = test.confidence_interval(0.95)
+    assert judged.bound == pytest.approx(interval.low if direction == "max" else interval.high)
+    assert (judged.note == "") == (expected == "pass")
+
+
+def test_a_gain_that_is_only_a_shift_of_what_is_said_is_undecided():
+    gold = ["euro"] * 30 + ["yen", "peso", "rand", "lira"] * 5
+    right = [torch.zeros(50).bool(), torch.tensor([answer == "euro" for answer in gold])]
+    gained = compare("accuracy", *map(Outcomes.of, right))
+    shift = prior_checks(gold, ["the"] * 50, ["euro"] * 50, *right)
+    judged = Gain("accuracy").judge(gained, shift)
+    assert gained.p < 1e-6
+    assert (judged.verdict, judged.note) == (
+        "undecided",
+        "no gain is shown outside of the most predicted answers",
+    )
+    assert Gain("accuracy").judge(gained).verdict == "pass"
+    assert judge_all([Gain("accuracy")], [gained], shift) == [judged]
+
+
+def test_a_gain_of_which_nothing_is_known_is_no_gain():
+    before, after = pair(50, 0.0, 0.3)
+    after += 0.02 - (after - before).mean()
+    small = row(before, after)
+    judged = Gain("log_loss", direction="max").judge(small)
+    needed = int(judged.note.split("about ")[1].split()[0].replace(",", ""))
+    more, fewer = (math.ceil(share * needed / 50) for share in (1.1, 0.7))
+    for times, verdict in ((more, "pass"), (fewer, "undecided")):
+        assert (
+            Gain("log_loss", direction="max").judge(row(np.tile(before, times), np.tile(after, times))).verdict
+            == verdict
+        )
+    untested = not_tested("m", 0.5, 0.9, 9, "F1 is not a mean over units", higher_is_better=True)
+    assert Gain("m").judge(untested).verdict == "undecided"
+    assert "not a mean" in Gain("m").judge(untested).note
+    with pytest.raises(ValueError, match="'log_loss: gain, direction max' or"):
+        Gain("log_loss").judge(small)
+    with pytest.raises(ValueError, match="must be of 'loss'"):
+        Gain("loss").judge(small)
 
 
 @pytest.mark.parametrize("spread", [0.05, 0.3, 1.0])
@@ -149,7 +239,7 @@ def test_what_is_no_evidence_never_passes():
 def test_all_are_judged_and_a_missing_row_names_the_cure():
     rows = [row(*pair(50, 0.0, 0.1)), row(*pair(50, -0.1, 0.1), metric="perplexity", kind="log_ratio")]
     texts = ["perplexity <= +2 %", "log_loss <= +0.1"]
-    assert [j.constraint for j in judge_all([Constraint.parse(t) for t in texts], rows)] == texts
+    assert [j.gate for j in judge_all([Constraint.parse(t) for t in texts], rows)] == texts
     with pytest.raises(ValueError, match=r"there are log_loss.*running text"):
         judge_all([Constraint.parse("perplexity <= +2 %")], rows[:1])
     with pytest.raises(ValueError, match="must be of 'loss'"):

@@ -10,6 +10,7 @@ from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, SequentialSampler, Subset, SubsetRandomSampler
 
+from laser_callback.example_set import taken_apart
 from laser_callback.sets import ExampleSets
 
 
@@ -152,3 +153,11 @@ def test_several_validation_dataloaders_are_not_guessed_from():
 
     with pytest.raises(MisconfigurationException, match=r"got 2 of them.*\{'screen': loader"):
         ExampleSets.of(Data())
+
+
+def test_batches_can_be_made_smaller_but_not_larger():
+    whole = taken_apart(DataLoader(list(range(10)), batch_size=4), None, None)
+    assert [len(batch) for batch in whole.loader()] == [4, 4, 2]
+    assert [len(batch) for batch in whole.loader(batches=5)] == [2, 2, 2, 2, 2]
+    assert [len(batch) for batch in whole.loader(batches=2)] == [4, 4, 2]
+    assert len(whole.loader(batches=99)) == 10

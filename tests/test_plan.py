@@ -8,14 +8,15 @@ from fractions import Fraction
 import pytest
 import yaml
 
-from laser_callback.plan import RANK_RULES, LaserPlan, Reduction
+from laser_callback.plan import LaserPlan, Reduction
+
+RULES = ["entropy", "gavish-donoho", "marchenko-pastur", "laser-rmt", "energy-0.9", "energy-1e-5", "energy-.99"]
 
 
 def generate(rng: random.Random) -> Reduction:
     """Any reduction that can be constructed."""
-    rho = rng.choice(
-        [0, 1, 0.01, 0.005, 1 / 3, 1e-5, 5e-324, 1 - 2**-53, round(rng.random(), 4), rng.random(), *RANK_RULES]
-    )
+    rho = rng.choice([0, 1, 0.01, 0.005, 1 / 3, 1e-5, 5e-324, 1 - 2**-53, round(rng.random(), 4), rng.random(), *RULES])
+    keep = rng.choice(["head", "tail"])
     layer = rng.choice([0, 27, -1, -3, "*", "0-3", "20-27", "5-5", None])
     matrix = rng.choice(
         ["fc_in", "q_proj", "attn", "all", "mlp.down_proj", "layer.0.SelfAttention.q", "experts.gate_up_proj", "_x.1.y"]
@@ -30,8 +31,11 @@ def generate(rng: random.Random) -> Reduction:
         rho,
         stack=stack,
         expert=rng.choice([None, None, 0, 17]),
-        keep=rng.choice(["head", "tail"]),
+        keep=keep,
+        band=rng.choice([1, 0.25, 1e-5, rng.random() or 1]) if keep == "head" else 1,
         scale=rng.choice([0, 0.5, -0.25, 2, 1e-7, -0.0, 1e22]),
+        of="rank" if isinstance(rho, str) else rng.choice(["rank", "entries"]),
+        blocks=rng.choice([1, 1, 4, 33]),
     )
 
 
@@ -88,6 +92,8 @@ def test_yaml_as_people_write_it(tmp_path):
         "- {layer: 20-27, matrix: mlp, rho: 1e-3}\n"  # YAML 1.1 reads 1e-3 as text
         "- {layer: '*', matrix: q_proj, rho: 0.5, scale: 5e-1, keep: tail}\n"
         "- {matrix: /lm_head/, rho: gavish-donoho}\n"
+        "- {layer: 3, matrix: fc_in, rho: energy-.90, blocks: 4}\n"
+        "- {layer: 3, matrix: fc_out, rho: 0.1, band: 5e-1, of: entries}\n"
         "- decoder.-1.fc_out@0.1\n"
     )
     assert LaserPlan.from_file(path) == LaserPlan(
@@ -95,6 +101,8 @@ def test_yaml_as_people_write_it(tmp_path):
             Reduction("20-27", "mlp", 0.001),
             Reduction("*", "q_proj", 0.5, scale=0.5, keep="tail"),
             Reduction(None, "/lm_head/", "gavish-donoho"),
+            Reduction(3, "fc_in", "energy-0.9", blocks=4),
+            Reduction(3, "fc_out", 0.1, band=0.5, of="entries"),
             Reduction(-1, "fc_out", 0.1, stack="decoder"),
         ]
     )
@@ -136,7 +144,13 @@ def test_equality_and_hash_ignore_order_and_nothing_else():
 # ---- errors ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("rho", [math.nan, math.inf, -math.inf, -0.1, 1.1, True, False, "x", "nan", "1.5", None, [0.1]])
+@pytest.mark.parametrize(
+    "rho",
+    [
+        *[math.nan, math.inf, -math.inf, -0.1, 1.1, True, False, "x", "nan", "1.5", None, [0.1]],
+        *["energy", "energy-", "energy-0", "energy-1", "energy-1.5", "energy-nan", "energy-x", "energy-SHARE"],
+    ],
+)
 def test_rho_is_named(rho):
     with pytest.raises((ValueError, TypeError), match="`rho`"):
         Reduction(0, "fc_in", rho)
@@ -175,12 +189,22 @@ def test_patterns_that_are_none_or_could_not_be_written(pattern):
         *[("stack", value) for value in ("", "3", "a b", "a.", 3, "a.1.b")],
         *[("expert", value) for value in (-1, 1.5, "3", True)],
         *[("keep", value) for value in ("sideways", None, 1)],
+        *[("band", value) for value in (0, -0.1, 1.1, math.nan, math.inf, "x", None, True)],
         *[("scale", value) for value in (math.nan, math.inf, "x", None, True)],
+        *[("of", value) for value in ("values", None, 1)],
+        *[("blocks", value) for value in (0, -1, 1.0, "2", None, True)],
     ],
 )
 def test_other_fields_are_named(field, value):
     with pytest.raises((ValueError, TypeError), match=f"`{field}`"):
         Reduction(0, "fc_in", 0.1, **{field: value})
+
+
+def test_options_that_contradict_each_other():
+    with pytest.raises(ValueError, match=r"`band` goes with keep='head'.*got band 0\.5"):
+        Reduction(0, "fc_in", 0.1, keep="tail", band=0.5)
+    with pytest.raises(ValueError, match="`rho` must be a number with of='entries': the rule 'entropy'"):
+        Reduction(0, "fc_in", "entropy", of="entries")
 
 
 def test_a_regex_takes_neither_layer_nor_stack():
@@ -209,6 +233,9 @@ def test_a_regex_takes_neither_layer_nor_stack():
         ("27.fc_in@0.1:keep=tail,keep=head", "option 'keep=head'"),
         ("27.fc_in@0.1:keep=sideways", "`keep`.*'sideways'"),
         ("27.fc_in@0.1:scale=big", "`scale`.*'big'"),
+        ("27.fc_in@0.1:band=0", "`band`.*got 0.0"),
+        ("27.fc_in@0.1:blocks=2.5", "`blocks`.*'2.5'"),
+        ("27.fc_in@0.1:of=values", "`of`.*'values'"),
         ("27.fc_in@0.1, 27.fc_in@0.5", "names one matrix twice: 27.fc_in"),
         ("/(/@0.1", "not a regular expression"),
     ],
@@ -296,6 +323,34 @@ def test_ranks_against_fractions():
         for size in (*rng.choices(range(1, 4097), k=12), 1, 1000, 4096):
             exact = math.floor(Fraction(tenthousandths, 10000) * size)
             assert reduction.rank(size) == max(exact, 1 if tenthousandths else 0), (rho, size)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, (2, 10)),
+        ({"keep": "tail"}, (0, 2)),
+        ({"band": 0.5}, (2, 7)),
+        ({"band": 0.8}, (2, 10)),
+        ({"band": 0.9}, (2, 10)),  # ends with the matrix
+        ({"band": 1e-9}, (2, 3)),  # as with rho, at least one
+    ],
+)
+def test_what_is_removed_is_one_run_of_components(options, expected):
+    reduction = Reduction(0, "fc_in", 0.2, **options)
+    assert reduction.removed(reduction.rank(10), 10) == expected
+
+
+def test_only_the_defaults_are_a_truncation():
+    assert Reduction(3, "fc_in", 0.2, stack="decoder", expert=1).is_truncation
+    assert Reduction(3, "fc_in", "entropy").is_truncation
+    for options in ({"keep": "tail"}, {"band": 0.5}, {"scale": 0.5}, {"of": "entries"}, {"blocks": 2}):
+        assert not Reduction(3, "fc_in", 0.2, **options).is_truncation
+
+
+def test_one_rule_has_one_name():
+    assert Reduction.parse("3.fc_in@energy-.990") == Reduction(3, "fc_in", "energy-0.99")
+    assert str(Reduction(3, "fc_in", "energy-9.9e-1")) == "3.fc_in@energy-0.99"
 
 
 def test_the_rank_of_a_rule_needs_a_spectrum():

@@ -8,9 +8,9 @@ from pathlib import Path
 import lightning.pytorch as pl
 import pytest
 import torch
-from tiny import tiny_tokenizer
+from tiny import save_deep_lm
 from torch.utils.data import DataLoader
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from laser_callback import LaserPlan
 
@@ -22,25 +22,7 @@ HUB_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A causal model as deep as the README's plans need, with its tokenizer, facts and text."""
-    folder = tmp_path_factory.mktemp("model")
-    tokenizer = tiny_tokenizer()
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=30,
-        num_attention_heads=2,
-        max_position_embeddings=512,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    tokenizer.model_max_length = 512
-    tokenizer.save_pretrained(folder)
-    rows = [f'{{"prompt": "The capital of the country {i} is", "answer": "Paris"}}\n' for i in range(60)]
-    (folder / "facts.jsonl").write_text("".join(rows))
-    (folder / "text.txt").write_text("Paris is the capital of France. " * 400)
-    return folder
+    return save_deep_lm(tmp_path_factory.mktemp("model"))
 
 
 class Classifier(pl.LightningModule):

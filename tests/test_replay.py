@@ -764,7 +764,8 @@ def _quiet(build: Callable[[], nn.Module]) -> nn.Module:
         return build().eval()
 
 
-def test_layers_with_a_sliding_window_are_run_and_the_others_replayed(ids: Tensor) -> None:
+@pytest.mark.parametrize("window", [4, 32])  # shorter and longer than the 6 tokens
+def test_a_cache_with_a_sliding_window(window: int, ids: Tensor) -> None:
     config = hf.Gemma2Config(
         vocab_size=300,
         hidden_size=32,
@@ -773,18 +774,20 @@ def test_layers_with_a_sliding_window_are_run_and_the_others_replayed(ids: Tenso
         num_attention_heads=2,
         num_key_value_heads=1,
         head_dim=16,
-        sliding_window=4,
+        sliding_window=window,
     )
     model = _quiet(lambda: hf.Gemma2ForCausalLM(config))
 
     def step() -> Any:
         out = model(ids)
-        return out.logits, _cache_content(out.past_key_values)
+        cache = out.past_key_values
+        content, lengths = _cache_content(cache), [layer.get_seq_length() for layer in cache.layers]
+        return out.logits, content, lengths, model(ids[:, :2], past_key_values=cache).logits
 
     replayed = Replayed(model)
     replayed.once(step)
-    assert replayed.report().replayed == 1
-    assert replayed.report().reasons == {"its cache entry is a DynamicSlidingWindowLayer": 2}
+    assert replayed.report().replayed == 3
+    assert replayed.report().reasons == {"its key/value cache is not empty": 3}
 
 
 def test_states_of_a_convolution_are_not_lost(ids: Tensor) -> None:

@@ -27,6 +27,7 @@ from laser_callback.matrices import find_matrices
 from laser_callback.plan import Reduction
 from laser_callback.screen import GradientScreen
 from laser_callback.screen_alternatives import laser_rmt, late_mlp_screen, random_screen, spectrum_screen
+from laser_callback.spectra import Spectra
 from laser_callback.spectrum import Spectrum
 
 SHORT = (0.0, 0.1, 0.5)
@@ -78,7 +79,7 @@ def run(screen: GradientScreen, module: pl.LightningModule, data: Any, size: int
 def scores(
     module: pl.LightningModule, data: Any, size: int = 100, found: Sequence[Target] | None = None, **kwargs: Any
 ) -> dict[Reduction, float]:
-    screen = GradientScreen(targets(module) if found is None else found, SHORT, Spectrum, **kwargs)
+    screen = GradientScreen(targets(module) if found is None else found, SHORT, Spectra(), **kwargs)
     run(screen, module, data, size)
     return screen.scores
 
@@ -264,7 +265,7 @@ def test_caution_adds_standard_errors():
     with pytest.raises(ValueError, match="`caution` needs at least two batches"):
         scores(module, ids(), caution=2.0)
     with pytest.raises(ValueError, match="`caution` must be a number of standard errors, at least 0, got -1"):
-        GradientScreen([], SHORT, Spectrum, caution=-1)
+        GradientScreen([], SHORT, Spectra(), caution=-1)
 
 
 def test_missing_outcomes_and_weights():
@@ -285,7 +286,7 @@ def test_missing_outcomes_and_weights():
 def test_a_planted_early_attention_matrix_is_found():
     planted = plant(layers=2, subjects=16, steps=150)
     assert planted.sick > planted.healthy + 0.1
-    screen = GradientScreen(targets(planted.module), RHOS, Spectrum)
+    screen = GradientScreen(targets(planted.module), RHOS, Spectra())
     run(screen, planted.module, list(zip(*planted.screen, strict=True)), 50)
     first = sorted(screen.scores, key=screen.scores.__getitem__)[:10]
     changes = planted.truth([planted.target], RHOS)
@@ -325,17 +326,18 @@ def facts(model: nn.Module) -> dict[str, Any]:
     }
 
 
-class Once:
+class Once(Spectra):
     """Fails in the middle of the second backward pass."""
 
     def __init__(self, error: BaseException) -> None:
+        super().__init__()
         self.error, self.calls = error, 0
 
     def of(self, matrix: Tensor, name: str = "matrix") -> Spectrum:
         self.calls += 1
         if self.calls == 18:
             raise self.error
-        return Spectrum.of(matrix, name)
+        return super().of(matrix, name)
 
 
 @pytest.mark.parametrize("fails", [None, "step", "hook", "interrupt"])
@@ -354,7 +356,7 @@ def test_nothing_is_left_behind(fails):
 
     error = {"hook": OSError("from the hook"), "interrupt": KeyboardInterrupt()}.get(fails)
     module, alive = Steps(model, returns), OneAtATime(model)
-    screen = GradientScreen(targets(module), SHORT, Spectrum if error is None else Once(error))
+    screen = GradientScreen(targets(module), SHORT, Spectra() if error is None else Once(error))
     if fails is None:
         run(screen, module, ids(), 4, others=[alive])
         assert alive.most == 1
@@ -380,7 +382,7 @@ def test_the_users_pass_is_the_only_one_and_runs_under_the_trainers_precision():
             return super().losses(batch)
 
     module = Counting(tiny("llama").float())
-    screen = GradientScreen(targets(module), SHORT, Spectrum)
+    screen = GradientScreen(targets(module), SHORT, Spectra())
     run(screen, module, ids(), 4, precision="bf16-mixed")
     assert Counting.calls == 2
     exact = scores(Steps(module.model), ids())
@@ -426,7 +428,7 @@ def test_a_gradient_that_is_not_finite():
 
 def test_where_it_does_not_run():
     module = Steps(tiny("llama"))
-    screen = GradientScreen(targets(module), SHORT, Spectrum)
+    screen = GradientScreen(targets(module), SHORT, Spectra())
     with pytest.raises(MisconfigurationException, match=r"Trainer\(inference_mode=False\)"):
         run(screen, module, ids(), inference_mode=True)
     module.test_step = module.validation_step
@@ -454,7 +456,7 @@ def test_what_no_gradient_reaches_is_named():
 def test_only_what_is_in_the_grid():
     module = Steps(tiny("llama"))
     found = targets(module)
-    screen = GradientScreen(found, (*RHOS, 1.0), Spectrum)
+    screen = GradientScreen(found, (*RHOS, 1.0), Spectra())
     run(screen, module, ids())
     assert list(screen.scores) == [candidate.reduction for candidate in grid(found, RHOS)]
 
@@ -468,15 +470,15 @@ def test_only_what_is_in_the_grid():
 def test_alternatives_score_the_same_candidates(screen):
     module = Steps(tiny("mixtral", experts_implementation="eager"))
     found = targets(module)
-    result = screen(found, RHOS, Spectrum, 0)
+    result = screen(found, RHOS, Spectra(), 0)
     assert list(result) == [candidate.reduction for candidate in grid(found, RHOS)]
-    assert result == screen(found, RHOS, Spectrum, 0)
+    assert result == screen(found, RHOS, Spectra(), 0)
     assert all(value == value for value in result.values())
-    assert (result == screen(found, RHOS, Spectrum, 1)) == (screen is not random_screen)
+    assert (result == screen(found, RHOS, Spectra(), 1)) == (screen is not random_screen)
 
 
 def test_late_mlps_come_first():
-    result = late_mlp_screen(targets(tiny_causal_lm()), RHOS, Spectrum, 0)
+    result = late_mlp_screen(targets(tiny_causal_lm()), RHOS, Spectra(), 0)
     order = [str(reduction) for reduction in sorted(result, key=result.__getitem__)]
     assert order[:3] == ["3.fc_in@0.005", "3.fc_up@0.005", "3.fc_out@0.005"]
     assert order[-1].endswith("@0")
@@ -494,7 +496,7 @@ def test_spectrum_screens_prefer_what_their_rules_say():
     weight = model.model.layers[1].mlp.up_proj.weight
     weight.data += 12 * torch.linalg.qr(torch.randn(200, 10)).Q @ torch.linalg.qr(torch.randn(96, 10)).Q.T * 10
     rhos = (0.0, 10 / 96, 0.5, 0.9)
-    result = spectrum_screen("gavish-donoho")(targets(model), rhos, Spectrum, 0)
+    result = spectrum_screen("gavish-donoho")(targets(model), rhos, Spectra(), 0)
     of_matrix = {r.rho: v for r, v in result.items() if (r.layer, r.matrix) == (1, "fc_up")}
     assert min(of_matrix, key=of_matrix.__getitem__) == rhos[1]
 

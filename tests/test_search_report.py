@@ -15,7 +15,7 @@ from laser_callback.candidates import Candidate, Estimate
 from laser_callback.comparison import Outcomes, adjust, compare
 from laser_callback.constraints import Judgement
 from laser_callback.examples import PairedExamples
-from laser_callback.matrices import KINDS
+from laser_callback.kinds import KINDS
 from laser_callback.plan import LaserPlan, Reduction
 from laser_callback.priors import prior_checks
 from laser_callback.result import ArmResult, LaserResult
@@ -72,7 +72,11 @@ def full(layers: int = 4) -> SearchResult:
         [Trade(plan, 0.05, 0.013, True, True), Trade("0.q_proj@0.1", 0.02, None)],
         confirmed(plan),
         None,
-        [Judgement("perplexity <= +2 %", "perplexity", 32, 0.013, 0.031, "undecided", "96 windows decide it")],
+        [
+            Judgement(
+                "perplexity <= +2 %", "perplexity", 32, 0.013, 0.031, "undecided", "96 windows decide it", None, True
+            )
+        ],
         [Phase("screen", 24.84, 100, 300.0), Phase("race", 3725.0, 9600, 1800.4)],
         {"screen": 100, "race": 300, "confirm": 400, "guard": 200},
         {},

@@ -5,8 +5,11 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from threadpoolctl import threadpool_info, threadpool_limits
 
-from laser_callback.plan import RANK_RULES, Reduction
+from laser_callback import reduced
+from laser_callback.plan import Reduction
+from laser_callback.spectra import Spectra
 from laser_callback.spectrum import Spectrum
 
 SHAPES = [(24, 24), (40, 17), (17, 40), (1, 9), (9, 1), (1, 1)]
@@ -66,6 +69,19 @@ def test_same_weights_same_bits(shape):
         assert torch.equal(first.reduce(matrix, reduction), second.reduce(matrix.clone(), reduction))
 
 
+@pytest.mark.parametrize("shape", [(300, 700), (700, 300)])
+def test_same_bits_on_any_number_of_threads_which_stays_as_it_was(shape):
+    matrix = noise(*shape, dtype=torch.float32)
+    found = []
+    for threads in (1, 2):
+        with threadpool_limits(threads, user_api="blas"):
+            before = [library["num_threads"] for library in threadpool_info()]
+            found.append(Spectrum.of(matrix))
+            assert [library["num_threads"] for library in threadpool_info()] == before
+    assert torch.equal(found[0].values, found[1].values)
+    assert torch.equal(found[0].basis, found[1].basis)
+
+
 def test_one_factorisation_serves_all_rhos():
     matrix = noise(30, 20)
     spectrum = Spectrum.of(matrix)
@@ -88,6 +104,18 @@ def test_tail_and_scale(shape, scale):
         torch.testing.assert_close(keep_tail, tail + scale * head, rtol=0, atol=1e-12)
     assert not spectrum.reduce(matrix, Reduction(0, "fc_in", 1, keep="tail")).any()  # nothing at all, no residue
     assert not spectrum.reduce(matrix, Reduction(0, "fc_in", 0)).any()
+
+
+@pytest.mark.parametrize("shape", [(20, 30), (30, 20), (20, 20)])
+@pytest.mark.parametrize("scale", [0.0, 0.5])
+def test_a_band_in_the_middle(shape, scale):
+    matrix = noise(*shape)
+    for rho, band, (start, stop) in ((0.1, 0.5, (2, 12)), (0, 0.25, (0, 5)), (0.9, 0.5, (18, 20))):
+        middle = best(matrix, stop) - best(matrix, start)
+        result = Spectrum.of(matrix).reduce(matrix, Reduction(0, "fc_in", rho, band=band, scale=scale))
+        torch.testing.assert_close(result, matrix - (1 - scale) * middle, rtol=0, atol=1e-12)
+        values = torch.linalg.svdvals(result)
+        assert int((values > 1e-10).sum()) == (20 if scale else 20 - (stop - start))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -126,14 +154,12 @@ def test_strided_and_transposed_matrices():
 
 
 @pytest.mark.parametrize("shape", [(4, 4), (7, 3), (3, 7), (1, 1), (1, 5)])
-@pytest.mark.parametrize("rho", [0, 0.5, 1, *RANK_RULES])
+@pytest.mark.parametrize("rho", [0, 0.5, 1, "entropy", "energy-0.9"])
 def test_zero_matrix(shape, rho):
     matrix = torch.zeros(shape)
     spectrum = Spectrum.of(matrix)
     assert torch.equal(spectrum.values, torch.zeros(min(shape), dtype=torch.float64))
     assert not spectrum.reduce(matrix, Reduction(0, "fc_in", rho)).any()
-    if isinstance(rho, str):
-        assert spectrum.rank(Reduction(0, "fc_in", rho)) == 0
 
 
 @pytest.mark.parametrize("shape", [(64, 64), (64, 200), (200, 64)])
@@ -142,8 +168,9 @@ def test_rank_deficient_matrix(shape, rank):
     matrix = noise(shape[0], rank, seed=1) @ noise(rank, shape[1], seed=2)
     spectrum = Spectrum.of(matrix)
     assert int((spectrum.values > 0).sum()) == rank  # rounding noise is not a singular value
-    assert spectrum.gavish_donoho_rank() == spectrum.marchenko_pastur_rank() == rank
-    assert spectrum.entropy_rank() <= rank
+    for rule in ("gavish-donoho", "marchenko-pastur", "energy-0.9999999999"):
+        assert spectrum.rank(Reduction(0, "fc_in", rule)) == rank
+    assert spectrum.rank(Reduction(0, "fc_in", "entropy")) <= rank
     for kept in range(rank + 1):
         torch.testing.assert_close(spectrum.truncate(matrix, kept), best(matrix, kept), rtol=0, atol=1e-9)
 
@@ -164,54 +191,35 @@ def test_what_is_not_finite_is_named(value, dtype):
         Spectrum.of(matrix, "model.layers.3.mlp")
 
 
-# ---- rank rules ------------------------------------------------------------------------------------------------------
-
-RATIOS = [(200, 200), (150, 405), (120, 420), (405, 150), (100, 400), (400, 100), (101, 101)]
+# ---- blocks of rows --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("shape", RATIOS)
-@pytest.mark.parametrize("deviation", [1.0, 0.02])
-def test_pure_noise_has_rank_zero(shape, deviation):
-    for seed in range(8):
-        spectrum = Spectrum.of(noise(*shape, seed=seed) * deviation)
-        assert spectrum.gavish_donoho_rank() == 0
-        assert spectrum.marchenko_pastur_rank() == 0
-        assert spectrum.entropy_rank() > 0.7 * min(shape)  # entropy sees the spectrum's evenness, not noise
+@pytest.mark.parametrize("options", [{}, {"keep": "tail"}, {"band": 0.3}, {"scale": 0.5}, {"of": "entries"}])
+@pytest.mark.parametrize(("shape", "blocks"), [((24, 10), 3), ((25, 10), 4), ((6, 40), 6), ((12, 7), 1)])
+def test_blocks_of_rows_are_cut_like_matrices_of_their_own(shape, blocks, options):
+    matrix = noise(*shape)
+    whole = Spectra().reduce(matrix, Reduction(0, "fc_in", 0.4, blocks=blocks, **options))
+    parts = [Spectra().reduce(rows, Reduction(0, "fc_in", 0.4, **options)) for rows in matrix.tensor_split(blocks)]
+    assert len(parts) == blocks
+    assert torch.equal(whole, torch.cat(parts))
 
 
-@pytest.mark.parametrize("shape", RATIOS)
-@pytest.mark.parametrize("planted", [1, 3, 10])
-def test_planted_signals_are_counted(shape, planted):
-    for seed in range(3):
-        edge = math.sqrt(shape[0]) + math.sqrt(shape[1])
-        u = torch.linalg.qr(noise(shape[0], planted, seed=seed + 10))[0]
-        v = torch.linalg.qr(noise(shape[1], planted, seed=seed + 20))[0]
-        signal = (u * torch.linspace(2.0, 5.0, planted, dtype=torch.float64) * edge) @ v.T
-        matrix = (0.02 * (signal + noise(*shape, seed=seed))).float()
-        spectrum = Spectrum.of(matrix)
-        assert spectrum.gavish_donoho_rank() == planted
-        assert spectrum.marchenko_pastur_rank() == planted
-        for rule in ("gavish-donoho", "marchenko-pastur"):
-            result = spectrum.reduce(matrix, Reduction(0, "fc_in", rule))
-            torch.testing.assert_close(result.double(), best(matrix, planted), rtol=0, atol=1e-6)
+def test_each_block_has_its_own_rank():
+    """One of noise, one of rank 2: a rule keeps nothing of the first and all of the second."""
+    matrix = torch.cat([noise(100, 100), 50 * noise(100, 2, seed=1) @ noise(2, 100, seed=2)])
+    result = Spectra().reduce(matrix, Reduction(0, "fc_in", "marchenko-pastur", blocks=2))
+    assert not result[:100].any()
+    torch.testing.assert_close(result[100:], matrix[100:], rtol=0, atol=1e-9)
 
 
-@pytest.mark.parametrize(("beta", "omega"), [(1.0, 2.8582), (0.5, 2.1711), (0.2, 1.7650), (0.05, 1.5194)])
-def test_gavish_donoho_coefficients(beta, omega):
-    """Table IV of the paper: omega(beta) is the threshold in units of the median singular value."""
-    short, median = 1000, 1.0
-    values = torch.full((short,), median, dtype=torch.float64)
-    for factor, kept in ((0.999, 0), (1.001, 1)):
-        values[0] = omega * factor
-        spectrum = Spectrum(values, torch.empty(0), (short, round(short / beta)))
-        assert spectrum.gavish_donoho_rank() == kept
-
-
-def test_entropy_rank_of_known_spectra():
-    for count in (1, 4, 10):
-        values = torch.zeros(10, dtype=torch.float64)
-        values[:count] = 3.0
-        assert Spectrum(values, torch.empty(0), (10, 10)).entropy_rank() == count
-    p = torch.tensor([0.7, 0.2, 0.1], dtype=torch.float64)
-    expected = math.ceil(math.exp(-sum(x * math.log(x) for x in p.tolist())))
-    assert Spectrum(p, torch.empty(0), (3, 3)).entropy_rank() == expected
+def test_blocks_through_a_plan_and_what_they_refuse():
+    model = torch.nn.TransformerEncoder(torch.nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 2).eval()
+    weight = model.layers[1].linear1.weight  # 16 x 8
+    with reduced(model, "1.fc_in@0.25:blocks=4"):
+        ranks = [int(torch.linalg.matrix_rank(rows, atol=1e-5)) for rows in weight.tensor_split(4)]
+    assert ranks == [1, 1, 1, 1]
+    spectra = Spectra()
+    assert spectra.changes_nothing(weight, Reduction(0, "fc_in", 1, blocks=4))
+    assert not spectra.changes_nothing(weight, Reduction(0, "fc_in", 0.75, blocks=4))
+    with pytest.raises(ValueError, match=r"`blocks` of 1\.fc_in@0\.25:blocks=17.*rows of `layers\.1\.linear1`, 16"):
+        reduced(model, "1.fc_in@0.25:blocks=17").prepare()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
+from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -68,3 +69,27 @@ def tiny_causal_lm(seed: int = 0) -> LlamaForCausalLM:
             if weight.dim() == 2:
                 weight.data.normal_(std=0.3)
     return model.eval()
+
+
+def save_deep_lm(folder: Path) -> Path:
+    """Write a model as deep as the plans of README and recipes need (30 layers, width 16), its tokenizer, and data.
+
+    The data: 60 facts of 60 subjects in ``facts.jsonl`` and running text in ``text.txt``.
+    """
+    tokenizer = tiny_tokenizer()
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=30,
+        num_attention_heads=2,
+        max_position_embeddings=512,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    rows = [f'{{"prompt": "The capital of the country {i} is", "answer": "Paris"}}\n' for i in range(60)]
+    (folder / "facts.jsonl").write_text("".join(rows))
+    (folder / "text.txt").write_text("Paris is the capital of France. " * 400)
+    return folder

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +33,11 @@ from laser_callback import LaserModule
 from laser_callback.candidates import RHOS, Target, targets
 from laser_callback.data import FactCollator, encode_facts
 from laser_callback.demo_model import demo_model_folder
-from laser_callback.plan import Reduction
+from laser_callback.plan import LaserPlan, Reduction
 from laser_callback.screen import GradientScreen
 from laser_callback.screen_alternatives import late_mlp_screen, random_screen, spectrum_screen
 from laser_callback.spectra import Spectra
+from laser_callback.surgery import reduced
 
 ALTERNATIVES = {
     "late MLP first": late_mlp_screen,
@@ -89,6 +91,14 @@ def table(
             screen = GradientScreen(found, RHOS, spectra, caution=caution)
             seconds = validate(screen, module, loader)
             row(f"gradient, caution {caution:.0f}, {name}", quality(screen.scores, truth), seconds)
+    name, loader = next(iter(loaders.items()))
+    for share in (0.1, 0.5):
+        # The gradient part of the way, which knows of curvature, but of that of all cuts together.
+        shrunk = LaserPlan([replace(target.at(0.1), scale=1 - share) for target in found])
+        screen = GradientScreen(found, RHOS, spectra)
+        with reduced(module, shrunk, spectra):
+            seconds = validate(screen, module, loader)
+        row(f"gradient where all tails are {share:.0%} smaller, {name}", quality(screen.scores, truth), seconds)
     for name, alternative in ALTERNATIVES.items():
         row(name, quality(alternative(found, RHOS, spectra, 0), truth))
     drawn = [quality(random_screen(found, RHOS, spectra, seed), truth) for seed in range(SEEDS)]

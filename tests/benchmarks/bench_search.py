@@ -4,7 +4,7 @@ speed    on ParaRel, main prompts: (a) the paper's procedure, one example at a t
          candidates in batches with logits at the answers only; both timed on a sample of the 1,890 candidates,
          stratified by layer, and scaled; (c) this search whole, with a cold and with a warm cache of spectra.
 quality  on each data set: what the search finds, confirmed; and whether it is inferior to the cut that an earlier
-         prototype had found, on the same examples (margin one point).
+         prototype had found, on the same examples (margin one point), of which there are as many as the data has.
 scaling  time against examples (75, 150, 300) and layers (the model's first 8, 16, 30), and peak memory against the
          number of candidates that race.
 
@@ -110,7 +110,7 @@ def speed(folder: Path, sample: int, seed: int) -> None:
             print(
                 f"    screen + race + confirm: {single:.1f} s, (a) {a[0] / single:,.0f} x, (b) {b[0] / single:,.0f} x"
             )
-        measured = against(module, data, result.found, PROTOTYPE["pararel"], seed)
+        measured = against(module, data, result.found, PROTOTYPE["pararel"], SIZES, seed)
         print(f"    {measured}")
 
 
@@ -168,9 +168,10 @@ def quality(folder: Path, only: str, seed: int, paraphrases: bool, reductions: i
         if len(facts) > 1500:
             facts = sample_facts(facts, 1500, seed)
         data = FactsDataModule(facts, module.tokenizer, batch_size=64)
+        sizes = {**SIZES, "confirm": len(facts) - 400} if name in PROTOTYPE else SIZES
         begin = time.perf_counter()
         search = LaserSearch(
-            module, data, sizes=SIZES, progress=False, seed=seed, constraints=[], max_reductions=reductions
+            module, data, sizes=sizes, progress=False, seed=seed, constraints=[], max_reductions=reductions
         )
         result = search.run()
         seconds = time.perf_counter() - begin
@@ -188,15 +189,17 @@ def quality(folder: Path, only: str, seed: int, paraphrases: bool, reductions: i
                 (f"{rest.original:.1%} -> {rest.reduced:.1%}" if rest else "none left")
                 + (" (flagged)" if arm.prior_checks.prior_shift else ""),
                 f"{zeroed.reduced:.1%}",
-                against(module, data, result.found, PROTOTYPE[name], seed) if name in PROTOTYPE else "",
+                against(module, data, result.found, PROTOTYPE[name], sizes, seed) if name in PROTOTYPE else "",
             ]
         print(f"| {' | '.join(cells)} |", flush=True)
         print(f"<!-- {seconds:.0f} s; {result.reason} -->", flush=True)
 
 
-def against(module: LaserModule, data: FactsDataModule, found: LaserPlan, prototype: str, seed: int) -> str:
+def against(
+    module: LaserModule, data: FactsDataModule, found: LaserPlan, prototype: str, sizes: dict[str, int], seed: int
+) -> str:
     """Found minus prototype on the confirm set: the difference of accuracies and whether it is inferior by a point."""
-    sets = ExampleSets.of(data, sizes=SIZES, seed=seed)
+    sets = ExampleSets.of(data, sizes=sizes, seed=seed)
     plans = {"found": found, "prototype": LaserPlan.parse(prototype)}
     table = Lab(module, Spectra.default()).measure(plans, sets.loader("confirm"), ("first_token_accuracy",))
     before, after = (

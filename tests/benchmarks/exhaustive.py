@@ -32,8 +32,8 @@ def sets(path: Path, seed: int = 0) -> dict[str, list]:
     return split_facts(facts, SIZES, seed)
 
 
-def sweep(module: LaserModule, facts: list, output: Path, thin_below: int) -> None:
-    """Write ``output``; where a layer is below ``thin_below``, only every fourth rho, the others stay NaN."""
+def sweep(module: LaserModule, facts: list, output: Path, thin_below: int, thin_rhos: list[float]) -> None:
+    """Write ``output``; where a layer is below ``thin_below``, only ``thin_rhos``, the others stay NaN."""
     matrices = [m for m in find_matrices(module) if m.kind is not None]
     encoded = encode_facts(facts, module.tokenizer, masked=False)
     batch = FactCollator(module.tokenizer.pad_token_id or 0, rows_per_forward=len(encoded))(encoded)
@@ -54,7 +54,8 @@ def sweep(module: LaserModule, facts: list, output: Path, thin_below: int) -> No
             base_loss, base_right = scores()
         print("original", base_loss.mean(), base_right.mean(), flush=True)
         for i in sorted(range(len(matrices)), key=lambda i: -matrices[i].layer):
-            wanted = range(0, len(RHOS), 4 if matrices[i].layer < thin_below else 1)
+            thin = matrices[i].layer < thin_below
+            wanted = [j for j, rho in enumerate(RHOS) if not thin or rho in thin_rhos]
             if not np.isnan(loss[i][wanted]).any():
                 continue
             matrix, begin = matrices[i], time.perf_counter()
@@ -88,11 +89,13 @@ def main() -> None:
     parser.add_argument("output", type=Path)
     parser.add_argument("--n", type=int, default=100)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--thin-below", type=int, default=0, help="layers below this run at rho 0, 0.1 and 0.8 only")
+    parser.add_argument("--thin-below", type=int, default=0, help="layers below this run at few rhos only")
+    parser.add_argument("--thin-rhos", type=float, nargs="+", default=(0.0, 0.1, 0.8), help="these")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     module = LaserModule(str(demo_model_folder(print))).eval()
-    sweep(module, sample_facts(sets(options.facts)["race"], options.n, seed=0), options.output, options.thin_below)
+    facts = sample_facts(sets(options.facts)["race"], options.n, seed=0)
+    sweep(module, facts, options.output, options.thin_below, options.thin_rhos)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,90 @@
+"""Which matrices of a model a reduction names: by layer, kind or group, module name or regular expression."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from laser_callback.kinds import GROUPS, KINDS
+from laser_callback.matrices import WeightMatrix, describe
+
+if TYPE_CHECKING:  # plans select, so this file comes before them
+    from laser_callback.plan import Reduction
+
+STACK = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*(\.\d+)*")
+"""The path of a layer stack, or a part of it."""
+
+
+def select(matrices: list[WeightMatrix], reduction: Reduction) -> list[int]:
+    """Positions of the matrices that a reduction names."""
+    candidates = [i for i, matrix in enumerate(matrices) if _matches_name(matrix, reduction)]
+    if reduction.layer is not None:
+        candidates = [i for i in candidates if _matches_stack(matrices[i], reduction)]
+        depth: Counter[str | None] = Counter()
+        for matrix in matrices:
+            depth[matrix.stack] = max(depth[matrix.stack], 1 + (matrix.layer or 0))
+        candidates = [i for i in candidates if matrices[i].layer in _layers(reduction.layer, depth[matrices[i].stack])]
+        stacks = {matrices[i].stack for i in candidates}
+        if len(stacks) > 1:
+            names = ", ".join(sorted(str(stack) for stack in stacks))
+            part = STACK.search(min(map(str, stacks)))
+            raise ValueError(
+                f"the reduction {reduction} fits several layer stacks ({names}): put the stack's name in front"
+                + (f", e.g. {replace(reduction, stack=part[0])}" if part else "")
+            )
+    if reduction.expert is not None:
+        candidates = [i for i in candidates if matrices[i].expert == reduction.expert]
+    if not candidates:
+        raise ValueError(f"the reduction {reduction} matches no matrix of the model. It has:\n{describe(matrices)}")
+    for i in candidates:
+        if matrices[i].kind is None and not _names_all(reduction, matrices[i]):
+            tied = [name.removesuffix(".weight") for name in matrices[i].parameter_names]
+            pattern = "|".join(map(re.escape, tied))
+            raise ValueError(
+                f"the reduction {reduction} would cut a tied weight, and with it each of {', '.join(tied)}: "
+                f"to cut them all, name them all, /{pattern}/"
+            )
+    return candidates
+
+
+def _matches_name(matrix: WeightMatrix, reduction: Reduction) -> bool:
+    wanted = reduction.matrix
+    if wanted.startswith("/"):
+        # A module by its name or a parameter by any of its names: a tied weight is refused rather than not found.
+        names = [re.sub(r"\[\d+\]$", "", matrix.name), re.sub(r"\[.*", "", matrix.name)]
+        names += [name.removesuffix(".weight") for name in matrix.parameter_names]
+        return any(re.fullmatch(wanted[1:-1], name) for name in names)
+    if wanted in GROUPS:
+        return matrix.kind in GROUPS[wanted]
+    if wanted in KINDS:
+        return matrix.kind == wanted
+    path = re.sub(r"\[.*", "", matrix.path_in_layer) or "weight"
+    # `q_proj` of PEFT is a module around `q_proj.base_layer`: the name of the model as it was works too.
+    return any(f".{name}".endswith(f".{wanted}") for name in (path, re.sub(r"\.base_layer\b", "", path)))
+
+
+def _names_all(reduction: Reduction, matrix: WeightMatrix) -> bool:
+    """Whether a pattern names a tied weight by each of its names, and so means to cut all that share it."""
+    names = [name.removesuffix(".weight") for name in matrix.parameter_names]
+    pattern = reduction.matrix[1:-1] if reduction.matrix.startswith("/") else ""
+    return len(names) == 1 or all(re.fullmatch(pattern, name) for name in names)
+
+
+def _matches_stack(matrix: WeightMatrix, reduction: Reduction) -> bool:
+    if matrix.stack is None:
+        return False
+    # `decoder` names the stack `model.decoder.layers`; `decoder.layers` and the full path do so too.
+    wanted = reduction.stack
+    return wanted is None or f".{wanted}." in f".{matrix.stack}."
+
+
+def _layers(layer: int | str, depth: int) -> range:
+    if layer == "*":
+        return range(depth)
+    if isinstance(layer, str):
+        first, last = map(int, layer.split("-"))
+        return range(first, last + 1) if last < depth else range(0)
+    index = layer + depth if layer < 0 else layer
+    return range(index, index + 1)
