@@ -69,9 +69,7 @@ class CleanupResult:
     def reason(self, mode: str) -> str:
         """Why a mode was accepted or not."""
         search = self.searches[mode]
-        if mode == self.mode:
-            return search.reason
-        if search.plan is None:
+        if mode == self.mode or search.plan is None:
             return search.reason
         if self.p_adjusted[mode] > ALPHA:
             return f"not significant beside the other mode (p = {self.p_adjusted[mode]:.2g} after Holm)"
@@ -102,15 +100,14 @@ class CleanupResult:
 
     def render(self) -> RenderableType:
         """A table for the terminal."""
-        table = Table("mode", "plan", "as trained", "cut", "95 % interval", "p after Holm", "outcome")
+        table = Table("mode", "plan", "as trained", "cut", "95 % interval", "p after Holm", "accepted")
         for mode, search in self.searches.items():
             row = self.row(mode)
             numbers = ["-"] * 4
             if row is not None:
                 ends = "-" if row.lower is None or row.upper is None else f"{row.lower:+.4g} .. {row.upper:+.4g}"
                 numbers = [f"{row.original:.4g}", f"{row.reduced:.4g}", ends, f"{self.p_adjusted[mode]:.2g}"]
-            outcome = "accepted" if mode == self.mode else self.reason(mode)
-            table.add_row(mode, Text(str(search.found or "-")), *numbers, Text(outcome))
+            table.add_row(mode, Text(str(search.found or "-")), *numbers, "yes" if mode == self.mode else "no")
         lines = [f"cleaned: {self.source}", f"report: {self.report}"]
         lines += [] if self.checkpoint is None else [f"checkpoint: {self.checkpoint}"]
         style = "bold green" if self.mode else "bold yellow"
