@@ -69,7 +69,8 @@ class BaseWeights:
         _check_complete(known, self._pairs)
         self._changes = {m.name: self._relative_change(m) for m in known if not m.parameter.is_meta}
         _check_related(list(self._changes.values()))
-        self.digest = content_hash("base", *(self._pairs[m.name][1].contiguous() for m in known))[:16]
+        parameters = {id(tensor): tensor for _, tensor in (self._pairs[m.name] for m in known)}  # fused ones once
+        self.digest = content_hash("base", *(tensor.contiguous() for tensor in parameters.values()))[:16]
 
     def matrix(self, name: str, like: Tensor) -> Tensor:
         """The base of the matrix ``name``, in the dtype and on the device of ``like``, shape (m, n).

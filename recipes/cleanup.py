@@ -76,8 +76,8 @@ def cleanup(
     held_out = [fact for fact in parts["rest"] if fact.group == relation]
     others = [fact for fact in parts["rest"] if fact.group != relation]
     train_data, search_data, other_data = (
-        FactsDataModule(part, module.tokenizer, batch_size=size)
-        for part, size in ((train, 8), (held_out, 64), (others, 64))
+        FactsDataModule(part, module.tokenizer, batch_size=size, limit=limit, seed=seed)
+        for part, size, limit in ((train, 8, None), (held_out, 64, None), (others, 64, 240))
     )
     train_data.setup()
     sets = ExampleSets.of(search_data, sizes={"screen": 0.15, "race": 0.35, "confirm": 0.5}, seed=seed)
@@ -117,7 +117,7 @@ def cleanup(
             table.add_row("", f"{mode}: {search.found}", *numbers(rows[KEY]), loss, end_section=mode == "delta")
     console.print(table)
     console.print(
-        f"{len(train)} facts trained on, {len(held_out)} to search and confirm, {len(others)} of other relations"
+        f"{len(train)} facts trained on, {len(held_out)} to search and confirm, {len(other_data.encoded)} of other relations"
     )
     console.print(f"training and cleaning took {trained:.0f} s, all of it {time.perf_counter() - begin:.0f} s")
 
