@@ -117,7 +117,8 @@ def cleanup(
             table.add_row("", f"{mode}: {search.found}", *numbers(rows[KEY]), loss, end_section=mode == "delta")
     console.print(table)
     console.print(
-        f"{len(train)} facts trained on, {len(held_out)} to search and confirm, {len(other_data.encoded)} of other relations"
+        f"{len(train)} facts trained on, {len(held_out)} to search and confirm, "
+        f"{len(other_data.encoded)} of other relations"
     )
     console.print(f"training and cleaning took {trained:.0f} s, all of it {time.perf_counter() - begin:.0f} s")
 
