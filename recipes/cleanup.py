@@ -116,10 +116,8 @@ def cleanup(
             loss = f"{rows['log_loss'].reduced:.3f}"
             table.add_row("", f"{mode}: {search.found}", *numbers(rows[KEY]), loss, end_section=mode == "delta")
     console.print(table)
-    console.print(
-        f"{len(train)} facts trained on, {len(held_out)} to search and confirm, "
-        f"{len(other_data.encoded)} of other relations"
-    )
+    counts = f"{len(train)} facts trained on, {len(held_out)} to search and confirm"
+    console.print(f"{counts}, {len(other_data.encoded)} of other relations")
     console.print(f"training and cleaning took {trained:.0f} s, all of it {time.perf_counter() - begin:.0f} s")
 
 
