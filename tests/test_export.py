@@ -265,7 +265,7 @@ def test_numbers_of_another_plan_are_refused(result, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "expected"), [("a/b-1.5", "a/b-1.5"), ("gpt2", None), ("", None), (None, None), ("/root/x", None)]
+    ("name", "expected"), [("a/b-1.5", "a/b-1.5"), ("gpt2", None), ("", None), (None, None), ("/somewhere/x", None)]
 )
 def test_only_names_of_the_hub_are_published(name, expected):
     assert hub_name(name) == expected
