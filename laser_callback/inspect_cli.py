@@ -21,6 +21,8 @@ from laser_callback.progress import PhaseProgress, quiet_libraries
 from laser_callback.spectra import Spectra
 
 _SHOWN_RHOS = (0.01, 0.1, 0.5)
+_WIDE = 120
+"""A terminal with so many columns has room for ranges beside medians."""
 
 
 def inspect(
@@ -47,11 +49,12 @@ def inspect(
     found = inspect_model(_load(model), within, spectra, PhaseProgress())
     if picture is not None:
         save_spectra(found, picture)
-    Console(highlight=False).print(render(found, each))
+    console = Console(highlight=False)
+    console.print(render(found, each, ranges=console.width >= _WIDE))
     return Answer({"model": model, "within": within, **found.to_dict()})
 
 
-def render(found: Inspection, each: bool = False) -> RenderableType:
+def render(found: Inspection, each: bool = False, ranges: bool = True) -> RenderableType:
     """The inspection as tables: spectra by kind and shape (or of each matrix), then what is not cut."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     for heading in ("matrix" if each else "kind", "layers", "shape"):
@@ -63,12 +66,13 @@ def render(found: Inspection, each: bool = False) -> RenderableType:
     for group in [[m] for m in found.matrices] if each else _groups(found.matrices):
         first = group[0]
         label = first.name if each or first.kind is None else _kind(first, found.matrices)
-        shares = [_spread([m.energy(rho) for m in group]) for rho in _SHOWN_RHOS]
-        ranks = [_spread([m.ranks[rule] / m.max_rank for m in group]) for rule in RULES]
+        shares = [_spread([m.energy(rho) for m in group], ranges) for rho in _SHOWN_RHOS]
+        ranks = [_spread([m.ranks[rule] / m.max_rank for m in group], ranges) for rule in RULES]
         table.add_row(label, _layers(group), "x".join(map(str, first.shape)), *shares, *ranks)
     notes = [
         "norm²: % of the squared norm that is left at so many % of the rank. Others: % of the maximum rank that a rule "
-        "keeps; `entropy` is the effective rank. Median (lowest-highest). Rules see no data and are heuristics.",
+        f"keeps; `entropy` is the effective rank. Median{' (lowest-highest)' * ranges}. Rules see no data and are "
+        "heuristics.",
         f"{len(found.matrices)} matrices in {found.seconds:.1f} s, of which {found.factorising:.1f} s factorising"
         + (f" ({found.loaded} read from disk)" if found.loaded else ""),
     ]
@@ -105,11 +109,11 @@ def _layers(group: Sequence[InspectedMatrix]) -> str:
     return span if whole else f"{len(layers)} of {span}"
 
 
-def _spread(shares: Sequence[float]) -> str:
-    """Median (lowest-highest) in percent."""
+def _spread(shares: Sequence[float], ranges: bool) -> str:
+    """Median (lowest-highest) in percent, or the median alone."""
     values = [100 * share for share in shares]
     middle = f"{statistics.median(values):.0f}"
-    return middle if len(values) == 1 else f"{middle} ({min(values):.0f}-{max(values):.0f})"
+    return middle if len(values) == 1 or not ranges else f"{middle} ({min(values):.0f}-{max(values):.0f})"
 
 
 def _not_cut(left: Sequence[NotCut]) -> list[RenderableType]:

@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from typing_extensions import override
 
-from laser_callback.data import pad_token_id, special_tokens
+from laser_callback.encoding import pad_token_id, special_tokens
 from laser_callback.facts import check_rows, read_records
 from laser_callback.scoring import UnitMean
 

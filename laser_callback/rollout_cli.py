@@ -10,12 +10,15 @@ from rich.console import Console
 
 from laser_callback.command import Answer, Exit
 from laser_callback.data import FactsDataModule
+from laser_callback.delta import BaseWeights
 from laser_callback.gate_report import print_rollout
 from laser_callback.module import LaserModule
 from laser_callback.plan import LaserPlan
 from laser_callback.probes import ProbesDataModule
 from laser_callback.progress import quiet_libraries
 from laser_callback.rollout import StagedRollout, in_steps, one_by_one
+from laser_callback.spectra import Spectra
+from laser_callback.spectrum_folder import default_folder
 
 PLAN_FILES = (".yaml", ".yml", ".json", ".txt")
 
@@ -30,6 +33,7 @@ def rollout(
     others: dict[str, Path] | None = None,
     module: pl.LightningModule | None = None,
     data: pl.LightningDataModule | None = None,
+    base: str | None = None,
     stages: list[str] | None = None,
     steps: list[float] | None = None,
     gain_at: Literal["each", "last"] = "each",
@@ -58,6 +62,7 @@ def rollout(
         others: more facts by name, for gates on {name}/{metric}.
         module: instead of a model, a LightningModule class of your own; goes with data.
         data: a LightningDataModule class with a validation dataloader.
+        base: what the model was fine-tuned from, a folder, hub name or checkpoint: then only the difference is cut.
         stages: the plans to go through before the last, in order; by default one more reduction at a time.
         steps: instead, cut the whole plan at these rhos first.
         gain_at: demand gains of each stage, or of the last only.
@@ -101,6 +106,7 @@ def rollout(
         others=sources,
         gain_at=gain_at,
         controls=controls,
+        spectra=None if base is None else Spectra(default_folder(), base=BaseWeights(base, module)),
         folder=folder,
         resume=resume,
         accelerator=accelerator,

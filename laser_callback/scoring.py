@@ -133,7 +133,7 @@ class AnswerScores(RowScores):
 
         Args:
             chunks: one :class:`RowScores` per entry of ``batch["chunks"]``.
-            batch: what :class:`~laser_callback.data.FactCollator` returns; ``row_fact``, ``row_role``, ``id`` are read.
+            batch: what :class:`~laser_callback.encoding.FactCollator` returns (``row_fact``, ``row_role``, ``id``).
 
         Raises:
             ValueError: if the chunks do not hold as many rows as the batch.

@@ -19,7 +19,6 @@ from typing import Any, Literal
 import lightning.pytorch as pl
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
-from torch.utils.data import DataLoader
 
 from laser_callback.candidates import (
     DELTA_RHOS,
@@ -35,15 +34,14 @@ from laser_callback.candidates import (
 from laser_callback.constraints import Constraint, judge_all
 from laser_callback.delta import BaseWeights, Source
 from laser_callback.facts import DEFAULT_SIZES
-from laser_callback.journal import Journal, Step
+from laser_callback.journal import Journal
 from laser_callback.measure import Lab, Table
 from laser_callback.module import LaserModule
 from laser_callback.plan import LaserPlan, Reduction
 from laser_callback.progress import PhaseProgress
 from laser_callback.provenance import versions
 from laser_callback.race import Rung, choose, schedule
-from laser_callback.result import LaserResult
-from laser_callback.screen import GradientScreen, LossFn
+from laser_callback.screen import LossFn
 from laser_callback.screen_alternatives import SCREENS
 from laser_callback.search_result import SearchResult, Trade, decide, mark_efficient
 from laser_callback.search_setup import (
@@ -56,7 +54,7 @@ from laser_callback.search_setup import (
     power_warnings,
     row_of,
 )
-from laser_callback.search_steps import SCREEN_BATCHES, Screen, Steps
+from laser_callback.search_steps import Screen, Steps
 from laser_callback.sets import ExampleSets
 from laser_callback.spectra import Spectra
 from laser_callback.spectrum_folder import default_folder
@@ -65,8 +63,6 @@ _NOT_SETTINGS = ("module", "data", "base", "folder", "resume", "spectra", "progr
 FINALISTS = 6
 FRESH_SHARE = 0.2
 """Share of the race examples that each further reduction is accepted on."""
-CAUTION = 2.0
-"""Standard errors of the screen's estimate that count against a candidate, where there are batches to tell them by."""
 ROUNDS = 3
 """So often the screen's next candidates race, while every finalist breaks a constraint."""
 PROBE = 32
@@ -370,34 +366,16 @@ class LaserSearch:
         result, primary = self.result, self._objective.keys[0]
         if result.found is None:
             return
-        result.confirmed = self._compared(steps, "confirm", steps.sets.loader("confirm"), primary, self.controls)
+        options: dict[str, Any] = {"seed": self.seed, "folder": self.folder}
+        confirm = [steps.sets.loader("confirm")]
+        result.confirmed = steps.compare("confirm", result.found, confirm, primary, controls=self.controls, **options)
         if self._bounds:
             text = steps.sets.text("guard")
-            loaders = [steps.sets.loader("guard")] if steps.sets.sizes.get("guard") else []
-            result.guard = self._compared(
-                steps, "guard", [*loaders, *([text] if text is not None else [])], None, False
-            )
+            guard = [steps.sets.loader("guard")] if steps.sets.sizes.get("guard") else []
+            guard += [] if text is None else [text]
+            result.guard = steps.compare("guard", result.found, guard, None, controls=False, **options)
             result.judgements = judge_all(self._bounds, result.guard["laser"].rows)
         decide(result, self._objective.signs[0])
-
-    def _compared(self, steps: Steps, name: str, loaders: Any, primary: str | None, controls: bool) -> LaserResult:
-        plan, live = self.result.found, []
-        assert plan is not None
-
-        def compute() -> Step:
-            live.append(steps.lab.compare(plan, loaders, primary=primary, controls=controls, seed=self.seed))
-            return live[0].to_dict(), {}
-
-        examples = sum(len(loader.dataset) for loader in (loaders if isinstance(loaders, list) else [loaders]))
-        arms = 2 + 2 * controls
-        what = f"{name}: {plan} on {examples} examples"
-        data, _ = steps.timed(name, name, what, compute, examples * arms, examples * (1 + steps.lab.share(plan)))
-        result = LaserResult.from_dict(data)
-        if live:
-            result.examples = live[0].examples
-            if self.folder is not None:
-                result.examples.write(Path(self.folder) / f"{name}.examples.jsonl")
-        return result
 
     def _finish(self, steps: Steps) -> SearchResult:
         self.result.phases = list(steps.phases.values())
@@ -452,14 +430,7 @@ class LaserSearch:
         if callable(self.screen):
             return self.screen
         exact = steps.lab.spectra if self.spectrum == "exact" else Spectra.default()
-        if self.screen != "gradient":
-            by_name = SCREENS[self.screen]
-            return lambda found, rhos, _: by_name(found, rhos, exact, self.seed)
-
-        def gradient(found: Sequence[Target], rhos: Sequence[float], loader: DataLoader[Any]) -> dict[Reduction, float]:
-            caution = CAUTION if len(loader) >= SCREEN_BATCHES else 0.0
-            screen = GradientScreen(found, rhos, exact, loss=self.screen_loss, caution=caution)
-            steps.lab.validate(loader, screen, inference_mode=False)
-            return screen.scores
-
-        return gradient
+        if self.screen == "gradient":
+            return steps.gradient_screen(exact, self.screen_loss)
+        by_name = SCREENS[self.screen]
+        return lambda found, rhos, _: by_name(found, rhos, exact, self.seed)

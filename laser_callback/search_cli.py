@@ -70,7 +70,7 @@ def search(
         base: folder, hub name or checkpoint that the model was fine-tuned from; only the difference is then cut.
         within: where to look, as plan text without rho, e.g. "20-29.mlp, *.q_proj".
         rhos: fractions of the rank to try; by default those of the paper's code, and 0.
-        screen: gradient, spectrum, late-mlp or random.
+        screen: gradient, gavish-donoho, entropy, laser-rmt-snr, late-mlp or random.
         candidates: how many of the screen's best race.
         max_reductions: stop composing at so many cuts.
         min_gain: warn if the examples are too few to confirm a gain of this size.

@@ -1,4 +1,4 @@
-"""The steps of a search: screen, race, refine, accept. Each is kept in the journal and counted in its phase.
+"""The steps of a search: screen, race, refine, accept, compare. Each is kept in the journal and counted in its phase.
 
 :class:`Steps` holds what they share; the order in which they run, and what follows from them, is ``search.py``'s.
 """
@@ -9,6 +9,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,16 +24,21 @@ from laser_callback.measure import Lab, Table, Values
 from laser_callback.plan import LaserPlan, Reduction
 from laser_callback.progress import PhaseProgress
 from laser_callback.race import Objective, Rung, choose, order, paired, schedule
+from laser_callback.result import LaserResult
+from laser_callback.screen import GradientScreen, LossFn
 from laser_callback.search_report import leaders
 from laser_callback.search_result import Phase
 from laser_callback.search_setup import FLUENCY
 from laser_callback.sets import ExampleSets
+from laser_callback.spectra import Spectra
 
 FLUENCY_WINDOWS = 12
 """At most so many windows of text rank the finalists' fluency; the guard set has others, and more."""
 
 SCREEN_BATCHES = 5
 """The screen set in at least so many, between which its gradients are seen to vary."""
+CAUTION = 2.0
+"""Standard errors of the screen's estimate that count against a candidate, where there are batches to tell them by."""
 
 ARMS = 64
 """So many candidates run in one evaluation loop, and are one step of the journal."""
@@ -91,6 +97,17 @@ class Steps:
         what = f"screen: {len(found)} targets at {len(rhos)} rhos, one backward pass on {examples} examples"
         data, _ = self.timed(f"{number}-screen", "screen", what, compute, examples, 3.0 * examples)
         return {name: math.nan if score is None else score for name, score in data.items()}
+
+    def gradient_screen(self, spectra: Spectra, loss: LossFn | None) -> Screen:
+        """The screen by one backward pass; ``loss`` as for :class:`GradientScreen`."""
+
+        def screen(found: Sequence[Target], rhos: Sequence[float], loader: DataLoader[Any]) -> dict[Reduction, float]:
+            caution = CAUTION if len(loader) >= SCREEN_BATCHES else 0.0
+            gradient = GradientScreen(found, rhos, spectra, loss=loss, caution=caution)
+            self.lab.validate(loader, gradient, inference_mode=False)
+            return gradient.scores
+
+        return screen
 
     def measure(
         self,
@@ -276,6 +293,35 @@ class Steps:
             return None
         chosen = choose(self.objective, table, accepted)
         return next(candidate for candidate in finalists if str(candidate.reduction) == chosen)
+
+    def compare(
+        self,
+        name: str,
+        plan: LaserPlan,
+        loaders: Sequence[DataLoader[Any]],
+        primary: str | None,
+        *,
+        controls: bool,
+        seed: int,
+        folder: str | Path | None,
+    ) -> LaserResult:
+        """The original against ``plan`` with all statistics; each example's outcomes are also kept in ``folder``."""
+        live: list[LaserResult] = []
+
+        def compute() -> Step:
+            live.append(self.lab.compare(plan, list(loaders), primary=primary, controls=controls, seed=seed))
+            return live[0].to_dict(), {}
+
+        examples = sum(map(_length, loaders))
+        arms = 2 + 2 * controls
+        what = f"{name}: {plan} on {examples} examples"
+        data, _ = self.timed(name, name, what, compute, examples * arms, examples * (1 + self.lab.share(plan)))
+        result = LaserResult.from_dict(data)
+        if live:
+            result.examples = live[0].examples
+            if folder is not None:
+                result.examples.write(Path(folder) / f"{name}.examples.jsonl")
+        return result
 
 
 class _NoTimeError(Exception):

@@ -16,7 +16,8 @@ from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.utils.data import DataLoader, Subset
 
-from laser_callback.data import EncodedFact, FactsDataModule, TextWindows
+from laser_callback.data import FactsDataModule, TextWindows
+from laser_callback.encoding import EncodedFact
 from laser_callback.example_set import ExampleSet, Loader, indivisible, kept_whole, taken_apart
 from laser_callback.facts import DEFAULT_SIZES, deal, draw, subject_key
 from laser_callback.scoring import Role

@@ -10,7 +10,8 @@ from lightning.pytorch import LightningModule, Trainer
 from tiny import SENTENCES, tiny_causal_lm, tiny_tokenizer
 from tokenizers import normalizers
 
-from laser_callback.data import FactCollator, FactsDataModule, TextWindows, encode_facts
+from laser_callback.data import FactsDataModule, TextWindows
+from laser_callback.encoding import FactCollator, encode_facts
 from laser_callback.facts import Fact
 from laser_callback.scoring import METRICS, AnswerScores, Role, score_rows
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from typing import Any
 
 import lightning.pytorch as pl
@@ -14,12 +15,13 @@ from safetensors.torch import save_file
 from test_callback import CLASSES, Toy, make_data
 from test_screen import Steps, ids, run
 from test_search import SEARCH, Recall
-from tiny import tiny_causal_lm
+from tiny import tiny_causal_lm, tiny_tokenizer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from laser_callback import LaserCallback, LaserSearch, find_matrices, reduced
+from laser_callback import LaserCallback, LaserPlan, LaserSearch, find_matrices, reduced, restore, save_reduced
 from laser_callback.candidates import targets
+from laser_callback.cli import main
 from laser_callback.delta import BaseWeights
 from laser_callback.matrices import WeightMatrix
 from laser_callback.merging import merged, put_effective
@@ -360,3 +362,47 @@ def test_a_search_without_any_difference_is_refused(planted):
         LaserSearch(module, loader, base=module, spectra=Spectra(), **SEARCH)
     with pytest.raises(ValueError, match="spectrum='exact'"):
         LaserSearch(module, loader, base=module, spectrum="reference", **SEARCH)
+
+
+# ---- shipped ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_recipe_of_delta_mode_needs_its_base_and_can_be_undone(tmp_path):
+    base = tiny_causal_lm()
+    model = tuned(base)
+    before = weights(model)
+    spectra = Spectra(base=BaseWeights(base, model))
+    save_reduced(model, "1.fc_in@0.1", tmp_path / "laser.json", "recipe", spectra=spectra)
+    save_reduced(model, "1.fc_in@0.1", tmp_path / "undo.safetensors", "undo", spectra=spectra)
+    recipe = LaserPlan.from_file(tmp_path / "laser.json")
+    with pytest.raises(ValueError, match="cuts the difference to the base"):
+        recipe.apply(model)
+    with pytest.raises(ValueError, match="cuts the difference to the base"):
+        recipe.apply(model, spectra=Spectra(base=BaseWeights(tuned(base, seed=9), model)))
+    assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
+
+    recipe.apply(model, spectra=spectra)
+    matrix = matrix_of(model, 1, "fc_in")
+    cut = expected(before[matrix.parameter_names[0]], dict(base.named_parameters())[matrix.parameter_names[0]], 3)
+    assert torch.allclose(matrix.parameter.double(), cut, atol=1e-6)
+    restore(model, tmp_path / "undo.safetensors")
+    assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
+
+
+def test_a_rollout_in_delta_mode_from_the_command_line(tmp_path):
+    base = tiny_causal_lm()
+    for name, model in (("base", base), ("tuned", tuned(base))):
+        model.save_pretrained(tmp_path / name)
+        tiny_tokenizer().save_pretrained(tmp_path / name)
+    facts = [{"id": f"{i}", "prompt": f"The capital of {i} is", "answer": "Paris"} for i in range(12)]
+    (tmp_path / "facts.jsonl").write_text("\n".join(map(json.dumps, facts)))
+    command = ["gate", "--plan", "1.mlp@0", "--gates", '["log_loss: delta < 1e9"]', "--accelerator", "cpu"]
+    command += ["--model", str(tmp_path / "tuned"), "--facts", str(tmp_path / "facts.jsonl")]
+    losses = {}
+    for name, options in (("full", []), ("delta", ["--base", str(tmp_path / "base")])):
+        assert main([*command, *options, "--output", str(tmp_path / name)]) == 0
+        result = json.loads((tmp_path / name).read_text())
+        assert ("base" in result["settings"]) == (name == "delta")
+        rows = result["stages"][0]["results"][""]["arms"]["laser"]["rows"]
+        losses[name] = next(row["reduced"] for row in rows if row["metric"] == "log_loss")
+    assert losses["full"] != losses["delta"]

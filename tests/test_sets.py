@@ -11,7 +11,8 @@ import pytest
 import torch
 from tiny import SENTENCES, tiny_tokenizer
 
-from laser_callback.data import FactsDataModule, TextWindows, encode_facts
+from laser_callback.data import FactsDataModule, TextWindows
+from laser_callback.encoding import encode_facts
 from laser_callback.facts import Fact, sample_facts
 from laser_callback.sets import ExampleSets
 

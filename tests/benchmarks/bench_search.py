@@ -32,8 +32,8 @@ from torch import nn
 
 from laser_callback import FactsDataModule, LaserModule, LaserPlan, LaserSearch, find_matrices
 from laser_callback.comparison import Outcomes, compare
-from laser_callback.data import FactCollator, encode_facts
 from laser_callback.demo_model import demo_model_folder
+from laser_callback.encoding import FactCollator, encode_facts
 from laser_callback.facts import Fact, read_facts, sample_facts, split_facts
 from laser_callback.measure import Lab
 from laser_callback.sets import ExampleSets
