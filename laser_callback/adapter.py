@@ -1,7 +1,8 @@
 """A cut as an adapter: what is added to the original to have the other model, per request, in servers that load LoRA.
 
-The difference that a cut makes is a matrix of low rank if the cut keeps much. Contract: an adapter is written where it
-has fewer numbers than the matrix; else the cut is refused as an adapter, with the sizes. Original plus adapter is the
+The difference that a cut makes is a matrix of low rank if the cut keeps much; in delta mode what is left of the
+fine-tuning is one if the cut keeps little. Contract: an adapter is written where it has fewer numbers than the matrix;
+else the cut is refused as an adapter, with the sizes. Original plus adapter, or in delta mode base plus adapter, is the
 reduced model up to rounding.
 """
 
@@ -24,28 +25,39 @@ Factors = Mapping[str, tuple[Tensor, Tensor]]
 
 
 def difference_of(model: PreTrainedModel, plan: LaserPlan, spectra: Spectra) -> Factors:
-    """What the cut adds to each planned matrix of ``model``, as thin factors in float64.
+    """What the cut adds to each planned matrix of ``model`` (delta mode: of its base), as thin factors in float64.
 
     Raises:
-        ValueError: if a matrix is not the whole weight of a linear layer, or its difference is no smaller than itself.
+        ValueError: if a matrix is not the whole weight of a linear layer, or its difference is no smaller than itself;
+            in delta mode if fine-tuning has changed more than what is planned.
     """
+    planned, base = plan.resolve(model), spectra.base
+    left = [] if base is None else base.changed_besides([matrix for matrix, _ in planned])
+    if left:
+        raise ValueError(
+            f"base and adapter would not be the reduced model: fine-tuning has changed {len(left)} parameters besides "
+            f"what the plan cuts, first `{left[0]}`. Cut them too, or write the cut as dense"
+        )
     factors: dict[str, tuple[Tensor, Tensor]] = {}
-    for matrix, reduction in plan.resolve(model):
+    for matrix, reduction in planned:
         weight = matrix.read(matrix.parameter.data).detach()
-        if spectra.changes_nothing(weight, reduction, matrix.name):
+        if base is None and spectra.changes_nothing(weight, reduction, matrix.name):
             continue
         if why := why_not_thin(matrix, reduction, spectra):
             raise ValueError(f"`{matrix.name}` cannot have an adapter: {why}. Write the cut as dense instead")
         spectrum = spectra.of(weight, matrix.name)
-        change = gains_of(reduction, spectrum) - 1
-        rank, own = int((change != 0).sum()), weight.numel()
+        change = gains_of(reduction, spectrum) - (1 if base is None else 0)
+        rank, own = int(((change != 0) & (spectrum.values > 0)).sum()), weight.numel()
         numbers = rank * sum(matrix.shape)
         if numbers >= own:
+            part = "removes" if base is None else "leaves of the difference"
             raise ValueError(
-                f"the part of `{matrix.name}` that {reduction} removes has rank {rank}: as an adapter it takes "
-                f"{numbers:,} numbers, and the matrix itself {own:,}. Write the cut as dense or factored instead"
+                f"the part of `{matrix.name}` that {reduction} {part} has rank {rank}: as an adapter it takes "
+                f"{numbers:,} numbers, and the matrix itself {own:,}. Write the cut as dense instead"
+                + (" or factored" if base is None else "")
             )
-        factors[matrix.name] = thin_factors(weight, spectrum, change)
+        if rank:
+            factors[matrix.name] = thin_factors(spectra.operand(weight, matrix.name), spectrum, change)
     return factors
 
 

@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from laser_callback.matrices import WeightMatrix, find_matrices
+from laser_callback.matrices import WeightMatrix, find_matrices, same_name
 from laser_callback.merging import adapted_layers
 from laser_callback.pretrained import load_pretrained
 from laser_callback.spectrum import as_double
@@ -45,6 +45,7 @@ class BaseWeights:
 
     Attributes:
         digest: 16 hexadecimal digits that stand for the base's weights.
+        name: folder or hub name that the base came from, if it has one.
 
     Raises:
         ValueError: if ``source`` cannot be read, lacks a matrix, has one of another shape, or is not what ``model`` was
@@ -64,13 +65,20 @@ class BaseWeights:
                 "merge them first, `model = model.merge_and_unload()` or `with laser_callback.merged(model): ...`"
             )
         matrices = find_matrices(model)
-        self._pairs = _matched(matrices, read_weights(source))
+        self.name = str(source) if isinstance(source, (str, Path)) else getattr(source, "name_or_path", None)
+        weights = _Weights(read_weights(source), matrices)
+        self._pairs = weights.matched(matrices)
         known = [matrix for matrix in matrices if matrix.kind is not None]
         _check_complete(known, self._pairs)
         self._changes = {m.name: self._relative_change(m) for m in known if not m.parameter.is_meta}
         _check_related(list(self._changes.values()))
         parameters = {id(tensor): tensor for _, tensor in (self._pairs[m.name] for m in known)}  # fused ones once
         self.digest = content_hash("base", *(tensor.contiguous() for tensor in parameters.values()))[:16]
+        self._changed = [
+            _plain(name)
+            for name, parameter in model.named_parameters()
+            if not parameter.is_meta and not _same(parameter.data, weights.of(_plain(name)))
+        ]
 
     def matrix(self, name: str, like: Tensor) -> Tensor:
         """The base of the matrix ``name``, in the dtype and on the device of ``like``, shape (m, n).
@@ -78,12 +86,14 @@ class BaseWeights:
         Raises:
             ValueError: if it has none.
         """
-        if name not in self._pairs:
+        # A module around the model puts its own name in front, and the model may be asked for without it.
+        found = [name] if name in self._pairs else [key for key in self._pairs if same_name(key, name)]
+        if len(found) != 1:
             raise ValueError(
                 f"the base has no counterpart of `{name}`, so there is no difference to cut. It has one of "
                 f"{', '.join(list(self._pairs)[:3])}, ...; give `BaseWeights` the very model that is cut"
             )
-        matrix, tensor = self._pairs[name]
+        matrix, tensor = self._pairs[found[0]]
         return matrix.read(tensor).to(like.device, like.dtype)
 
     def difference(self, matrix: Tensor, name: str) -> Tensor:
@@ -97,6 +107,11 @@ class BaseWeights:
     def changed(self, matrix: WeightMatrix) -> bool:
         """Whether fine-tuning has changed a matrix of a known kind at all."""
         return self._changes.get(matrix.name, 0.0) > 0
+
+    def changed_besides(self, matrices: Sequence[WeightMatrix]) -> list[str]:
+        """Names of the parameters that fine-tuning has changed and none of ``matrices`` is in."""
+        names = [_plain(name) for matrix in matrices for name in matrix.parameter_names]
+        return [name for name in self._changed if not any(same_name(name, other) for other in names)]
 
     def _relative_change(self, matrix: WeightMatrix) -> float:
         """||W - W_base|| / ||W_base||, in Frobenius norms."""
@@ -137,31 +152,42 @@ def read_weights(source: Source) -> Mapping[str, Tensor]:
 # ---- matching --------------------------------------------------------------------------------------------------------
 
 
-def _matched(matrices: Sequence[WeightMatrix], weights: Mapping[str, Tensor]) -> dict[str, tuple[WeightMatrix, Tensor]]:
-    """Each matrix of the model with the base's parameter that holds its counterpart.
+class _Weights:
+    """The base's weights, to be found by the names that the model has for them.
 
     Both sides name the same layers alike but for what stands in front. The front parts are those for which most names
     meet: a single name, such as that of a new head, may end like an unrelated one.
     """
-    by_name = {_plain(name): tensor for name, tensor in weights.items()}
-    by_end: dict[str, list[str]] = {}
-    for name in by_name:
-        for end in _ends(name):
-            by_end.setdefault(end, []).append(name)
-    votes: Counter[tuple[str, str]] = Counter()
-    for matrix in matrices:
-        name = _plain(matrix.parameter_names[0])
-        end = next((end for end in _ends(name) if end in by_end), "")
-        if end:
-            votes.update((name.removesuffix(end), found.removesuffix(end)) for found in by_end[end])
-    fronts = votes.most_common(1)[0][0] if votes else ("", "")
-    found: dict[str, tuple[WeightMatrix, Tensor]] = {}
-    for matrix in matrices:
-        for name in map(_plain, matrix.parameter_names):
-            tensor = by_name.get(fronts[1] + name.removeprefix(fronts[0]))
-            if tensor is not None and name.startswith(fronts[0]):
-                found.setdefault(matrix.name, (matrix, tensor))
-    return found
+
+    def __init__(self, weights: Mapping[str, Tensor], matrices: Sequence[WeightMatrix]) -> None:
+        self._by_name = {_plain(name): tensor for name, tensor in weights.items()}
+        by_end: dict[str, list[str]] = {}
+        for name in self._by_name:
+            for end in _ends(name):
+                by_end.setdefault(end, []).append(name)
+        votes: Counter[tuple[str, str]] = Counter()
+        for matrix in matrices:
+            own = _plain(matrix.parameter_names[0])
+            end = next((end for end in _ends(own) if end in by_end), None)
+            if end is not None:
+                votes.update((own.removesuffix(end), found.removesuffix(end)) for found in by_end[end])
+        self._front, self._base_front = votes.most_common(1)[0][0] if votes else ("", "")
+
+    def of(self, name: str) -> Tensor | None:
+        """The counterpart of the model's parameter of this (plain) name, if there is one."""
+        if not name.startswith(self._front):
+            return None
+        return self._by_name.get(self._base_front + name.removeprefix(self._front))
+
+    def matched(self, matrices: Sequence[WeightMatrix]) -> dict[str, tuple[WeightMatrix, Tensor]]:
+        """Each matrix of the model with the base's parameter that holds its counterpart."""
+        found: dict[str, tuple[WeightMatrix, Tensor]] = {}
+        for matrix in matrices:
+            for name in map(_plain, matrix.parameter_names):
+                tensor = self.of(name)
+                if tensor is not None:
+                    found.setdefault(matrix.name, (matrix, tensor))
+        return found
 
 
 def _check_complete(matrices: Sequence[WeightMatrix], pairs: Mapping[str, tuple[WeightMatrix, Tensor]]) -> None:
@@ -188,6 +214,13 @@ def _check_related(changes: Sequence[float]) -> None:
             f"`base` is not what the model was fine-tuned from: its weights differ from the model's by {middle:.0%} of "
             "their size (the middle of all matrices), as those of unrelated models do"
         )
+
+
+def _same(parameter: Tensor, base: Tensor | None) -> bool:
+    """Whether fine-tuning has left a parameter as it was, in its own dtype."""
+    if base is None or base.shape != parameter.shape:
+        return False
+    return torch.equal(parameter, base.to(parameter.device, parameter.dtype))
 
 
 def _plain(name: str) -> str:

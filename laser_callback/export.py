@@ -60,7 +60,8 @@ def save_reduced(
             - ``"dense"``: a folder for ``from_pretrained``, as large as the original.
             - ``"checkpoint"``: a Lightning checkpoint (weights, hyperparameters) for ``load_from_checkpoint``.
             - ``"factored"``: thin layers where they are smaller, for :func:`load_factored`.
-            - ``"adapter"``: the difference to the original as a LoRA adapter for PEFT, where it is smaller.
+            - ``"adapter"``: the difference to the original as a LoRA adapter for PEFT, where it is smaller; in delta
+              mode what is left of the fine-tuning, as an adapter of the base.
             - ``"undo"``: the original bytes of the matrices that the cut overwrites, for :func:`restore`.
         result: the numbers to ship with it: of a comparison or a search that was about this plan.
         tokenizer: to put beside the weights; by default the ``tokenizer`` attribute of ``model``.
@@ -147,13 +148,13 @@ def _save_factored(
 def _save_adapter(
     model: PreTrainedModel, plan: LaserPlan, folder: Path, spectra: Spectra, numbers: _Numbers, tokenizer: Any
 ) -> Recipe:
-    if spectra.base is not None:
-        raise ValueError("`form` 'adapter' is for cuts of the weights themselves, not of their difference to a base")
     with recorded(model, plan, spectra, numbers=numbers) as (_, recipe):
         pass
-    save_adapter(model, difference_of(model, plan, spectra), folder, hub_name(model.name_or_path))
-    usage = 'from peft import PeftModel\n\nmodel = PeftModel.from_pretrained(original, "this-folder")'
-    notes = ["The original with this adapter is the reduced model, up to rounding; without it, the original."]
+    original = "original" if spectra.base is None else "base"
+    name = hub_name(model.name_or_path if spectra.base is None else spectra.base.name)
+    save_adapter(model, difference_of(model, plan, spectra), folder, name)
+    usage = f'from peft import PeftModel\n\nmodel = PeftModel.from_pretrained({original}, "this-folder")'
+    notes = [f"The {original} with this adapter is the reduced model, up to rounding; without it, the {original}."]
     _document(folder, model, recipe, title="A rank reduction as an adapter", usage=usage, library="peft", notes=notes)
     return recipe
 

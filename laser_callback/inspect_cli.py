@@ -56,11 +56,11 @@ def inspect(
 
 def render(found: Inspection, each: bool = False, ranges: bool = True) -> RenderableType:
     """The inspection as tables: spectra by kind and shape (or of each matrix), then what is not cut."""
-    table = Table(box=None, pad_edge=False, header_style="bold")
+    table = Table(box=None, pad_edge=False, padding=(0, 1 + ranges, 0, 0), header_style="bold")
     for heading in ("matrix" if each else "kind", "layers", "shape"):
         table.add_column(heading, overflow="fold")
     for rho in _SHOWN_RHOS:
-        table.add_column(f"norm²\nat {rho:.0%}", justify="right")
+        table.add_column(f"norm²\n{rho:.0%}", justify="right")
     for rule in RULES:
         table.add_column(rule.replace("-", "\n", 1), justify="right")
     for group in [[m] for m in found.matrices] if each else _groups(found.matrices):

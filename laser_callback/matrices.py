@@ -112,6 +112,12 @@ def find_matrices(model: nn.Module) -> list[WeightMatrix]:
     return matrices
 
 
+def same_name(one: str, other: str) -> bool:
+    """Whether two names can be of one matrix: a module around the model puts its own name in front."""
+    longer, shorter = (one, other) if len(one) > len(other) else (other, one)
+    return longer == shorter or longer.endswith(f".{shorter}")
+
+
 def layer_stacks(model: nn.Module) -> dict[str, list[nn.Module]]:
     """The model's layer stacks: path (as in :attr:`WeightMatrix.stack`) -> its layers in order, each layer once."""
     owners: dict[nn.Module, str] = {}

@@ -17,7 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from laser_callback.matrices import WeightMatrix
+from laser_callback.matrices import WeightMatrix, same_name
 from laser_callback.plan import LaserPlan
 from laser_callback.provenance import versions
 from laser_callback.spectra import Spectra
@@ -213,12 +213,6 @@ def spectra_for(plan: LaserPlan) -> Spectra:
 def matrix_hash(matrix: Tensor) -> str:
     """64 hexadecimal digits that stand for the dtype, the shape and the elements of ``matrix``, wherever it lies."""
     return content_hash(f"{matrix.dtype} {tuple(matrix.shape)}", matrix.contiguous())
-
-
-def same_name(one: str, other: str) -> bool:
-    """Whether two names can be of one matrix: a module around the model puts its own name in front."""
-    longer, shorter = (one, other) if len(one) > len(other) else (other, one)
-    return longer == shorter or longer.endswith(f".{shorter}")
 
 
 def _live(matrix: WeightMatrix) -> Tensor:

@@ -19,7 +19,16 @@ from tiny import tiny_causal_lm, tiny_tokenizer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from laser_callback import LaserCallback, LaserPlan, LaserSearch, find_matrices, reduced, restore, save_reduced
+from laser_callback import (
+    LaserCallback,
+    LaserModule,
+    LaserPlan,
+    LaserSearch,
+    find_matrices,
+    reduced,
+    restore,
+    save_reduced,
+)
 from laser_callback.candidates import targets
 from laser_callback.cli import main
 from laser_callback.delta import BaseWeights
@@ -195,10 +204,18 @@ def test_a_matrix_without_counterpart_is_named():
     spectra = Spectra(base=BaseWeights(base, module))
     with pytest.raises(ValueError, match="no counterpart of `q_proj`"), reduced(module, "/q_proj/@0", spectra):
         pass
-    with pytest.raises(ValueError, match=r"the very model that is cut"):
-        reduced(module.net["backbone"], "0.q_proj@0", spectra).prepare()
     with pytest.raises(ValueError, match="`method` must be 'exact' where there is a `base`"):
         Spectra(method="reference", base=spectra.base)
+
+
+def test_the_model_in_a_module_has_the_base_of_the_module():
+    base = tiny_causal_lm()
+    module = Wrapped(tuned(base))
+    spectra = Spectra(base=BaseWeights(base, module))
+    (inside,) = reduced(module.net["backbone"], "0.q_proj@0", spectra).prepare()
+    (outside,) = reduced(module, "0.q_proj@0", spectra).prepare()
+    assert torch.equal(inside, outside)
+    assert torch.equal(inside, matrix_of(base, 0, "q_proj").parameter)
 
 
 # ---- adapters --------------------------------------------------------------------------------------------------------
@@ -406,3 +423,36 @@ def test_a_rollout_in_delta_mode_from_the_command_line(tmp_path):
         rows = result["stages"][0]["results"][""]["arms"]["laser"]["rows"]
         losses[name] = next(row["reduced"] for row in rows if row["metric"] == "log_loss")
     assert losses["full"] != losses["delta"]
+
+
+def test_what_is_left_of_a_difference_is_an_adapter_of_the_base(tmp_path):
+    base = tiny_causal_lm()
+    model = copy.deepcopy(base)
+    for layer, kind in ((0, "q_proj"), (1, "fc_in")):
+        weight = matrix_of(model, layer, kind).parameter
+        weight.data += torch.randn(weight.shape, generator=torch.Generator().manual_seed(layer)) * 0.05
+    module = LaserModule(model, tiny_tokenizer())
+    spectra = Spectra(base=BaseWeights(base, module))  # of the module around: the folder holds the model in it
+    plan = "0.q_proj@0.1, 1.fc_in@0.1"
+    save_reduced(module, plan, tmp_path / "adapter", "adapter", spectra=spectra)
+    save_reduced(module, plan, tmp_path / "dense", "dense", spectra=spectra)
+    with torch.no_grad(), reduced(module, plan, spectra):
+        wanted = model(ids(2)).logits
+    adapted = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "adapter").eval()
+    dense = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "dense").eval()
+    with torch.no_grad():
+        assert torch.equal(dense(ids(2)).logits, wanted)
+        assert torch.allclose(adapted(ids(2)).logits, wanted, atol=1e-5)
+        assert not torch.allclose(base(ids(2)).logits, wanted, atol=1e-3)
+
+    with pytest.raises(
+        ValueError, match=r"changed 1 parameters besides .* first `model\.model\.layers\.1\.mlp\.gate_proj"
+    ):
+        save_reduced(module, "0.q_proj@0.1", tmp_path / "part", "adapter", spectra=spectra)
+    with pytest.raises(ValueError, match="leaves of the difference has rank"):
+        save_reduced(module, "0.q_proj@0.9, 1.fc_in@0.9", tmp_path / "large", "adapter", spectra=spectra)
+    model.model.norm.weight.data += 0.1
+    again = Spectra(base=BaseWeights(base, module))
+    with pytest.raises(ValueError, match=r"first `model\.model\.norm\.weight`"):
+        save_reduced(module, plan, tmp_path / "norm", "adapter", spectra=again)
+    assert sorted(path.name for path in tmp_path.iterdir() if path.name != "cache") == ["adapter", "dense"]
