@@ -44,7 +44,6 @@ from laser_callback.recipe import recorded
 from laser_callback.search import LaserSearch, OutOfTimeError
 from laser_callback.sets import ExampleSets
 from laser_callback.spectra import Spectra
-from laser_callback.spectrum_folder import default_folder
 from laser_callback.state import RandomState
 
 MODES = ("full", "delta")
@@ -254,7 +253,7 @@ class LaserCleanup(pl.Callback):
 
     def _judge(self, trainer: pl.Trainer, module: pl.LightningModule, base: Source, source: str) -> CleanupResult:
         """Search in each mode, then accept the best of what passes everything, or nothing."""
-        lab = Lab(module, Spectra(default_folder()), **_device(trainer))
+        lab = Lab(module, Spectra.default(), **_device(trainer))
         if self.gates is not None:
             self.gates.prepare(lab, LaserPlan([targets(module, self.search.get("within", "*.all"))[0].at(0.0)]))
         result, start = CleanupResult(source, {}), time.perf_counter()
@@ -306,7 +305,7 @@ class LaserCleanup(pl.Callback):
         )
 
     def _spectra(self, module: pl.LightningModule, mode: str | None, base: Source) -> Spectra:
-        return Spectra(default_folder(), base=BaseWeights(base, module) if mode == "delta" else None)
+        return Spectra.default(BaseWeights(base, module) if mode == "delta" else None)
 
     def _folder(self, trainer: pl.Trainer) -> Path:
         beside = getattr(trainer.checkpoint_callback, "dirpath", None)

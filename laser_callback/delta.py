@@ -168,9 +168,9 @@ class _Weights:
         votes: Counter[tuple[str, str]] = Counter()
         for matrix in matrices:
             own = _plain(matrix.parameter_names[0])
-            end = next((end for end in _ends(own) if end in by_end), None)
-            if end is not None:
-                votes.update((own.removesuffix(end), found.removesuffix(end)) for found in by_end[end])
+            shared = next((end for end in _ends(own) if end in by_end), None)
+            if shared is not None:
+                votes.update((own.removesuffix(shared), found.removesuffix(shared)) for found in by_end[shared])
         self._front, self._base_front = votes.most_common(1)[0][0] if votes else ("", "")
 
     def of(self, name: str) -> Tensor | None:

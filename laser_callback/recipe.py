@@ -233,7 +233,7 @@ def _check_spectra(recipe: Recipe, spectra: Spectra) -> None:
         raise ValueError("the recipe cuts the weights themselves, `spectra` their difference to a base: leave that out")
     raise ValueError(
         f"the recipe cuts the difference to the base {recipe.base}, and `spectra` has {given or 'none'}: give "
-        "spectra=Spectra(base=BaseWeights(..., model))"
+        "spectra=Spectra(base=BaseWeights(..., model)), on the command line --base"
     )
 
 

@@ -18,7 +18,6 @@ from laser_callback.probes import ProbesDataModule
 from laser_callback.progress import quiet_libraries
 from laser_callback.rollout import StagedRollout, in_steps, one_by_one
 from laser_callback.spectra import Spectra
-from laser_callback.spectrum_folder import default_folder
 
 PLAN_FILES = (".yaml", ".yml", ".json", ".txt")
 
@@ -106,7 +105,7 @@ def rollout(
         others=sources,
         gain_at=gain_at,
         controls=controls,
-        spectra=None if base is None else Spectra(default_folder(), base=BaseWeights(base, module)),
+        spectra=None if base is None else Spectra.default(BaseWeights(base, module)),
         folder=folder,
         resume=resume,
         accelerator=accelerator,

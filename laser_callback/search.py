@@ -57,7 +57,6 @@ from laser_callback.search_setup import (
 from laser_callback.search_steps import Screen, Steps
 from laser_callback.sets import ExampleSets
 from laser_callback.spectra import Spectra
-from laser_callback.spectrum_folder import default_folder
 
 _NOT_SETTINGS = ("module", "data", "base", "folder", "resume", "spectra", "progress", "minutes")
 FINALISTS = 6
@@ -218,7 +217,7 @@ class LaserSearch:
             sets = ExampleSets.of(self.data, sizes=self.sizes or DEFAULT_SIZES, seed=self.seed)
         spectra = self.spectra or (Spectra(method="reference") if reference else Spectra.default())
         if self.base is not None:
-            spectra = Spectra(default_folder(), base=BaseWeights(self.base, self.module))
+            spectra = Spectra.default(BaseWeights(self.base, self.module))
         lab = Lab(self.module, spectra, self.accelerator, self.precision, self.devices)
         if not (possible := self._targets(lab)):
             raise ValueError(f"`base` and the module do not differ in any matrix of `within` {self.within!r}")

@@ -11,6 +11,7 @@ from rich.filesize import decimal
 from transformers import AutoTokenizer
 
 from laser_callback.command import Answer
+from laser_callback.delta import BaseWeights
 from laser_callback.export import Form, save_reduced
 from laser_callback.files import appearing
 from laser_callback.plan import LaserPlan
@@ -22,7 +23,12 @@ from laser_callback.undo import restore as restore_model
 
 
 def export(
-    model: str, output: Path, plan: str | None = None, form: Form = "dense", result: Path | None = None
+    model: str,
+    output: Path,
+    plan: str | None = None,
+    form: Form = "dense",
+    result: Path | None = None,
+    base: str | None = None,
 ) -> Answer:
     """Write what a plan makes of a model.
 
@@ -32,6 +38,7 @@ def export(
         plan: a plan's file (.yaml, .json, .txt) or its text; by default the one that the result recommends.
         form: recipe, dense, factored, adapter or undo.
         result: the JSON file of a search or a comparison of this plan, for the model card.
+        base: what the model was fine-tuned from, a folder, hub name or checkpoint: then only the difference is cut.
     """
     quiet_libraries()
     numbers = None if result is None else json.loads(result.read_text(encoding="utf-8"))
@@ -42,13 +49,12 @@ def export(
             raise ValueError(f"`--plan` is missing, and no result recommends one{reason}")
     chosen = LaserPlan.from_file(plan) if Path(plan).is_file() else LaserPlan.parse(plan)
     original = load_pretrained(model)
-    done = save_reduced(
-        original, chosen, output, form, result=numbers, tokenizer=_tokenizer(model), spectra=Spectra.default()
-    )
+    spectra = Spectra.default(None if base is None else BaseWeights(base, original))
+    done = save_reduced(original, chosen, output, form, result=numbers, tokenizer=_tokenizer(model), spectra=spectra)
     return _answer(f"wrote {form}", output, done)
 
 
-def apply(model: str, recipe: Path, output: Path, exact: bool = True) -> Answer:
+def apply(model: str, recipe: Path, output: Path, exact: bool = True, base: str | None = None) -> Answer:
     """Apply a recipe to the model that it was made for, and write the reduced model for transformers.
 
     Args:
@@ -56,13 +62,14 @@ def apply(model: str, recipe: Path, output: Path, exact: bool = True) -> Answer:
         recipe: as "export" has written it.
         output: a new folder.
         exact: demand the recorded bits; "false" accepts rounding of another processor or number of threads.
+        base: what the model was fine-tuned from, if the recipe cuts the difference to it.
     """
     quiet_libraries()
     plan = LaserPlan.from_file(recipe)
     if not isinstance(plan, Recipe):
         raise ValueError(f"{recipe} is a plan without hashes, not a recipe: use `laser-callback export --plan`")
     original = load_pretrained(model)
-    spectra = Spectra.default()
+    spectra = Spectra.default(None if base is None else BaseWeights(base, original))
     with recorded(original, plan, spectra, exact=exact) as (_, here):  # with the hashes of what rounding makes here
         pass
     done = save_reduced(original, here, output, tokenizer=_tokenizer(model), spectra=spectra)

@@ -95,9 +95,9 @@ class Spectra:
         self._memory: OrderedDict[str, Spectrum] = OrderedDict()
 
     @classmethod
-    def default(cls) -> Spectra:
-        """Exact, with :func:`default_folder`."""
-        return cls(default_folder())
+    def default(cls, base: BaseWeights | None = None) -> Spectra:
+        """Exact, with :func:`default_folder`; of the difference to ``base`` if one is given."""
+        return cls(default_folder(), base=base)
 
     def forget(self) -> None:
         """Free what is held in memory."""

@@ -406,6 +406,27 @@ def test_a_recipe_of_delta_mode_needs_its_base_and_can_be_undone(tmp_path):
     assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
 
 
+def test_delta_mode_ships_from_the_command_line(tmp_path, capsys):
+    base = tiny_causal_lm()
+    model = tuned(base)
+    for name, saved in (("base", base), ("tuned", model)):
+        saved.save_pretrained(tmp_path / name)
+        tiny_tokenizer().save_pretrained(tmp_path / name)
+
+    def ship(*arguments: str) -> int:
+        return main([str(tmp_path / a[1:]) if a.startswith("/") else a for a in arguments])
+
+    export = ("export", "--model", "/tuned", "--plan", "1.fc_in@0.1", "--base", "/base")
+    assert ship(*export, "--form", "recipe", "--output", "/laser.json") == 0
+    apply = ("apply", "--model", "/tuned", "--recipe", "/laser.json", "--output", "/cut")
+    assert ship(*apply) == 2
+    assert "on the command line --base" in " ".join(capsys.readouterr().err.split())
+    assert ship(*apply, "--base", "/base") == 0
+    found = weights(hf.AutoModelForCausalLM.from_pretrained(tmp_path / "cut"))
+    with reduced(model, "1.fc_in@0.1", Spectra(base=BaseWeights(base, model))):
+        assert all(torch.equal(value, found[name]) for name, value in weights(model).items())
+
+
 def test_a_rollout_in_delta_mode_from_the_command_line(tmp_path):
     base = tiny_causal_lm()
     for name, model in (("base", base), ("tuned", tuned(base))):
