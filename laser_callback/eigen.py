@@ -1,23 +1,25 @@
 """The eigenvectors of a Gram matrix, in float64.
 
-On the CPU by SciPy's LAPACK on one thread, whatever else is allowed: a factorisation is a long row of small steps that
+On the CPU by NumPy's LAPACK on one thread, whatever else is allowed: a factorisation is a long row of small steps that
 threads must wait for each other in, and where another process takes one of their cores, two threads need many times as
-long as one. It also makes the result the same for every number of threads. On other devices by torch.
+long as one. It also makes the result the same for every number of threads. What uses more cores is several matrices at
+a time: NumPy lets go of the interpreter meanwhile. On other devices by torch.
 """
 
 from __future__ import annotations
 
 from functools import cache
+from threading import Lock
+from typing import Any
 
+import numpy as np
 import torch
-from scipy.linalg import eigh
-from scipy.linalg.blas import dsyrk
 from threadpoolctl import ThreadpoolController
 from torch import Tensor
 
 
 def gram_eigen(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvalues and eigenvectors of the smaller of W'W and W W'.
+    """Eigenvalues and eigenvectors of the smaller of W'W and W W'. Threads may call it side by side.
 
     Args:
         matrix: W, float64, shape (m, n).
@@ -29,11 +31,35 @@ def gram_eigen(matrix: Tensor) -> tuple[Tensor, Tensor]:
     if matrix.device.type != "cpu":
         values, vectors = torch.linalg.eigh(matrix.T @ matrix if tall else matrix @ matrix.T)
         return values, vectors
-    with _libraries().limit(limits=1, user_api="blas"):
-        # BLAS reads columns: to it a matrix in rows is its transpose. It computes, and `eigh` reads, the lower half.
-        gram = dsyrk(1.0, matrix.detach().contiguous().numpy().T, trans=not tall, lower=True)
-        values, vectors = eigh(gram, lower=True, driver="evd", overwrite_a=True, check_finite=False)
+    work = matrix.detach().contiguous().numpy()  # BLAS may sum gaps in another order
+    with _ONE_THREAD:
+        values, vectors = np.linalg.eigh(work.T @ work if tall else work @ work.T)
     return torch.from_numpy(values), torch.from_numpy(vectors)
+
+
+class _OneThread:
+    """BLAS on one thread while anyone is inside: the setting belongs to the process, and not to a thread."""
+
+    def __init__(self) -> None:
+        self._lock = Lock()
+        self._inside = 0
+        self._limit: Any = None
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if self._limit is None:
+                self._limit = _libraries().limit(limits=1, user_api="blas")
+            self._inside += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if self._inside == 0:
+                self._limit.restore_original_limits()
+                self._limit = None
+
+
+_ONE_THREAD = _OneThread()
 
 
 @cache

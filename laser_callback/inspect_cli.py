@@ -45,7 +45,7 @@ def inspect(
     if picture is not None:
         check_picture(picture)
     quiet_libraries()
-    spectra = Spectra.default() if cache else Spectra(memory_bytes=0)
+    spectra = Spectra.default() if cache else Spectra()
     found = inspect_model(_load(model), within, spectra, PhaseProgress())
     if picture is not None:
         save_spectra(found, picture)

@@ -17,7 +17,7 @@ from laser_callback.not_cut import NotCut, not_cut
 from laser_callback.plan import part_of
 from laser_callback.progress import PhaseProgress
 from laser_callback.rank_rules import rank_by
-from laser_callback.spectra import Spectra
+from laser_callback.spectra import SIDE_BY_SIDE, Spectra
 
 RULES = ("entropy", "energy-0.9", "gavish-donoho", "marchenko-pastur", "laser-rmt")
 """The rules that are shown."""
@@ -113,14 +113,16 @@ def inspect_model(
         TypeError: if weights are packed or sharded.
     """
     begin = time.perf_counter()
-    spectra = spectra or Spectra(memory_bytes=0)  # each is used once
+    spectra = spectra or Spectra()
     before, loaded = spectra.seconds, spectra.loaded
     progress = progress or PhaseProgress(enabled=False)
     found = [matrix for target in targets(model, within) for matrix in target.matrices]
     work = [float(max(matrix.shape)) * matrix.max_rank**2 for matrix in found]
     inspected = []
     with progress.phase(f"factorising {len(found)} matrices", sum(work)):
-        for matrix, amount in zip(found, work, strict=True):
+        for i, (matrix, amount) in enumerate(zip(found, work, strict=True)):
+            if i % SIDE_BY_SIDE == 0:
+                spectra.ahead([(m.read(m.parameter.data), m.name) for m in found[i : i + SIDE_BY_SIDE]])
             values = spectra.of(matrix.read(matrix.parameter.data), matrix.name).values.cpu()
             ranks = {rule: rank_by(rule, values, matrix.shape) for rule in RULES}
             place = (matrix.name, matrix.stack, matrix.layer, matrix.kind, matrix.expert, matrix.shape)

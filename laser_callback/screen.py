@@ -126,6 +126,8 @@ class GradientScreen(pl.Callback):
                     )
                 self._places.setdefault(id(matrix.parameter), []).append((part, matrix))
                 parameters[id(matrix.parameter)] = matrix.parameter
+        wanted = [matrix for places in self._places.values() for _, matrix in places]
+        self._spectra.ahead([(matrix.read(matrix.parameter.data), matrix.name) for matrix in wanted])
         for parameter in pl_module.parameters():
             self._undo.flags.append((parameter, parameter.requires_grad))
             parameter.requires_grad_(id(parameter) in parameters)

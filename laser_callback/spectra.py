@@ -11,10 +11,12 @@ from __future__ import annotations
 
 import time
 from collections import OrderedDict
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
-import scipy
+import numpy
 import torch
 from torch import Tensor
 
@@ -35,6 +37,8 @@ if TYPE_CHECKING:
 
 NEGLIGIBLE = 1e-3
 """Share of a difference's norm below which what is removed is taken for rounding."""
+SIDE_BY_SIDE = 4
+"""So many matrices at most are factorised at a time, each on one thread: each needs several times its own memory."""
 
 
 class Spectra:
@@ -104,6 +108,25 @@ class Spectra:
         self._memory.clear()
         self.held = 0
 
+    def ahead(self, matrices: Sequence[tuple[Tensor, str]]) -> None:
+        """Find the spectra of these ``(matrix, name)`` now, several at a time, if memory holds them all.
+
+        Only time is gained: a factorisation uses one thread.
+
+        Raises:
+            ValueError: as :meth:`of` does.
+        """
+        workers = min(torch.get_num_threads(), len(matrices), SIDE_BY_SIDE)
+        needed = sum(8 * min(matrix.shape) * (min(matrix.shape) + 1) for matrix, _ in matrices)
+        on_cpu = all(matrix.device.type == "cpu" for matrix, _ in matrices)
+        if self.method == "reference" or workers < 2 or needed > self.memory_bytes or not on_cpu:
+            return
+        start = time.perf_counter()
+        with ThreadPoolExecutor(workers) as pool:
+            for found in pool.map(lambda each: self._find_or_make(self.operand(*each), each[1]), matrices):
+                self._keep(found)
+        self.seconds += time.perf_counter() - start
+
     def operand(self, matrix: Tensor, name: str = "matrix") -> Tensor:
         """What is factorised and cut, shape (m, n): ``matrix``, or in delta mode its difference to the base."""
         return matrix if self.base is None else self.base.difference(matrix.detach(), name)
@@ -121,18 +144,12 @@ class Spectra:
         return self._of(self.operand(matrix, name), name)
 
     def _of(self, matrix: Tensor, name: str) -> Spectrum:
-        # Ordinary tensors whatever the mode: one made in inference mode could not serve a later training run.
-        with torch.inference_mode(False), torch.no_grad():
-            matrix, order = _dense(matrix.detach())
-            home = _home(matrix)
-            key = _key(matrix, order, home)
-            spectrum = self._memory.get(key)
-            if spectrum is None:
-                spectrum = self._find_or_make(key, matrix, home, name)
-                self._keep(key, spectrum)
-            else:
-                self._memory.move_to_end(key)
-            return _moved(spectrum, home)
+        start = time.perf_counter()
+        found = self._find_or_make(matrix, name)
+        self._keep(found)
+        if found.source != "memory":
+            self.seconds += time.perf_counter() - start
+        return found.spectrum
 
     def reduce(self, matrix: Tensor, reduction: Reduction, name: str = "matrix") -> Tensor:
         """``matrix`` after ``reduction``, shape (m, n), in ``matrix``' dtype and on its device.
@@ -180,28 +197,34 @@ class Spectra:
             return reduce_entries(block, reduction)
         return self._of(block, name).reduce(block, reduction)
 
-    def _find_or_make(self, key: str, matrix: Tensor, home: torch.device, name: str) -> Spectrum:
-        start = time.perf_counter()
-        spectrum = None if self.folder is None else self.folder.read(key, _shape(matrix))
-        if spectrum is not None:
-            self.loaded += 1
-            spectrum = _moved(spectrum, home)
-        else:
+    def _find_or_make(self, matrix: Tensor, name: str) -> _Found:
+        """Leaves this object as it is: threads may call it side by side."""
+        # Ordinary tensors whatever the mode: one made in inference mode could not serve a later training run.
+        with torch.inference_mode(False), torch.no_grad():
+            matrix, order = _dense(matrix.detach())
+            home = _home(matrix)
+            key = _key(matrix, order, home)
+            if (spectrum := self._memory.get(key)) is not None:
+                return _Found(key, _moved(spectrum, home), "memory")
+            spectrum = None if self.folder is None else self.folder.read(key, _shape(matrix))
+            if spectrum is not None:
+                return _Found(key, _moved(spectrum, home), "disk")
             spectrum = Spectrum.of(matrix, name)
-            self.factorised += 1
             if self.folder is not None:
                 self.folder.write(key, spectrum)
-        self.seconds += time.perf_counter() - start
-        return spectrum
+            return _Found(key, spectrum, "factorised")
 
-    def _keep(self, key: str, spectrum: Spectrum) -> None:
-        size = size_of(spectrum)
-        if size > self.memory_bytes:
-            return
-        while self.held + size > self.memory_bytes:
-            self.held -= size_of(self._memory.popitem(last=False)[1])
-        self._memory[key] = spectrum
-        self.held += size
+    def _keep(self, found: _Found) -> None:
+        self.loaded += found.source == "disk"
+        self.factorised += found.source == "factorised"
+        size = size_of(found.spectrum)
+        if found.key in self._memory:
+            self._memory.move_to_end(found.key)
+        elif size <= self.memory_bytes:
+            while self.held + size > self.memory_bytes:
+                self.held -= size_of(self._memory.popitem(last=False)[1])
+            self._memory[found.key] = found.spectrum
+            self.held += size
 
     def _reduce_as_reference(self, matrix: Tensor, reduction: Reduction, name: str) -> Tensor:
         rank = _reference_rank(reduction, min(matrix.shape))
@@ -222,12 +245,18 @@ class Spectra:
         return result.to(matrix.device, matrix.dtype)
 
 
+class _Found(NamedTuple):
+    key: str
+    spectrum: Spectrum
+    source: Literal["memory", "disk", "factorised"]
+
+
 # ---- keys ------------------------------------------------------------------------------------------------------------
 
 
 def _key(dense: Tensor, order: str, home: torch.device) -> str:
     """64 hexadecimal digits that stand for everything that the bits of the spectrum depend on, but for the machine."""
-    about = (VERSION, torch.__version__, scipy.__version__, home.type, order, str(dense.dtype), _shape(dense))
+    about = (VERSION, torch.__version__, numpy.__version__, home.type, order, str(dense.dtype), _shape(dense))
     return content_hash(repr(about), dense.T if order == "columns" else dense)
 
 

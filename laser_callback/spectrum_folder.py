@@ -22,7 +22,7 @@ from laser_callback.spectrum import Spectrum
 
 DISK_BYTES = 8 * 2**30
 """What a folder may hold unless said otherwise."""
-VERSION = "gram-eigh-float64/2"
+VERSION = "gram-eigh-float64/3"
 """How spectra are made. To be changed whenever `Spectrum.of` may return other bits."""
 _CHUNK = 2**20  # bytes hashed by one thread at a time
 _STALE = 3600  # seconds after which a temporary file is a crashed writer's

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from laser_callback.matrices import WeightMatrix
 from laser_callback.plan import LaserPlan, Reduction
-from laser_callback.spectra import Spectra
+from laser_callback.spectra import SIDE_BY_SIDE, Spectra
 
 
 class reduced(AbstractContextManager["reduced"]):  # noqa: N801 - reads as a verb, like contextlib.suppress
@@ -121,7 +121,9 @@ def _reduced_parameters(
 ) -> list[tuple[nn.Parameter, Tensor]]:
     """One reduced tensor per parameter that changes; several matrices of a fused parameter share it."""
     tensors: dict[int, tuple[nn.Parameter, Tensor]] = {}
-    for matrix, reduction in matrices:
+    for i, (matrix, reduction) in enumerate(matrices):
+        if i % SIDE_BY_SIDE == 0:
+            spectra.ahead(_factorised_whole(matrices[i : i + SIDE_BY_SIDE]))
         parameter = matrix.parameter
         if parameter.device.type == "meta":
             raise TypeError(_without_storage(matrix))
@@ -135,6 +137,14 @@ def _reduced_parameters(
                 tensors[id(parameter)] = parameter, parameter.data.clone(memory_format=torch.preserve_format)
             matrix.write(tensors[id(parameter)][1], spectra.reduce(original, reduction, matrix.name))
     return list(tensors.values())
+
+
+def _factorised_whole(matrices: list[tuple[WeightMatrix, Reduction]]) -> list[tuple[Tensor, str]]:
+    return [
+        (matrix.read(matrix.parameter.data), matrix.name)
+        for matrix, reduction in matrices
+        if reduction.of == "rank" and reduction.blocks == 1 and 1 not in (reduction.rho, reduction.scale)
+    ]
 
 
 def _without_storage(matrix: WeightMatrix) -> str:

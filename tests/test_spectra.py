@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 import multiprocessing
 import os
 import resource
@@ -7,12 +8,15 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from threading import Barrier
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from threadpoolctl import threadpool_info
 
 from laser_callback import cache_cli
+from laser_callback.eigen import gram_eigen
 from laser_callback.matrices import find_matrices
 from laser_callback.plan import Reduction
 from laser_callback.spectra import Spectra
@@ -456,3 +460,44 @@ def test_cache_command_shows_and_clears_the_default_folder(tmp_path, monkeypatch
     cache_cli.clear()
     assert "removed 2 spectra" in capsys.readouterr().out
     assert files(folder) == sorted([folder / "model.safetensors", fresh])
+
+
+# ---- side by side ----------------------------------------------------------------------------------------------------
+
+
+def test_side_by_side_is_the_same_and_leaves_the_threads_of_blas(tmp_path, monkeypatch):
+    matrices = [(noise(90, 60 + i), f"m{i}") for i in range(9)]
+    alone = [Spectrum.of(matrix) for matrix, _ in matrices]
+    inside = Barrier(3)
+
+    def together(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        inside.wait(timeout=60)  # three are in at once, or this raises
+        return gram_eigen(matrix)
+
+    monkeypatch.setattr("laser_callback.spectrum.gram_eigen", together)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    before = [library["num_threads"] for library in threadpool_info()]
+    spectra = Spectra(tmp_path)
+    spectra.ahead(matrices)
+    assert [library["num_threads"] for library in threadpool_info()] == before
+    assert (spectra.factorised, len(spectra.folder.files())) == (9, 9)
+    for (matrix, name), expected in zip(matrices, alone, strict=True):
+        found = spectra.of(matrix, name)
+        assert same(found, expected)
+    assert (spectra.factorised, spectra.loaded) == (9, 0)
+    again = Spectra(tmp_path)
+    again.ahead(matrices)
+    assert (again.factorised, again.loaded) == (0, 9)
+
+
+def test_nothing_ahead_where_memory_would_not_keep_it(monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    matrices = [(noise(8, 8), "a"), (noise(8, 8, seed=1), "b")]
+    one = 8 * 8 * 9
+    for memory, factorised in ((2 * one, 2), (2 * one - 1, 0)):
+        spectra = Spectra(memory_bytes=memory)
+        spectra.ahead(matrices)
+        assert (spectra.factorised, spectra.held) == (factorised, factorised * one)
+    matrices[1][0][0, 0] = math.nan
+    with pytest.raises(ValueError, match="the weights of `b` hold NaN"):
+        Spectra().ahead(matrices)
