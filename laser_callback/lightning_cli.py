@@ -56,6 +56,22 @@ class LaserBlock(LaserCallback):
         super().__init__({} if plan is None else plan, **options)
 
 
+class _SaveConfig(SaveConfigCallback):
+    """Lightning's, whose refusal to overwrite an earlier run's file names cures that only its own users have."""
+
+    @override
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        try:
+            super().setup(trainer, pl_module, stage)
+        except RuntimeError as error:
+            if "to NOT exist" not in str(error):
+                raise
+            raise MisconfigurationException(
+                f"{self.config_filename} of an earlier run is in {trainer.log_dir} already: remove it, or give this "
+                "run a folder of its own, --trainer.default_root_dir=..., or a logger, which makes one"
+            ) from error
+
+
 class LaserCLI(LightningCLI):
     """LightningCLI for one subcommand.
 
@@ -69,7 +85,7 @@ class LaserCLI(LightningCLI):
         evaluates = command != "fit"
         super().__init__(
             # A run that only evaluates leaves no files behind, unless it is asked to.
-            save_config_callback=None if evaluates else SaveConfigCallback,
+            save_config_callback=None if evaluates else _SaveConfig,
             trainer_defaults={
                 "enable_progress_bar": sys.stdout.isatty(),
                 "enable_model_summary": False,

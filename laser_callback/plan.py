@@ -38,6 +38,8 @@ _REDUCTION = re.compile(
       (?::(?P<options>.+))?$""",
     re.VERBOSE,
 )
+_NO_LAYER = re.compile(r"([A-Za-z_][\w.-]*)(@[^@]+)$")
+"""A name as PEFT's ``target_modules`` has them."""
 _MATRIX = re.compile(r"[A-Za-z_]\w*(\.\w+)*|/[^/#\s]+/")  # no module name holds a slash, and `#` starts a comment
 _PAPER_NAMES = {
     "U_in": "fc_in",
@@ -152,9 +154,12 @@ class Reduction:
         """Read one reduction from its text form, ``[stack.]layer.matrix[expert]@(rho|rule)[:option=value,...]``."""
         match = _REDUCTION.match(text.strip())
         if match is None:
+            everywhere = _NO_LAYER.match(text.strip())
+            matrix = everywhere and ("all" if everywhere[1] == "all-linear" else everywhere[1])
             raise ValueError(
                 f"cannot read the reduction {text.strip()!r}: expected "
                 "[stack.]layer.matrix[expert]@rho[:option=value,...], e.g. 27.fc_in@0.01 or decoder.-1.mlp@0.1"
+                + (f"; in every layer: *.{matrix}{everywhere[2]}" if everywhere else "")
             )
         part = match.groupdict()
         options: dict[str, Any] = {}

@@ -203,6 +203,8 @@ def test_fit_compares_in_its_validation_if_there_is_a_plan(lm, capsys):
     assert "laser/log_loss" in answer["metrics"]
     assert answer["laser"]["laser"]["arms"]["laser"]["rows"]
     assert os.path.isfile(answer["checkpoint"])
+    assert main(["fit", *lm, *options]) == 2
+    assert "config.yaml of an earlier run is in" in capsys.readouterr().err
     os.remove("config.yaml")
     assert main(["fit", *lm, *options]) == 0
     answer = json.loads(capsys.readouterr().out)
