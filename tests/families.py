@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
 from typing import Any
+from unittest.mock import MagicMock
 
 import torch
 import transformers as hf
@@ -185,9 +190,28 @@ class HandWrittenGPT(nn.Module):
         return self.blocks(self.wte(input_ids))
 
 
-def _timm_vit() -> nn.Module:
-    import timm
+class _NoTorchvision(MetaPathFinder, Loader):
+    """Stands in for torchvision, which timm imports for its image transforms: its models do not use it."""
 
+    def find_spec(self, name: str, path: object = None, target: object = None) -> ModuleSpec | None:
+        return ModuleSpec(name, self, is_package=True) if name.partition(".")[0] == "torchvision" else None
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType:
+        return MagicMock(__path__=[], __spec__=spec, __name__=spec.name)
+
+    def exec_module(self, module: ModuleType) -> None:
+        """There is nothing to run."""
+
+
+def _timm_vit() -> nn.Module:
+    finder = _NoTorchvision()
+    sys.meta_path.append(finder)  # behind the others: an installed torchvision is used
+    try:
+        import timm
+    finally:
+        sys.meta_path.remove(finder)
+        for name in [name for name, module in sys.modules.items() if isinstance(module, MagicMock)]:
+            del sys.modules[name]  # or others would take it for the real one
     return timm.models.VisionTransformer(img_size=8, patch_size=4, num_classes=3, embed_dim=WIDTH, depth=2, num_heads=4)
 
 
