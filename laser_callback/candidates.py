@@ -19,6 +19,7 @@ from torch import nn
 
 from laser_callback.matrices import WeightMatrix, find_matrices
 from laser_callback.plan import LaserPlan, Reduction
+from laser_callback.spectrum_folder import size_for
 
 RHOS = (0.0, 0.005, 0.01, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 0.9)
 """The nine of the paper's reference code (rates 1, 2, 4, 6, 8, 9, 9.5, 9.9, 9.95), and the zero matrix."""
@@ -108,6 +109,20 @@ class Candidate:
         """The inverse of :meth:`to_dict`."""
         estimates = {name: data[name] and Estimate.from_dict(data[name]) for name in ("gain", "loss")}
         return cls(**{**data, **estimates, "reduction": Reduction.parse(data["reduction"])})
+
+
+def in_parts(found: Sequence[Target], capacity: int) -> list[list[Target]]:
+    """Targets in as few runs of neighbours as have spectra of ``capacity`` bytes at most, or a single target more."""
+    parts: list[list[Target]] = []
+    room = 0
+    for target in found:
+        needed = sum(size_for(matrix.shape) for matrix in target.matrices)
+        if not parts or needed > room:
+            parts.append([])
+            room = capacity
+        parts[-1].append(target)
+        room -= needed
+    return parts
 
 
 def targets(model: nn.Module, within: str = "*.all", without: Iterable[Reduction] = ()) -> list[Target]:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 
-from laser_callback.candidates import Candidate, Target
+from laser_callback.candidates import Candidate, Target, in_parts
 from laser_callback.comparison import ALPHA, adjust
 from laser_callback.examples import ORIGINAL
 from laser_callback.journal import Journal, Step
@@ -99,13 +99,20 @@ class Steps:
         return {name: math.nan if score is None else score for name, score in data.items()}
 
     def gradient_screen(self, spectra: Spectra, loss: LossFn | None) -> Screen:
-        """The screen by one backward pass; ``loss`` as for :class:`GradientScreen`."""
+        """The screen by a backward pass; ``loss`` as for :class:`GradientScreen`.
+
+        Where the spectra of all targets are more than can be kept from one batch to the next, part of the model after
+        part is screened: passes over a hundred examples are cheaper than to factorise again for every batch.
+        """
 
         def screen(found: Sequence[Target], rhos: Sequence[float], loader: DataLoader[Any]) -> dict[Reduction, float]:
             caution = CAUTION if len(loader) >= SCREEN_BATCHES else 0.0
-            gradient = GradientScreen(found, rhos, spectra, loss=loss, caution=caution)
-            self.lab.validate(loader, gradient, inference_mode=False)
-            return gradient.scores
+            scores: dict[Reduction, float] = {}
+            for part in in_parts(found, spectra.capacity) if len(loader) > 1 else [found]:
+                gradient = GradientScreen(part, rhos, spectra, loss=loss, caution=caution)
+                self.lab.validate(loader, gradient, inference_mode=False)
+                scores |= gradient.scores
+            return scores
 
         return screen
 

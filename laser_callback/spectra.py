@@ -29,6 +29,7 @@ from laser_callback.spectrum_folder import (
     SpectrumFolder,
     content_hash,
     default_folder,
+    size_for,
     size_of,
 )
 
@@ -103,13 +104,19 @@ class Spectra:
         """Exact, with :func:`default_folder`; of the difference to ``base`` if one is given."""
         return cls(default_folder(), base=base)
 
+    @property
+    def capacity(self) -> int:
+        """So many bytes of spectra outlast their use, in memory or on disk."""
+        on_disk = 0 if self.folder is None else self.folder.disk_bytes
+        return max(self.memory_bytes, on_disk - on_disk // 100)  # files have headers
+
     def forget(self) -> None:
         """Free what is held in memory."""
         self._memory.clear()
         self.held = 0
 
     def ahead(self, matrices: Sequence[tuple[Tensor, str]]) -> None:
-        """Find the spectra of these ``(matrix, name)`` now, several at a time, if memory holds them all.
+        """Find the spectra of these ``(matrix, name)`` now, several at a time, if there is room for them all.
 
         Only time is gained: a factorisation uses one thread.
 
@@ -117,9 +124,9 @@ class Spectra:
             ValueError: as :meth:`of` does.
         """
         workers = min(torch.get_num_threads(), len(matrices), SIDE_BY_SIDE)
-        needed = sum(8 * min(matrix.shape) * (min(matrix.shape) + 1) for matrix, _ in matrices)
+        needed = sum(size_for(_shape(matrix)) for matrix, _ in matrices)
         on_cpu = all(matrix.device.type == "cpu" for matrix, _ in matrices)
-        if self.method == "reference" or workers < 2 or needed > self.memory_bytes or not on_cpu:
+        if self.method == "reference" or workers < 2 or needed > self.capacity or not on_cpu:
             return
         start = time.perf_counter()
         with ThreadPoolExecutor(workers) as pool:

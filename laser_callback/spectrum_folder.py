@@ -196,6 +196,11 @@ def _sha256(content: memoryview) -> bytes:
     return hashlib.sha256(content).digest()
 
 
+def size_for(shape: tuple[int, int]) -> int:
+    """Bytes of the spectrum of a matrix of ``shape``."""
+    return 8 * min(shape) * (min(shape) + 1)
+
+
 def size_of(spectrum: Spectrum) -> int:
     """Bytes of the tensors of ``spectrum``."""
     return spectrum.values.nbytes + spectrum.basis.nbytes

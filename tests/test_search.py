@@ -18,11 +18,12 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from laser_callback import FactsDataModule, LaserModule, LaserSearch
-from laser_callback.candidates import shortlist
+from laser_callback.candidates import shortlist, targets
 from laser_callback.cli import main
 from laser_callback.command import Exit
 from laser_callback.measure import Lab
 from laser_callback.plan import LaserPlan
+from laser_callback.screen import GradientScreen
 from laser_callback.sets import ExampleSets
 from laser_callback.spectra import Spectra
 
@@ -92,6 +93,27 @@ def test_a_planted_effect_in_an_early_attention_matrix_is_found_and_confirmed(pl
     winner = next(c for c in result.candidates if c.status == "accepted")
     assert winner.examples == result.sets["race"]
     assert {phase.name for phase in result.phases} == {"screen", "race", "refine", "confirm"}
+
+
+def test_a_model_whose_spectra_have_no_room_is_screened_in_parts(recall, monkeypatch):
+    module, loader = recall
+    made, end = [], GradientScreen.on_validation_end
+    monkeypatch.setattr(
+        GradientScreen,
+        "on_validation_end",
+        lambda self, *args: (made.append(self._spectra.factorised), end(self, *args)),
+    )
+    scores, counts = [], []
+    for memory in (2**30, 80_000):
+        made.clear()
+        result = LaserSearch(module, loader, **SEARCH, spectra=Spectra(memory_bytes=memory)).run()
+        scores.append({str(candidate.reduction): candidate.score for candidate in result.candidates})
+        counts.append(made.copy())
+    assert scores[0] == scores[1]
+    matrices = sum(len(target.matrices) for target in targets(module))
+    assert counts[0] == [matrices]
+    assert len(counts[1]) > 3  # passes
+    assert counts[1][-1] == matrices  # each once, not once per batch
 
 
 def test_the_same_seed_gives_the_same_search(recall):
