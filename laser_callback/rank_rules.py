@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -113,6 +114,7 @@ def _quantile(values: Tensor, q: float) -> float:
     return float(values.quantile(q))  # `Tensor.median` is the lower of the two in the middle
 
 
+@cache  # a model has few shapes
 def _marchenko_pastur_median(beta: float) -> float:
     """Median of the Marchenko-Pastur distribution with ratio ``beta`` in (0, 1] and unit variance, by quadrature."""
     low, high = (1 - math.sqrt(beta)) ** 2, (1 + math.sqrt(beta)) ** 2
