@@ -7,6 +7,10 @@ from __future__ import annotations
 
 import json
 import os
+import threading
+from dataclasses import replace
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -16,7 +20,7 @@ from tiny import tiny_causal_lm, tiny_tokenizer
 from laser_callback import LaserModule, LaserPlan
 from laser_callback.facts import read_facts
 from laser_callback.scoring import METRICS
-from laser_callback.tasks import TASKS, TaskDataModule
+from laser_callback.tasks import TASKS, Source, TaskDataModule
 
 DATA = Path(os.environ.get("LASER_CALLBACK_TEST_DATA") or Path(__file__).parents[2] / "shared" / "data")
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason=f"needs a folder of real rows, there is none at {DATA}")
@@ -196,6 +200,45 @@ def test_offline_is_said_with_its_cure(monkeypatch, tmp_path):
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path)
     with pytest.raises(ConnectionError, match=r"cannot fetch https://huggingface.co/datasets/truthfulqa/.*`source`"):
         TASKS["truthfulqa"].facts()
+
+
+@pytest.fixture
+def fetching(monkeypatch, tmp_path):
+    """What `datasets` fetches goes into the test's own cache."""
+    datasets = pytest.importorskip("datasets")
+    for place in ("HF_DATASETS_CACHE", "DOWNLOADED_DATASETS_PATH"):
+        monkeypatch.setattr(datasets.config, place, str(tmp_path / place))
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+
+
+def test_files_are_fetched_from_where_they_are_served(fetching, tmp_path):
+    (served := tmp_path / "served").mkdir()
+    for name, claims in (("dev", ["A.", "B."]), ("test", ["C."])):
+        rows = [{"id": i, "claim": claim, "label": "SUPPORTS"} for i, claim in enumerate(claims)]
+        (served / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(SimpleHTTPRequestHandler, directory=served)) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        files = tuple(f"http://127.0.0.1:{server.server_port}/{name}.jsonl" for name in ("dev", "test"))
+        task = replace(TASKS["fever"], source=Source("json", files=files), examples=3)
+        facts = task.facts()
+        server.shutdown()
+    assert ["A." in facts[0].prompt, "B." in facts[1].prompt, "C." in facts[2].prompt] == [True] * 3
+    assert len(facts) == 3
+
+
+def test_a_data_set_is_fetched_split_by_split(fetching, tmp_path):
+    folder = tmp_path / "hotpot"
+    folder.mkdir()
+    for split, count in (("train", 5), ("validation", 2)):
+        rows = [{"id": f"{split}-{i}", "question": f"Who is {i}?", "answer": "Ann"} for i in range(count)]
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    files = "".join(f"      - {{split: {name}, path: {name}.jsonl}}\n" for name in ("train", "validation"))
+    (folder / "README.md").write_text(f"---\nconfigs:\n  - config_name: fullwiki\n    data_files:\n{files}---\n")
+    source = Source(str(folder), "fullwiki", splits=("train[:3]", "validation"))
+    facts = replace(TASKS["hotpotqa"], source=source).facts()
+    assert [fact.id for fact in facts] == [
+        f"hotpotqa-{i}" for i in ("train-0", "train-1", "train-2", "validation-0", "validation-1")
+    ]
 
 
 def test_data_module_takes_the_papers_split_and_the_modules_tokenizer(tmp_path):
