@@ -17,7 +17,7 @@ _HOME = {
     "LaserSearch": "search",
     "Outcomes": "comparison",
     "ProbesDataModule": "probes",
-    "Reduction": "plan",
+    "Reduction": "reduction",
     "Spectra": "spectra",
     "StagedRollout": "rollout",
     "WeightMatrix": "matrices",
@@ -44,8 +44,8 @@ if TYPE_CHECKING:
     from laser_callback.merging import merged as merged
     from laser_callback.module import LaserModule as LaserModule
     from laser_callback.plan import LaserPlan as LaserPlan
-    from laser_callback.plan import Reduction as Reduction
     from laser_callback.probes import ProbesDataModule as ProbesDataModule
+    from laser_callback.reduction import Reduction as Reduction
     from laser_callback.rollout import StagedRollout as StagedRollout
     from laser_callback.search import LaserSearch as LaserSearch
     from laser_callback.spectra import Spectra as Spectra

@@ -18,7 +18,8 @@ from typing import Any, Literal
 from torch import nn
 
 from laser_callback.matrices import WeightMatrix, find_matrices
-from laser_callback.plan import LaserPlan, Reduction
+from laser_callback.plan import LaserPlan
+from laser_callback.reduction import Reduction
 from laser_callback.spectrum_folder import size_for
 
 RHOS = (0.0, 0.005, 0.01, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 0.9)

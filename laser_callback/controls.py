@@ -14,7 +14,8 @@ from torch import nn
 
 from laser_callback.candidates import by_name
 from laser_callback.matrices import WeightMatrix, find_matrices
-from laser_callback.plan import LaserPlan, Reduction
+from laser_callback.plan import LaserPlan
+from laser_callback.reduction import Reduction
 
 
 def zeroed_plan(plan: LaserPlan) -> LaserPlan:

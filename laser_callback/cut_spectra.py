@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from laser_callback.matrices import WeightMatrix
-from laser_callback.plan import Reduction
+from laser_callback.reduction import Reduction
 from laser_callback.spectra import Spectra
 from laser_callback.spectrum import Spectrum
 

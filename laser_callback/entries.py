@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from laser_callback.plan import Reduction
+from laser_callback.reduction import Reduction
 from laser_callback.spectrum import as_double
 
 

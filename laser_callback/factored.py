@@ -21,8 +21,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from laser_callback.matrices import WeightMatrix
-from laser_callback.plan import LaserPlan, Reduction
+from laser_callback.plan import LaserPlan
 from laser_callback.recipe import Recipe, recorded, spectra_for
+from laser_callback.reduction import Reduction
 from laser_callback.spectra import Spectra
 from laser_callback.spectrum import Spectrum, as_double
 from laser_callback.surgery import reduced

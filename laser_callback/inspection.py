@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from laser_callback.candidates import RHOS, targets
 from laser_callback.not_cut import NotCut, not_cut
-from laser_callback.plan import part_of
 from laser_callback.progress import PhaseProgress
 from laser_callback.rank_rules import rank_by
+from laser_callback.reduction import part_of
 from laser_callback.spectra import SIDE_BY_SIDE, Spectra
 
 RULES = ("entropy", "energy-0.9", "gavish-donoho", "marchenko-pastur", "laser-rmt")

@@ -26,7 +26,8 @@ from laser_callback.callback import LaserCallback
 from laser_callback.candidates import Candidate
 from laser_callback.examples import ORIGINAL, PairedExamples
 from laser_callback.matrices import find_matrices, layer_stacks
-from laser_callback.plan import LaserPlan, Reduction
+from laser_callback.plan import LaserPlan
+from laser_callback.reduction import Reduction
 from laser_callback.result import LaserResult
 from laser_callback.run import ComparisonRun, RunOptions
 from laser_callback.spectra import Spectra

@@ -25,9 +25,10 @@ from laser_callback.gates import Gates, GateVerdict
 from laser_callback.journal import Journal, Step
 from laser_callback.measure import Lab
 from laser_callback.module import LaserModule
-from laser_callback.plan import LaserPlan, Reduction
+from laser_callback.plan import LaserPlan
 from laser_callback.progress import PhaseProgress
 from laser_callback.provenance import versions
+from laser_callback.reduction import Reduction
 from laser_callback.result import LaserResult
 from laser_callback.search_setup import fingerprint
 from laser_callback.spectra import Spectra

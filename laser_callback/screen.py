@@ -28,7 +28,7 @@ from laser_callback.candidates import Target, grid
 from laser_callback.comparison import Outcomes
 from laser_callback.examples import example_count
 from laser_callback.matrices import WeightMatrix
-from laser_callback.plan import Reduction
+from laser_callback.reduction import Reduction
 from laser_callback.spectra import Spectra
 from laser_callback.spectrum import Spectrum
 from laser_callback.state import copy_data

@@ -14,8 +14,8 @@ from typing import Literal
 
 from laser_callback.candidates import Target, grid
 from laser_callback.kinds import MLP_KINDS
-from laser_callback.plan import Reduction
 from laser_callback.rank_rules import rank_by
+from laser_callback.reduction import Reduction
 from laser_callback.spectra import Spectra
 from laser_callback.spectrum import Spectrum
 

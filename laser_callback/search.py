@@ -37,10 +37,11 @@ from laser_callback.facts import DEFAULT_SIZES
 from laser_callback.journal import Journal
 from laser_callback.measure import Lab, Table
 from laser_callback.module import LaserModule
-from laser_callback.plan import LaserPlan, Reduction
+from laser_callback.plan import LaserPlan
 from laser_callback.progress import PhaseProgress
 from laser_callback.provenance import versions
 from laser_callback.race import Rung, choose, schedule
+from laser_callback.reduction import Reduction
 from laser_callback.screen import LossFn
 from laser_callback.screen_alternatives import SCREENS
 from laser_callback.search_result import SearchResult, Trade, decide, mark_efficient

@@ -21,9 +21,10 @@ from laser_callback.comparison import ALPHA, adjust
 from laser_callback.examples import ORIGINAL
 from laser_callback.journal import Journal, Step
 from laser_callback.measure import Lab, Table, Values
-from laser_callback.plan import LaserPlan, Reduction
+from laser_callback.plan import LaserPlan
 from laser_callback.progress import PhaseProgress
 from laser_callback.race import Objective, Rung, choose, order, paired, schedule
+from laser_callback.reduction import Reduction
 from laser_callback.result import LaserResult
 from laser_callback.screen import GradientScreen, LossFn
 from laser_callback.search_report import leaders

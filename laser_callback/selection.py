@@ -11,7 +11,7 @@ from laser_callback.kinds import GROUPS, KINDS
 from laser_callback.matrices import WeightMatrix, describe
 
 if TYPE_CHECKING:  # plans select, so this file comes before them
-    from laser_callback.plan import Reduction
+    from laser_callback.reduction import Reduction
 
 STACK = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*(\.\d+)*")
 """The path of a layer stack, or a part of it."""

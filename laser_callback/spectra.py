@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from laser_callback.entries import reduce_entries
-from laser_callback.plan import Reduction
+from laser_callback.reduction import Reduction
 from laser_callback.spectrum import Spectrum, refuse_non_finite
 from laser_callback.spectrum_folder import (
     DISK_BYTES,

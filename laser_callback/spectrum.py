@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from laser_callback.eigen import gram_eigen
-from laser_callback.plan import Reduction
 from laser_callback.rank_rules import rank_by
+from laser_callback.reduction import Reduction
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from laser_callback.matrices import WeightMatrix
-from laser_callback.plan import LaserPlan, Reduction
+from laser_callback.plan import LaserPlan
+from laser_callback.reduction import Reduction
 from laser_callback.spectra import SIDE_BY_SIDE, Spectra
 
 

@@ -23,8 +23,9 @@ from torch import Tensor, nn
 
 from laser_callback.files import appearing
 from laser_callback.matrices import same_name
-from laser_callback.plan import LaserPlan, Reduction
+from laser_callback.plan import LaserPlan
 from laser_callback.recipe import CutMatrix, Recipe, matrix_hash, recorded
+from laser_callback.reduction import Reduction
 from laser_callback.spectra import Spectra
 
 _FORMAT = "laser_callback undo, zlib over byte planes"

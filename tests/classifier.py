@@ -12,7 +12,8 @@ from torch.utils.data import DataLoader
 from laser_callback import LaserCallback, reduced
 from laser_callback.candidates import Candidate, Estimate
 from laser_callback.constraints import Judgement
-from laser_callback.plan import LaserPlan, Reduction
+from laser_callback.plan import LaserPlan
+from laser_callback.reduction import Reduction
 from laser_callback.result import LaserResult
 from laser_callback.search_result import Phase, SearchResult, Trade
 

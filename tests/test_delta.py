@@ -34,7 +34,7 @@ from laser_callback.cli import main
 from laser_callback.delta import BaseWeights
 from laser_callback.matrices import WeightMatrix
 from laser_callback.merging import merged, put_effective
-from laser_callback.plan import Reduction
+from laser_callback.reduction import Reduction
 from laser_callback.screen import GradientScreen
 from laser_callback.spectra import Spectra
 

@@ -5,7 +5,7 @@ import torch
 
 from laser_callback import LaserPlan, reduced
 from laser_callback.entries import reduce_entries
-from laser_callback.plan import Reduction
+from laser_callback.reduction import Reduction
 from laser_callback.spectra import Spectra
 
 

@@ -15,7 +15,8 @@ from torch import nn
 from laser_callback.export import save_reduced
 from laser_callback.factored import FactoredLinear, factored, gains_of, make_room, thin_factors
 from laser_callback.factored_file import WEIGHTS, load_factored
-from laser_callback.plan import LaserPlan, Reduction
+from laser_callback.plan import LaserPlan
+from laser_callback.reduction import Reduction
 from laser_callback.spectra import Spectra
 from laser_callback.spectrum import Spectrum
 from laser_callback.surgery import reduced

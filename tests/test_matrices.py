@@ -17,7 +17,8 @@ from torch import nn
 from laser_callback.controls import random_plan, zeroed_plan
 from laser_callback.kinds import KINDS
 from laser_callback.matrices import find_matrices, layer_stacks
-from laser_callback.plan import LaserPlan, Reduction
+from laser_callback.plan import LaserPlan
+from laser_callback.reduction import Reduction
 from laser_callback.surgery import reduced
 
 

@@ -8,9 +8,9 @@ import re
 from rich.console import Console
 
 from laser_callback.candidates import Candidate, Estimate
-from laser_callback.plan import Reduction
 from laser_callback.progress import PhaseProgress
 from laser_callback.race import Objective
+from laser_callback.reduction import Reduction
 from laser_callback.search_report import leaders
 
 

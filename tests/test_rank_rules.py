@@ -6,7 +6,6 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from laser_callback.plan import Reduction
 from laser_callback.rank_rules import (
     energy_rank,
     entropy_rank,
@@ -15,6 +14,7 @@ from laser_callback.rank_rules import (
     marchenko_pastur_rank,
     rank_by,
 )
+from laser_callback.reduction import Reduction
 from laser_callback.spectrum import Spectrum
 
 ALL = ("entropy", "gavish-donoho", "marchenko-pastur", "laser-rmt", "energy-0.9")

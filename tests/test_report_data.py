@@ -14,7 +14,7 @@ from laser_callback.candidates import Candidate, Estimate
 from laser_callback.charts import spectrum_chart, tick_texts, ticks
 from laser_callback.cut_spectra import POINTS, CutSpectrum, cut_spectra
 from laser_callback.flips import claim_row, flip_metric, flips, label_counts
-from laser_callback.plan import Reduction
+from laser_callback.reduction import Reduction
 from laser_callback.result import LaserResult
 from laser_callback.search_panels import STEPS, panels, shading
 from laser_callback.search_result import SearchResult, Trade

@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader
 from laser_callback.candidates import RHOS, Target, by_name, grid, targets
 from laser_callback.comparison import Outcomes
 from laser_callback.matrices import find_matrices
-from laser_callback.plan import Reduction
+from laser_callback.reduction import Reduction
 from laser_callback.screen import GradientScreen
 from laser_callback.screen_alternatives import laser_rmt, late_mlp_screen, random_screen, spectrum_screen
 from laser_callback.spectra import Spectra

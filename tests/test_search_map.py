@@ -9,7 +9,7 @@ import math
 from rich.console import Console, Group
 
 from laser_callback.candidates import Candidate, Estimate
-from laser_callback.plan import Reduction
+from laser_callback.reduction import Reduction
 from laser_callback.search_map import heat_map, short_rho, to_rows
 
 

@@ -16,8 +16,9 @@ from laser_callback.comparison import Outcomes, adjust, compare
 from laser_callback.constraints import Judgement
 from laser_callback.examples import PairedExamples
 from laser_callback.kinds import KINDS
-from laser_callback.plan import LaserPlan, Reduction
+from laser_callback.plan import LaserPlan
 from laser_callback.priors import prior_checks
+from laser_callback.reduction import Reduction
 from laser_callback.result import ArmResult, LaserResult
 from laser_callback.search_report import plain, print_search, render
 from laser_callback.search_result import Phase, SearchResult, Trade

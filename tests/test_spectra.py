@@ -18,7 +18,7 @@ from threadpoolctl import threadpool_info
 from laser_callback import cache_cli
 from laser_callback.eigen import gram_eigen
 from laser_callback.matrices import find_matrices
-from laser_callback.plan import Reduction
+from laser_callback.reduction import Reduction
 from laser_callback.spectra import Spectra
 from laser_callback.spectrum import Spectrum
 from laser_callback.spectrum_folder import SpectrumFolder, content_hash

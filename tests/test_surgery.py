@@ -466,6 +466,7 @@ def test_an_interrupt_at_every_line(prepared):
                 cut.matrices.copy()
 
         place = interrupted(work, len(places))
+        torch.set_grad_enabled(True)  # torch's own `no_grad` leaves it off when it is interrupted on its way out
         if place is None:
             break
         if not snapshot.is_restored():

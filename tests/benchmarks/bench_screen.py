@@ -33,7 +33,8 @@ from laser_callback import LaserModule
 from laser_callback.candidates import RHOS, Target, targets
 from laser_callback.demo_model import demo_model_folder
 from laser_callback.encoding import FactCollator, encode_facts
-from laser_callback.plan import LaserPlan, Reduction
+from laser_callback.plan import LaserPlan
+from laser_callback.reduction import Reduction
 from laser_callback.screen import GradientScreen
 from laser_callback.screen_alternatives import late_mlp_screen, random_screen, spectrum_screen
 from laser_callback.spectra import Spectra

@@ -18,7 +18,7 @@ from laser_callback import LaserModule, find_matrices
 from laser_callback.demo_model import demo_model_folder
 from laser_callback.encoding import FactCollator, encode_facts
 from laser_callback.facts import read_facts, sample_facts, split_facts
-from laser_callback.plan import Reduction
+from laser_callback.reduction import Reduction
 from laser_callback.replay import LayerReplay
 from laser_callback.spectrum import Spectrum
 

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from laser_callback.candidates import Target, targets
-from laser_callback.plan import Reduction
+from laser_callback.reduction import Reduction
 from laser_callback.spectrum import Spectrum
 
 SUBJECTS, RELATIONS, OBJECTS, FILLER = 64, 4, 32, 28  # tokens of each sort
