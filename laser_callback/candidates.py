@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import re
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
@@ -31,10 +30,13 @@ REFERENCE_RHOS = tuple((10 - rate) * 0.1 for rate in (1, 2, 4, 6, 8, 9, 9.5, 9.9
 DELTA_RHOS = (0.0, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.4)
 """For the difference to a base: fine-tuning, and LoRA by its making, changes few directions."""
 
-RHOS_PER_TARGET = 2
-"""So many rhos of a target race before any target has more."""
+CAUTION = 2.0
+"""Standard errors that count against a candidate in the cautious order of the screen."""
 
-Status = Literal["screened out", "dropped", "finalist", "rejected", "accepted"]
+Score = float | tuple[float, float]
+"""What a screen says of a candidate: how the loss changes, lower is better; with its standard error, where known."""
+
+Status = Literal["screened out", "dropped", "finalist", "rejected", "chosen"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,6 +79,7 @@ class Candidate:
         layer, kind, rho: where it stands in the map of the search.
         base: the reductions in place when it was tried, as text; empty in the first step.
         score: the screen's estimate of how the loss changes (lower is better), or ``None`` where there was no screen.
+        error: its standard error; 0 where it is not known.
         examples: race examples that it was run on.
         gain: change of the objective on these, in the direction that is better, against ``base``.
         loss: change of the loss on these, where there is one.
@@ -90,6 +93,7 @@ class Candidate:
     rho: float
     base: str = ""
     score: float | None = None
+    error: float = 0.0
     examples: int = 0
     gain: Estimate | None = None
     loss: Estimate | None = None
@@ -191,20 +195,28 @@ def grid(found: Sequence[Target], rhos: Sequence[float], base: str = "") -> list
 
 
 def shortlist(scored: Iterable[Candidate]) -> list[Candidate]:
-    """Candidates by their screen score, best first, but only the two best rhos of each target ahead of all others.
+    """Candidates in the order in which they should race.
 
-    Scores of one target go together, and so do their errors: without this, a few targets that the screen is wrong about
-    would fill the race with all of their rhos.
+    Two orders take turns: by the score plus two standard errors, which brings what is known to help, and by the score
+    alone, which brings what may help more. Each has one rho of every target, its best, ahead of all others: scores of
+    one target go together, and so do their errors, so that a few targets that the screen is wrong about would fill the
+    race with all of their rhos.
     """
-    ranked = sorted(scored, key=lambda candidate: float(candidate.score or 0))
-    seen: Counter[Reduction] = Counter()
-    first: list[Candidate] = []
-    rest: list[Candidate] = []
-    for candidate in ranked:
-        target = replace(candidate.reduction, rho=0.0)
-        seen[target] += 1
-        (first if seen[target] <= RHOS_PER_TARGET else rest).append(candidate)
-    return first + rest
+    cautious, hopeful = (_best_of_each(scored := list(scored), caution) for caution in (CAUTION, 0.0))
+    turns = [candidate for pair in zip(cautious, hopeful, strict=True) for candidate in pair]
+    rest = sorted(scored, key=lambda candidate: _score(candidate, CAUTION))
+    return list({id(candidate): candidate for candidate in [*turns, *rest]}.values())
+
+
+def _best_of_each(scored: Sequence[Candidate], caution: float) -> list[Candidate]:
+    best: dict[Reduction, Candidate] = {}
+    for candidate in sorted(scored, key=lambda candidate: _score(candidate, caution)):
+        best.setdefault(replace(candidate.reduction, rho=0.0), candidate)
+    return list(best.values())
+
+
+def _score(candidate: Candidate, caution: float) -> float:
+    return float(candidate.score or 0) + caution * candidate.error
 
 
 def neighbours(candidate: Candidate, rhos: Sequence[float], max_rank: int) -> list[Candidate]:
@@ -220,7 +232,7 @@ def neighbours(candidate: Candidate, rhos: Sequence[float], max_rank: int) -> li
         reduction = replace(candidate.reduction, rho=rho)
         ends = {replace(candidate.reduction, rho=end).rank(max_rank) for end in (low, high)}
         if reduction.rank(max_rank) not in ends:
-            found.append(replace(candidate, reduction=reduction, rho=rho, score=None))
+            found.append(replace(candidate, reduction=reduction, rho=rho, score=None, error=0.0))
     return found
 
 

@@ -41,7 +41,7 @@ class Point:
 
 
 def panel_chart(panel: Panel, shading: Shading, tell: Callable[[Candidate], str]) -> Markup:
-    """One kind's heat map: rows are layers, columns rhos; what was run has a dot, what was accepted a ring.
+    """One kind's heat map: rows are layers, columns rhos; what was run has a dot, what was chosen a ring.
 
     Args:
         panel: what to draw.
@@ -71,11 +71,11 @@ def panel_chart(panel: Panel, shading: Shading, tell: Callable[[Candidate], str]
         shade = "cell unknown" if level is None else f"cell l{level}"
         parts.append(tag("rect", tag("title", tell(candidate)), class_=shade, **place))
         if candidate.examples:
-            radius, style = (4.0, "ring") if candidate.status == "accepted" else (1.7, "dot")
+            radius, style = (4.0, "ring") if candidate.status == "chosen" else (1.7, "dot")
             marks.append(_circle(x + width / 2, y + height / 2, radius, style))
     for row, lower, candidate in panel.between:
         middle = top + (panel.rows.index(row) + 0.5) * height
-        radius, style = (4.0, "between ring") if candidate.status == "accepted" else (2.6, "between")
+        radius, style = (4.0, "between ring") if candidate.status == "chosen" else (2.6, "between")
         marks.append(_circle(left + lower * width, middle, radius, style, tag("title", tell(candidate))))
     size = left + len(panel.rhos) * width + 8, top + len(panel.rows) * height + 4
     what = f"{panel.kind}: {len(panel.rows)} layers by {len(panel.rhos)} rhos; the arrow keys go from cell to cell"
@@ -182,7 +182,7 @@ def legend(shading: Shading) -> Markup:
     worse = [_swatch(f"l{step}", f"+{size}") for step, size in enumerate(sizes, 1)]
     items = [*better[::-1], _swatch("l0", "closer to 0"), *worse]
     unit = f" {shading.unit}" if shading.unit else ""
-    marks = "dot: raced, between cells: at a rho between, ring: accepted"
+    marks = "dot: raced, between cells: at a rho between, ring: chosen"
     return tag("div", tag("ul", *items), tag("span", f"or more{unit}; negative is better; {marks}"), class_="legend")
 
 

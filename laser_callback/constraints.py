@@ -19,6 +19,8 @@ from dataclasses import asdict, dataclass
 from decimal import Decimal
 from typing import Any, Literal, TypeAlias, cast
 
+from scipy import stats
+
 from laser_callback.comparison import ALPHA, PairedResult
 from laser_callback.priors import PriorChecks
 
@@ -28,6 +30,8 @@ Verdict: TypeAlias = Literal["pass", "fail", "undecided"]
 
 ENOUGH_UNCHANGED = 59
 """If none of so many units changes, fewer than 5 % of all units do, at 95 % confidence (0.95^59 < 0.05)."""
+MOST_TIMES = 1000
+"""More than so many times as many examples nobody will collect."""
 
 _NUMBER = r"(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?"
 _TEXT = re.compile(rf"\s*(\S.*?)\s*(?::\s*(ratio|delta)?\s*)?(<=?|>=?)\s*([+-]?)\s*({_NUMBER})\s*(%?)\s*")
@@ -166,7 +170,7 @@ class Gain:
         elif row.p <= self.alpha:
             verdict, note = "pass", ""
         elif row.delta * sign > 0 and self.alpha == ALPHA:  # the interval's level
-            needed = _extrapolate(row.n, abs(row.delta - bound), abs(row.delta))
+            needed = _shown_from(row, bound, self.alpha)
             if needed is not None:
                 note = f"{note}; about {needed:,} examples in place of {row.n:,} would show one if the change stays so"
         return Judgement(str(self), self.key, row.n, row.delta, bound, verdict, note, row.p, relative)
@@ -356,13 +360,29 @@ def _check_row(key: str, row: PairedResult) -> None:
         raise ValueError(f"`row` must be of {key!r}, got {row.metric!r}")
 
 
+def _shown_from(row: PairedResult, bound: float, alpha: float) -> int | None:
+    """Units from which on a row's change would be significant if it stays so; of right and wrong by the exact test."""
+    if row.fixed is None or row.broken is None:
+        return _extrapolate(row.n, abs(row.delta - bound), abs(row.delta))
+    scale = 1.0
+    while scale < MOST_TIMES:
+        scale *= 1.02
+        gained, lost = round(scale * row.fixed), round(scale * row.broken)
+        if stats.binomtest(gained, gained + lost).pvalue <= alpha:
+            return _two_digits(scale * row.n)
+    return None
+
+
 def _extrapolate(n: int, width: float, distance: float) -> int | None:
     """Units at which half the interval's ``width`` has shrunk to ``distance``: it does with the root of their number.
 
-    Rounded up to two digits; ``None`` where there is no such number, or none that anyone could collect.
+    Rounded up to two digits; ``None`` where there is no such number, or more than anyone would collect.
     """
-    needed = n * (width / distance) ** 2 if distance else math.inf
-    if not needed < 1e9:
-        return None
-    step = 10.0 ** max(math.floor(math.log10(max(needed, 1))) - 1, 0)
-    return max(math.ceil(needed / step) * int(step), n + 1)
+    times = (width / distance) ** 2 if distance else math.inf
+    return _two_digits(n * times, n + 1) if times < MOST_TIMES else None
+
+
+def _two_digits(number: float, least: int = 0) -> int:
+    """Rounded up."""
+    step = 10 ** max(math.floor(math.log10(max(number, 1))) - 1, 0)
+    return max(math.ceil(number / step) * step, least)

@@ -17,6 +17,7 @@ from typing_extensions import override
 
 from laser_callback.encoding import EncodedFact, FactCollator, encode_facts, pad, pad_token_id, special_tokens, tokenize
 from laser_callback.facts import DEFAULT_SIZES, Fact, check_rows, read_facts, sample_facts, split_facts
+from laser_callback.lm_eval_tasks import check_borders, is_lm_eval, read_lm_eval
 
 
 class TextWindows(Dataset[dict[str, Any]]):
@@ -75,8 +76,8 @@ class FactsDataModule(LightningDataModule):
     as many in a batch as facts (a window is as long as dozens of prompts).
 
     Args:
-        path: a ``.jsonl``, ``.csv`` or ``.parquet`` file (see :func:`~laser_callback.facts.read_facts`), or facts or
-            records themselves.
+        path: a ``.jsonl``, ``.csv`` or ``.parquet`` file (see :func:`~laser_callback.facts.read_facts`), facts or
+            records themselves, or ``lm_eval:TASK`` (see :func:`~laser_callback.lm_eval_tasks.read_lm_eval`).
         tokenizer: a tokenizer, or the folder or hub name of one; by default that of the ``LaserModule`` in the trainer.
         text: a UTF-8 text file for perplexity (causal models only), or windows of one's own making.
         split: name of one of ``sizes``.
@@ -130,8 +131,10 @@ class FactsDataModule(LightningDataModule):
         masked = tokenizer.mask_token_id is not None if self.masked is None else self.masked
         if self.text is not None and masked:
             raise ValueError(f"`text` must be None for a masked model, which has no perplexity, got {self.text!r}.")
+        if is_lm_eval(self.path) and masked:
+            raise ValueError(f"`path` must be facts for a masked model, which lm_eval does not score, got {self.path}.")
         if isinstance(self.path, (str, Path)):
-            facts = read_facts(self.path)
+            facts = read_lm_eval(self.path) if is_lm_eval(self.path) else read_facts(self.path)
         else:
             facts = check_rows(enumerate(self.path), lambda row: row, "`path`", "item", Fact)
         if self.split is not None:
@@ -141,6 +144,8 @@ class FactsDataModule(LightningDataModule):
         self.collate = FactCollator(pad_token_id(tokenizer), self.rows_per_forward)
         if isinstance(self.text, (str, Path)):
             self.text = TextWindows(self.text, tokenizer)
+        if is_lm_eval(self.path):
+            check_borders(facts, tokenizer)
         self.encoded = encode_facts(facts, tokenizer, masked=masked, max_length=self.max_length)
 
     def loaded_tokenizer(self) -> PreTrainedTokenizerBase:

@@ -214,12 +214,12 @@ def _map(result: SearchResult) -> Figure | None:
     bar = figure.colorbar(image, ax=list(axes), shrink=0.8, pad=0.01, ticks=range(-STEPS, STEPS + 1))
     sizes = [f"{threshold:.3g}" for threshold in shades.thresholds]
     bar.ax.set_yticklabels([*(f"-{size}" for size in sizes[::-1]), "0", *(f"+{size}" for size in sizes)], fontsize=6)
-    _title(figure, f"{shades.told}: lower is better; dots were raced, a ring was accepted", [])
+    _title(figure, f"{shades.told}: lower is better; dots were raced, a ring was chosen", [])
     return figure
 
 
 def _mark(candidate: Candidate) -> dict[str, Any]:
-    if candidate.status == "accepted":
+    if candidate.status == "chosen":
         return {"marker": "o", "color": "black", "markersize": 7, "fillstyle": "none"}
     return {"marker": "o", "color": "black", "markersize": 1.5}
 

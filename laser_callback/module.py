@@ -29,6 +29,7 @@ from laser_callback import probes
 from laser_callback.callback import LaserCallback, check_strategy
 from laser_callback.comparison import Outcomes
 from laser_callback.plan import LaserPlan
+from laser_callback.pretrained import named
 from laser_callback.report import print_ab
 from laser_callback.result import LaserResult
 from laser_callback.routing import ABResult, ABTest
@@ -49,6 +50,7 @@ _SHARES_OF_FACTS = (
     "top5_accuracy",
     "top10_accuracy",
     "choice_accuracy",
+    "summed_choice_accuracy",
     "paraphrase_robustness",
 )  # one 0/1 outcome per fact
 
@@ -106,8 +108,8 @@ class LaserModule(pl.LightningModule):
             if not isinstance(model, str):
                 raise MisconfigurationException("`tokenizer` must be given when `model` is not a folder or hub name")
             tokenizer = model
-        self.tokenizer = AutoTokenizer.from_pretrained(tokenizer) if isinstance(tokenizer, str) else tokenizer
         self.model = _load(model) if isinstance(model, str) else model
+        self.tokenizer = AutoTokenizer.from_pretrained(tokenizer) if isinstance(tokenizer, str) else tokenizer
         self.masked = _is_masked(self.model)
         self.plan = plan
         self.primary = primary
@@ -368,9 +370,10 @@ def _logits_at(model: PreTrainedModel, rows: Tensor, columns: Tensor) -> Iterato
 
 
 def _load(name: str) -> PreTrainedModel:
-    config = AutoConfig.from_pretrained(name)
-    masked = any(str(architecture).endswith("MaskedLM") for architecture in config.architectures or ())
-    return (AutoModelForMaskedLM if masked else AutoModelForCausalLM).from_pretrained(name)
+    with named(name):
+        config = AutoConfig.from_pretrained(name)
+        masked = any(str(architecture).endswith("MaskedLM") for architecture in config.architectures or ())
+        return (AutoModelForMaskedLM if masked else AutoModelForCausalLM).from_pretrained(name)
 
 
 def _context_length(model: PreTrainedModel) -> int | None:

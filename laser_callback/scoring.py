@@ -27,6 +27,7 @@ model prefers.
     top10_accuracy 1.000 [1.0, 1.0]
     log_loss 0.737 [0.066, 1.408]
     choice_accuracy 0.000 [nan, 0.0]
+    summed_choice_accuracy 0.000 [nan, 0.0]
     paraphrase_accuracy 0.333 [0.5, 0.0]
     paraphrase_robustness 0.000 [0.0, nan]
     paraphrase_consistency 0.000 [0.0, nan]
@@ -280,12 +281,27 @@ class ChoiceAccuracy(AnswerMetric):
     Dividing by the number of tokens keeps long choices from losing for their length alone. A tie is wrong.
     """
 
+    def value(self, scores: AnswerScores) -> Tensor:
+        """(R,) what choices are compared by."""
+        return scores.mean_log_prob
+
     @override
     def tally(self, scores: AnswerScores) -> tuple[Tensor, Tensor]:
-        prompts, others = scores.role == Role.PROMPT, scores.role == Role.CHOICE
-        right = scores.sum_by_fact(scores.mean_log_prob, prompts) > scores.best_by_fact(scores.mean_log_prob, others)
+        value, prompts, others = self.value(scores), scores.role == Role.PROMPT, scores.role == Role.CHOICE
+        right = scores.sum_by_fact(value, prompts) > scores.best_by_fact(value, others)
         has_choices = scores.sum_by_fact(others, others) > 0
         return (right & has_choices).double(), has_choices.double()
+
+
+class SummedChoiceAccuracy(ChoiceAccuracy):
+    """Share of facts with choices whose right answer has strictly the highest log probability as a whole.
+
+    That is ``acc`` of lm-evaluation-harness. A choice of many tokens seldom wins against one of few.
+    """
+
+    @override
+    def value(self, scores: AnswerScores) -> Tensor:
+        return scores.log_prob
 
 
 class _ParaphraseMetric(AnswerMetric):
@@ -355,6 +371,7 @@ METRICS: dict[str, type[AnswerMetric]] = {
     "top10_accuracy": Top10Accuracy,
     "log_loss": LogLoss,
     "choice_accuracy": ChoiceAccuracy,
+    "summed_choice_accuracy": SummedChoiceAccuracy,
     "paraphrase_accuracy": ParaphraseAccuracy,
     "paraphrase_robustness": ParaphraseRobustness,
     "paraphrase_consistency": ParaphraseConsistency,

@@ -31,6 +31,7 @@ from laser_callback.matrices import WeightMatrix
 from laser_callback.reduction import Reduction
 from laser_callback.spectra import Spectra
 from laser_callback.spectrum import Spectrum
+from laser_callback.spectrum_folder import size_for
 from laser_callback.state import copy_data
 
 LossFn = Callable[[pl.LightningModule, Any], Tensor]
@@ -51,18 +52,17 @@ class GradientScreen(pl.Callback):
         loss: function of the module and a batch that returns the loss: a scalar, or one number per example. By
             default it is what the step returns: a scalar, or under ``loss`` or ``log_loss`` in a mapping a scalar, a
             1-D tensor or :class:`~laser_callback.comparison.Outcomes`.
-        caution: how many standard errors are added to each mean change, so that of two cuts the one comes first of
-            which more is known. They are taken from the variance between batches, of which there must then be at least
-            two. Half the mean square over examples of <G_n, W_k - W> in their place (the empirical Fisher matrix for
-            the Hessian) lost the best cut on the benchmark.
 
     Attributes:
         scores: after ``trainer.validate()``: each candidate's estimated change of the mean loss over examples.
+        errors: standard errors of these, from the variance between batches; 0 where there is one batch only. Half the
+            mean square over examples of <G_n, W_k - W> in their place (the empirical Fisher matrix for the Hessian)
+            lost the best cut on the benchmark.
 
     Raises:
         MisconfigurationException: outside of ``trainer.validate``, under inference mode, on several devices, or if
             there is no loss with a gradient.
-        ValueError: if a loss or gradient is not finite, or there are too few batches.
+        ValueError: if a loss or gradient is not finite, or there is no batch.
 
     Example::
 
@@ -78,11 +78,9 @@ class GradientScreen(pl.Callback):
         spectra: Spectra,
         *,
         loss: LossFn | None = None,
-        caution: float = 0.0,
     ) -> None:
-        if not (math.isfinite(caution) and caution >= 0):
-            raise ValueError(f"`caution` must be a number of standard errors, at least 0, got {caution!r}")
         self.scores: dict[Reduction, float] = {}
+        self.errors: dict[Reduction, float] = {}
         self._reductions: list[Reduction] = []
         self._cuts: list[tuple[Target, slice]] = []  # a target's reductions are this part of all
         for target in targets:
@@ -91,7 +89,6 @@ class GradientScreen(pl.Callback):
             self._cuts.append((target, slice(begin, len(self._reductions))))
         self._spectra = spectra
         self._loss = loss
-        self._caution = caution
         self._undo = _Undo()
         self._grad_mode = False
 
@@ -111,7 +108,7 @@ class GradientScreen(pl.Callback):
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if torch.is_inference_mode_enabled():
             raise MisconfigurationException("GradientScreen needs gradients: use Trainer(inference_mode=False)")
-        self.scores = {}
+        self.scores, self.errors = {}, {}
         self._reached: set[str] = set()
         self._batch = self._zeros()
         self._sum, self._square, self._weight, self._batches = self._zeros(), self._zeros(), 0.0, 0
@@ -128,6 +125,9 @@ class GradientScreen(pl.Callback):
                 parameters[id(matrix.parameter)] = matrix.parameter
         wanted = [matrix for places in self._places.values() for _, matrix in places]
         self._spectra.ahead([(matrix.read(matrix.parameter.data), matrix.name) for matrix in wanted])
+        # No weight changes here: what memory has room for is not looked up by its content again in every batch.
+        self._found: dict[str, Spectrum] = {}
+        self._keeps = sum(size_for(matrix.shape) for matrix in wanted) <= self._spectra.memory_bytes
         for parameter in pl_module.parameters():
             self._undo.flags.append((parameter, parameter.requires_grad))
             parameter.requires_grad_(id(parameter) in parameters)
@@ -170,7 +170,10 @@ class GradientScreen(pl.Callback):
     @override
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._undo.run()
-        self.scores = dict(zip(self._reductions, self._estimate().tolist(), strict=True))
+        self._found.clear()
+        mean, error = self._estimate()
+        self.scores = dict(zip(self._reductions, mean.tolist(), strict=True))
+        self.errors = dict(zip(self._reductions, error.tolist(), strict=True))
         names = [matrix.name for places in self._places.values() for _, matrix in places]
         missed = [name for name in names if name not in self._reached]
         if missed:
@@ -217,26 +220,24 @@ class GradientScreen(pl.Callback):
         for part, matrix in self._places[id(parameter)]:
             weight = matrix.read(parameter.data)
             ranks = [reduction.rank(matrix.max_rank) for reduction in self._reductions[part]]
-            operand, spectrum = self._spectra.operand(weight, matrix.name), self._spectra.of(weight, matrix.name)
+            spectrum = self._found.get(matrix.name) or self._spectra.of(weight, matrix.name)
+            if self._keeps:
+                self._found[matrix.name] = spectrum
+            operand = self._spectra.operand(weight, matrix.name)
             changes = loss_changes(matrix.read(gradient), operand, spectrum, ranks)
             if not bool(changes.isfinite().all()):
                 raise ValueError(f"the gradient of `{matrix.name}` holds NaN or infinite values")
             self._batch[part] += changes
             self._reached.add(matrix.name)
 
-    def _estimate(self) -> Tensor:
+    def _estimate(self) -> tuple[Tensor, Tensor]:
+        """Each candidate's mean change and its standard error."""
         if self._batches == 0:
             raise ValueError("the screen set has no batch")
         mean = self._sum / self._weight
-        if self._caution == 0:
-            return mean
-        if self._batches == 1:
-            raise ValueError(
-                "`caution` needs at least two batches in the screen set, got one: make the batches smaller"
-            )
         # A batch of w examples has the variance of one example divided by w.
-        variance = (self._square - self._weight * mean**2).clamp_min(0) / (self._batches - 1)
-        return mean + self._caution * (variance / self._weight).sqrt()
+        variance = (self._square - self._weight * mean**2).clamp_min(0) / max(self._batches - 1, 1)
+        return mean, (variance / self._weight).sqrt() * (self._batches > 1)
 
 
 def loss_changes(gradient: Tensor, matrix: Tensor, spectrum: Spectrum, ranks: Sequence[int]) -> Tensor:

@@ -273,7 +273,7 @@ class LaserSearch:
                 if accepted is None:
                     break
                 winner = accepted
-            winner.status, winner.reason = "accepted", ""
+            winner.status, winner.reason = "chosen", ""
             self._base_gain += winner.gain.delta if winner.gain else 0.0
             base = [*base, winner.reduction]
             self.result.found = LaserPlan(base)
@@ -294,7 +294,7 @@ class LaserSearch:
         if self.method == "screened":
             scores = steps.screen(number, found, self.rhos, base, self._screen(steps))
             for candidate in candidates:
-                candidate.score = scores.get(str(candidate.reduction))
+                candidate.score, candidate.error = scores.get(str(candidate.reduction), (None, 0.0))
             scored = [c for c in candidates if c.score is not None and not math.isnan(c.score)]
             ranked, rounds = shortlist(filter(steps.lab.alters, scored)), ROUNDS
         else:

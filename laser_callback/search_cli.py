@@ -12,6 +12,8 @@ from rich.console import Console
 from laser_callback.candidates import RHOS
 from laser_callback.command import Answer, Exit
 from laser_callback.data import FactsDataModule
+from laser_callback.files import need_files
+from laser_callback.lm_eval_tasks import ACC, is_lm_eval
 from laser_callback.module import LaserModule
 from laser_callback.progress import quiet_libraries
 from laser_callback.report_cli import read_examples
@@ -23,16 +25,17 @@ from laser_callback.search_result import SearchResult
 def search(
     model: str | None = None,
     facts: Path | None = None,
+    judge: str | None = None,
     text: Path | None = None,
     module: pl.LightningModule | None = None,
     data: pl.LightningDataModule | None = None,
-    objective: list[str] | None = None,
+    objective: str | list[str] | None = None,
     direction: Literal["max", "min"] | None = None,
     loss: str | None = None,
-    constraints: list[str] | None = None,
+    constraints: str | list[str] | None = None,
     base: str | None = None,
     within: str = "*.all",
-    rhos: list[float] | None = None,
+    rhos: float | list[float] | None = None,
     screen: str = "gradient",
     candidates: int = 48,
     max_reductions: int = 1,
@@ -58,8 +61,10 @@ def search(
     The exit code is 0 if a plan is recommended, and 3 if the original is.
 
     Args:
-        model: folder or hub name of a Hugging Face language model; goes with facts.
+        model: folder or hub name of a Hugging Face language model; goes with facts or judge.
         facts: a JSONL, CSV or Parquet file of {id, prompt, answer, paraphrases?, choices?, subject?, group?}.
+        judge: instead of facts, lm_eval:TASK, a multiple-choice task of lm-evaluation-harness (its name, or a YAML
+            file), whose acc is then the objective; e.g. "lm_eval:arc_easy?num_fewshot=5&include_path=my_tasks".
         text: a UTF-8 text file; perplexity on it must hold.
         module: instead of a model, a LightningModule class of your own; goes with data.
         data: a LightningDataModule class whose validation dataloader is split into the search's sets.
@@ -92,8 +97,13 @@ def search(
     """
     quiet_libraries()
     console = Console(stderr=True)
+    if judge is not None:
+        if facts is not None or not is_lm_eval(judge):
+            raise ValueError(f"`--judge` must be lm_eval:TASK, without `--facts`, got {judge!r} and facts {facts}")
+        facts, objective = Path(judge), [ACC] if objective is None else objective
     if (model is None) == (module is None) or (facts is None) != (model is None) or (data is None) != (module is None):
-        raise ValueError("give `--model` and `--facts`, or `--module` and `--data`")
+        raise ValueError("give `--model` and `--facts` or `--judge`, or `--module` and `--data`")
+    need_files(facts=facts if judge is None else None, text=text)
     if model is not None and facts is not None:
         module = LaserModule(model)
         data = FactsDataModule(
@@ -112,10 +122,10 @@ def search(
         objective=objective,
         direction=direction,
         loss=loss,
-        constraints=constraints,
+        constraints=[constraints] if isinstance(constraints, str) else constraints,
         base=base,
         within=within,
-        rhos=RHOS if rhos is None else rhos,
+        rhos=RHOS if rhos is None else [rhos] if isinstance(rhos, float) else rhos,
         screen=screen,
         candidates=candidates,
         max_reductions=max_reductions,

@@ -21,7 +21,7 @@ from laser_callback.kinds import KINDS
 
 SHADES = "░▒▓█"
 """Improvement in four steps, each but the first at twice the change of the one before."""
-_NONE, _UNKNOWN, _ACCEPTED = "·", "?", "◂"
+_NONE, _UNKNOWN, _CHOSEN = "·", "?", "◂"
 _MAX_ROWS = 40  # of layers; beyond it neighbours share a row, so that a map stays on one screen
 _OTHER = "other"  # column of what has no kind: matrices addressed by name or regex
 
@@ -92,7 +92,7 @@ class _Cell:
 
     change: float | None
     rho: float
-    accepted: bool
+    chosen: bool
 
 
 def heat_map(
@@ -143,14 +143,14 @@ def _cells(values: list[tuple[Candidate, float]]) -> dict[tuple[_Rows, str], _Ce
         rows = None if start is None else (start, min(start + size - 1, last))
         key = rows, candidate.kind or _OTHER
         known = None if math.isnan(value) or value == -math.inf else value
-        new = _Cell(known, candidate.rho, candidate.status == "accepted")
+        new = _Cell(known, candidate.rho, candidate.status == "chosen")
         old = cells.get(key)
         if old is None:
             cells[key] = new
             continue
         better = known is not None and (old.change is None or known < old.change)
         chosen = new if better else old
-        cells[key] = _Cell(chosen.change, chosen.rho, old.accepted or new.accepted)
+        cells[key] = _Cell(chosen.change, chosen.rho, old.chosen or new.chosen)
     return cells
 
 
@@ -185,7 +185,7 @@ def _label(first: _Rows, last: _Rows) -> str:
 def _draw(cell: _Cell | None, top: float) -> Text:
     if cell is None:
         return Text()
-    mark = (_ACCEPTED, "bold") if cell.accepted else ""
+    mark = (_CHOSEN, "bold") if cell.chosen else ""
     if cell.change is None:
         return Text.assemble((_UNKNOWN, "dim"), mark)
     if cell.change >= 0:
@@ -214,6 +214,6 @@ def _map_legend(cells: Iterable[_Cell], top: float, best: float, unit: str) -> T
     legend = f"{'  '.join(parts)} {unit} or more (best {best:.2g}), at the rho beside it; {_NONE} not lower at any rho"
     if any(cell.change is None for cell in drawn):
         legend += f"; {_UNKNOWN} no number"
-    if any(cell.accepted for cell in drawn):
-        legend += f"; {_ACCEPTED} a cut here was accepted"
+    if any(cell.chosen for cell in drawn):
+        legend += f"; {_CHOSEN} a cut here was chosen"
     return Text(legend, style="dim")

@@ -36,7 +36,7 @@ from laser_callback.search_text import (
 
 _TOP = 10  # rows in the tables of the race and of the trades
 _LEADERS = 3
-_MARKS = {"accepted": "✓", "rejected": "✗", "finalist": "•", "dropped": "·", "screened out": " "}
+_MARKS = {"chosen": "✓", "rejected": "✗", "finalist": "•", "dropped": "·", "screened out": " "}
 _ASCII = str.maketrans(f"{SHADES}·✓✗•◂●○→", "1234.+xo<*o>")
 
 
@@ -135,7 +135,7 @@ def _race(result: SearchResult, wide: bool) -> list[RenderableType]:
     run.sort(key=merit)
     best = run[:_TOP]
     columns: list[tuple[str, list[Text]]] = [
-        ("", [Text(_MARKS[c.status], style="bold green" if c.status == "accepted" else "dim") for c in best]),
+        ("", [Text(_MARKS[c.status], style="bold green" if c.status == "chosen" else "dim") for c in best]),
         ("reduction", [Text(str(c.reduction), style="cyan", overflow="fold") for c in best]),
     ]
     if len(steps) > 1:
@@ -198,7 +198,7 @@ def _reasons(best: Iterable[Candidate]) -> list[RenderableType]:
 
 
 def _race_legend(result: SearchResult, gain: GainText, count: int, titles: list[str]) -> list[str]:
-    marks = "" if "outcome" in titles else "✓ accepted  ✗ rejected  • finalist  · dropped"
+    marks = "" if "outcome" in titles else "✓ chosen  ✗ rejected  • finalist  · dropped"
     more = f"{count - _TOP:,} more are in the JSON file" if count > _TOP else ""
     legend = [f"gain: {gain.told} on n race examples, + is better"]
     if "screen" in titles:
@@ -207,6 +207,7 @@ def _race_legend(result: SearchResult, gain: GainText, count: int, titles: list[
 
 
 def _trades(trades: Sequence[Trade], gain: GainText) -> list[RenderableType]:
+    trades = [trade for trade in trades if trade.fluency is not None]
     if not trades:
         return []
     # What one would choose from comes before what only has more gain.

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 
-from laser_callback.candidates import Candidate, Target, in_parts
+from laser_callback.candidates import Candidate, Score, Target, in_parts
 from laser_callback.comparison import ALPHA, adjust
 from laser_callback.examples import ORIGINAL
 from laser_callback.journal import Journal, Step
@@ -38,13 +38,11 @@ FLUENCY_WINDOWS = 12
 
 SCREEN_BATCHES = 5
 """The screen set in at least so many, between which its gradients are seen to vary."""
-CAUTION = 2.0
-"""Standard errors of the screen's estimate that count against a candidate, where there are batches to tell them by."""
 
 ARMS = 64
 """So many candidates run in one evaluation loop, and are one step of the journal."""
 
-Screen = Callable[[Sequence[Target], Sequence[float], DataLoader[Any]], dict[Reduction, float]]
+Screen = Callable[[Sequence[Target], Sequence[float], DataLoader[Any]], Mapping[Reduction, Score]]
 
 
 @dataclass
@@ -85,19 +83,19 @@ class Steps:
 
     def screen(
         self, number: int, found: Sequence[Target], rhos: Sequence[float], base: Sequence[Reduction], screen: Screen
-    ) -> dict[str, float]:
-        """Each candidate's estimated change of the loss, by its text."""
+    ) -> dict[str, tuple[float, float]]:
+        """Each candidate's estimated change of the loss and its standard error, by its text."""
         loader = self.sets.loader("screen", batches=SCREEN_BATCHES)
 
         def compute() -> Step:
             with self.lab.base(base):
                 scores = screen(found, rhos, loader)
-            return {str(reduction): score for reduction, score in scores.items()}, {}
+            return {str(r): score if isinstance(score, tuple) else (score, 0.0) for r, score in scores.items()}, {}
 
         examples = self.sets.sizes["screen"]
         what = f"screen: {len(found)} targets at {len(rhos)} rhos, one backward pass on {examples} examples"
         data, _ = self.timed(f"{number}-screen", "screen", what, compute, examples, 3.0 * examples)
-        return {name: math.nan if score is None else score for name, score in data.items()}
+        return {name: (math.nan if score is None else score, error) for name, (score, error) in data.items()}
 
     def gradient_screen(self, spectra: Spectra, loss: LossFn | None) -> Screen:
         """The screen by a backward pass; ``loss`` as for :class:`GradientScreen`.
@@ -106,13 +104,14 @@ class Steps:
         part is screened: passes over a hundred examples are cheaper than to factorise again for every batch.
         """
 
-        def screen(found: Sequence[Target], rhos: Sequence[float], loader: DataLoader[Any]) -> dict[Reduction, float]:
-            caution = CAUTION if len(loader) >= SCREEN_BATCHES else 0.0
-            scores: dict[Reduction, float] = {}
+        def screen(found: Sequence[Target], rhos: Sequence[float], loader: DataLoader[Any]) -> dict[Reduction, Score]:
+            scores: dict[Reduction, Score] = {}
             for part in in_parts(found, spectra.capacity) if len(loader) > 1 else [found]:
-                gradient = GradientScreen(part, rhos, spectra, loss=loss, caution=caution)
+                gradient = GradientScreen(part, rhos, spectra, loss=loss)
                 self.lab.validate(loader, gradient, inference_mode=False)
-                scores |= gradient.scores
+                # Few batches tell nothing about their variance.
+                errors = gradient.errors if len(loader) >= SCREEN_BATCHES else {}
+                scores |= {cut: (score, errors.get(cut, 0.0)) for cut, score in gradient.scores.items()}
             return scores
 
         return screen

@@ -12,7 +12,7 @@ from laser_callback.search_map import finite
 from laser_callback.search_result import SearchResult, Trade
 
 _OWN_UNIT = "units of the loss"  # that the user's step returns
-REACHED = {"accepted": 0, "finalist": 1, "rejected": 1, "dropped": 2, "screened out": 3}
+REACHED = {"chosen": 0, "finalist": 1, "rejected": 1, "dropped": 2, "screened out": 3}
 """How far a candidate of each status came."""
 
 

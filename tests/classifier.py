@@ -90,7 +90,7 @@ def searched(confirmed: LaserResult | None = None) -> SearchResult:
         candidate.examples, candidate.status, candidate.reason = 100, "dropped", f"place {place} <i>of</i> 6"
         candidate.gain = Estimate(0.05 - 0.02 * place, 0.01 - 0.02 * place, 0.09 - 0.02 * place)
         candidate.loss = Estimate(-0.4 + 0.1 * place, -0.5 + 0.1 * place, -0.3 + 0.1 * place)
-    found[0].status, found[0].reason = "accepted", ""
+    found[0].status, found[0].reason = "chosen", ""
     found.append(Candidate(Reduction(1, "q_proj", 0.1), 1, "q_proj", 0.1, base="0.q_proj@0", score=-9.0, examples=100))
     plan = LaserPlan([found[0].reduction])
     return SearchResult(

@@ -73,15 +73,26 @@ def test_the_grid_has_each_rank_once_and_never_the_whole():
     assert (candidates[1].layer, candidates[1].kind) == (0, "q_proj")
 
 
-def test_the_shortlist_has_two_rhos_of_each_target_first():
-    scores = {"0.fc_in": (-5, -4, -3), "1.fc_in": (-1, -2, 0.5)}
+def test_the_shortlist_has_the_best_rho_of_each_target_by_two_orders_first():
+    #          rho 0.1        rho 0.2       rho 0.3: score, standard error
+    scores = {
+        "0.fc_in": [(-9.0, 6.0), (-5.0, 1.0), (-1.0, 0.1)],  # more is hoped for than known
+        "1.fc_in": [(-4.0, 0.1), (-3.9, 0.1), (-4.1, 2.0)],
+        "2.fc_in": [(-2.0, 0.5), (-0.5, 0.1), (0.5, 0.0)],
+    }
     candidates = [
-        Candidate(Reduction.parse(f"{name}@{rho}"), 0, "fc_in", rho, score=score)
+        Candidate(Reduction.parse(f"{name}@{rho}"), 0, "fc_in", rho, score=score, error=error)
         for name, three in scores.items()
-        for rho, score in zip((0.1, 0.2, 0.3), three, strict=True)
+        for rho, (score, error) in zip((0.1, 0.2, 0.3), three, strict=True)
     ]
-    order = ["0.fc_in@0.1", "0.fc_in@0.2", "1.fc_in@0.2", "1.fc_in@0.1", "0.fc_in@0.3", "1.fc_in@0.3"]
-    assert [str(candidate.reduction) for candidate in shortlist(candidates)] == order
+    found = [str(candidate.reduction) for candidate in shortlist(candidates)]
+    cautious = ["1.fc_in@0.1", "0.fc_in@0.2", "2.fc_in@0.1"]  # -3.8, -3, -1
+    hopeful = ["0.fc_in@0.1", "1.fc_in@0.3", "2.fc_in@0.1"]
+    turns = [name for pair in zip(cautious, hopeful, strict=True) for name in pair]
+    assert found == [*dict.fromkeys(turns), "1.fc_in@0.2", "0.fc_in@0.3", "2.fc_in@0.2", "2.fc_in@0.3"]
+    for candidate in candidates:
+        candidate.error = 0.0
+    assert [str(c.reduction) for c in shortlist(candidates)][:3] == ["0.fc_in@0.1", "1.fc_in@0.3", "2.fc_in@0.1"]
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -132,6 +133,15 @@ def test_a_gain_that_is_only_a_shift_of_what_is_said_is_undecided():
     )
     assert Gain("accuracy").judge(gained).verdict == "pass"
     assert judge_all([Gain("accuracy")], [gained], shift) == [judged]
+
+
+def test_a_gain_not_shown_says_with_how_many_examples_it_would_be():
+    before = torch.zeros(24).bool()
+    after = torch.arange(24) < 4  # four fixed, none broken: p = 0.125, and six of six have 0.031
+    judged = Gain("accuracy").judge(compare("accuracy", Outcomes.of(before), Outcomes.of(after)))
+    needed = int(re.search(r"about (\d+) examples in place of 24", judged.note)[1])
+    assert round(4 * needed / 24) == 6
+    assert 33 <= needed <= 37
 
 
 def test_a_gain_of_which_nothing_is_known_is_no_gain():

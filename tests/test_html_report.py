@@ -170,10 +170,10 @@ def test_the_map_tells_each_candidate(pages):
     for candidate in first:
         (line,) = [text for text in told if text.split(";")[0] == str(candidate.reduction)]
         assert ("raced on 100 examples" in line) == bool(candidate.examples)
-    (winner,) = [text for text in told if text.endswith("accepted")]
+    (winner,) = [text for text in told if text.endswith("chosen")]
     assert winner == (
         "0.q_proj@0; screen -0.0005, rank 6 of 18; raced on 100 examples; gain +5 [+1, +9] points; "
-        "loss -0.4 [-0.5, -0.3] nats; accepted"
+        "loss -0.4 [-0.5, -0.3] nats; chosen"
     )
     cells = [rect["class"].split()[1] for rect in page.all("rect") if "cell" in (rect["class"] or "")]
     assert len(cells) == len(first)

@@ -35,7 +35,7 @@ from laser_callback.data import TextWindows
 torch.set_num_threads(1)
 PLAN = "2.mlp@0.1"
 BASE = ["first_token_accuracy", "answer_accuracy", "top5_accuracy", "top10_accuracy", "log_loss"]
-CHOICES = ["choice_accuracy"]
+CHOICES = ["choice_accuracy", "summed_choice_accuracy"]
 PARAPHRASES = ["paraphrase_accuracy", "paraphrase_robustness", "paraphrase_consistency"]
 VOCABULARY = len(tiny_tokenizer(masked=True))
 SMALL: dict[str, Any] = {
@@ -147,12 +147,15 @@ def brute_force(model: Any, tokenizer: Any, rows: list[dict[str, Any]], masked: 
         each["top5_accuracy"].append(float(ranks[0] < 5))
         each["top10_accuracy"].append(float(ranks[0] < 10))
         each["log_loss"].append(-score)
-        others = []
+        others, other_sums = [], []
         for choice in row.get("choices", []):
             if choice != row["answer"]:
                 t, tokens = answer_log_probs(model, tokenizer, row["prompt"], choice, masked)
-                others.append(float(sum(line[x] for line, x in zip(t, tokens, strict=True))) / len(tokens))
+                other_sums.append(float(sum(line[x] for line, x in zip(t, tokens, strict=True))))
+                others.append(other_sums[-1] / len(tokens))
         each["choice_accuracy"].append(float(score > max(others)) if others else None)
+        summed = score * len(targets)
+        each["summed_choice_accuracy"].append(float(summed > max(other_sums)) if others else None)
         said = []
         for prompt in [row["prompt"], *row.get("paraphrases", [])]:
             t, tokens = answer_log_probs(model, tokenizer, prompt, row["answer"], masked)

@@ -55,18 +55,19 @@ def brute_force(rows, facts):
             logits, target = row[2].double().tolist(), row[3].tolist()
             ranks = [sum(x >= line[t] for x in line) - 1 for line, t in zip(logits, target, strict=True)]
             nll = [math.log(sum(map(math.exp, line))) - line[t] for line, t in zip(logits, target, strict=True)]
-            return ranks, sum(nll) / len(nll), logits[0].index(max(logits[0]))
+            return ranks, sum(nll) / len(nll), logits[0].index(max(logits[0])), sum(nll)
 
         (prompt,) = [measure(row) for row in mine if row[1] == Role.PROMPT]
         prompts = [measure(row) for row in mine if row[1] != Role.CHOICE]
         choices = [measure(row) for row in mine if row[1] == Role.CHOICE]
-        right = [ranks[0] == 0 for ranks, _, _ in prompts]
+        right = [ranks[0] == 0 for ranks, *_ in prompts]
         out["first_token_accuracy"][fact] = [prompt[0][0] == 0]
         out["answer_accuracy"][fact] = [not any(prompt[0])]
         out["top5_accuracy"][fact] = [prompt[0][0] < 5]
         out["top10_accuracy"][fact] = [prompt[0][0] < 10]
         out["log_loss"][fact] = [prompt[1]]
         out["choice_accuracy"][fact] = [all(prompt[1] < choice[1] for choice in choices)] if choices else []
+        out["summed_choice_accuracy"][fact] = [all(prompt[3] < choice[3] for choice in choices)] if choices else []
         out["paraphrase_accuracy"][fact] = right
         out["paraphrase_robustness"][fact] = [all(right)] if len(right) > 1 else []
         out["paraphrase_consistency"][fact] = [a[2] == b[2] for a, b in combinations(prompts, 2)]
@@ -122,6 +123,7 @@ def test_ties_and_nan_are_wrong_answers():
         {"row_fact": torch.zeros(2, dtype=torch.long), "row_role": torch.tensor([0, 2]), "id": ["a"]},
     )
     assert METRICS["choice_accuracy"]().per_fact(tie).tolist() == [0.0]
+    assert METRICS["summed_choice_accuracy"]().per_fact(tie).tolist() == [0.0]
 
 
 def test_states_survive_inference_mode():

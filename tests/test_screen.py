@@ -249,23 +249,26 @@ def test_micro_batches_of_unequal_size_are_one_big_batch(returns):
     assert given == pytest.approx(whole, rel=1e-10, abs=1e-14)
 
 
-def test_caution_adds_standard_errors():
+def test_standard_errors_are_those_between_batches():
+    def screened(size: int) -> GradientScreen:
+        screen = GradientScreen(targets(module), SHORT, Spectra())
+        run(screen, module, ids(), size)
+        return screen
+
     module = Steps(tiny("gpt2"))
     parts = [scores(module, [row]) for row in ids()]
-    found = scores(module, ids(), 1, caution=2.0)
-    for reduction, score in found.items():
+    found = screened(1)
+    for reduction, error in found.errors.items():
         each = np.array([part[reduction] for part in parts])
-        assert score == pytest.approx(each.mean() + 2 * each.std(ddof=1) / np.sqrt(7), rel=1e-9)
-    uneven = scores(module, ids(), 4, caution=1.0)
+        assert found.scores[reduction] == pytest.approx(each.mean(), rel=1e-9)
+        assert error == pytest.approx(each.std(ddof=1) / np.sqrt(7), rel=1e-9)
+    uneven = screened(4)
     first, second = scores(module, ids()[:4]), scores(module, ids()[4:])
-    for reduction, score in uneven.items():  # of two batches: the weighted distance from their mean
+    for reduction, error in uneven.errors.items():  # of two batches: the weighted distance from their mean
         a, b = first[reduction], second[reduction]
         mean = (4 * a + 3 * b) / 7
-        assert score == pytest.approx(mean + np.sqrt((4 * (a - mean) ** 2 + 3 * (b - mean) ** 2) / 7), rel=1e-9)
-    with pytest.raises(ValueError, match="`caution` needs at least two batches"):
-        scores(module, ids(), caution=2.0)
-    with pytest.raises(ValueError, match="`caution` must be a number of standard errors, at least 0, got -1"):
-        GradientScreen([], SHORT, Spectra(), caution=-1)
+        assert error == pytest.approx(np.sqrt((4 * (a - mean) ** 2 + 3 * (b - mean) ** 2) / 7), rel=1e-9)
+    assert set(screened(7).errors.values()) == {0.0}
 
 
 def test_missing_outcomes_and_weights():
@@ -333,11 +336,11 @@ class Once(Spectra):
         super().__init__()
         self.error, self.calls = error, 0
 
-    def of(self, matrix: Tensor, name: str = "matrix") -> Spectrum:
+    def operand(self, matrix: Tensor, name: str = "matrix") -> Tensor:
         self.calls += 1
-        if self.calls == 18:
+        if self.calls == 2 * 14 + 4:  # the first pass asks for each of 14 matrices twice, to factorise and to score
             raise self.error
-        return super().of(matrix, name)
+        return super().operand(matrix, name)
 
 
 @pytest.mark.parametrize("fails", [None, "step", "hook", "interrupt"])

@@ -90,7 +90,7 @@ def test_a_planted_effect_in_an_early_attention_matrix_is_found_and_confirmed(pl
     assert same(module, before)
     assert flags == [p.requires_grad for p in module.parameters()]
     assert all(p.grad is None for p in module.parameters())
-    winner = next(c for c in result.candidates if c.status == "accepted")
+    winner = next(c for c in result.candidates if c.status == "chosen")
     assert winner.examples == result.sets["race"]
     assert {phase.name for phase in result.phases} == {"screen", "race", "refine", "confirm"}
 
@@ -206,7 +206,7 @@ def test_minimising_a_plain_loss_without_outcomes_per_example(recall):
     sets = ExampleSets.of(DataLoader(loader.dataset, batch_size=10))
     options = {**SEARCH, "objective": "val_loss", "direction": "min", "loss": None}
     result = LaserSearch(Plain(module.model).eval(), sets, **options).run()
-    assert next(c for c in result.candidates if c.status == "accepted").gain.delta > 0
+    assert next(c for c in result.candidates if c.status == "chosen").gain.delta > 0
     assert result.confirmed["laser"]["val_loss"].note == "unit: the batch"
 
 
@@ -276,7 +276,7 @@ def test_the_next_candidates_race_where_all_finalists_break_a_constraint(text, t
     result = search.run()
     ranked = shortlist(c for c in result.candidates if c.score is not None)
     assert all(c.examples and c.status in ("dropped", "rejected") for c in ranked[:4])
-    assert {c.status for c in ranked[4:8]} & {"finalist", "accepted"}
+    assert {c.status for c in ranked[4:8]} & {"finalist", "chosen"}
     assert not (tmp_path / "run/1.3-budget.json").exists()
 
 
@@ -480,7 +480,7 @@ def test_the_command_line(tmp_path, capsys):
 
 def test_the_command_line_says_what_is_missing(capsys):
     assert main(["search"]) == Exit.MISUSED
-    assert "give `--model` and `--facts`, or `--module` and `--data`" in capsys.readouterr().err
+    assert "give `--model` and `--facts` or `--judge`, or `--module` and `--data`" in capsys.readouterr().err
 
 
 def test_share_of_layers_to_compute():

@@ -24,7 +24,7 @@ def test_map_cells():
         candidate(0, "q_proj", 0.05, -1.0),  # the best of its cell
         candidate(0, "q_proj", 0.9, 3.0),
         candidate(0, "fc_in", 0.01, -0.4),
-        candidate(1, "q_proj", 0.01, -0.2, status="accepted"),
+        candidate(1, "q_proj", 0.01, -0.2, status="chosen"),
         candidate(1, "fc_in", 0.01, 0.2),
         candidate(2, "q_proj", 0.1, math.nan),
         candidate(2, "fc_in", 0.1, math.inf),
@@ -49,7 +49,7 @@ def test_map_cells():
         "░ lower ▒ by 0.1 ▓ by 0.2 █ by 0.4 nats or more (best 1), at the rho beside it;"
     )
     assert "? no number" in told
-    assert "◂ a cut here was accepted" in told
+    assert "◂ a cut here was chosen" in told
 
 
 def test_maps_without_anything_to_draw():
@@ -71,7 +71,7 @@ def test_rows():
         candidate(1, "fc_in", 0.1, -0.5),
         candidate(None, None, 0.1),
         candidate(1, "fc_in", 0.1, -math.inf, base="0.fc_in@0"),
-        candidate(1, "fc_in", 0.2, 7.0, base="0.fc_in@0", status="accepted"),
+        candidate(1, "fc_in", 0.2, 7.0, base="0.fc_in@0", status="chosen"),
     ]
     rows = to_rows(candidates)
     json.dumps(rows, allow_nan=False)

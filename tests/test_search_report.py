@@ -62,7 +62,7 @@ def full(layers: int = 4) -> SearchResult:
         c.examples, c.status, c.reason = 300, "dropped", f"place {place} of 48"
         c.gain = Estimate(0.05 - 0.01 * place, 0.004 - 0.01 * place, 0.096 - 0.01 * place)
         c.loss = Estimate(-0.81 + 0.1 * place, -0.92 + 0.1 * place, -0.70 + 0.1 * place)
-    best.status, best.reason = "accepted", ""
+    best.status, best.reason = "chosen", ""
     plan = str(best.reduction)
     return SearchResult(
         LaserPlan.parse(plan),
@@ -70,7 +70,7 @@ def full(layers: int = 4) -> SearchResult:
         "it is right more often",
         OBJECTIVE,
         candidates,
-        [Trade(plan, 0.05, 0.013, True, True), Trade("0.q_proj@0.1", 0.02, None)],
+        [Trade(plan, 0.05, 0.013, True, True), Trade("0.q_proj@0.1", 0.02, -0.004), Trade("1.k_proj@0", 0.01, None)],
         confirmed(plan),
         None,
         [
@@ -107,18 +107,19 @@ def test_sections_in_order_with_numbers_and_units():
         "prior check:",
         r"perplexity <= \+2 % +\+1.3% +\+3.1% +32 +undecided",
         "perplexity <= .2 %: 96 windows decide it",
-        r"14 of 84 candidates run: 1 accepted, 13 dropped",
+        r"14 of 84 candidates run: 1 chosen, 13 dropped",
         r"✓ 3.fc_out@0.1 +1 +-0.23 +300 \+5.0 \[ ?\+0.4, +\+9.6\] -0.81 \[-0.92, -0.70\]",
         r"· 3.fc_out@0.005 +2 .* \+4.0 ",
         "4 more are in the JSON file",
         r"● +3.fc_out@0.1 +\+5.0 +\+1.3 +→ confirm",
-        r"○ +0.q_proj@0.1 +\+2.0 +-",
+        r"○ +0.q_proj@0.1 +\+2.0 +-0.4",
         r"screen +24.8 s +100 +300",
         r"total +1 h 02 min +9,700 +2,100",
         "guard 200",
     ):
         assert re.search(expected, text), expected
     assert re.search(r"points +nats", text)
+    assert "1.k_proj@0" not in text  # of unknown fluency
 
 
 def test_verdicts():
@@ -224,7 +225,7 @@ def test_order_of_the_race():
         return Candidate(Reduction.parse(name), 0, "fc_in", 0.1, examples=examples, status=status, **estimates)
 
     in_order = [
-        run("9.fc_in@0.1", 50, -0.1, 0.5, "accepted"),
+        run("9.fc_in@0.1", 50, -0.1, 0.5, "chosen"),
         run("8.fc_in@0.1", 90, 0.1, 0.5, "rejected"),
         run("7.fc_in@0.1", 90, 0.1, 0.6, "finalist"),
         run("6.fc_in@0.1", 90, math.nan, 0.1, "finalist"),
