@@ -50,8 +50,9 @@ class GradientScreen(pl.Callback):
         spectra: asked once per matrix and batch. It should keep what it has factorised (on disk, or in a memory that
             holds all of the model's spectra) where there is more than one batch.
         loss: function of the module and a batch that returns the loss: a scalar, or one number per example. By
-            default it is what the step returns: a scalar, or under ``loss`` or ``log_loss`` in a mapping a scalar, a
-            1-D tensor or :class:`~laser_callback.comparison.Outcomes`.
+            default it is what the step returns: a scalar, or in a mapping under ``loss``, ``key`` or ``log_loss`` a
+            scalar, a 1-D tensor or :class:`~laser_callback.comparison.Outcomes`.
+        key: a name under which the step returns its loss.
 
     Attributes:
         scores: after ``trainer.validate()``: each candidate's estimated change of the mean loss over examples.
@@ -78,6 +79,7 @@ class GradientScreen(pl.Callback):
         spectra: Spectra,
         *,
         loss: LossFn | None = None,
+        key: str = "loss",
     ) -> None:
         self.scores: dict[Reduction, float] = {}
         self.errors: dict[Reduction, float] = {}
@@ -89,6 +91,7 @@ class GradientScreen(pl.Callback):
             self._cuts.append((target, slice(begin, len(self._reductions))))
         self._spectra = spectra
         self._loss = loss
+        self._key = key
         self._undo = _Undo()
         self._grad_mode = False
 
@@ -158,7 +161,7 @@ class GradientScreen(pl.Callback):
         dataloader_idx: int = 0,
     ) -> None:
         torch.set_grad_enabled(self._grad_mode)
-        weight = self._pending if self._loss is not None else self._backward(*_returned_loss(outputs))
+        weight = self._pending if self._loss is not None else self._backward(*_returned_loss(outputs, self._key))
         if weight is None:
             weight = float(example_count(outputs, batch))
         self._sum += weight * self._batch
@@ -264,19 +267,19 @@ def loss_changes(gradient: Tensor, matrix: Tensor, spectrum: Spectrum, ranks: Se
 
 
 _CURE = (
-    "Let `validation_step` return its loss (a scalar, or a mapping with `loss`, or with one `log_loss` per example), "
-    "or give `screen_loss=`, a function of the module and a batch"
+    "Let `validation_step` return its loss (a scalar, or a mapping with `loss`, or with what `loss=` names, one number "
+    "per example), or give `screen_loss=`, a function of the module and a batch"
 )
 
 
-def _returned_loss(outputs: Any) -> tuple[Any, str]:
+def _returned_loss(outputs: Any, key: str) -> tuple[Any, str]:
     """The loss in what the step returned, and its name for messages."""
     if isinstance(outputs, Tensor):
         return outputs, "the validation step"
     if isinstance(outputs, Mapping):
-        for key in ("loss", "log_loss"):
-            if outputs.get(key) is not None:
-                return outputs[key], f"`{key}` of the validation step"
+        for name in dict.fromkeys(("loss", key, "log_loss")):
+            if outputs.get(name) is not None:
+                return outputs[name], f"`{name}` of the validation step"
         returned = f"a mapping with {', '.join(map(repr, outputs)) or 'no keys'}"
     else:
         returned = "nothing" if outputs is None else f"a {type(outputs).__name__}"

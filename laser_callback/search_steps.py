@@ -107,7 +107,7 @@ class Steps:
         def screen(found: Sequence[Target], rhos: Sequence[float], loader: DataLoader[Any]) -> dict[Reduction, Score]:
             scores: dict[Reduction, Score] = {}
             for part in in_parts(found, spectra.capacity) if len(loader) > 1 else [found]:
-                gradient = GradientScreen(part, rhos, spectra, loss=loss)
+                gradient = GradientScreen(part, rhos, spectra, loss=loss, key=self.objective.loss or "loss")
                 self.lab.validate(loader, gradient, inference_mode=False)
                 # Few batches tell nothing about their variance.
                 errors = gradient.errors if len(loader) >= SCREEN_BATCHES else {}

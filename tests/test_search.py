@@ -196,6 +196,22 @@ def test_composing_accepts_only_what_fresh_examples_confirm(recall):
     assert accept.passes > 0
 
 
+class ByKey(Recall):
+    """Returns its loss per example, under the name that it logs, and no other."""
+
+    def validation_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
+        found = super().validation_step(batch, batch_idx)
+        del found["loss"]
+        return found
+
+
+def test_the_screen_differentiates_what_the_loss_is_returned_under(recall):
+    module, loader = recall
+    expected, found = (LaserSearch(m, loader, **SEARCH).run() for m in (module, ByKey(module.model).eval()))
+    scores = [{str(c.reduction): c.score for c in result.candidates if c.score} for result in (expected, found)]
+    assert scores[0] == pytest.approx(scores[1], rel=1e-4, abs=1e-7)
+
+
 def test_minimising_a_plain_loss_without_outcomes_per_example(recall):
     class Plain(Recall):
         def validation_step(self, batch, batch_idx):

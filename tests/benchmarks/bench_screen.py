@@ -30,7 +30,7 @@ from scipy.stats import spearmanr
 from torch.utils.data import DataLoader
 
 from laser_callback import LaserModule
-from laser_callback.candidates import RHOS, Target, targets
+from laser_callback.candidates import CAUTION, RHOS, Candidate, Target, shortlist, targets
 from laser_callback.demo_model import demo_model_folder
 from laser_callback.encoding import FactCollator, encode_facts
 from laser_callback.plan import LaserPlan
@@ -88,10 +88,18 @@ def table(
         shown.add_row(name, f"{values[0]:.2f}", f"{values[1]:.2f}", *(f"{v:.3f}" for v in values[2:]), spent)
 
     for name, loader in loaders.items():
-        for caution in (0.0, 2.0) if len(loader) > 1 else (0.0,):
-            screen = GradientScreen(found, RHOS, spectra, caution=caution)
-            seconds = validate(screen, module, loader)
-            row(f"gradient, caution {caution:.0f}, {name}", quality(screen.scores, truth), seconds)
+        screen = GradientScreen(found, RHOS, spectra)
+        seconds = validate(screen, module, loader)
+        row(f"gradient, {name}", quality(screen.scores, truth), seconds)
+        if len(loader) > 1:
+            careful = {cut: score + CAUTION * screen.errors[cut] for cut, score in screen.scores.items()}
+            row(f"gradient, cautious order, {name}", quality(careful, truth))
+            scored = [
+                Candidate(r, r.layer, r.matrix, r.rho, score=s, error=screen.errors[r])
+                for r, s in screen.scores.items()
+            ]
+            both = {candidate.reduction: float(place) for place, candidate in enumerate(shortlist(scored))}
+            row(f"the shortlist of both, {name}", quality(both, truth))
     name, loader = next(iter(loaders.items()))
     for share in (0.1, 0.5):
         # The gradient part of the way, which knows of curvature, but of that of all cuts together.
