@@ -41,7 +41,7 @@ def main() -> None:
 
     folder = str(demo_model_folder(print))
     print(
-        "| data | n | cut | first token | fixed / broken, p | log loss | without the most predicted | zeroed | random |"
+        "| data | n | cut | first token | fixed / broken, p | log loss | without answers said most | zeroed | random |"
     )
     print("|---|---|---|---|---|---|---|---|---|")
     for name, plan in CASES:
