@@ -6,9 +6,12 @@ import os
 import sys
 from collections.abc import Callable
 from importlib import import_module
+from itertools import pairwise
 from typing import Any
 
 from laser_callback.command import COMMON_OPTIONS, Exit, call, run
+from laser_callback.files import need_files
+from laser_callback.mistakes import closest
 
 COMMANDS = {
     "demo": ("laser_callback.demo", "compare plans on a real model and real facts"),
@@ -29,6 +32,8 @@ COMMANDS = {
     "recipes run": ("laser_callback.recipes_cli", "run one, with options of its command to override it"),
     "cache ls": ("laser_callback.cache_cli", "show what the factorisations kept on disk take"),
     "cache clear": ("laser_callback.cache_cli", "remove them"),
+    "get facts": ("laser_callback.get_cli", "write the demo's facts to a file, to try a command on"),
+    "get model": ("laser_callback.get_cli", "print the folder of the demo's model, made if it is missing"),
     "completion": (
         "laser_callback.completion_cli",
         "print a script that lets your shell complete commands and options",
@@ -57,8 +62,11 @@ def main(arguments: list[str] | None = None) -> int:
         if verbs and given[1:] in (["-h"], ["--help"]):
             print(f"usage: laser-callback {name} {{{','.join(verbs)}}} [options]")
             return Exit.DONE
-        known = f"`{name}` is followed by one of {', '.join(verbs)}" if verbs else f"there are {', '.join(COMMANDS)}"
-        print(f"laser-callback: error: unknown command {' '.join(given[:2])!r}; {known}", file=sys.stderr)
+        if verbs:
+            name, hint = " ".join(given[:2]), f"; `{name}` is followed by one of {', '.join(verbs)}"
+        else:
+            hint = closest(name, [*COMMANDS]) or f"; there are {', '.join(COMMANDS)}"
+        print(f"laser-callback: error: unknown command {name!r}{hint}", file=sys.stderr)
         return Exit.MISUSED
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())  # as `python -m` does: modules of one's own beside the config
@@ -68,6 +76,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def work(name: str, arguments: list[str]) -> Any:
     """Do what a command does with these arguments; returns its answer."""
+    _need_configs(arguments)  # before the imports, which take seconds
     function = function_of(name)
     if name in READ_THEIR_OWN_ARGUMENTS:
         return function(arguments)
@@ -77,6 +86,14 @@ def work(name: str, arguments: list[str]) -> Any:
 def function_of(name: str) -> Callable[..., Any]:
     """The function behind a command."""
     return getattr(import_module(COMMANDS[name][0]), name.split()[-1])
+
+
+def _need_configs(arguments: list[str]) -> None:
+    for option, value in pairwise([*arguments, ""]):
+        flag, _, given = option.partition("=")
+        path = given or value
+        if flag in ("--config", "-c") and path.endswith((".yaml", ".yml", ".json")):
+            need_files(config=path)
 
 
 def _take(arguments: list[str], flag: str) -> bool:

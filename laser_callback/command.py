@@ -11,12 +11,13 @@ import inspect
 import json
 import math
 import sys
-from argparse import ArgumentError
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext, redirect_stdout
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import TYPE_CHECKING, Any
+
+from laser_callback.mistakes import is_mistake, told_plainly
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
@@ -53,8 +54,12 @@ def parser_of(function: Callable[..., Any], prog: str) -> ArgumentParser:
     """The parser of a command's options."""
     from jsonargparse import ArgumentParser
 
+    from laser_callback.help_text import PlainHelp
+
     summary = (inspect.getdoc(function) or "").split("\n\n")[0]
-    parser = ArgumentParser(prog=prog, description=summary, epilog=COMMON_OPTIONS, exit_on_error=False)
+    parser = ArgumentParser(
+        prog=prog, description=summary, epilog=COMMON_OPTIONS, exit_on_error=False, formatter_class=PlainHelp
+    )
     if inspect.signature(function).parameters:
         parser.add_argument("--config", action="config", help=CONFIG_HELP)
     parser.add_function_arguments(function, as_group=False, as_positional=bool(_positional(function)), sub_configs=True)
@@ -64,14 +69,15 @@ def parser_of(function: Callable[..., Any], prog: str) -> ArgumentParser:
 def call(function: Callable[..., Any], arguments: list[str], prog: str) -> Any:
     """Call a command with what the command line says."""
     parser = parser_of(function, prog)
-    values = vars(parser.instantiate(parser.parse_args(arguments)))
+    with told_plainly(parser):
+        values = vars(parser.instantiate(parser.parse_args(arguments)))
     values.pop("config", None)
     by_position = [values.pop(name) for name in _positional(function)]
     return function(*by_position, **values)
 
 
 def run(work: Callable[[], Answer | int | None], prog: str, *, as_json: bool, debug: bool) -> int:
-    """Do a command's work, write its answer, and put a mistake of the user in one line.
+    """Do a command's work, write its answer, and tell a mistake of the user without a traceback.
 
     Args:
         work: calls the command.
@@ -89,9 +95,9 @@ def run(work: Callable[[], Answer | int | None], prog: str, *, as_json: bool, de
         print(f"{prog}: interrupted", file=sys.stderr)
         return Exit.INTERRUPTED
     except Exception as error:
-        if debug or not _is_mistake(error):
+        if debug or not is_mistake(error):
             raise
-        print(f"{prog}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"{prog}: error: {str(error).strip()}", file=sys.stderr)
         return Exit.MISUSED
     if not isinstance(answer, Answer):
         answer = Answer(code=answer or Exit.DONE)
@@ -109,12 +115,3 @@ def finite(numbers: Mapping[str, Any]) -> dict[str, float | None]:
 def _positional(function: Callable[..., Any]) -> list[str]:
     parameters = inspect.signature(function).parameters.values()
     return [parameter.name for parameter in parameters if parameter.kind is parameter.POSITIONAL_ONLY]
-
-
-def _is_mistake(error: Exception) -> bool:
-    """Whether the user can mend it. By kind: all of the package's own complaints are of these."""
-    if isinstance(error, (ArgumentError, ValueError, OSError, ModuleNotFoundError)):
-        return True
-    from lightning.pytorch.utilities.exceptions import MisconfigurationException
-
-    return isinstance(error, MisconfigurationException)

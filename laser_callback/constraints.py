@@ -324,7 +324,8 @@ def parse_gate(text: str) -> Gate:
     >>> parse_gate("accuracy: gain"), parse_gate("log_loss: delta < 0.05")
     (Gain(key='accuracy', alpha=0.05, direction=None), Constraint(key='log_loss', op='<=', margin=0.05, relative=False))
     """
-    return Gain.parse(text) if re.search(r":\s*gain\b", text) else Constraint.parse(text)
+    gain = re.search(r"[:\s]\s*gain\b(?!.*[<>])", text)  # also without the colon, for what its error says
+    return Gain.parse(text) if gain else Constraint.parse(text)
 
 
 def judge_all(gates: Sequence[Gate], rows: Sequence[PairedResult], prior: PriorChecks | None = None) -> list[Judgement]:

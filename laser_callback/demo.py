@@ -12,6 +12,7 @@ from rich.console import Console
 from laser_callback.command import Answer
 from laser_callback.data import FactsDataModule
 from laser_callback.demo_model import demo_model_folder
+from laser_callback.files import need_files
 from laser_callback.module import LaserModule
 from laser_callback.progress import quiet_libraries
 from laser_callback.report import save_picture
@@ -52,6 +53,7 @@ def demo(
     begin = time.perf_counter()
     if model is not None and plan is None:
         raise ValueError("`--plan` must say what to cut in a model of your own, e.g. --plan 28.fc_up@0.01")
+    need_files(facts=facts, text=text)
     quiet_libraries()
 
     note = ""

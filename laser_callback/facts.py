@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar, cast
 
+from laser_callback.files import need_files
+
 DEFAULT_SIZES: Mapping[str, float] = {"screen": 0.1, "race": 0.3, "confirm": 0.4, "guard": 0.2}
 """Shares of the four sets. ``confirm`` is the largest, since only its number is a result."""
 
@@ -122,6 +124,7 @@ def read_facts(path: str | Path) -> list[Fact]:
 
     Raises:
         ValueError: if a row is malformed (with file, line and reason), there are none, or the suffix is another.
+        FileNotFoundError: if there is no such file.
         ModuleNotFoundError: for Parquet without pyarrow.
     """
     return read_records(path, Fact)
@@ -132,6 +135,7 @@ def read_records(path: str | Path, kind: type[R]) -> list[R]:
     path = Path(path)
     if (reader := _READERS.get(path.suffix.lower())) is None:
         raise ValueError(f"`path` must end in one of {', '.join(_READERS)}, got {str(path)!r}.")
+    need_files(path=path)
     read, parse = reader
     return check_rows(read(path), parse, str(path), "line", kind)
 

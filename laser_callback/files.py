@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
+import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
@@ -17,11 +20,39 @@ def write_atomically(path: Path, content: str | bytes) -> None:
         os.replace(whole, path)
 
 
+def need_files(**paths: str | Path | None) -> None:
+    """Look for files before something long begins.
+
+    Args:
+        **paths: by the name of the option that asks for it; ``None`` asks for nothing.
+
+    Raises:
+        FileNotFoundError: naming the first option whose file is not there.
+    """
+    for option, path in paths.items():
+        if path is not None and not Path(path).exists():
+            raise FileNotFoundError(f"`{option}`: there is no file {str(path)!r}")
+
+
+def read_json(path: Path, option: str) -> Any:
+    """What is in the JSON file that an option names.
+
+    Raises:
+        FileNotFoundError: if it is not there.
+        ValueError: if it is no JSON.
+    """
+    need_files(**{option: path})
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"`{option}`: {path} is no JSON file: {error}") from error
+
+
 @contextmanager
 def appearing(path: Path) -> Iterator[Path]:
     """Yield a place for a new file or folder; what is put there gets the name ``path`` when the block ends well.
 
-    If it does not, nothing is left behind.
+    If it does not, nothing is left behind. Files get the mode that the umask gives, whoever has written them.
 
     Raises:
         FileExistsError: if there is something at ``path``, before the block or after it.
@@ -29,8 +60,10 @@ def appearing(path: Path) -> Iterator[Path]:
     _refuse_existing(path)  # before a long block, and not only after it
     with _scratch(path) as whole:
         yield whole
+        mode = _mode_of_new_files(whole.parent)  # safetensors makes its files readable by their owner only
         for file in (whole, *whole.rglob("*")):
             if file.is_file():
+                file.chmod(mode)
                 _flush(file)
         _refuse_existing(path)
         try:
@@ -46,6 +79,12 @@ def _scratch(path: Path) -> Iterator[Path]:
     # In a folder of its own, since a file from `mkstemp` would be readable by its owner only.
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as scratch:
         yield Path(scratch) / path.name
+
+
+def _mode_of_new_files(folder: Path) -> int:
+    """What the umask makes of it: to read that itself, it would have to be changed for all threads."""
+    (probe := folder / ".mode").touch()
+    return stat.S_IMODE(probe.stat().st_mode)
 
 
 def _flush(file: Path) -> None:

@@ -17,6 +17,7 @@ from laser_callback.command import Answer
 from laser_callback.inspect_picture import check_picture, save_spectra
 from laser_callback.inspection import RULES, InspectedMatrix, Inspection, inspect_model
 from laser_callback.not_cut import NotCut
+from laser_callback.pretrained import named
 from laser_callback.progress import PhaseProgress, quiet_libraries
 from laser_callback.spectra import Spectra
 
@@ -81,9 +82,10 @@ def render(found: Inspection, each: bool = False, ranges: bool = True) -> Render
 
 def _load(name: str) -> nn.Module:
     """The model with its heads, whatever it is for, in the dtype of its file."""
-    config = transformers.AutoConfig.from_pretrained(name)
-    architecture = next(iter(config.architectures or ()), "")
-    return getattr(transformers, architecture, transformers.AutoModel).from_pretrained(name)
+    with named(name):
+        config = transformers.AutoConfig.from_pretrained(name)
+        architecture = next(iter(config.architectures or ()), "")
+        return getattr(transformers, architecture, transformers.AutoModel).from_pretrained(name)
 
 
 def _groups(matrices: Iterable[InspectedMatrix]) -> list[list[InspectedMatrix]]:

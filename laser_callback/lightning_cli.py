@@ -11,6 +11,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping
 from contextlib import suppress
+from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 
 import lightning.pytorch as pl
@@ -22,6 +24,11 @@ from typing_extensions import override
 from laser_callback.callback import LaserCallback
 from laser_callback.cleanup import LaserCleanup
 from laser_callback.command import COMMON_OPTIONS, Answer, finite
+from laser_callback.data import FactsDataModule
+from laser_callback.files import need_files
+from laser_callback.help_text import PlainHelp
+from laser_callback.lm_eval_tasks import is_lm_eval
+from laser_callback.mistakes import told_plainly
 from laser_callback.plan import LaserPlan
 from laser_callback.progress import quiet_libraries
 
@@ -82,6 +89,7 @@ class LaserCLI(LightningCLI):
 
     def __init__(self, command: str, arguments: list[str]) -> None:
         self._command = command
+        self._options: LightningArgumentParser
         evaluates = command != "fit"
         super().__init__(
             # A run that only evaluates leaves no files behind, unless it is asked to.
@@ -95,6 +103,7 @@ class LaserCLI(LightningCLI):
             parser_kwargs={
                 "prog": "laser-callback",
                 "exit_on_error": False,
+                "formatter_class": PlainHelp,  # of the command as well
                 command: {"description": _SUMMARIES[command], "epilog": COMMON_OPTIONS, "exit_on_error": False},
             },
             # The comparison's own table has all of Lightning's.
@@ -107,6 +116,7 @@ class LaserCLI(LightningCLI):
 
     @override
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        self._options = parser
         parser.add_class_arguments(LaserBlock, "laser", instantiate=False, fail_untyped=False, sub_configs=True)
         if self._command == "fit":
             parser.set_defaults({"laser.loops": ("fit",)})
@@ -114,16 +124,34 @@ class LaserCLI(LightningCLI):
 
     @override
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
-        self.config = parser.parse_args(args)  # without the warning that `sys.argv` holds them too
+        with told_plainly(self._options):
+            self.config = parser.parse_args(args)  # without the warning that `sys.argv` holds them too
+
+    @override
+    def before_instantiate_classes(self) -> None:
+        # A model takes long to load: what can be wrong without it is said before.
+        blocks = self.config[self._command]
+        if isinstance(plan := blocks.laser.plan, (str, Mapping)):
+            LaserBlock(plan)
+        if plan is None and self._command != "fit":
+            raise MisconfigurationException(
+                "`laser.plan` must say what to cut, e.g. --laser.plan 27.fc_in@0.01; got none"
+            )
+        data = blocks.get("data")
+        if data is not None and issubclass(resolve_name(data.class_path), FactsDataModule):
+            given = {f"data.{name}": data.init_args.get(name) for name in ("path", "text")}
+            is_file = {name: isinstance(one, (str, Path)) and not is_lm_eval(one) for name, one in given.items()}
+            need_files(**{name: one for name, one in given.items() if is_file[name]})
+
+    @override
+    def instantiate_classes(self) -> None:
+        with told_plainly(self._options):
+            super().instantiate_classes()
 
     @override
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         blocks = self.config_init[self._command]
         callbacks: list[pl.Callback] = [] if blocks.laser.plan is None else [LaserBlock(**blocks.laser)]
-        if not callbacks and self._command != "fit":
-            raise MisconfigurationException(
-                "`laser.plan` must say what to cut, e.g. --laser.plan 27.fc_in@0.01; got none"
-            )
         if (cleanup := blocks.get("cleanup")) is not None:
             callbacks.append(cleanup)
         self.trainer_defaults["callbacks"] = callbacks

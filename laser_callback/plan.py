@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 from torch import nn
 
-from laser_callback.files import write_atomically
+from laser_callback.files import need_files, write_atomically
 from laser_callback.kinds import GROUPS, KINDS
 from laser_callback.matrices import WeightMatrix, find_matrices
 from laser_callback.reduction import Reduction
@@ -34,6 +34,7 @@ _PAPER_NAMES = {
     "W_v": "v_proj",
     "W_o": "out_proj",
 }
+_FILES = (".yaml", ".yml", ".json", ".txt")
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,11 +99,11 @@ class LaserPlan:
 
     @classmethod
     def of(cls, plan: LaserPlan | str | Mapping[str, Any] | Iterable[Any]) -> LaserPlan:
-        """A plan from a plan, its text, its dictionary form, or an iterable of reductions (objects, text or fields)."""
+        """A plan from a plan, its text or file, its dictionary, or an iterable of reductions, their texts or fields."""
         if isinstance(plan, LaserPlan):
             return plan
         if isinstance(plan, str):
-            return cls.parse(plan)
+            return _read(plan)
         if isinstance(plan, Mapping):
             if "matrices" in plan:
                 from laser_callback.recipe import Recipe  # which is a plan
@@ -196,6 +197,17 @@ class LaserPlan:
                     )
                 chosen[position] = reduction
         return [(matrices[position], chosen[position]) for position in sorted(chosen)]
+
+
+def _read(plan: str) -> LaserPlan:
+    """A plan from a file, or from the text itself.
+
+    Raises:
+        FileNotFoundError: if it is named like a file, and there is none.
+    """
+    if Path(plan).suffix in _FILES:
+        need_files(plan=plan)
+    return LaserPlan.from_file(plan) if Path(plan).is_file() else LaserPlan.parse(plan)
 
 
 # ---- validation ------------------------------------------------------------------------------------------------------

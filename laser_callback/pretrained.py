@@ -12,6 +12,7 @@ import transformers
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from laser_callback.files import need_files
 from laser_callback.merging import adapted_layers
 
 
@@ -23,9 +24,27 @@ def load_pretrained(name: str | Path) -> PreTrainedModel:
         ValueError: if its config names no class that transformers has.
     """
     if str(name).endswith(".gguf"):
+        need_files(model=name)
         path = Path(name)
         return AutoModelForCausalLM.from_pretrained(str(path.parent), gguf_file=path.name)
-    return model_class(AutoConfig.from_pretrained(name)).from_pretrained(name)
+    with named(name):
+        return model_class(AutoConfig.from_pretrained(name)).from_pretrained(name)
+
+
+@contextmanager
+def named(name: str | Path) -> Iterator[None]:
+    """Within: where transformers finds nothing under ``name``, the error says so, and not only what was tried.
+
+    Raises:
+        OSError: if there is no such model.
+    """
+    try:
+        yield
+    except OSError as error:
+        if Path(name).is_dir():
+            raise  # with the file that the folder lacks
+        reason = str(error).strip().split("\n")[0]
+        raise OSError(f"{str(name)!r} is neither a folder here nor found on the hub: {reason}") from error
 
 
 def model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from laser_callback.matrices import WeightMatrix, same_name
 from laser_callback.plan import LaserPlan
 from laser_callback.provenance import versions
+from laser_callback.selection import NoSuchMatrixError
 from laser_callback.spectra import Spectra
 from laser_callback.spectrum_folder import content_hash
 from laser_callback.surgery import reduced
@@ -69,7 +70,7 @@ class Recipe(LaserPlan):
         >>> recipe.apply(model)
         Traceback (most recent call last):
         ...
-        ValueError: `layers.1.linear1` is already what this would make of it
+        ValueError: `layers.1.linear1` is already what this would make of it: there is nothing to do
     """
 
     matrices: tuple[CutMatrix, ...]
@@ -182,7 +183,10 @@ def recorded(
     spectra = spectra_for(plan) if spectra is None else spectra
     if expected is not None:
         _check_spectra(expected, spectra)
-    cut = reduced(model, plan, spectra)
+    try:
+        cut = reduced(model, plan, spectra)
+    except NoSuchMatrixError as error:
+        raise error if expected is None else ValueError(f"the recipe was made for another model: {error}") from error
     before = [matrix_hash(_live(matrix)) for matrix, _ in cut.matrices]
     if expected is not None:
         _check_before(expected, [matrix for matrix, _ in cut.matrices], before)
@@ -240,14 +244,19 @@ def _check_spectra(recipe: Recipe, spectra: Spectra) -> None:
 def _check_before(recipe: Recipe, found: Sequence[WeightMatrix], hashes: Sequence[str]) -> None:
     if len(found) != len(recipe.matrices):
         raise ValueError(
-            f"this is another model: {recipe} cuts {len(found)} matrices of it, not {len(recipe.matrices)}"
+            f"the recipe was made for another model: {recipe} cuts {len(found)} matrices of this one, not "
+            f"{len(recipe.matrices)}"
         )
     for wanted, matrix, now in zip(recipe.matrices, found, hashes, strict=True):
         here = _by(matrix.shape)
         if not same_name(wanted.name, matrix.name):
-            raise ValueError(f"this is another model: it has `{matrix.name}` where the recipe has `{wanted.name}`")
+            raise ValueError(
+                f"the recipe was made for another model: this has `{matrix.name}` where it had `{wanted.name}`"
+            )
         if matrix.shape != wanted.shape:
-            raise ValueError(f"this is another model: `{matrix.name}` is {here}, not {_by(wanted.shape)}")
+            raise ValueError(
+                f"the recipe was made for another model: `{matrix.name}` is {here}, not {_by(wanted.shape)}"
+            )
         dtype = str(matrix.parameter.dtype).removeprefix("torch.")
         if dtype != wanted.dtype:
             raise ValueError(
@@ -255,7 +264,7 @@ def _check_before(recipe: Recipe, found: Sequence[WeightMatrix], hashes: Sequenc
                 f"dtype={wanted.dtype!r}"
             )
         if now == wanted.after != wanted.before:
-            raise ValueError(f"`{matrix.name}` is already what this would make of it")
+            raise ValueError(f"`{matrix.name}` is already what this would make of it: there is nothing to do")
         if now != wanted.before:
             raise ValueError(
                 f"the weights of `{matrix.name}` are others than those that this was made for (hash {now[:12]}, not "

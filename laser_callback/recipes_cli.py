@@ -17,7 +17,8 @@ from rich.syntax import Syntax
 from rich.table import Table
 
 from laser_callback.command import Answer, Exit
-from laser_callback.files import write_atomically
+from laser_callback.files import need_files, write_atomically
+from laser_callback.mistakes import closest
 
 _HEADER = re.compile(r"# laser-callback (?P<command>\w+): (?P<summary>.+)")
 
@@ -70,7 +71,7 @@ def show(name: str, /) -> Answer:
     """Print a recipe.
 
     Args:
-        name: of the recipe, as `recipes ls` shows it.
+        name: of the recipe, as `recipes ls` shows it, or the path of one's own, e.g. ./search.yaml.
     """
     recipe = _find(name)
     text = recipe.path.read_text(encoding="utf-8")
@@ -103,7 +104,7 @@ def run(arguments: list[str]) -> Answer | int:
     """``laser-callback recipes run NAME [options]``; the options are those of its command, or of the script."""
     if not arguments or arguments[0] in ("-h", "--help"):
         print("usage: laser-callback recipes run NAME [options of its command, or of the script]")
-        print("`laser-callback recipes ls` lists the recipes")
+        print("`laser-callback recipes ls` lists the recipes; a path, such as ./search.yaml, is a recipe of your own")
         return Exit.DONE if arguments else Exit.MISUSED
     recipe, options = _find(arguments[0]), arguments[1:]
     if recipe.command is not None:
@@ -122,7 +123,14 @@ def run(arguments: list[str]) -> Answer | int:
 
 
 def _find(name: str) -> Recipe:
-    found = recipes()
+    """The user's recipe, if ``name`` is a path, else the package's."""
+    path, found = Path(name), recipes()
+    if name != path.name:
+        need_files(name=path)
+        return Recipe.read(path)
     if name not in found:
-        raise ValueError(f"`name` must be one of {', '.join(found)}, got {name!r}")
+        hint = f" (the file in this folder is ./{name})" if path.is_file() else closest(name, found)
+        raise ValueError(f"`name` must be a path or one of {', '.join(found)}, got {name!r}{hint}")
+    if path.is_file() and path.read_bytes() != found[name].path.read_bytes():
+        print(f"note: {name} is the package's recipe; yours, in this folder, is ./{name}", file=sys.stderr)
     return found[name]

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from laser_callback.command import Answer
 from laser_callback.figures import save_figures
+from laser_callback.files import need_files, read_json
 from laser_callback.flips import claim_row
 from laser_callback.html_comparison import claim_text
 from laser_callback.report import print_report
@@ -33,6 +34,7 @@ def report(
         format: of the pictures.
         examples: the outcomes of each example (.examples.jsonl), for the page; by default those beside the result.
     """
+    need_files(examples=examples)
     found = read_result(result)
     rows = read_examples(result if examples is None else examples, must_exist=examples is not None)
     written: list[Path] = []
@@ -57,7 +59,7 @@ def read_result(path: Path) -> LaserResult | SearchResult:
     Raises:
         ValueError: if the file holds something else.
     """
-    data = json.loads(path.read_text(encoding="utf-8"))
+    data = read_json(path, "result")
     keys = set(data) if isinstance(data, dict) else set()
     if "candidates" in keys:
         return SearchResult.from_dict(data)

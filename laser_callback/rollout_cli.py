@@ -11,7 +11,9 @@ from rich.console import Console
 from laser_callback.command import Answer, Exit
 from laser_callback.data import FactsDataModule
 from laser_callback.delta import BaseWeights
+from laser_callback.files import need_files
 from laser_callback.gate_report import print_rollout
+from laser_callback.gates import read_gates
 from laser_callback.module import LaserModule
 from laser_callback.plan import LaserPlan
 from laser_callback.probes import ProbesDataModule
@@ -19,12 +21,10 @@ from laser_callback.progress import quiet_libraries
 from laser_callback.rollout import StagedRollout, in_steps, one_by_one
 from laser_callback.spectra import Spectra
 
-PLAN_FILES = (".yaml", ".yml", ".json", ".txt")
-
 
 def rollout(
     plan: str,
-    gates: list[str],
+    gates: str | list[str],
     model: str | None = None,
     facts: Path | None = None,
     text: Path | None = None,
@@ -33,8 +33,8 @@ def rollout(
     module: pl.LightningModule | None = None,
     data: pl.LightningDataModule | None = None,
     base: str | None = None,
-    stages: list[str] | None = None,
-    steps: list[float] | None = None,
+    stages: str | list[str] | None = None,
+    steps: float | list[float] | None = None,
     gain_at: Literal["each", "last"] = "each",
     controls: bool = False,
     limit: int = 0,
@@ -78,13 +78,19 @@ def rollout(
     quiet_libraries()
     if stages is not None and steps is not None:
         raise ValueError("give `--stages` or `--steps`, not both")
-    whole = LaserPlan.from_file(plan) if Path(plan).suffix in PLAN_FILES else LaserPlan.parse(plan)
+    whole = LaserPlan.of(plan)
     if stages is not None:
-        declared = [*map(LaserPlan.parse, stages), whole]
+        declared = [*map(LaserPlan.parse, [stages] if isinstance(stages, str) else stages), whole]
+    elif steps is not None:
+        declared = in_steps(whole, [steps] if isinstance(steps, float) else steps)
     else:
-        declared = one_by_one(whole) if steps is None else in_steps(whole, steps)
+        declared = one_by_one(whole)
+    read_gates(gates)
     if (model is None) == (module is None) or (facts is None) != (model is None) or (data is None) != (module is None):
         raise ValueError("give `--model` and `--facts`, or `--module` and `--data`")
+    need_files(
+        facts=facts, text=text, probes=probes, **{f"others.{name}": path for name, path in (others or {}).items()}
+    )
     sources: dict[str, pl.LightningDataModule] = {}
     if model is not None and facts is not None:
         module = LaserModule(model)
@@ -123,7 +129,7 @@ def rollout(
     return Answer(staged.result.to_dict(), Exit.DONE if staged.result.complete else Exit.KEPT_ORIGINAL)
 
 
-def gate(plan: str, gates: list[str], output: Path = Path("laser-gate.json"), **options: Any) -> Answer:
+def gate(plan: str, gates: str | list[str], output: Path = Path("laser-gate.json"), **options: Any) -> Answer:
     """Judge a plan by gates, at once: a rollout of one stage.
 
     The exit code is 0 if the plan is accepted, and 3 if the original is kept.

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from laser_callback.kinds import GROUPS, KINDS
 from laser_callback.matrices import WeightMatrix, describe
+from laser_callback.mistakes import closest
 
 if TYPE_CHECKING:  # plans select, so this file comes before them
     from laser_callback.reduction import Reduction
@@ -17,15 +19,33 @@ STACK = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*(\.\d+)*")
 """The path of a layer stack, or a part of it."""
 
 
+class NoSuchMatrixError(ValueError):
+    """A reduction matches no matrix of the model."""
+
+
 def select(matrices: list[WeightMatrix], reduction: Reduction) -> list[int]:
-    """Positions of the matrices that a reduction names."""
+    """Positions of the matrices that a reduction names.
+
+    Raises:
+        NoSuchMatrixError: if it names none, with the part of it that is wrong.
+        ValueError: if it fits several layer stacks, or a weight that is tied to others.
+    """
     candidates = [i for i, matrix in enumerate(matrices) if _matches_name(matrix, reduction)]
+    if not candidates:
+        raise _no_such_matrix(matrices, reduction, _instead(matrices, reduction))
     if reduction.layer is not None:
         candidates = [i for i in candidates if _matches_stack(matrices[i], reduction)]
+        if not candidates:
+            where = "outside of all layers" if reduction.stack is None else f"not in {reduction.stack}"
+            raise _no_such_matrix(matrices, reduction, f"{reduction.matrix} is {where}")
+        layers = [matrices[i].layer for i in candidates]
         depth: Counter[str | None] = Counter()
         for matrix in matrices:
             depth[matrix.stack] = max(depth[matrix.stack], 1 + (matrix.layer or 0))
         candidates = [i for i in candidates if matrices[i].layer in _layers(reduction.layer, depth[matrices[i].stack])]
+        if not candidates:
+            there = f"layer {reduction.layer}: there are {_span(layers)}"
+            raise _no_such_matrix(matrices, reduction, f"{there} with {reduction.matrix}")
         stacks = {matrices[i].stack for i in candidates}
         if len(stacks) > 1:
             names = ", ".join(sorted(str(stack) for stack in stacks))
@@ -35,9 +55,10 @@ def select(matrices: list[WeightMatrix], reduction: Reduction) -> list[int]:
                 + (f", e.g. {replace(reduction, stack=part[0])}" if part else "")
             )
     if reduction.expert is not None:
+        experts = [matrices[i].expert for i in candidates]
         candidates = [i for i in candidates if matrices[i].expert == reduction.expert]
-    if not candidates:
-        raise ValueError(f"the reduction {reduction} matches no matrix of the model. It has:\n{describe(matrices)}")
+        if not candidates:
+            raise _no_such_matrix(matrices, reduction, f"expert {reduction.expert}: there are {_span(experts)}")
     for i in candidates:
         if matrices[i].kind is None and not _names_all(reduction, matrices[i]):
             tied = [name.removesuffix(".weight") for name in matrices[i].parameter_names]
@@ -47,6 +68,34 @@ def select(matrices: list[WeightMatrix], reduction: Reduction) -> list[int]:
                 f"to cut them all, name them all, /{pattern}/"
             )
     return candidates
+
+
+def _no_such_matrix(matrices: list[WeightMatrix], reduction: Reduction, wrong: str) -> NoSuchMatrixError:
+    return NoSuchMatrixError(
+        f"the reduction {reduction} matches no matrix of the model: {wrong}. It has:\n{describe(matrices)}"
+    )
+
+
+def _instead(matrices: list[WeightMatrix], reduction: Reduction) -> str:
+    """What could be meant by a kind or a name that the model does not have."""
+    wanted = reduction.matrix
+    without_kind = [matrix for matrix in matrices if matrix.kind is None and matrix.stack is not None]
+    if wanted in (*KINDS, *GROUPS) and without_kind:
+        first = without_kind[0]
+        by_name = replace(reduction, layer=first.layer, matrix=first.path_in_layer)
+        return f"none is known as {wanted}; those without a kind are cut by name, e.g. {by_name}"
+    kinds = {matrix.kind for matrix in matrices if matrix.kind is not None}
+    words = {*GROUPS, *kinds, *(matrix.path_in_layer for matrix in matrices)}
+    return f"none is called {wanted}{closest(wanted, sorted(words))}".rstrip("?")
+
+
+def _span(numbers: Iterable[int | None]) -> str:
+    """``0..29``; or one by one, where some are missing."""
+    found = sorted({number for number in numbers if number is not None})
+    if not found:
+        return "none"
+    whole = len(found) > 1 and len(found) == found[-1] - found[0] + 1
+    return f"{found[0]}..{found[-1]}" if whole else ", ".join(map(str, found))
 
 
 def _matches_name(matrix: WeightMatrix, reduction: Reduction) -> bool:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from transformers import AutoTokenizer
 from laser_callback.command import Answer
 from laser_callback.delta import BaseWeights
 from laser_callback.export import Form, save_reduced
-from laser_callback.files import appearing
+from laser_callback.files import appearing, need_files, read_json
 from laser_callback.plan import LaserPlan
 from laser_callback.pretrained import load_pretrained, save_dense
 from laser_callback.progress import quiet_libraries
@@ -41,13 +42,13 @@ def export(
         base: what the model was fine-tuned from, a folder, hub name or checkpoint: then only the difference is cut.
     """
     quiet_libraries()
-    numbers = None if result is None else json.loads(result.read_text(encoding="utf-8"))
+    numbers = None if result is None else read_json(result, "result")
     if plan is None:
         plan = (numbers or {}).get("plan")
         if plan is None:
             reason = f": {numbers['reason']}" if numbers and "reason" in numbers else ""
             raise ValueError(f"`--plan` is missing, and no result recommends one{reason}")
-    chosen = LaserPlan.from_file(plan) if Path(plan).is_file() else LaserPlan.parse(plan)
+    chosen = LaserPlan.of(plan)
     original = load_pretrained(model)
     spectra = Spectra.default(None if base is None else BaseWeights(base, original))
     done = save_reduced(original, chosen, output, form, result=numbers, tokenizer=_tokenizer(model), spectra=spectra)
@@ -65,13 +66,14 @@ def apply(model: str, recipe: Path, output: Path, exact: bool = True, base: str 
         base: what the model was fine-tuned from, if the recipe cuts the difference to it.
     """
     quiet_libraries()
+    need_files(recipe=recipe)
     plan = LaserPlan.from_file(recipe)
     if not isinstance(plan, Recipe):
         raise ValueError(f"{recipe} is a plan without hashes, not a recipe: use `laser-callback export --plan`")
     original = load_pretrained(model)
     spectra = Spectra.default(None if base is None else BaseWeights(base, original))
-    with recorded(original, plan, spectra, exact=exact) as (_, here):  # with the hashes of what rounding makes here
-        pass
+    with _about(recipe), recorded(original, plan, spectra, exact=exact) as (_, here):
+        pass  # now `here` has the hashes of what rounding makes here
     done = save_reduced(original, here, output, tokenizer=_tokenizer(model), spectra=spectra)
     return _answer("wrote the reduced model", output, done)
 
@@ -85,11 +87,24 @@ def restore(model: str, undo: Path, output: Path) -> Answer:
         output: a new folder.
     """
     quiet_libraries()
+    need_files(undo=undo)
     with appearing(output) as folder:
         reduced = load_pretrained(model)
-        recipe = restore_model(reduced, undo)
+        with _about(undo):
+            recipe = restore_model(reduced, undo)
         save_dense(reduced, folder, _tokenizer(model))
     return _answer("wrote the original", output, recipe)
+
+
+@contextmanager
+def _about(file: Path) -> Iterator[None]:
+    """Within: what does not fit the model is said of the file."""
+    try:
+        yield
+    except ValueError as error:
+        if file.name in str(error):
+            raise
+        raise ValueError(f"{file.name}: {error}") from error
 
 
 def _tokenizer(model: str) -> Any:

@@ -1,4 +1,4 @@
-"""The command line: exit codes, errors in one line, --json, quick help, completion, and the Lightning commands."""
+"""The command line: exit codes, errors, --json, quick help, completion, and the Lightning commands."""
 
 from __future__ import annotations
 
@@ -82,11 +82,11 @@ def test_json_is_all_there_is_on_stdout(greet_command, capsys):
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
-        (["Ann", "--fail", "value"], "laser-callback greet: error: a b\n"),
+        (["Ann", "--fail", "value"], "laser-callback greet: error: a\n b\n"),
         (["Ann", "--fail", "file"], "laser-callback greet: error: no x\n"),
     ],
 )
-def test_a_mistake_is_one_line(greet_command, capsys, arguments, line):
+def test_a_mistake_is_told_without_a_traceback(greet_command, capsys, arguments, line):
     assert main(["greet", *arguments, "--json"]) == Exit.MISUSED == 2
     assert capsys.readouterr() == ("", line)
 
@@ -127,7 +127,11 @@ def test_numbers_for_json():
 
 def test_unknown_commands_and_groups(capsys):
     assert main(["dmeo"]) == 2
-    assert "unknown command 'dmeo'; there are demo, validate" in capsys.readouterr().err
+    assert "unknown command 'dmeo', did you mean `demo`?" in capsys.readouterr().err
+    assert main(["valdate", "--config", "x"]) == 2
+    assert capsys.readouterr().err == "laser-callback: error: unknown command 'valdate', did you mean `validate`?\n"
+    assert main(["zzz"]) == 2
+    assert "unknown command 'zzz'; there are demo, validate" in capsys.readouterr().err
     assert main(["recipes"]) == 2
     assert "`recipes` is followed by one of ls, show, cp, run" in capsys.readouterr().err
     assert main(["recipes", "--help"]) == 0
@@ -254,9 +258,10 @@ def test_classes_in_the_current_folder(tmp_path, monkeypatch, capsys):
         (["--laser.plan", "28.fc_up@0.5", "--config", "missing.yaml"], "missing.yaml"),
     ],
 )
-def test_mistakes_in_validate_are_one_line(lm, capsys, extra, words):
+def test_mistakes_in_validate_are_told(lm, capsys, tmp_path, extra, words):
+    (tmp_path / "facts.txt").touch()
     assert main(["validate", *lm, *extra]) == Exit.MISUSED
-    error = capsys.readouterr().err.splitlines()[-1]
+    (error,) = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
     assert error.startswith("laser-callback validate: error: ")
     assert words in error
 

@@ -99,6 +99,7 @@ def test_bad_files_are_errors(tmp_path):
 
 def test_parquet_without_pyarrow_names_the_cure(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
+    (tmp_path / "f.parquet").touch()
     with pytest.raises(ModuleNotFoundError, match="pip install pyarrow"):
         read_facts(tmp_path / "f.parquet")
 

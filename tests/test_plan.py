@@ -215,6 +215,15 @@ def test_a_regex_takes_neither_layer_nor_stack():
         Reduction(None, "/fc_in/", 0.1, stack="decoder")
 
 
+def test_a_plan_is_given_as_its_file_too(tmp_path):
+    plan = LaserPlan.parse("27.fc_in@0.01, 11.q_proj@0.05")
+    for name in ("plan.yaml", "plan.json", "plan.txt"):
+        plan.to_file(tmp_path / name)
+        assert LaserPlan.of(str(tmp_path / name)) == plan
+    with pytest.raises(FileNotFoundError, match=r"none\.yaml"):
+        LaserPlan.of("none.yaml")
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

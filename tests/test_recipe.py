@@ -131,20 +131,27 @@ def test_what_differs_is_named():
     recipe = LaserPlan.parse("1.fc_in@0.1").apply(tiny_causal_lm())
     applied = tiny_causal_lm()
     recipe.apply(applied)
-    with pytest.raises(ValueError, match=r"`model\.layers\.1\.mlp\.gate_proj` is already what this would make of it"):
+    with pytest.raises(
+        ValueError, match=r"`model\.layers\.1\.mlp\.gate_proj` is already what .* make of it: there is nothing to do"
+    ):
         recipe.apply(applied)
     with pytest.raises(ValueError, match=r"is bfloat16, but the recipe is for float32: load the model with dtype"):
         recipe.apply(tiny_causal_lm().bfloat16())
     config = hf.LlamaConfig(**{**tiny_causal_lm().config.to_dict(), "intermediate_size": 48})
     with pytest.raises(ValueError, match=r"another model: `model\.layers\.1\.mlp\.gate_proj` is 48 x 32, not 64 x 32"):
         recipe.apply(hf.LlamaForCausalLM(config))
-    with pytest.raises(ValueError, match=r"it has `transformer\.h\.1\.mlp\.c_fc` where the recipe has `model\.layers"):
+    with pytest.raises(
+        ValueError, match=r"another model: this has `transformer\.h\.1\.mlp\.c_fc` where it had `model\.layers"
+    ):
         recipe.apply(gpt2())
     config.num_hidden_layers = 1
-    with pytest.raises(ValueError, match="matches no matrix of the model"):
+    with pytest.raises(
+        ValueError,
+        match=r"made for another model: the reduction 1.fc_in@0.1 matches no .*: layer 1: there are 0 with",
+    ):
         recipe.apply(hf.LlamaForCausalLM(config))
     every = LaserPlan.parse("*.fc_in@0.1").apply(tiny_causal_lm())
-    with pytest.raises(ValueError, match="cuts 1 matrices of it, not 4"):
+    with pytest.raises(ValueError, match="cuts 1 matrices of this one, not 4"):
         every.apply(hf.LlamaForCausalLM(config))
 
 

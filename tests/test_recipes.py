@@ -66,7 +66,33 @@ def test_ls_show_cp(capsys, tmp_path):
     assert (tmp_path / "vit.py").is_file()
     for command in (["show", "nope"], ["cp", "nope", "to"], ["run", "nope"]):
         assert main(["recipes", *command]) == 2
-        assert "`name` must be one of cleanup.py, " in capsys.readouterr().err
+        assert "`name` must be a path or one of cleanup.py, " in capsys.readouterr().err
+
+
+def test_a_recipe_of_ones_own_is_named_by_its_path(capsys, lm):
+    """A path is the user's file, a bare name the package's, and a changed copy beside it is mentioned."""
+    assert main(["recipes", "cp", "own_facts.yaml", "."]) == 0
+    capsys.readouterr()
+    assert main(["recipes", "show", "own_facts.yaml"]) == 0
+    assert capsys.readouterr().err == ""  # the same file
+    mine = Path("own_facts.yaml")
+    mine.write_text(mine.read_text().replace("28.fc_up@0.01", "27.fc_in@0.5"))
+    Path("text.txt").write_bytes((lm / "text.txt").read_bytes())
+    options = ("--model.model", str(lm), "--data.path", str(lm / "facts.jsonl"), *CPU, "--json")
+    for name, plan, note in (
+        ("./own_facts.yaml", "27.fc_in@0.5", False),
+        (str(mine.resolve()), "27.fc_in@0.5", False),
+        ("own_facts.yaml", "28.fc_up@0.01", True),
+    ):
+        assert main(["recipes", "run", name, *options]) == 0
+        shown = capsys.readouterr()
+        assert json.loads(shown.out)["laser"]["laser"]["arms"]["laser"]["plan"] == plan
+        assert ("is the package's recipe; yours, in this folder, is ./own_facts.yaml" in shown.err) is note
+    assert main(["recipes", "run", "./gone.yaml"]) == 2
+    assert "there is no file 'gone.yaml'" in capsys.readouterr().err
+    mine.rename("mine.yaml")
+    assert main(["recipes", "run", "mine.yaml"]) == 2
+    assert "the file in this folder is ./mine.yaml" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", [name for name in recipes() if name.endswith(".yaml")])

@@ -96,7 +96,7 @@ def test_mistakes_are_one_line(original, tmp_path, capsys):
     (tmp_path / "search.json").write_text(json.dumps({"plan": None, "reason": "no gain was confirmed"}))
     capsys.readouterr()
     for arguments, message in (
-        (("apply", "--model", tmp_path / "other", "--recipe", recipe), "others than those that this was made for"),
+        (("apply", "--model", tmp_path / "other", "--recipe", recipe), "laser.json: the weights of `model"),
         (("apply", "--model", original, "--recipe", tmp_path / "plan.txt"), "a plan without hashes, not a recipe"),
         (("export", "--model", original), "`--plan` is missing, and no result recommends one"),
         (("export", "--model", original, "--result", tmp_path / "search.json"), "no gain was confirmed"),
@@ -108,3 +108,21 @@ def test_mistakes_are_one_line(original, tmp_path, capsys):
         assert message in error
         assert "Traceback" not in error
         assert not (tmp_path / "out").exists()
+
+
+def test_a_file_for_another_model_and_one_that_was_used_already(original, tmp_path, capsys):
+    recipe, undo, short = tmp_path / "laser.json", tmp_path / "undo.safetensors", tmp_path / "short"
+    for form, file in (("recipe", recipe), ("undo", undo), ("dense", tmp_path / "cut")):
+        assert run("export", "--model", original, "--plan", "3.fc_in@0.1", "--form", form, "--output", file) == 0
+    config = hf.LlamaConfig(**{**tiny_causal_lm().config.to_dict(), "num_hidden_layers": 2})
+    hf.LlamaForCausalLM(config).save_pretrained(short)
+    capsys.readouterr()
+    for arguments, message in (
+        (("apply", "--model", short, "--recipe", recipe), "laser.json: the recipe was made for another model: the"),
+        (("restore", "--model", short, "--undo", undo), "undo.safetensors: the recipe was made for another model: the"),
+        (("apply", "--model", tmp_path / "cut", "--recipe", recipe), "make of it: there is nothing to do"),
+        (("restore", "--model", original, "--undo", undo), "make of it: there is nothing to do"),
+    ):
+        assert run(*arguments, "--output", tmp_path / "out") == 2
+        assert message in capsys.readouterr().err
+    assert undo.stat().st_mode == recipe.stat().st_mode == (tmp_path / "cut" / "model.safetensors").stat().st_mode
