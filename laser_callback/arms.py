@@ -167,6 +167,12 @@ def logged_on_step_only(results: _ResultCollection) -> list[str]:
     return sorted({item.meta.name for item in results.values() if not item.has_reset and not item.meta.on_epoch})
 
 
+def logged_keys(results: _ResultCollection) -> list[str]:
+    """The keys of what has been logged per epoch so far, each once; nothing is computed for it."""
+    items = [item for item in results.values() if not item.has_reset and item.meta.on_epoch]
+    return list(dict.fromkeys(results._forked_name(item, on_step=False)[1] for item in items))
+
+
 def running_means(results: _ResultCollection) -> dict[str, tuple[float, float]]:
     """(weighted sum, weight) so far of each value that Lightning averages over batches, by key."""
     means: dict[str, tuple[float, float]] = {}

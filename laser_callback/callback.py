@@ -21,6 +21,7 @@ from torchmetrics import Metric, MetricCollection
 from typing_extensions import override
 
 from laser_callback import arms
+from laser_callback.controls import random_plan
 from laser_callback.delta import BaseWeights, Source, read_weights
 from laser_callback.examples import DESCRIPTIONS, ORIGINAL
 from laser_callback.figures import require_matplotlib
@@ -28,7 +29,7 @@ from laser_callback.plan import LaserPlan
 from laser_callback.publish import publish
 from laser_callback.report import print_report
 from laser_callback.result import LaserResult
-from laser_callback.run import ComparisonRun, RunOptions, UpdateFn
+from laser_callback.run import ComparisonRun, RunOptions, UpdateFn, warn_early
 from laser_callback.spectra import Spectra
 
 LOOPS = ("validate", "test", "fit")
@@ -49,19 +50,22 @@ class LaserCallback(pl.Callback):
         loops: where to compare: ``"validate"``, ``"test"``, and ``"fit"`` for the validation inside of ``trainer.fit``.
         metrics: torchmetrics of your own, fed for both arms by ``update``; logged under their names.
         update: ``update(metrics, outputs, batch)``, called after each step with what the step returned.
-        primary: the one metric whose p value carries the claim; all others are Holm-adjusted.
+        primary: the one key whose p value carries the claim; all others are Holm-adjusted. Where it is not logged,
+            a warning says so as early as it can be known, and no row carries the claim.
         controls: also run two controls of each plan: its matrices zeroed, and other matrices cut at the same rho.
         key_prefix: first part of the logged keys.
         replay: do not recompute the layers in front of the first cut.
         report: print the table at the end; a path ending in ``.json`` or ``.html`` also writes :attr:`result` there,
-            and with ``.json`` the outcomes of each example beside it (``.examples.jsonl``).
+            and with ``.json`` the outcomes of each example beside it (``.examples.jsonl``). Each evaluation replaces
+            the files: after ``fit`` they hold the latest validation.
         publish: send tables and pictures to the trainer's loggers as well (TensorBoard, CSV, Weights & Biases); needs
             matplotlib (extra ``plots``).
         seed: of the random control.
 
     Raises:
         MisconfigurationException: for arguments that do not fit each other or the trainer.
-        ValueError: before the first batch for a plan or base that does not fit, at it for weights that are not finite.
+        ValueError: before the first batch, in ``fit`` before training, for a plan or base that does not fit; at the
+            first batch for weights that are not finite.
 
     Example::
 
@@ -128,6 +132,12 @@ class LaserCallback(pl.Callback):
             self.seed,
         )
 
+    def _options_for(self, module: pl.LightningModule) -> RunOptions:
+        if self.base is None:
+            return self._options
+        self._base_weights = read_weights(self.base) if self._base_weights is None else self._base_weights
+        return replace(self._options, spectra=Spectra(base=BaseWeights(self._base_weights, module)))
+
     @property
     def result(self) -> LaserResult:
         """The outcome of the latest evaluation.
@@ -146,8 +156,8 @@ class LaserCallback(pl.Callback):
         return self._generate_state_key(key_prefix=self.key_prefix)
 
     def is_active(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> bool:
-        """Whether to compare in the evaluation that is running now."""
-        return not trainer.sanity_checking and trainer.state.fn in self.loops
+        """Whether to compare in what the trainer is running now."""
+        return trainer.state.fn in self.loops
 
     # ---- hooks ------------------------------------------------------------------------------------------------------
 
@@ -163,9 +173,25 @@ class LaserCallback(pl.Callback):
             )
 
     @override
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Refuse now what would not fit at the first validation, when an epoch of training is behind it."""
+        if not self.is_active(trainer, pl_module):
+            return
+        self._options_for(pl_module)  # reads the base, and looks whether it is the module's
+        for plan in self.plans.values():
+            plan.resolve(pl_module)
+            if self.controls:
+                random_plan(pl_module, plan, self.seed)
+
+    @override
+    def on_sanity_check_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self.is_active(trainer, pl_module):
+            warn_early(self._options, trainer.callback_metrics, "the sanity check")
+
+    @override
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._abandon()
-        if not self.is_active(trainer, pl_module):
+        if trainer.sanity_checking or not self.is_active(trainer, pl_module):
             return
         stage = "test" if trainer.testing else "validation"
         if arms.uses_dataloader_iter(trainer):
@@ -174,11 +200,7 @@ class LaserCallback(pl.Callback):
                 f"pass. Give the module a `{stage}_step(batch, batch_idx)`."
             )
         self._result = None
-        options = self._options
-        if self.base is not None:
-            self._base_weights = read_weights(self.base) if self._base_weights is None else self._base_weights
-            options = replace(options, spectra=Spectra(base=BaseWeights(self._base_weights, pl_module)))
-        self._run = ComparisonRun(options, trainer, pl_module, stage)
+        self._run = ComparisonRun(self._options_for(pl_module), trainer, pl_module, stage)
 
     @override
     def on_validation_batch_start(
@@ -224,7 +246,7 @@ class LaserCallback(pl.Callback):
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._abandon()
         if trainer.state.fn == "fit":
-            self._print(trainer)
+            self._print(trainer)  # here and not at the end of training
 
     on_test_start = on_validation_start
     on_test_batch_start = on_validation_batch_start
@@ -239,7 +261,7 @@ class LaserCallback(pl.Callback):
     @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self._abandon()
-        self._print(trainer)  # after Lightning's own table, when no progress bar is live
+        self._print(trainer)  # after Lightning's own table
 
     def _abandon(self) -> None:
         if self._run is not None:
@@ -248,7 +270,7 @@ class LaserCallback(pl.Callback):
 
     def _print(self, trainer: pl.Trainer) -> None:
         if self._result is not None and self._unprinted and self.report and trainer.is_global_zero:
-            print_report(self._result, trainer.progress_bar_callback if trainer.state.fn == "fit" else None)
+            print_report(self._result)
         self._unprinted = False
 
 

@@ -22,7 +22,6 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
-from rich.console import Console
 from torch import Tensor
 from torch.utils.data import DataLoader
 from typing_extensions import override
@@ -41,6 +40,7 @@ from laser_callback.measure import Lab
 from laser_callback.merging import adapted_layers, merged, put_effective, refuse_other_than_lora
 from laser_callback.plan import LaserPlan
 from laser_callback.recipe import recorded
+from laser_callback.report import show
 from laser_callback.search import LaserSearch, OutOfTimeError
 from laser_callback.sets import ExampleSets
 from laser_callback.spectra import Spectra
@@ -212,7 +212,7 @@ class LaserCleanup(pl.Callback):
                     pl_module.load_state_dict(state, strict=pl_module.strict_loading)
                 share_weights(group, pl_module)
         if self.report and trainer.is_global_zero:
-            Console().print(result.render())
+            show(result.render())
 
     def _clean(self, trainer: pl.Trainer, module: pl.LightningModule) -> CleanupResult:
         """All of the work, in one process."""

@@ -17,6 +17,7 @@ from typing_extensions import override
 
 from laser_callback.encoding import EncodedFact, FactCollator, encode_facts, pad, pad_token_id, special_tokens, tokenize
 from laser_callback.facts import DEFAULT_SIZES, Fact, check_rows, read_facts, sample_facts, split_facts
+from laser_callback.files import need_files
 from laser_callback.lm_eval_tasks import check_borders, is_lm_eval, read_lm_eval
 
 
@@ -35,6 +36,7 @@ class TextWindows(Dataset[dict[str, Any]]):
     Raises:
         ValueError: if ``window`` has no room for two tokens of text or is longer than the model's context, or if the
             text is too short to predict any token.
+        FileNotFoundError: if there is no such file.
     """
 
     def __init__(self, path: str | Path, tokenizer: PreTrainedTokenizerBase, *, window: int = 256) -> None:
@@ -42,6 +44,7 @@ class TextWindows(Dataset[dict[str, Any]]):
         if not len(prefix) + 2 <= window <= tokenizer.model_max_length:
             limits = f"between {len(prefix) + 2} and {tokenizer.model_max_length}"
             raise ValueError(f"`window` must be {limits} tokens, got {window}.")
+        need_files(text=path)
         text = Path(path).read_text(encoding="utf-8")
         tokens, step = tokenize(tokenizer, [text])[text], window - len(prefix)
         windows = (prefix + tokens[start : start + step] for start in range(0, len(tokens), step))

@@ -26,6 +26,8 @@ from laser_callback.comparison import Outcomes, PairedResult, compare, not_teste
 from laser_callback.files import write_atomically
 from laser_callback.priors import PriorChecks, prior_checks
 
+ROUNDING = 1e-3
+"""Relative: a logged value this close to a mean is that mean, in single or half precision. Tables show three digits."""
 DESCRIPTIONS = ("id", "cluster", "group", "prompt", "answer", "prediction")
 ORIGINAL = "original"
 
@@ -80,7 +82,10 @@ class PairedExamples:
             metric = original[key]
             selected = self._select(arm, metric.name, metric.dataloader_idx)
             if selected is not None:
-                rows.append(compare(key, *selected[:2], clusters=selected[2], higher_is_better=metric.higher_is_better))
+                before, after, clusters = selected
+                row = compare(key, before, after, clusters=clusters, higher_is_better=metric.higher_is_better)
+                units = "examples" if clusters is None else "clusters"
+                rows.append(_with_note(row, _unlike_logged(row, metric, reduced[key], units)))
             else:
                 rows.append(self._row_of_means(arm, key, metric, reduced[key]))
         return rows
@@ -235,6 +240,14 @@ def _subset(batch: _Batch, positions: list[int]) -> _Batch:
 def _concatenate(parts: list[Outcomes]) -> Outcomes:
     weights = [part.weights for part in parts if part.weights is not None]
     return Outcomes(torch.cat([part.values for part in parts]), torch.cat(weights) if weights else None, parts[0].kind)
+
+
+def _unlike_logged(row: PairedResult, original: Logged, reduced: Logged, units: str) -> str:
+    """A note where the key was logged as something else than the row's means, such as a macro average."""
+    logged, means = (float(original.value), float(reduced.value)), (row.original, row.reduced)
+    if all(math.isclose(*pair, rel_tol=ROUNDING, abs_tol=1e-6) for pair in zip(logged, means, strict=True)):
+        return ""
+    return f"logged as {logged[0]:.4g} and {logged[1]:.4g} (reduced): not the mean over these {units}"
 
 
 def _with_note(row: PairedResult, note: str) -> PairedResult:

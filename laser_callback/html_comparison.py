@@ -74,21 +74,21 @@ def _cells(row: PairedResult, is_primary: bool) -> list[Any]:
 
 def _priors(checks: PriorChecks) -> Markup:
     if checks.prior_shift:
-        flag = tag("p", tag("strong", "The gain is not shown outside of the most predicted answers."), class_="warning")
+        flag = tag("p", tag("strong", "The gain is not shown outside of the answers said most."), class_="warning")
     elif checks.delta > 0:
-        flag = tag("p", "The gain holds outside of the most predicted answers.")
+        flag = tag("p", "The gain holds outside of the answers said most.")
     else:
         flag = tag("p", "There is no gain to explain.")
     pairs: list[tuple[Any, Any]] = []
     rest, macro = checks.majority_excluded, checks.macro
     if rest is not None:
         values = f"{value_text(rest, rest.original)} to {value_text(rest, rest.reduced)}, "
-        pairs.append(("without the most predicted answers", joined([values, change(rest), f", n = {rest.n:,}"])))
+        pairs.append(("without the answers said most", joined([values, change(rest), f", n = {rest.n:,}"])))
     if macro is not None:
-        pairs.append((f"mean over {macro.answers} answers", f"{macro.original:.1%} to {macro.reduced:.1%}"))
+        pairs.append((f"macro over {macro.answers} answers", f"{macro.original:.1%} to {macro.reduced:.1%}"))
     pairs.append(("best constant answer per group", f"{checks.constant_answer:.1%}"))
     for arm, top in checks.top_predictions.items():
-        said = [joined([foreign(visible(text)), f" {count:,}", "; "]) for text, count in top]
+        said = [joined([foreign(report.quoted(text)), f" {count:,}", "; "]) for text, count in top]
         pairs.append((f"{arm} says most", joined([*said, f"entropy {checks.entropy[arm]:.2f} nats"])))
     return joined([tag("h3", "Is it only a shift of what is said most?"), flag, definitions(pairs)])
 

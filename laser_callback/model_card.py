@@ -83,7 +83,7 @@ def _numbers(numbers: Mapping[str, Any]) -> list[str]:
     if "verdict" in numbers:
         parts.append(f"{numbers['verdict'][0].upper()}{numbers['verdict'][1:]}.")
     parts.append(_rows(arm, result.primary))
-    legend = "Change: reduced minus original on the same examples; p is Holm-adjusted"
+    legend = "Change: reduced minus original on the same examples; intervals are not adjusted, p is Holm-adjusted"
     if result.primary is not None:
         legend += f", but for {result.primary}, which was declared beforehand and carries the claim"
     parts.append(f"{legend}.")

@@ -46,7 +46,7 @@ class PriorChecks:
         macro: accuracy averaged over the gold answers with at least 5 units; ``None`` if there are none.
         entropy: Shannon entropy of each arm's predictions in nats, by "original" and "reduced".
         top_predictions: the five most frequent predictions of each arm with their counts, by "original" and "reduced".
-        prior_shift: there is a gain, but none shown outside the most predicted answers: ``delta > 0`` and the interval
+        prior_shift: there is a gain, but none shown outside of the answers said most: ``delta > 0`` and the interval
             of ``majority_excluded`` reaches down to 0 or there is none.
     """
 
@@ -122,7 +122,7 @@ def prior_checks(
     rest = None
     if kept.any():
         rest = compare(
-            "accuracy without the most predicted answers",
+            "accuracy without the answers said most",
             *(Outcomes(x.values.cpu()[kept], kind="binary") for x in outcomes.values()),
         )
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import io
 from pathlib import Path
-from typing import Any
 
+from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
+from rich import get_console
 from rich.console import Console, Group, RenderableType
 from rich.padding import Padding
 from rich.table import Table
@@ -22,20 +23,21 @@ WIDE = 116
 """From this many columns on, tables have their wide form."""
 
 
-def print_report(result: LaserResult, progress_bar: Any = None, console: Console | None = None) -> None:
-    """Print the report.
+def print_report(result: LaserResult, console: Console | None = None) -> None:
+    """Print the report, by default where :func:`show` does."""
+    console = console or get_console()
+    show(render(result, console.width), console=console)
+
+
+def show(*parts: RenderableType, console: Console | None = None) -> None:
+    """Print above any progress bar of Lightning's that is live, so that neither garbles the other.
 
     Args:
-        result: what to show.
-        progress_bar: a live Lightning progress bar to print through, so that neither garbles the other.
-        console: where to print otherwise; standard output by default.
+        parts: each begins a line.
+        console: Rich's own by default. ``RichProgressBar`` is live on it: any other writes into the bar.
     """
-    console = console or Console()
-    # A bar that is off (`refresh_rate=0`) prints nothing at all.
-    if not hasattr(progress_bar, "print") or not getattr(progress_bar, "is_enabled", True):
-        console.print(render(result, console.width))
-        return
-    progress_bar.print(plain(result, console.width))
+    with Tqdm.external_write_mode():
+        (console or get_console()).print(*parts, sep="\n")
 
 
 def plain(result: LaserResult, width: int = 120) -> str:
@@ -88,7 +90,7 @@ def print_ab(result: ABResult, console: Console | None = None) -> None:
     title = Text.assemble("A/B, original against reduced, ", (result.plan, "bold cyan"), f": {counts}")
     legend = "n: of the original/reduced model; p: Fisher's exact or Welch's test, Holm-adjusted"
     legend += " but for the metric with the star" * any(row.role == "primary" for row in result.rows)
-    (console or Console()).print(title, table, Text(legend, style="dim"), sep="\n")
+    show(title, table, Text(f"{legend}; intervals are not adjusted", style="dim"), console=console)
 
 
 def footnotes(result: LaserResult) -> list[str]:
@@ -139,11 +141,11 @@ def _table(arm: ArmResult, primary: str | None, wide: bool) -> Table:
 
 def _legend(result: LaserResult) -> str:
     if result.primary is None:
-        return "p is Holm-adjusted; delta = reduced - original"
+        return "p is Holm-adjusted, the intervals are not; delta = reduced - original"
     several = " (Holm-adjusted over the plans)" if len(result.arms) > 1 else ""
     return (
         f"* {result.primary} was declared beforehand and carries the claim{several}; "
-        "p of the others is Holm-adjusted; delta = reduced - original"
+        "p of the others is Holm-adjusted, the intervals are not; delta = reduced - original"
     )
 
 
@@ -169,22 +171,27 @@ def _lines(arm: ArmResult, controls: dict[str, ArmResult], metric: str | None) -
 def _prior_lines(checks: PriorChecks) -> list[RenderableType]:
     flag = Text("prior check: ")
     if checks.prior_shift:
-        flag.append("the gain is not shown outside of the most predicted answers", style="bold yellow")
+        flag.append("the gain is not shown outside of the answers said most", style="bold yellow")
     elif checks.delta > 0:
-        flag.append("the gain holds outside of the most predicted answers", style="green")
+        flag.append("the gain holds outside of the answers said most", style="green")
     else:
         flag.append("no gain to explain")
     parts = [f"best constant answer per group {checks.constant_answer:.1%}"]
     rest, macro = checks.majority_excluded, checks.macro
     if rest is not None:
         interval = f" [{interval_text(rest)}], n = {rest.n}"
-        parts.append(f"without the most predicted answers {rest.original:.1%} to {rest.reduced:.1%}{interval}")
+        parts.append(f"without the answers said most {rest.original:.1%} to {rest.reduced:.1%}{interval}")
     if macro is not None:
         parts.append(f"macro over {macro.answers} answers {macro.original:.1%} to {macro.reduced:.1%}")
     for arm, top in checks.top_predictions.items():
-        said = ", ".join(f"{text.strip() or repr(text)} {count}" for text, count in top)
+        said = ", ".join(f"{quoted(text)} {count}" for text, count in top)
         parts.append(f"{arm} says most: {said}  (entropy {checks.entropy[arm]:.2f} nats)")
     return [indent(flag), *(indent(Text(part), 4) for part in parts)]
+
+
+def quoted(answer: str) -> str:
+    """An answer in quotes, since it may be a quotation mark; without outer spaces, if they are not all there is."""
+    return repr(answer.strip() or answer)
 
 
 def indent(text: Text, columns: int = 2) -> Padding:

@@ -77,7 +77,7 @@ class LaserResult:
         arms: by plan name; a single plan has the name ``"laser"``. ``result["a"]["accuracy"].p`` is a p value.
         controls: for each plan, by ``"zeroed"`` (the same matrices at rho = 0) and ``"random"`` (other matrices at the
             same rho), where controls were asked for.
-        primary: the metric that carries the claim, if one was declared.
+        primary: the metric that carries the claim, if one was declared and logged.
         original_seconds: time of the original's passes.
         not_compared: metrics of the original without a counterpart, and why.
         examples: per-example outcomes, gathered from all ranks.

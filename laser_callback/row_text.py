@@ -20,7 +20,7 @@ def value_text(row: PairedResult, value: float) -> str:
 
 def delta_text(row: PairedResult, value: float) -> str:
     """A change of the metric."""
-    return f"{value:+.1%}" if is_share(row) or row.kind == "log_ratio" else f"{value:+.2g}"
+    return _signed(f"{value:+.1%}" if is_share(row) or row.kind == "log_ratio" else f"{value:+.2g}")
 
 
 def interval_text(row: PairedResult) -> str:
@@ -28,8 +28,15 @@ def interval_text(row: PairedResult) -> str:
     if row.lower is None or row.upper is None:
         return ""
     if is_share(row) or row.kind == "log_ratio":
-        return f"{100 * row.lower:+.1f}, {100 * row.upper:+.1f}"
-    return f"{row.lower:+.2g}, {row.upper:+.2g}"
+        ends = f"{100 * row.lower:+.1f}", f"{100 * row.upper:+.1f}"
+    else:
+        ends = f"{row.lower:+.2g}", f"{row.upper:+.2g}"
+    return ", ".join(map(_signed, ends))
+
+
+def _signed(number: str) -> str:
+    """A number that begins with its sign; zero has none."""
+    return number if float(number.rstrip("%")) else number[1:]
 
 
 def p_text(row: PairedResult) -> str:

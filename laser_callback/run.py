@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +17,8 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from torchmetrics import MetricCollection
 
@@ -152,6 +154,8 @@ class ComparisonRun:
             self._first_batch()
         else:
             self._close_means()
+            if len(self.examples.batches) == 1:
+                self._look_for_primary()
         self._batch = copy_data(batch)
         self._rng = RandomState.now()
         if self._replay is not None:
@@ -262,6 +266,12 @@ class ComparisonRun:
         self.examples.means[-1][ORIGINAL] = _growth(self._original_means, now)
         self._original_means = now
 
+    def _look_for_primary(self) -> None:
+        """After the first batch, where no other batch and no hook at the end of the epoch should log other keys."""
+        one_loader = arms.sequential_dataloader_idx(self.trainer, 0) is None
+        if one_loader and not is_overridden(f"on_{self.stage}_epoch_end", self.module):
+            warn_early(self.options, arms.logged_keys(self._results), "the first batch")
+
     def _update_own(self, metrics: MetricCollection | None, outputs: Any) -> None:
         if metrics is not None and self.options.update is not None:
             self.options.update(metrics, outputs, copy_data(self._batch))
@@ -328,19 +338,36 @@ class ComparisonRun:
         for reduction in self._reductions:
             if reduction.control:
                 controls.setdefault(reduction.name, {})[reduction.control] = results[reduction.key]
-        adjust_together(list(plans.values()), self.options.primary)
+        keys = dict.fromkeys(row.metric for arm in plans.values() for row in arm.rows)
+        primary = self.options.primary if self.options.primary in keys else None
+        _warn_if_absent(self.options.primary, keys, "this evaluation")
+        adjust_together(list(plans.values()), primary)
         reasons = dict.fromkeys(arms.logged_on_step_only(self._results), "logged per step only")
         compared = {key for arm in logged.values() for key in arm}
         reasons |= {key: "not logged by the module" for key in original if key not in compared}
         return LaserResult(
             plans,
             controls,
-            self.options.primary,
+            primary,
             self._original_seconds,
             reasons,
             examples,
             provenance(self.trainer, self.module, self.options.seed),
             None if self._spectra.base is None else self._spectra.base.digest,
+        )
+
+
+def warn_early(options: RunOptions, keys: Collection[str], where: str) -> None:
+    """Warn if the primary is not among the ``keys`` that are logged so far. No error: a module may log others later."""
+    if options.metrics is None:  # own metrics have their keys only when they are computed
+        _warn_if_absent(options.primary, keys, where)
+
+
+def _warn_if_absent(primary: str | None, keys: Collection[str], where: str) -> None:
+    if primary is not None and primary not in keys:
+        rank_zero_warn(
+            f"`primary` must be a key that is logged per epoch, got {primary!r}, but {where} logged "
+            f"{', '.join(keys) or 'nothing'}. Without it no row has the star, and all p values are Holm-adjusted."
         )
 
 

@@ -114,8 +114,8 @@ def power_warnings(sets: ExampleSets, min_gain: float, power: float) -> list[str
     gains = f"gains from {shown:.1%} on" if math.isfinite(shown) else "no gain at all"
     return [
         f"the confirm set has {have} example{'s' * (have != 1)}: a gain of {min_gain:.1%} is confirmed with less than "
-        f"{power:.0%} probability. That takes {need}; {have} suffice for {gains}. Give more examples, or a larger share "
-        "of them to `confirm`"
+        f"{power:.0%} probability. That takes {need}; {have} suffice for {gains}. Give more examples, or a larger "
+        "share of them to `confirm`"
     ]
 
 

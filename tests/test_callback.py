@@ -7,17 +7,26 @@ from __future__ import annotations
 
 import copy
 import csv
+import fcntl
 import json
 import os
 import pickle
+import pty
 import re
 import signal
+import struct
+import termios
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
+from threading import Thread
 from types import SimpleNamespace
 from typing import Any
 
 import lightning.pytorch as pl
 import pytest
+import rich
 import torch
 import yaml
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, RichProgressBar, TQDMProgressBar
@@ -297,9 +306,65 @@ def test_a_users_key_that_collides(trainer, key, where):
         assert logged[f"cut/{key}"] == 5.0
 
 
-def test_primary_that_is_no_row(trainer):
-    with pytest.raises(ValueError, match=r"primary.*'acuracy'.*'acc'"):
-        evaluate(trainer, Toy(), LaserCallback(PLAN, primary="acuracy"))
+@pytest.mark.parametrize("own", [False, True])
+def test_primary_that_is_not_logged(trainer, capsys, own):
+    """Said as soon as it can be known, and no number is lost."""
+    metrics = {"mean": MeanMetric()} if own else None
+    callback = LaserCallback(PLAN, primary="acuracy", metrics=metrics, update=_update_mean if own else None)
+    with pytest.warns(UserWarning, match=r"got 'acuracy', but") as warned:
+        evaluate(trainer, Toy(), callback)
+    said = [str(w.message) for w in warned if "acuracy" in str(w.message)]
+    # Own metrics have names only at the end, when they are computed.
+    assert [text.split("but ")[1].split(" logged")[0] for text in said] == ["the first batch"] * (not own) + [
+        "this evaluation"
+    ]
+    assert "logged loss, acc" in said[0]
+    assert callback.result.primary is None
+    assert {row.role for row in callback.result["laser"].rows if row.p is not None} == {"holm"}
+    assert "*" not in capsys.readouterr().out
+
+
+def test_primary_that_is_not_logged_does_not_stop_training(trainer):
+    callback = LaserCallback(PLAN, primary="acuracy", loops="fit", report=False)
+    with pytest.warns(UserWarning, match="got 'acuracy', but the sanity check logged loss, acc"):
+        trainer(callback, max_steps=0).fit(Toy(), make_data(), make_data())  # before the first step
+    run = trainer(callback, num_sanity_val_steps=0, max_epochs=2)
+    with pytest.warns(UserWarning, match="acuracy"):
+        run.fit(Toy(), make_data(), make_data())
+    assert run.current_epoch == 2
+    assert callback.result["laser"]["acc"].n == 10
+
+
+def test_primary_that_is_logged_late(trainer):
+    class Late(Toy):
+        def on_validation_epoch_end(self):
+            self.log("late", self.acc.compute())
+
+    callback = LaserCallback(PLAN, primary="late", loops=("validate", "fit"), report=False)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*`primary`")
+        evaluate(trainer, Late(), callback)
+        assert callback.result.primary == "late"
+        trainer(callback).fit(Late(), make_data(), make_data())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"plan": "9.mlp@0.1"}, "layer"),
+        ({"plan": {"a": PLAN, "b": "1.fc_up@0.1"}}, "fc_up"),
+        ({"plan": "*.all@0.1", "controls": True}, "the random control needs"),
+        ({"plan": PLAN, "base": {"net.other": torch.ones(2, 2)}}, "`base` is not what the model was fine-tuned from"),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_training(trainer, arguments, message):
+    module = Toy()
+    before = snapshot(module)
+    with pytest.raises(ValueError, match=message):
+        trainer(LaserCallback(**arguments, loops="fit")).fit(module, make_data(), make_data())
+    assert not CALLS  # not even the sanity check has run
+    assert_untouched(module, before)
+    trainer(LaserCallback(**arguments)).fit(module, make_data(), make_data())  # it is not asked to compare in fit
 
 
 @pytest.mark.parametrize("plan", ["9.mlp@0.1", "1.fc_up@0.1", "1.nonsense@0.1"])
@@ -772,6 +837,96 @@ def test_report_is_printed_once_and_on_rank_zero_only(trainer, capsys, monkeypat
     assert other.result["laser"]["acc"].n == 10  # the result is on every rank
 
 
+def test_a_key_that_is_logged_as_something_else(trainer, capsys, tmp_path):
+    """torchmetrics averages over classes by default; the step returns what happened to each example."""
+    module = Toy()
+    module.acc = MulticlassAccuracy(CLASSES)
+    callback = LaserCallback(PLAN, report=tmp_path / "result.json")
+    logged = evaluate(trainer, module, callback)
+    row = callback.result["laser"]["acc"]
+    assert row.original == 0.3
+    assert logged["acc"] != pytest.approx(0.3, rel=0.01)
+    note = f"logged as {logged['acc']:.4g} and {logged['laser/acc']:.4g} (reduced): not the mean over these examples"
+    assert row.note == note
+    assert callback.result["laser"]["loss"].note == "unit: the batch"
+    assert f"acc: {note}" in " ".join(capsys.readouterr().out.split())
+    rows = json.loads((tmp_path / "result.json").read_text())["arms"]["laser"]["rows"]
+    assert [r["note"] for r in rows if r["metric"] == "acc"] == [note]
+    evaluate(trainer, Toy(), callback)  # the same outcomes, and their mean is logged: the last batch is smaller
+    assert callback.result["laser"]["acc"].note == ""
+
+
+@pytest.fixture
+def _rich_console() -> Iterator[None]:
+    """What Rich's console is like holds for the whole process; bars change it."""
+    yield
+    rich.reconfigure()
+
+
+COLUMNS = 100
+
+
+@contextmanager
+def terminal(patch: pytest.MonkeyPatch) -> Iterator[bytearray]:
+    """Within: standard output and error are a terminal. Gives what is written to it."""
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 50, COLUMNS, 0, 0))
+    written = bytearray()
+
+    def read() -> None:
+        try:
+            while part := os.read(ours, 4096):
+                written.extend(part)
+        except OSError:  # how Linux says that the other end is closed
+            pass
+
+    reader = Thread(target=read, daemon=True)
+    reader.start()
+    with patch.context() as here, os.fdopen(theirs, "w", encoding="utf-8") as stream:
+        here.setenv("TERM", "xterm-256color")
+        here.setenv("COLUMNS", str(COLUMNS))
+        here.setattr("sys.stdout", stream)
+        here.setattr("sys.stderr", stream)
+        rich.reconfigure()  # it looks at the environment when it is made
+        yield written
+    reader.join(10)
+    os.close(ours)
+
+
+def shown(written: str) -> list[str]:
+    """The lines of a terminal after ``written``, as far as progress bars use one: they go up and erase lines."""
+    lines, row, column = [""], 0, 0
+    for number, command, character in re.findall(r"\x1b\[([0-9;?]*)([A-Za-z])|(.)", written, re.DOTALL):
+        if command == "A":
+            row = max(row - int(number or 1), 0)
+        elif command == "K":
+            lines[row] = ""
+        elif character == "\n":
+            row += 1
+            lines += [""] * (row == len(lines))
+        elif character == "\r":
+            column = 0
+        elif character:
+            lines[row] = lines[row][:column].ljust(column) + character + lines[row][column + 1 :]
+            column += 1
+    return [line.rstrip() for line in lines]
+
+
+@pytest.mark.usefixtures("_rich_console")
+@pytest.mark.parametrize("loop", ["validate", "test", "fit"])
+@pytest.mark.parametrize("bar", [RichProgressBar, TQDMProgressBar])
+def test_report_in_a_terminal(trainer, monkeypatch, loop, bar):
+    callback = LaserCallback(PLAN, loops=loop)
+    with terminal(monkeypatch) as written:
+        run = trainer(callback, bar(), enable_progress_bar=True)  # Lightning's default bar stands behind it, too
+        getattr(run, loop)(Toy(), *[make_data()] * (2 if loop == "fit" else 1))
+    lines = shown(written.decode())
+    report = [line.rstrip() for line in plain(callback.result, COLUMNS).splitlines()]
+    start = lines.index(report[0])
+    assert lines[start : start + len(report)] == report
+    assert len([line for line in lines if line.startswith(("Epoch", "Validation", "Testing"))]) == 1
+
+
 BARS = {
     "rich": lambda: [RichProgressBar()],
     "rich, live": lambda: [RichProgressBar(console_kwargs={"force_terminal": True, "width": 120})],
@@ -780,6 +935,7 @@ BARS = {
 }
 
 
+@pytest.mark.usefixtures("_rich_console")
 @pytest.mark.parametrize("bar", BARS)
 def test_report_in_fit_does_not_garble_the_progress_bar(trainer, capfd, bar):
     callback = LaserCallback(PLAN, loops=("fit",))
@@ -788,8 +944,9 @@ def test_report_in_fit_does_not_garble_the_progress_bar(trainer, capfd, bar):
     captured = capfd.readouterr()
     out = captured.out + captured.err
     assert out.count("original against reduced") == 2
+    width = rich.get_console().width
     shown = {re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", line).strip() for line in re.split(r"[\r\n]+", out)}
-    expected = [line.strip() for line in plain(callback.result, 80).splitlines() if line.strip()]
+    expected = [line.strip() for line in plain(callback.result, width).splitlines() if line.strip()]
     assert len(expected) > 5
     for line in expected:  # each as a line of its own, with nothing of the bar in it
         assert line in shown, line

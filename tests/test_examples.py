@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections import UserDict
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,10 +16,11 @@ from scipy import stats
 from torch import Tensor
 
 from laser_callback.arms import Logged
-from laser_callback.comparison import Outcomes, compare
+from laser_callback.comparison import Outcomes, PairedResult, compare
 from laser_callback.examples import ORIGINAL, PairedExamples, example_count
-from laser_callback.report import plain, print_report
+from laser_callback.report import plain, print_report, quoted
 from laser_callback.result import ArmResult, LaserResult, adjust_together
+from laser_callback.row_text import delta_text, interval_text
 
 
 def log(value: float, name: str, dataloader_idx: int | None = None, better: bool | None = None) -> Logged:
@@ -154,7 +157,7 @@ def test_clusters():
         pair({"acc": bools("0011"), "cluster": list("aabb")}, {"acc": bools("1011")}, 4),
         pair({"acc": bools("10"), "cluster": list("bc")}, {"acc": bools("01")}, 2),
     )
-    (row,) = examples.rows("laser", {"acc": log(0.0, "acc")}, {"acc": log(0.0, "acc")})
+    (row,) = examples.rows("laser", {"acc": log(1 / 3, "acc")}, {"acc": log(13 / 18, "acc")})
     expected = compare("acc", Outcomes.of(bools("001110")), Outcomes.of(bools("101101")), clusters=list("aabbbc"))
     assert row == expected
     assert row.n == 3
@@ -224,6 +227,22 @@ def test_not_a_mean():
     assert (row.p, row.lower, row.kind) == (None, None, None)
     assert row.note == "not an average over examples"
     assert row.higher_is_better
+
+
+def test_a_key_that_is_logged_as_something_else():
+    """Beyond rounding, and in either arm; weights count as they do in the row."""
+    weights = torch.tensor([3, 1])
+    before, after = (Outcomes(torch.tensor(values), weights) for values in ([1.0, 4.0], [2.0, 5.5]))  # 1.75, 2.875
+    examples = pair({"x": before}, {"x": after}, 2)
+
+    def note(original: float, reduced: float) -> str:
+        (row,) = examples.rows("laser", {"x": log(original, "x")}, {"x": log(reduced, "x")})
+        return row.note
+
+    assert note(1.75, 2.875) == note(1.7501, 2.8749) == ""
+    assert note(2.5, 3.5) == "logged as 2.5 and 3.5 (reduced): not the mean over these examples"
+    assert note(1.75, 3.5) == "logged as 1.75 and 3.5 (reduced): not the mean over these examples"
+    assert note(float("nan"), 2.875) == "logged as nan and 2.875 (reduced): not the mean over these examples"
 
 
 def test_outcomes_absent_everywhere_fall_back():
@@ -378,25 +397,33 @@ def test_the_report_names_everything_at_any_width(width, primary):
 
 
 def test_the_report_as_it_is_printed(capsys):
-    print_report(result())
+    shown = result()
+    print_report(shown)
     assert "first_token_accuracy" in capsys.readouterr().out
-
-    class Bar:
-        is_enabled = True
-        printed: list[str] = []
-
-        def print(self, text: str) -> None:
-            self.printed.append(text)
-
-    console = Console(width=140)
-    print_report(result(), Bar(), console)
+    console = Console(width=140, file=io.StringIO())
+    print_report(shown, console)
     assert capsys.readouterr().out == ""
-    (text,) = Bar.printed
-    assert "first_token_accuracy" in text
-    assert "\x1b" not in text
-    Bar.is_enabled = False
-    print_report(result(), Bar())
-    assert "first_token_accuracy" in capsys.readouterr().out
+    assert console.file.getvalue() == plain(shown, 140)
+
+
+@pytest.mark.parametrize("primary", ["acc", None])
+def test_the_report_says_what_is_adjusted(primary):
+    assert "Holm-adjusted, the intervals are not" in " ".join(plain(result(primary), 80).split())
+
+
+def test_answers_are_quoted():
+    """An answer may be a quotation mark, or only a space."""
+    assert [quoted(text) for text in ('"', " the", "'", " ")] == ["'\"'", "'the'", '"\'"', "' '"]
+    text = " ".join(plain(result(), 120).split())
+    assert "original says most: 'y' 10 (entropy 0.00 nats)" in text
+
+
+def test_zero_has_no_sign():
+    row = PairedResult("acc", "binary", 10, 0.5, 0.4999, -0.0001, lower=-0.0004, upper=0.25)
+    assert (delta_text(row, row.delta), interval_text(row)) == ("0.0%", "0.0, +25.0")
+    row = PairedResult("loss", "mean", 10, 0.5, 0.5, -0.0, lower=-0.0004, upper=0.0)
+    assert (delta_text(row, row.delta), interval_text(row)) == ("0", "-0.0004, 0")
+    assert interval_text(replace(row, lower=float("-inf"))) == "-inf, 0"
 
 
 def test_the_result_is_strict_json(tmp_path):

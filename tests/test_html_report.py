@@ -18,6 +18,7 @@ from classifier import HOSTILE, LABELS, PLAN, RIGHT_TO_LEFT, Classifier, compare
 from laser_callback.flips import flip_metric, flips
 from laser_callback.html_report import comparison_page, search_page
 from laser_callback.markup import escaped, tag
+from laser_callback.report import quoted
 from laser_callback.row_text import interval_text, p_text
 
 VOID = {"meta", "input"}
@@ -96,6 +97,13 @@ def test_a_page_loads_nothing_and_allows_only_itself(source):
         digest = base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()
         assert f"{element}-src 'sha256-{digest}'" in policy
     assert "default-src 'none'" in policy
+
+
+def test_answers_said_most_are_quoted(result, pages):
+    listed = [text for name, text in Page.of(pages["one"]).texts if name == "bdi"]
+    for said in result["laser"].prior_checks.top_predictions.values():
+        assert said
+        assert all(quoted(text) in listed for text, _ in said)
 
 
 def test_text_of_others_stays_text(source):
