@@ -140,6 +140,8 @@ def examples_part(result: LaserResult, name: str, examples: Sequence[Row], numbe
     fixed = sum(flip.fixed for flip in found)
     columns = _columns(found[:EXAMPLES])
     caption = f"By {row.metric}: {fixed:,} fixed, {len(found) - fixed:,} broken"
+    if len(columns) == 1:
+        return tag("p", f"{caption}. To see which, return ", tag("code", "id"), " from the step.", class_="note")
     listed = table(caption, columns, zip(*columns.values(), strict=True), id=key, class_="examples")
     more = f"The first {EXAMPLES:,} are listed; all are in the examples file." if len(found) > EXAMPLES else None
     return joined([_filter(key), listed, tag("p", more, class_="note") if more else None])

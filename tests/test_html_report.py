@@ -16,6 +16,7 @@ import torch
 from classifier import HOSTILE, LABELS, PLAN, RIGHT_TO_LEFT, Classifier, compared, searched
 
 from laser_callback.flips import flip_metric, flips
+from laser_callback.html_comparison import examples_part
 from laser_callback.html_report import comparison_page, search_page
 from laser_callback.markup import escaped, tag
 from laser_callback.report import quoted
@@ -122,6 +123,16 @@ def test_hostile_prompts_are_shown_as_they_are(pages, result):
     prompts = [text for text in page.text("bdi") if text.startswith(HOSTILE)]
     assert prompts == [flip.prompt for flip in found]
     assert {text.strip() for text in LABELS if text.strip()} <= set(page.text("bdi"))
+
+
+def test_examples_without_a_name_are_counted_and_not_listed(result):
+    named = result.examples.to_rows()
+    arms = ("original", "laser")
+    nameless = [{arm: {k: v for k, v in row[arm].items() if k != "prediction"} for arm in arms} for row in named]
+    assert Page.of(str(examples_part(result, "laser", named, 1))).all("tr")
+    page = Page.of(str(examples_part(result, "laser", nameless, 1)))
+    assert not page.all("tr")
+    assert page.text("code") == ["id"]
 
 
 def test_every_number_of_the_result_is_there(pages, result):
