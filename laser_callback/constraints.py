@@ -166,7 +166,7 @@ class Gain:
         if row.p <= self.alpha and row.delta * sign < 0:
             verdict, note = "fail", "it is shown to get worse"
         elif row.p <= self.alpha and prior is not None and prior.prior_shift:
-            note = "no gain is shown outside of the most predicted answers"
+            note = "no gain is shown outside of the answers said most"
         elif row.p <= self.alpha:
             verdict, note = "pass", ""
         elif row.delta * sign > 0 and self.alpha == ALPHA:  # the interval's level

@@ -129,7 +129,7 @@ def test_a_gain_that_is_only_a_shift_of_what_is_said_is_undecided():
     assert gained.p < 1e-6
     assert (judged.verdict, judged.note) == (
         "undecided",
-        "no gain is shown outside of the most predicted answers",
+        "no gain is shown outside of the answers said most",
     )
     assert Gain("accuracy").judge(gained).verdict == "pass"
     assert judge_all([Gain("accuracy")], [gained], shift) == [judged]
