@@ -35,6 +35,11 @@ def is_lm_eval(source: Any) -> bool:
     return isinstance(source, (str, Path)) and str(source).startswith(PREFIX)
 
 
+def file_of(source: str | Path | None) -> str | Path | None:
+    """The file that facts come from; ``None`` where they come from a task."""
+    return None if is_lm_eval(source) else source
+
+
 def read_lm_eval(source: str | Path) -> list[Fact]:
     """The documents of a task, or of all tasks of a group, as facts; ``group`` is the task's name.
 

@@ -14,6 +14,7 @@ from laser_callback.delta import BaseWeights
 from laser_callback.files import need_files
 from laser_callback.gate_report import print_rollout
 from laser_callback.gates import read_gates
+from laser_callback.lm_eval_tasks import file_of
 from laser_callback.module import LaserModule
 from laser_callback.plan import LaserPlan
 from laser_callback.probes import ProbesDataModule
@@ -88,9 +89,8 @@ def rollout(
     read_gates(gates)
     if (model is None) == (module is None) or (facts is None) != (model is None) or (data is None) != (module is None):
         raise ValueError("give `--model` and `--facts`, or `--module` and `--data`")
-    need_files(
-        facts=facts, text=text, probes=probes, **{f"others.{name}": path for name, path in (others or {}).items()}
-    )
+    more = {f"others.{name}": file_of(path) for name, path in (others or {}).items()}
+    need_files(facts=file_of(facts), text=text, probes=probes, **more)
     sources: dict[str, pl.LightningDataModule] = {}
     if model is not None and facts is not None:
         module = LaserModule(model)

@@ -13,7 +13,7 @@ from laser_callback.candidates import RHOS
 from laser_callback.command import Answer, Exit
 from laser_callback.data import FactsDataModule
 from laser_callback.files import need_files
-from laser_callback.lm_eval_tasks import ACC, is_lm_eval
+from laser_callback.lm_eval_tasks import ACC, file_of, is_lm_eval
 from laser_callback.module import LaserModule
 from laser_callback.progress import quiet_libraries
 from laser_callback.report_cli import read_examples
@@ -103,7 +103,7 @@ def search(
         facts, objective = Path(judge), [ACC] if objective is None else objective
     if (model is None) == (module is None) or (facts is None) != (model is None) or (data is None) != (module is None):
         raise ValueError("give `--model` and `--facts` or `--judge`, or `--module` and `--data`")
-    need_files(facts=facts if judge is None else None, text=text)
+    need_files(facts=file_of(facts), text=text)
     if model is not None and facts is not None:
         module = LaserModule(model)
         data = FactsDataModule(
