@@ -22,6 +22,7 @@ import torch
 from lightning.pytorch.loggers.logger import DummyLogger, Logger
 from lightning.pytorch.trainer.connectors.logger_connector.logger_connector import _LoggerConnector
 from lightning.pytorch.trainer.connectors.logger_connector.result import _ResultCollection
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 from typing_extensions import override
 
@@ -92,9 +93,12 @@ class Arm:
 
     def start(self) -> None:
         """The module's hooks at the start of an evaluation."""
+        hooks = [f"on_{self._stage}_start", f"on_{self._stage}_epoch_start"]
+        if not any(is_overridden(hook, self._module) for hook in hooks):
+            return
         with self._active():
-            self._hook(f"on_{self._stage}_start")
-            self._hook(f"on_{self._stage}_epoch_start")
+            for hook in hooks:
+                self._hook(hook)
 
     def step(self, batch: Any, batch_idx: int, dataloader_idx: int | None) -> Any:
         """The module's hooks and its step on one batch, through the strategy (autocast and wrappers apply)."""

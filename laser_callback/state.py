@@ -29,6 +29,7 @@ from torchmetrics import Metric
 _Containers = (dict, UserDict, list, tuple, set, frozenset, deque)
 _Generators = (torch.Generator, random.Random, np.random.Generator, np.random.RandomState)
 _Values = (Tensor, np.ndarray, np.generic, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
+_UNCHANGING = {int, float, complex, bool, str, bytes, type(None), torch.dtype, torch.device}
 _PLAIN = (*_Containers, *_Generators, *_Values)
 
 # A tensor in an ordinary submodule with more elements than this is a constant (packed weights, masks, tables), which is
@@ -45,6 +46,8 @@ def copy_data(value: Any, memo: dict[int, Any] | None = None) -> Any:
     Not ``copy.deepcopy``: that would also copy a model or tokenizer held in a list, and whole storages behind views.
     Aliases stay aliases within one ``memo``.
     """
+    if type(value) in _UNCHANGING:
+        return value
     memo = {} if memo is None else memo
     if id(value) in memo:
         return memo[id(value)][1]
