@@ -140,7 +140,7 @@ class LaserSearch:
     rhos: Sequence[float] = RHOS
     screen: str | Screen = "gradient"
     screen_loss: LossFn | None = None
-    candidates: int = 48
+    candidates: int = 40
     max_reductions: int = 1
     sizes: Mapping[str, int | float] | None = None
     min_gain: float = 0.05

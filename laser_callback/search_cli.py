@@ -37,7 +37,7 @@ def search(
     within: str = "*.all",
     rhos: float | list[float] | None = None,
     screen: str = "gradient",
-    candidates: int = 48,
+    candidates: int = 40,
     max_reductions: int = 1,
     min_gain: float = 0.05,
     limit: int = 0,
