@@ -21,7 +21,7 @@ from laser_callback.priors import prior_checks
 from laser_callback.reduction import Reduction
 from laser_callback.result import ArmResult, LaserResult
 from laser_callback.search_report import plain, print_search, render
-from laser_callback.search_result import Phase, SearchResult, Trade
+from laser_callback.search_result import Phase, SearchResult, Trade, decide
 
 RHOS = (0.0, 0.005, 0.1)
 OBJECTIVE = ("first_token_accuracy",)
@@ -128,6 +128,23 @@ def test_verdicts():
     assert "confirmed on 40 examples" in text  # the count of the rows, where the sets are unknown
     styles = [str(render(result)[0].spans[0].style) for result in (full(), nothing())]
     assert styles == ["bold green", "bold yellow"]
+
+
+def test_a_gain_that_stays_below_a_constant_answer_is_told():
+    gold = ["true"] * 20 + ["false"] * 20
+    said = ["the"] * 40, ["true"] * 12 + ["a"] * 8 + ["false"] * 7 + ["true"] * 13
+    right = [torch.tensor([one == answer for one, answer in zip(arm, gold, strict=True)]) for arm in said]
+    rows = adjust([compare(OBJECTIVE[0], *map(Outcomes.of, right))], OBJECTIVE[0])
+    arm = ArmResult("3.mlp@0.1", rows, prior_checks(gold, *said, *right), "", 1.0, 0.1)
+    result = nothing(
+        found=LaserPlan.parse("3.mlp@0.1"),
+        confirmed=LaserResult({"laser": arm}, {}, OBJECTIVE[0], 1.0, {}, PairedExamples()),
+    )
+    decide(result, 1)
+    assert result.plan == result.found
+    (told,) = result.warnings
+    assert "is 47.5% after the cut" in told
+    assert "would reach 50.0%" in told
 
 
 @pytest.mark.parametrize("layers", [2, 30, 80, 126])
