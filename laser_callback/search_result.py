@@ -194,5 +194,5 @@ def decide(result: SearchResult, sign: int) -> None:
         if checks is not None and math.isclose(row.delta, checks.delta) and row.reduced < checks.constant_answer:
             result.warnings.append(
                 f"{key} is {row.reduced:.1%} after the cut, and each group's most common answer, always given, would "
-                f"reach {checks.constant_answer:.1%}: the form of the answers may have changed, and not what the model knows"
+                f"reach {checks.constant_answer:.1%}: what changed may be the form of the answers, not what it knows"
             )
