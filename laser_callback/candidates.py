@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
-from itertools import pairwise
+from itertools import pairwise, zip_longest
 from typing import Any, Literal
 
 from torch import nn
@@ -203,14 +203,22 @@ def shortlist(scored: Iterable[Candidate]) -> list[Candidate]:
     race with all of their rhos.
     """
     cautious, hopeful = (_best_of_each(scored := list(scored), caution) for caution in (CAUTION, 0.0))
-    turns = [candidate for pair in zip(cautious, hopeful, strict=True) for candidate in pair]
+    turns = [candidate for pair in zip_longest(cautious, hopeful) for candidate in pair if candidate is not None]
     rest = sorted(scored, key=lambda candidate: _score(candidate, CAUTION))
     return list({id(candidate): candidate for candidate in [*turns, *rest]}.values())
 
 
 def _best_of_each(scored: Sequence[Candidate], caution: float) -> list[Candidate]:
     best: dict[Reduction, Candidate] = {}
+    zeroed: dict[int | None, list[float]] = {}
     for candidate in sorted(scored, key=lambda candidate: _score(candidate, caution)):
+        if candidate.rho == 0:
+            # To zero either of two matrices that only act as a product (queries and keys, values and output) is the
+            # same, and the derivative says so: it races for one of them, and the other with its next best rho.
+            others = zeroed.setdefault(candidate.layer, [])
+            if any(math.isclose(candidate.score or 0.0, other, rel_tol=1e-3) for other in others):
+                continue
+            others.append(candidate.score or 0.0)
         best.setdefault(replace(candidate.reduction, rho=0.0), candidate)
     return list(best.values())
 

@@ -6,7 +6,8 @@ that the race has not seen.
 
 Each candidate is judged twice, by its gain in the objective and by its change of the loss, and goes on if it is good by
 either. A loss tells candidates apart on far fewer examples than right and wrong does; but a cut may make more answers
-right while it makes the loss worse (6 of 24 cells in table 1 of arXiv 2312.13558), and would be lost by loss alone.
+right while it makes the loss worse (the log loss in 6 of 24 cells of table 1 of arXiv 2312.13558), and would be lost by
+loss alone.
 
 Source of the schedule: Jamieson and Talwalkar, Non-stochastic best arm identification and hyperparameter optimization,
 AISTATS 2016 (sequential halving).
@@ -16,7 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -40,16 +41,18 @@ class Objective:
         keys: metrics; the objective is the mean of their changes, each in its better direction.
         signs: 1 where higher is better, -1 where lower is, one per key.
         loss: a smooth metric, lower is better, that helps to tell candidates apart; ``None`` if there is none.
+        tie: another, lower is better, that decides between finalists which the loss cannot tell apart.
     """
 
     keys: tuple[str, ...]
     signs: tuple[int, ...]
     loss: str | None = None
+    tie: str | None = None
 
     @property
     def measured(self) -> tuple[str, ...]:
         """All metrics that candidates are measured by."""
-        return tuple(dict.fromkeys([*self.keys, *([self.loss] if self.loss else [])]))
+        return tuple(dict.fromkeys([*self.keys, *filter(None, (self.loss, self.tie))]))
 
     def gain(self, table: Table, arm: str, base: str = ORIGINAL) -> Values:
         """Each unit's change of the objective from ``base`` to ``arm``; positive is better."""
@@ -134,19 +137,26 @@ def order(objective: Objective, table: Table, arms: Sequence[str]) -> list[str]:
 def choose(objective: Objective, table: Table, arms: Sequence[str]) -> str:
     """The finalist to confirm.
 
-    Among those whose gain lies within one standard error of the highest gain, the one with the lowest loss: right and
-    wrong on a few hundred examples cannot tell near-equals apart, and the loss can. Without a loss, the highest gain.
+    Right and wrong on a few hundred examples cannot tell near-equals apart, and a smooth loss can. So among those whose
+    gain lies within one standard error of the highest, the one with the lowest loss; or, of those within one standard
+    error of that, the one that is best by :attr:`Objective.tie`. Without a loss, the one with the highest gain.
     """
     gains, losses = _means(objective, table, arms)
     leader = min(arms, key=lambda arm: (-gains[arm], losses[arm]))
     if objective.loss is None:
         return leader
-    close = []
-    for arm in arms:
-        behind = objective.gain(table, leader, base=arm)
-        if arm == leader or _mean(behind) <= _standard_error(behind):
-            close.append(arm)
-    return min(close, key=lambda arm: (losses[arm], -gains[arm]))
+    close = [arm for arm in arms if arm == leader or _no_more_than_noise(objective.gain(table, leader, base=arm))]
+    best = min(close, key=lambda arm: (losses[arm], -gains[arm]))
+    if objective.tie is None:
+        return best
+    further = replace(objective, loss=objective.tie)
+    _, ties = _means(further, table, close)
+    close = [arm for arm in close if arm == best or _no_more_than_noise(objective.loss_change(table, arm, base=best))]
+    return min(close, key=lambda arm: (ties[arm], losses[arm]))
+
+
+def _no_more_than_noise(change: Values | None) -> bool:
+    return change is not None and _mean(change) <= _standard_error(change)
 
 
 def estimate(change: Values) -> Estimate:

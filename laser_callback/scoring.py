@@ -26,6 +26,7 @@ model prefers.
     top5_accuracy 1.000 [1.0, 1.0]
     top10_accuracy 1.000 [1.0, 1.0]
     log_loss 0.737 [0.066, 1.408]
+    soft_error 0.512 [0.457, 0.622]
     choice_accuracy 0.000 [nan, 0.0]
     summed_choice_accuracy 0.000 [nan, 0.0]
     paraphrase_accuracy 0.333 [0.5, 0.0]
@@ -57,6 +58,10 @@ class Role(IntEnum):
     CHOICE = 2
 
 
+SOFTNESS = 2.0
+"""Nats of difference between two logits over which an error is smooth."""
+
+
 @dataclass(frozen=True, eq=False)
 class RowScores:
     """What is kept of the logits of R rows whose answers have up to A tokens.
@@ -68,6 +73,8 @@ class RowScores:
         log_prob: (R,) float32, sum over the target tokens of the log probability, in nats.
         mean_log_prob: (R,) float32, the same per target token.
         tokens: (R, A) int64, the greedy token at each answer position (the lowest id of a tie), -1 where there is none.
+        soft_error: (R,) float32, sigmoid((a - b) / 2), where b is the first target token's logit and a the highest
+            other: a smooth version of ``first_rank > 0``.
     """
 
     first_rank: Tensor
@@ -75,6 +82,7 @@ class RowScores:
     log_prob: Tensor
     mean_log_prob: Tensor
     tokens: Tensor
+    soft_error: Tensor
 
     @property
     def first_token(self) -> Tensor:
@@ -99,10 +107,18 @@ def score_rows(logits: Tensor, targets: Tensor, target_mask: Tensor) -> RowScore
     target_logit = logits.gather(1, targets[target_mask][:, None])  # (P, 1)
     # Counting what is strictly lower puts ties and NaN on the side of the wrong answers.
     rank = logits.shape[1] - 1 - (logits < target_logit).sum(1, dtype=torch.int32).long()
+    greedy = logits.max(1)
     log_prob = -F.cross_entropy(logits, targets[target_mask], reduction="none")
 
     def per_row(values: Tensor, fill: int) -> Tensor:  # (P,) -> (R, A)
         return torch.full_like(target_mask, fill, dtype=values.dtype).masked_scatter(target_mask, values)
+
+    # The highest logit is the highest other, but where the target itself is: only there is the row read again.
+    first = target_mask.flatten().cumsum(0).reshape(target_mask.shape)[:, 0] - 1  # (R,) among the P positions
+    target, highest = target_logit[first, 0], greedy.values[first]
+    right = (highest == target).nonzero()[:, 0]
+    second = logits[first[right]].scatter(1, targets[right, :1], -torch.inf).amax(1)
+    others = highest.index_put((right,), second)
 
     ranks, row_log_prob = per_row(rank, 0), per_row(log_prob, 0).sum(1)
     return RowScores(
@@ -110,7 +126,8 @@ def score_rows(logits: Tensor, targets: Tensor, target_mask: Tensor) -> RowScore
         all_greedy=(ranks == 0).all(1),
         log_prob=row_log_prob,
         mean_log_prob=row_log_prob / target_mask.sum(1),
-        tokens=per_row(logits.argmax(1), -1),
+        tokens=per_row(greedy.indices, -1),
+        soft_error=torch.sigmoid((others - target) / SOFTNESS),
     )
 
 
@@ -148,6 +165,7 @@ class AnswerScores(RowScores):
             log_prob=torch.cat([chunk.log_prob for chunk in chunks]),
             mean_log_prob=torch.cat([chunk.mean_log_prob for chunk in chunks]),
             tokens=torch.cat([F.pad(c.tokens, (0, width - c.tokens.shape[1]), value=-1) for c in chunks]),
+            soft_error=torch.cat([chunk.soft_error for chunk in chunks]),
             fact=batch["row_fact"],
             role=batch["row_role"],
             facts=len(batch["id"]),
@@ -342,6 +360,23 @@ class ParaphraseAccuracy(_ParaphraseMetric):
         return bool(self.paraphrases > 0)
 
 
+class SoftError(_ParaphraseMetric):
+    """Mean over prompts, paraphrases included, of how far from right the first token is, from 0 to 1.
+
+    It is the mean of sigmoid((a - b) / 2), where b is the logit of the first target token and a the highest other. It
+    changes where answers come nearer to being right, or grow safer, and so tells two models apart on fewer facts than
+    shares of right answers do; unlike the log loss it gains nothing from probability that decides no answer.
+    """
+
+    is_differentiable = True
+    higher_is_better = False
+
+    @override
+    def tally(self, scores: AnswerScores) -> tuple[Tensor, Tensor]:
+        rows, count = self.prompts(scores)
+        return scores.sum_by_fact(scores.soft_error, rows), count
+
+
 class ParaphraseRobustness(_ParaphraseMetric):
     """Share of facts, among those with paraphrases, that get the right first token under every prompt."""
 
@@ -370,6 +405,7 @@ METRICS: dict[str, type[AnswerMetric]] = {
     "top5_accuracy": Top5Accuracy,
     "top10_accuracy": Top10Accuracy,
     "log_loss": LogLoss,
+    "soft_error": SoftError,
     "choice_accuracy": ChoiceAccuracy,
     "summed_choice_accuracy": SummedChoiceAccuracy,
     "paraphrase_accuracy": ParaphraseAccuracy,

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -55,7 +55,7 @@ from laser_callback.search_setup import (
     power_warnings,
     row_of,
 )
-from laser_callback.search_steps import Screen, Steps
+from laser_callback.search_steps import Near, Screen, Steps
 from laser_callback.sets import ExampleSets
 from laser_callback.spectra import Spectra
 
@@ -87,7 +87,9 @@ class LaserSearch:
             where facts have paraphrases.
         direction: ``"max"`` or ``"min"``, for all keys or by key; needed where what is logged does not say it (a
             torchmetrics object does).
-        loss: a logged key, lower is better, that helps to tell candidates apart. For a LaserModule ``log_loss``.
+        loss: a logged key, lower is better, that helps to tell candidates apart, and is what the screen differentiates.
+            For a LaserModule ``soft_error`` where only first tokens are the objective (``log_loss`` then breaks ties);
+            otherwise, and in the paper's procedure, ``log_loss``.
         constraints: how much worse a key may become on the guard set, as text: ``"perplexity <= +2 %"``,
             ``"log_loss <= +0.05"``. By default ``perplexity <= +5 %`` where there is text, and
             ``paraphrase_robustness >= -0.02`` where that is an objective.
@@ -227,7 +229,9 @@ class LaserSearch:
         few = min(PROBE, sets.sizes["race"])
         loader = sets.loader("race", range(few))
         lab.measure(probe, loader, ())
-        objective = objective_of(self.module, self.objective, self.direction, self.loss, lab.logged)
+        papers = self.spectrum == "reference" and isinstance(self.module, LaserModule)
+        loss = self.loss or ("log_loss" if papers else None)
+        objective = objective_of(self.module, self.objective, self.direction, loss, lab.logged)
         self._bounds = constraints_of(self.constraints, sets, objective, lab.logged)
         keys = tuple(dict.fromkeys([*objective.measured, *(b.key for b in self._bounds if b.key in lab.logged)]))
         begin = time.perf_counter()
@@ -299,7 +303,7 @@ class LaserSearch:
             ranked, rounds = shortlist(filter(steps.lab.alters, scored)), ROUNDS
         else:
             ranked, rounds = list(filter(steps.lab.alters, candidates)), 1
-        near = self._neighbours(steps.lab, found, candidates) if self.spectrum == "exact" else None
+        near = self._near(steps.lab, found, candidates) if self.spectrum == "exact" else None
         table: Table = {}
         finalists: list[Candidate] = []
         for round_ in range(rounds):
@@ -318,19 +322,17 @@ class LaserSearch:
                 break
         return table, finalists
 
-    def _neighbours(
-        self, lab: Lab, found: Sequence[Target], candidates: Sequence[Candidate]
-    ) -> Callable[[Candidate], list[Candidate]]:
-        """What is near a leader in rho: between the grid's rhos, and the next of these if they have not raced."""
-
-        def near(candidate: Candidate) -> list[Candidate]:
+    def _near(self, lab: Lab, found: Sequence[Target], candidates: Sequence[Candidate]) -> Near:
+        def near(candidate: Candidate, between: bool) -> list[Candidate]:
             target = next(t for t in found if t.at(candidate.rho) == candidate.reduction)
-            same = [c for c in candidates if c.reduction == target.at(c.rho)]
-            place = same.index(candidate) if candidate in same else 0
-            adjacent = [c for c in same[max(place - 1, 0) : place + 2] if not c.examples]
-            new = neighbours(candidate, self.rhos, target.matrices[0].max_rank)
-            self.result.candidates += new
-            return list(filter(lab.alters, adjacent + new))
+            if between:
+                new = neighbours(candidate, self.rhos, target.matrices[0].max_rank)
+                self.result.candidates += new
+            else:
+                same = [c for c in candidates if c.reduction == target.at(c.rho)]
+                place = same.index(candidate)
+                new = [c for c in same[max(place - 2, 0) : place + 3] if not c.examples]
+            return list(filter(lab.alters, new))
 
         return near
 

@@ -30,6 +30,7 @@ FLUENCY = "perplexity"
 """The metric of running text."""
 
 _ROBUSTNESS = "paraphrase_robustness"
+_OF_FIRST_TOKEN = frozenset({"first_token_accuracy", "paraphrase_accuracy", _ROBUSTNESS})
 
 
 def objective_of(
@@ -52,15 +53,16 @@ def objective_of(
             )
         keys = ["first_token_accuracy", *([_ROBUSTNESS] if _ROBUSTNESS in logged else [])]
     keys = (keys,) if isinstance(keys, str) else tuple(keys)
+    tie = None
     if loss is None and facts and "log_loss" in logged:
-        loss = "log_loss"
+        loss, tie = ("soft_error", "log_loss") if _OF_FIRST_TOKEN.issuperset(keys) else ("log_loss", None)
     for key in (*keys, *([loss] if loss else [])):
         if key not in logged:
             what = "objective" if key in keys else "loss"
             raise MisconfigurationException(
                 f"`{what}` {key!r} is not logged by `validation_step`; it logs {_names(logged)}"
             )
-    return Objective(keys, tuple(_sign(key, direction, logged[key]) for key in keys), loss)
+    return Objective(keys, tuple(_sign(key, direction, logged[key]) for key in keys), loss, tie)
 
 
 def _sign(key: str, direction: str | Mapping[str, str] | None, logged: Logged) -> int:

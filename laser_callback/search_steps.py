@@ -42,6 +42,12 @@ SCREEN_BATCHES = 5
 ARMS = 64
 """So many candidates run in one evaluation loop, and are one step of the journal."""
 
+REFINED = 3
+"""So many matrices, those of the best candidates, try other rhos ahead of the last rung."""
+
+Near = Callable[[Candidate, bool], list[Candidate]]
+"""From a candidate to those of its matrix at the next rhos of the grid that have not raced; if true, between them."""
+
 Screen = Callable[[Sequence[Target], Sequence[float], DataLoader[Any]], Mapping[Reduction, Score]]
 
 
@@ -164,7 +170,7 @@ class Steps:
         base: Sequence[Reduction],
         positions: Sequence[int],
         rungs: Sequence[Rung],
-        neighbours: Callable[[Candidate], list[Candidate]] | None = None,
+        near: Near | None = None,
     ) -> tuple[Table, list[Candidate]]:
         """Successive halving. Writes into the candidates how far each came.
 
@@ -174,7 +180,7 @@ class Steps:
             base: reductions in place.
             positions: race examples, in the order in which they are used.
             rungs: how many examples, and how many go on.
-            neighbours: candidates near the leader, which enter ahead of the last rung.
+            near: candidates near one in rho, which enter ahead of the last rung; see :meth:`_refine`.
 
         Returns:
             The finalists' values, and the finalists.
@@ -206,29 +212,57 @@ class Steps:
             alive = {name: alive[name] for name in ranked[: rung.keep]}
             table = {arm: values for arm, values in table.items() if arm == ORIGINAL or arm in alive}
             self.progress.show(leaders([*alive.values()], self.objective))
-            if neighbours is not None and number_of_rung == max(len(rungs) - 2, 0):
-                near = neighbours(alive[choose(self.objective, table, list(alive))])
-                if near:
-                    alive |= self._refine(step, near, base, positions[:begin], table)
+            if near is not None and number_of_rung == max(len(rungs) - 2, 0):
+                alive = self._refine(step, alive, near, base, positions[:begin], table, rung.keep)
         return table, list(alive.values())
 
     def _refine(
         self,
         step: str,
-        found: Sequence[Candidate],
+        alive: dict[str, Candidate],
+        near: Near,
         base: Sequence[Reduction],
         positions: Sequence[int],
         table: Table,
+        keep: int,
     ) -> dict[str, Candidate]:
-        """Give the leader's neighbours the values that the others have by now, and let them in."""
+        """Try other rhos of the leading matrices, on the examples that all others have seen by now.
+
+        Which rho of a matrix is best is what a derivative tells worst, since it knows of small changes only. So from
+        the best candidate of each of the first few matrices the search looks along the grid; then from where that led,
+        and between the grid's rhos beside the leader.
+
+        Returns:
+            The best of all, as many as may go on.
+        """
+        alive = dict(alive)
         loader = self.sets.loader("race", positions)
-        values = self.measure(f"{step}-refine", "refine", [c.reduction for c in found], loader, base)
-        for candidate in found:
-            name = str(candidate.reduction)
-            table[name] = values[name]
-            candidate.examples, candidate.status = len(positions), "finalist"
-            candidate.gain, candidate.loss = self.objective.estimates(table, name)
-        return {str(candidate.reduction): candidate for candidate in found}
+
+        def run(name: str, found: Sequence[Candidate]) -> None:
+            if not found:
+                return
+            values = self.measure(name, "refine", [c.reduction for c in found], loader, base)
+            for candidate in found:
+                arm = str(candidate.reduction)
+                alive[arm], table[arm] = candidate, values[arm]
+                candidate.examples, candidate.status = len(positions), "finalist"
+                candidate.gain, candidate.loss = self.objective.estimates(table, arm)
+
+        heads: dict[Reduction, str] = {}
+        for arm in order(self.objective, table, list(alive)):
+            heads.setdefault(replace(alive[arm].reduction, rho=0.0), arm)
+        around = {arm: near(alive[arm], False) for arm in list(heads.values())[:REFINED]}
+        run(f"{step}-refine-along", [candidate for found in around.values() for candidate in found])
+        led = [choose(self.objective, table, [a, *(str(c.reduction) for c in found)]) for a, found in around.items()]
+        further = [candidate for arm in led if arm not in around for candidate in near(alive[arm], False)]
+        leader = choose(self.objective, table, list(alive))
+        run(f"{step}-refine-further", [*further, *near(alive[leader], True)])
+        ranked = order(self.objective, table, list(alive))
+        for place, arm in enumerate(ranked[keep:], keep + 1):
+            alive[arm].status = "dropped"
+            alive[arm].reason = f"place {place} of {len(ranked)} after {len(positions)} examples, other rhos included"
+            del table[arm]
+        return {arm: alive[arm] for arm in ranked[:keep]}
 
     def affordable(
         self, step: str, ranked: Sequence[Candidate], examples: int, finalists: int, passes: float
@@ -246,14 +280,14 @@ class Steps:
 
         def compute() -> Step:
             nonlocal needed
-            for count in range(len(ranked), 0, -1):
-                share = sum(self.lab.share(c.plan) for c in ranked[:count]) / count
-                needed, alive = 4.0 * self.sets.sizes["confirm"], count  # the original, the plan and its two controls
-                for rung in schedule(examples, count, finalists):
+            for many in range(len(ranked), 0, -1):
+                share = sum(self.lab.share(c.plan) for c in ranked[:many]) / many
+                needed, alive = 4.0 * self.sets.sizes["confirm"], many  # the original, the plan and its two controls
+                for rung in schedule(examples, many, finalists):
                     needed += rung.examples * (1 + share * alive)
                     alive = rung.keep
                 if needed <= passes:
-                    return {"count": count}, {}
+                    return {"count": many}, {}
             raise _NoTimeError
 
         try:

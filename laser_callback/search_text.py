@@ -40,7 +40,9 @@ class GainText:
 
 
 def _loss_unit(key: str) -> str:
-    return "nats" if any(word in key for word in ("log_loss", "nll", "cross_entropy")) else ""
+    if any(word in key for word in ("log_loss", "nll", "cross_entropy")):
+        return "nats"
+    return "soft error" if key == "soft_error" else ""
 
 
 def score_unit(result: SearchResult) -> str:
@@ -64,7 +66,7 @@ def _by_gradient(result: SearchResult) -> bool:
 def change_unit(result: SearchResult) -> str:
     """Of changes of the loss."""
     key = result.settings.get("loss")
-    if key is None:  # the log loss of a LaserModule, else what the step returns
+    if key is None:  # what the step returns
         return "nats" if any(candidate.loss for candidate in result.candidates) else _OWN_UNIT
     return _loss_unit(str(key)) or f"units of {key}"
 

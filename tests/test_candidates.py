@@ -95,6 +95,18 @@ def test_the_shortlist_has_the_best_rho_of_each_target_by_two_orders_first():
     assert [str(c.reduction) for c in shortlist(candidates)][:3] == ["0.fc_in@0.1", "1.fc_in@0.3", "2.fc_in@0.1"]
 
 
+def test_of_two_matrices_that_are_the_same_when_zeroed_one_races_so():
+    def scored(text, score, layer=0):
+        reduction = Reduction.parse(text)
+        return Candidate(reduction, layer, reduction.matrix, reduction.rho, score=score)
+
+    queries = [scored("0.q_proj@0", -2.0), scored("0.q_proj@0.1", -1.0)]
+    keys = [scored("0.k_proj@0", -2.0001), scored("0.k_proj@0.1", -0.5)]
+    other = [scored("1.q_proj@0", -2.0, layer=1)]
+    found = [str(candidate.reduction) for candidate in shortlist([*queries, *keys, *other])]
+    assert found == ["0.k_proj@0", "1.q_proj@0", "0.q_proj@0.1", "0.q_proj@0", "0.k_proj@0.1"]
+
+
 @pytest.mark.parametrize(
     ("rho", "expected"), [(0.0, [0.005]), (0.01, [0.005, 0.0316]), (0.1, [0.0316, 0.3]), (0.9, [0.3])]
 )

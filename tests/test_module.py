@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import lightning.pytorch as pl
@@ -34,7 +35,7 @@ from laser_callback.data import TextWindows
 
 torch.set_num_threads(1)
 PLAN = "2.mlp@0.1"
-BASE = ["first_token_accuracy", "answer_accuracy", "top5_accuracy", "top10_accuracy", "log_loss"]
+BASE = ["first_token_accuracy", "answer_accuracy", "top5_accuracy", "top10_accuracy", "log_loss", "soft_error"]
 CHOICES = ["choice_accuracy", "summed_choice_accuracy"]
 PARAPHRASES = ["paraphrase_accuracy", "paraphrase_robustness", "paraphrase_consistency"]
 VOCABULARY = len(tiny_tokenizer(masked=True))
@@ -138,6 +139,7 @@ def brute_force(model: Any, tokenizer: Any, rows: list[dict[str, Any]], masked: 
     """Each metric, and each metric's value per fact."""
     each: dict[str, list[float | None]] = {name: [] for name in BASE + CHOICES + PARAPHRASES}
     prompts_right = prompts = pairs_same = pairs = 0
+    softly = 0.0
     for row in rows:
         table, targets = answer_log_probs(model, tokenizer, row["prompt"], row["answer"], masked)
         ranks = [int((line >= line[t]).sum()) - 1 for line, t in zip(table, targets, strict=True)]
@@ -156,14 +158,17 @@ def brute_force(model: Any, tokenizer: Any, rows: list[dict[str, Any]], masked: 
         each["choice_accuracy"].append(float(score > max(others)) if others else None)
         summed = score * len(targets)
         each["summed_choice_accuracy"].append(float(summed > max(other_sums)) if others else None)
-        said = []
+        said, soft = [], []
         for prompt in [row["prompt"], *row.get("paraphrases", [])]:
             t, tokens = answer_log_probs(model, tokenizer, prompt, row["answer"], masked)
             said.append((int(t[0].argmax()), tokens[0]))
+            highest = max(float(x) for token, x in enumerate(t[0]) if token != tokens[0])
+            soft.append(1 / (1 + math.exp((float(t[0][tokens[0]]) - highest) / 2)))
         right = [s == gold for s, gold in said]
-        prompts_right, prompts = prompts_right + sum(right), prompts + len(right)
+        prompts_right, prompts, softly = prompts_right + sum(right), prompts + len(right), softly + sum(soft)
         same = [a[0] == b[0] for i, a in enumerate(said) for b in said[i + 1 :]]
         pairs_same, pairs = pairs_same + sum(same), pairs + len(same)
+        each["soft_error"].append(sum(soft) / len(soft))
         each["paraphrase_accuracy"].append(sum(right) / len(right))
         each["paraphrase_robustness"].append(float(all(right)) if len(right) > 1 else None)
         each["paraphrase_consistency"].append(sum(same) / len(same) if same else None)
@@ -172,7 +177,7 @@ def brute_force(model: Any, tokenizer: Any, rows: list[dict[str, Any]], masked: 
         present = [v for v in values if v is not None]
         if present:
             metrics[name] = sum(present) / len(present)
-    metrics["paraphrase_accuracy"] = prompts_right / prompts
+    metrics["paraphrase_accuracy"], metrics["soft_error"] = prompts_right / prompts, softly / prompts
     if pairs:
         metrics["paraphrase_consistency"] = pairs_same / pairs
     return {"metrics": metrics, "each": each}

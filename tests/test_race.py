@@ -80,6 +80,21 @@ def test_choose_takes_the_lowest_loss_among_those_within_one_standard_error():
     assert choose(Objective(("accuracy",), (1,)), table(right, loss), ["best", "near", "far"]) == "best"
 
 
+def test_what_the_loss_cannot_tell_apart_is_decided_by_the_tie():
+    n = 100
+    objective = Objective(("accuracy",), (1,), "loss", "tie")
+    right = {arm: np.r_[np.ones(30), np.zeros(70)] for arm in ("sharp", "level", "worse")} | {ORIGINAL: np.zeros(n)}
+    noise = np.where(np.arange(n) % 2, 0.2, -0.2)  # its standard error is 0.02
+    loss = {ORIGINAL: np.ones(n), "sharp": np.full(n, 0.5), "level": 0.51 + noise, "worse": np.full(n, 0.6)}
+    ties = {ORIGINAL: 9.0, "sharp": 3.0, "level": 2.0, "worse": 1.0}
+    arms = table(right, loss)
+    for arm, tie in ties.items():
+        arms[arm]["tie"] = values(np.full(n, tie))
+    assert choose(objective, arms, ["sharp", "level", "worse"]) == "level"
+    assert choose(ACCURACY, arms, ["sharp", "level", "worse"]) == "sharp"
+    assert objective.measured == ("accuracy", "loss", "tie")
+
+
 def test_direction_and_several_keys():
     objective = Objective(("a", "b"), (1, -1))
     base = {"a": values([0.0, 1.0, 0.0]), "b": values([3.0, 3.0, np.nan])}

@@ -55,7 +55,9 @@ def brute_force(rows, facts):
             logits, target = row[2].double().tolist(), row[3].tolist()
             ranks = [sum(x >= line[t] for x in line) - 1 for line, t in zip(logits, target, strict=True)]
             nll = [math.log(sum(map(math.exp, line))) - line[t] for line, t in zip(logits, target, strict=True)]
-            return ranks, sum(nll) / len(nll), logits[0].index(max(logits[0])), sum(nll)
+            others = [x for token, x in enumerate(logits[0]) if token != target[0]]
+            soft_error = 1 / (1 + math.exp((logits[0][target[0]] - max(others)) / 2))
+            return ranks, sum(nll) / len(nll), logits[0].index(max(logits[0])), sum(nll), soft_error
 
         (prompt,) = [measure(row) for row in mine if row[1] == Role.PROMPT]
         prompts = [measure(row) for row in mine if row[1] != Role.CHOICE]
@@ -66,6 +68,7 @@ def brute_force(rows, facts):
         out["top5_accuracy"][fact] = [prompt[0][0] < 5]
         out["top10_accuracy"][fact] = [prompt[0][0] < 10]
         out["log_loss"][fact] = [prompt[1]]
+        out["soft_error"][fact] = [prompt[4] for prompt in prompts]
         out["choice_accuracy"][fact] = [all(prompt[1] < choice[1] for choice in choices)] if choices else []
         out["summed_choice_accuracy"][fact] = [all(prompt[3] < choice[3] for choice in choices)] if choices else []
         out["paraphrase_accuracy"][fact] = right
@@ -83,11 +86,31 @@ def test_every_metric_equals_brute_force(dtype):
         metric.update(scores)
         units = [float(value) for values in by_fact for value in values]
         # float32 arithmetic whatever the dtype of the logits, so one tolerance serves all; counts are exact
-        tolerance = {"rel": 1e-6} if name == "log_loss" else {"rel": 0, "abs": 1e-15}
+        tolerance = {"rel": 1e-6} if name in ("log_loss", "soft_error") else {"rel": 0, "abs": 1e-15}
         assert metric.compute().item() == pytest.approx(sum(units) / len(units), **tolerance), name
         expected = [sum(values) / len(values) if values else math.nan for values in by_fact]
         assert metric.per_fact(scores).tolist() == pytest.approx(expected, nan_ok=True, rel=1e-6), name
         assert len(set(units)) > 1, f"{name}: the data do not test anything"
+
+
+def test_soft_errors_have_the_derivative_of_their_formula():
+    # Two rows: right by 1, and wrong by 3; the second row's answer has two tokens, of which the first counts.
+    logits = torch.tensor([[0.0, 2.0, 1.0], [4.0, 1.0, 0.0], [0.0, 0.0, 9.0]], requires_grad=True)
+    targets, mask = torch.tensor([[1, 0], [1, 2]]), torch.tensor([[True, False], [True, True]])
+    soft = score_rows(logits, targets, mask).soft_error
+    expected = [1 / (1 + math.exp(0.5)), 1 / (1 + math.exp(-1.5))]
+    assert soft.tolist() == pytest.approx(expected)
+    soft.sum().backward()
+    slopes = [p * (1 - p) / 2 for p in expected]
+    wanted = [[0, -slopes[0], slopes[0]], [slopes[1], -slopes[1], 0], [0, 0, 0]]
+    torch.testing.assert_close(logits.grad, torch.tensor(wanted))
+
+
+def test_a_soft_error_that_is_no_number_stays_one():
+    row = torch.tensor([[0.0, torch.nan, 1.0], [torch.nan, 2.0, 1.0], [1.0, 1.0, 0.0]])
+    soft = score_rows(row, torch.ones(3, 1, dtype=torch.long), torch.ones(3, 1, dtype=torch.bool)).soft_error
+    assert soft.isnan().tolist() == [True, True, False]
+    assert soft[2] == 0.5  # a tie
 
 
 def test_two_ranks_merge_to_the_whole():

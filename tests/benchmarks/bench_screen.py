@@ -7,6 +7,7 @@ DATA_FOLDER (only of the matrices that are done, if it is still being written). 
     rank     Spearman correlation of scores and true changes
     recall   share of the true 48 best cuts that are among the screen's first 48
     regret   true log loss of the best cut among the screen's first 48 (24) minus that of the best of all, in nats
+    points   true accuracy of the best of all minus that of the best cut among the screen's first 40, in points
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -64,13 +66,25 @@ def validate(screen: GradientScreen, module: pl.LightningModule, loader: DataLoa
     return time.perf_counter() - begin
 
 
-def quality(scores: Mapping[Reduction, float], truth: Mapping[Reduction, float]) -> list[float]:
-    """Spearman, recall@48, regret@48, regret@24 over the candidates that have a true value."""
+@dataclass(frozen=True)
+class Truth:
+    """Each cut's true change of the log loss, in nats, and of accuracy, where it is known."""
+
+    loss: dict[Reduction, float] = field(default_factory=dict)
+    accuracy: dict[Reduction, float] = field(default_factory=dict)
+
+
+def quality(scores: Mapping[Reduction, float], of: Truth) -> list[float]:
+    """Spearman, recall@48, regret@48, regret@24, points@40 over the candidates that have a true value."""
+    truth = of.loss
     known = [reduction for reduction in scores if reduction in truth]
     score, true = (np.array([values[r] for r in known]) for values in (scores, truth))
     first, best = np.argsort(score, kind="stable"), np.argsort(true, kind="stable")
     recall = len(set(first[:48]) & set(best[:48])) / min(48, len(best))
-    return [float(spearmanr(score, true)[0]), recall, *(float(true[first[:n]].min() - true.min()) for n in (48, 24))]
+    regret = [float(true[first[:n]].min() - true.min()) for n in (48, 24)]
+    right = np.array([of.accuracy[r] for r in known if r in of.accuracy])
+    points = 100 * float(right.max() - right[first[:40]].max()) if len(right) else float("nan")
+    return [float(spearmanr(score, true)[0]), recall, *regret, points]
 
 
 def table(
@@ -78,17 +92,22 @@ def table(
     module: pl.LightningModule,
     found: list[Target],
     loaders: Mapping[str, DataLoader[Any]],
-    truth: Mapping[Reduction, float],
+    truth: Truth,
     spectra: Spectra,
 ) -> None:
-    shown = Table("screen", "rank", "recall@48", "regret@48", "regret@24", "s", title=title, title_justify="left")
+    columns = ("screen", "rank", "recall@48", "regret@48", "regret@24", "points@40", "s")
+    shown = Table(*columns, title=title, title_justify="left")
 
     def row(name: str, values: list[float], seconds: float | None = None) -> None:
         spent = "" if seconds is None else f"{seconds:.0f}"
-        shown.add_row(name, f"{values[0]:.2f}", f"{values[1]:.2f}", *(f"{v:.3f}" for v in values[2:]), spent)
+        shown.add_row(
+            name, f"{values[0]:.2f}", f"{values[1]:.2f}", *(f"{v:.3f}" for v in values[2:4]), f"{values[4]:.1f}", spent
+        )
 
-    for name, loader in loaders.items():
-        screen = GradientScreen(found, RHOS, spectra)
+    keys = ("log_loss", "soft_error") if isinstance(module, LaserModule) else ("log_loss",)
+    for (name, loader), key in product(loaders.items(), keys):
+        name = f"{key}, {name}"
+        screen = GradientScreen(found, RHOS, spectra, key=key)
         seconds = validate(screen, module, loader)
         row(f"gradient, {name}", quality(screen.scores, truth), seconds)
         if len(loader) > 1:
@@ -112,14 +131,14 @@ def table(
         row(name, quality(alternative(found, RHOS, spectra, 0), truth))
     drawn = [quality(random_screen(found, RHOS, spectra, seed), truth) for seed in range(SEEDS)]
     row(f"random, mean of {SEEDS}", np.mean(drawn, axis=0).tolist())
-    best = min(truth, key=truth.__getitem__)
-    Console(width=120).print(shown, f"best of {len(truth)} cuts: {best}, {truth[best]:+.3f} nats\n")
+    best = min(truth.loss, key=truth.loss.__getitem__)
+    Console(width=120).print(shown, f"best of {len(truth.loss)} cuts: {best}, {truth.loss[best]:+.3f} nats\n")
 
 
 def planted_effect(spectra: Spectra) -> None:
     planted = plant()
     found = targets(planted.module)
-    truth = planted.truth(found, RHOS)
+    truth = Truth(planted.truth(found, RHOS))
     title = (
         f"planted in {planted.target.at(0.1)}: log loss {planted.healthy:.2f} -> {planted.sick:.2f}, "
         "100 examples screened"
@@ -128,17 +147,18 @@ def planted_effect(spectra: Spectra) -> None:
     table(title, planted.module, found, loaders, truth, spectra)
 
 
-def exhaustive_truth(path: Path, found: list[Target]) -> dict[Reduction, float]:
-    """Change of the mean log loss of every cut that is done."""
+def exhaustive_truth(path: Path, found: list[Target]) -> Truth:
+    """Of every cut that is done."""
     saved = np.load(path)
-    changes = saved["loss"].astype(np.float64).mean(2) - saved["base_loss"].astype(np.float64).mean()
+    changes, right = (saved[n].astype(np.float64).mean(2) - saved[f"base_{n}"].mean() for n in ("loss", "right"))
     places = {place: i for i, place in enumerate(zip(saved["layer"].tolist(), saved["kind"].tolist(), strict=True))}
-    truth = {}
+    truth = Truth()
     for target in found:
         row = places[target.address["layer"], target.address["matrix"]]
         for column, rho in enumerate(saved["rhos"].tolist()):
             if np.isfinite(changes[row, column]):
-                truth[target.at(rho)] = float(changes[row, column])
+                truth.loss[target.at(rho)] = float(changes[row, column])
+                truth.accuracy[target.at(rho)] = float(right[row, column])
     return truth
 
 

@@ -1,0 +1,78 @@
+"""Other rhos of the leading matrices, ahead of a race's last round: which are tried, and what goes on."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any, cast
+
+import numpy as np
+import torch
+
+from laser_callback.candidates import RHOS, Candidate, neighbours
+from laser_callback.examples import ORIGINAL
+from laser_callback.measure import Table, Values
+from laser_callback.race import Objective
+from laser_callback.reduction import Reduction
+from laser_callback.search_steps import REFINED, Steps
+
+EXAMPLES = 200
+BEST = {"0.q_proj": 0.1, "1.fc_in": 0.9, "2.fc_in": 0.0, "3.fc_in": 0.05}
+"""The rho at which each matrix gives the lowest loss, all of them the same, but for the first: lower."""
+
+
+def outcome(reduction: Reduction) -> dict[str, Values]:
+    """No gain, and a loss that rises with the number of grid steps from the best rho; with noise that pairs remove."""
+    place = f"{reduction.layer}.{reduction.matrix}"
+    steps = abs(np.interp(reduction.rho, RHOS, range(len(RHOS))) - RHOS.index(BEST[place]))
+    loss = 0.5 + 0.01 * steps - 0.02 * (place == "0.q_proj")
+    noise = np.random.default_rng(0).normal(size=EXAMPLES)
+
+    def values(numbers: Any) -> Values:
+        return Values(torch.from_numpy(numbers), torch.ones(EXAMPLES, dtype=torch.float64))
+
+    return {"right": values(np.zeros(EXAMPLES)), "loss": values(loss + noise)}
+
+
+def test_the_leading_matrices_find_their_best_rhos_and_the_others_stay():
+    grid = {str(r := Reduction.parse(f"{p}@{rho}")): Candidate(r, r.layer, r.matrix, rho) for p in BEST for rho in RHOS}
+    started = ["0.q_proj@0.005", "1.fc_in@0.8", "2.fc_in@0.01", "3.fc_in@0.6"]
+    alive = {name: grid[name] for name in started}
+    base = outcome(Reduction.parse("3.fc_in@0.9"))
+    table: Table = {ORIGINAL: base} | {name: outcome(alive[name].reduction) for name in started}
+    for candidate in alive.values():
+        candidate.examples = EXAMPLES
+    calls: list[list[str]] = []
+
+    def measure(name: str, phase: str, reductions: list[Reduction], *_: Any) -> Table:
+        calls.append([str(reduction) for reduction in reductions])
+        return {ORIGINAL: base} | {str(reduction): outcome(reduction) for reduction in reductions}
+
+    def near(candidate: Candidate, between: bool) -> list[Candidate]:
+        if between:
+            return neighbours(candidate, RHOS, 1000)
+        row = [c for c in grid.values() if (c.layer, c.kind) == (candidate.layer, candidate.kind)]
+        place = row.index(candidate)
+        return [c for c in row[max(place - 2, 0) : place + 3] if not c.examples]
+
+    sets = cast("Any", SimpleNamespace(loader=lambda *_: None))
+    none = cast("Any", None)
+    steps = Steps(none, sets, none, none, Objective(("right",), (1,), "loss"), ("right", "loss"))
+    steps.measure = measure  # type: ignore[method-assign, assignment]
+    kept = steps._refine("1", alive, near, [], range(EXAMPLES), table, keep=6)
+
+    first, second = calls
+    assert {name.split("@")[0] for name in first} == {"0.q_proj", "1.fc_in", "2.fc_in"}
+    assert len({name.split("@")[0] for name in first}) == REFINED
+    assert {name for name in first if name.startswith("0.")} == {"0.q_proj@0", "0.q_proj@0.01", "0.q_proj@0.05"}
+    # From 0.05, where the first call led, on to 0.1 and 0.2; and between the grid's rhos beside the leader.
+    assert {"0.q_proj@0.1", "0.q_proj@0.2", "0.q_proj@0.0224", "0.q_proj@0.0707"} == set(second)
+    assert next(iter(kept)) == "0.q_proj@0.1"
+    assert len(kept) == 6
+    assert set(table) == {ORIGINAL, *kept}
+    assert alive.keys() == set(started), "the caller's own are not changed"
+    for name in (*first, *second):
+        candidate = kept.get(name) or grid.get(name)
+        if candidate is not None:
+            assert candidate.examples == EXAMPLES
+            assert candidate.status == ("finalist" if name in kept else "dropped")
+    assert "other rhos included" in grid["3.fc_in@0.6"].reason
