@@ -1,7 +1,7 @@
 """Facts as rows of tokens, and rows as batches.
 
-Contract: :func:`encode_facts` turns a fact into the token rows that ``scoring.py`` needs (its prompt, its paraphrases,
-its wrong choices); :class:`FactCollator` packs encoded facts into a batch of small padded chunks. A batch is made of
+Contract: :func:`encode_facts` turns a fact into the token rows that ``row_scores.py`` needs (its prompt, paraphrases
+and wrong choices); :class:`FactCollator` packs encoded facts into a batch of small padded chunks. A batch is made of
 tensors, lists and dicts only, so Lightning can move it and a callback can clone it. Nothing is ever cut: a row that
 does not fit the model is an error that names the fact.
 
@@ -20,7 +20,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 from laser_callback.facts import Fact
-from laser_callback.scoring import Role
+from laser_callback.row_scores import Role
 
 
 @dataclass(frozen=True)
@@ -164,7 +164,7 @@ class FactCollator:
         Returns:
             ``id``, ``group``, ``subject``, ``prompt``, ``answer``: lists of F strings.
             ``row_fact``, ``row_role``: (R,) int64, index of each row's fact and its
-            :class:`~laser_callback.scoring.Role`, in the order of the chunks.
+            :class:`~laser_callback.row_scores.Role`, in the order of the chunks.
             ``chunks``: a list of dicts with ``input_ids`` and ``attention_mask``, (r, T) int64, ``positions`` and
             ``targets``, (r, A) int64, and ``target_mask``, (r, A) bool. Row by row, the logits at
             ``positions[target_mask]`` predict ``targets[target_mask]``.

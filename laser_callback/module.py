@@ -33,16 +33,8 @@ from laser_callback.pretrained import named
 from laser_callback.report import print_ab
 from laser_callback.result import LaserResult
 from laser_callback.routing import ABResult, ABTest
-from laser_callback.scoring import (
-    METRICS,
-    AnswerMetric,
-    AnswerScores,
-    Perplexity,
-    Role,
-    RowScores,
-    score_rows,
-    text_nll,
-)
+from laser_callback.row_scores import AnswerScores, Role, RowScores, score_rows
+from laser_callback.scoring import METRICS, AnswerMetric, Perplexity, text_nll
 
 _SHARES_OF_FACTS = (
     "first_token_accuracy",

@@ -20,7 +20,7 @@ from laser_callback.data import FactsDataModule, TextWindows
 from laser_callback.encoding import EncodedFact
 from laser_callback.example_set import ExampleSet, Loader, indivisible, kept_whole, taken_apart
 from laser_callback.facts import DEFAULT_SIZES, deal, draw, subject_key
-from laser_callback.scoring import Role
+from laser_callback.row_scores import Role
 
 SETS = ("screen", "race", "confirm", "guard")
 SCREEN_EXAMPLES = 100

@@ -13,7 +13,8 @@ from tokenizers import normalizers
 from laser_callback.data import FactsDataModule, TextWindows
 from laser_callback.encoding import FactCollator, encode_facts
 from laser_callback.facts import Fact
-from laser_callback.scoring import METRICS, AnswerScores, Role, score_rows
+from laser_callback.row_scores import AnswerScores, Role, score_rows
+from laser_callback.scoring import METRICS
 
 FACTS = [
     Fact("fr", "The capital of France is", "Paris", ("France's capital city is", "The city is"), ("Rome", "Paris")),

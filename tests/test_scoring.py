@@ -9,7 +9,8 @@ import pytest
 import torch
 from torchmetrics.text import Perplexity as ReferencePerplexity
 
-from laser_callback.scoring import METRICS, AnswerScores, Perplexity, Role, score_rows, text_nll
+from laser_callback.row_scores import AnswerScores, Role, score_rows
+from laser_callback.scoring import METRICS, Perplexity, text_nll
 
 VOCAB = 40
 
