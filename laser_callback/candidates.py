@@ -210,21 +210,39 @@ def shortlist(scored: Iterable[Candidate]) -> list[Candidate]:
 
 def _best_of_each(scored: Sequence[Candidate], caution: float) -> list[Candidate]:
     best: dict[Reduction, Candidate] = {}
-    zeroed: dict[int | None, list[float]] = {}
+    zeroed: list[Candidate] = []
     for candidate in sorted(scored, key=lambda candidate: _score(candidate, caution)):
         if candidate.rho == 0:
-            # To zero either of two matrices that only act as a product (queries and keys, values and output) is the
-            # same, and the derivative says so: it races for one of them, and the other with its next best rho.
-            others = zeroed.setdefault(candidate.layer, [])
-            if any(math.isclose(candidate.score or 0.0, other, rel_tol=1e-3) for other in others):
-                continue
-            others.append(candidate.score or 0.0)
+            if any(_do_the_same(candidate, other) for other in zeroed):
+                continue  # it races for one of them, and the other with its next best rho
+            zeroed.append(candidate)
         best.setdefault(replace(candidate.reduction, rho=0.0), candidate)
     return list(best.values())
 
 
 def _score(candidate: Candidate, caution: float) -> float:
     return float(candidate.score or 0) + caution * candidate.error
+
+
+def partners(candidate: Candidate, candidates: Sequence[Candidate]) -> list[Candidate]:
+    """Candidates of the matrices with which this one acts as a product, at its rho and the next ones of the grid.
+
+    What helps by taking a product's noise away may help more on its other side. The screen tells which these are.
+    """
+    rows: dict[Reduction, list[Candidate]] = {}
+    for other in candidates:
+        rows.setdefault(replace(other.reduction, rho=0.0), []).append(other)
+    own = rows.pop(replace(candidate.reduction, rho=0.0))
+    place = own.index(candidate)
+    rhos = {other.rho for other in own[max(place - 1, 0) : place + 2]} - {0.0}  # that would be this matrix's own zero
+    return [c for row in rows.values() if _do_the_same(own[0], row[0]) for c in row if c.rho in rhos]
+
+
+def _do_the_same(one: Candidate, other: Candidate) -> bool:
+    """Whether to zero one is to zero the other: then only their product acts (queries and keys, values and output)."""
+    if one.rho or other.rho or one.layer != other.layer or one.score is None or other.score is None:
+        return False
+    return math.isclose(one.score, other.score, rel_tol=1e-3)
 
 
 def neighbours(candidate: Candidate, rhos: Sequence[float], max_rank: int) -> list[Candidate]:
@@ -240,7 +258,7 @@ def neighbours(candidate: Candidate, rhos: Sequence[float], max_rank: int) -> li
         reduction = replace(candidate.reduction, rho=rho)
         ends = {replace(candidate.reduction, rho=end).rank(max_rank) for end in (low, high)}
         if reduction.rank(max_rank) not in ends:
-            found.append(replace(candidate, reduction=reduction, rho=rho, score=None, error=0.0))
+            found.append(Candidate(reduction, candidate.layer, candidate.kind, rho, candidate.base))
     return found
 
 

@@ -28,6 +28,7 @@ from laser_callback.candidates import (
     Target,
     grid,
     neighbours,
+    partners,
     shortlist,
     targets,
 )
@@ -308,12 +309,12 @@ class LaserSearch:
         finalists: list[Candidate] = []
         for round_ in range(rounds):
             step = f"{number}" if round_ == 0 else f"{number}.{round_ + 1}"
-            racers, rungs = ranked, [Rung(len(positions), FINALISTS)]
+            racers = [c for c in ranked if not c.examples]  # what a round before raced, near its leaders too, is out
             if self.method == "screened":
-                racers = self._affordable(steps, step, ranked[: self.candidates], len(positions))
-                ranked = [c for c in ranked[len(racers) :] if not c.examples]  # a leader's neighbours have raced
+                racers = self._affordable(steps, step, racers[: self.candidates], len(positions))
             if not racers:
                 break
+            rungs = [Rung(len(positions), FINALISTS)]
             if self.method == "screened":
                 rungs = schedule(len(positions), len(racers), FINALISTS)
             table, finalists = steps.race(step, racers, base, positions, rungs, near)
@@ -323,16 +324,17 @@ class LaserSearch:
         return table, finalists
 
     def _near(self, lab: Lab, found: Sequence[Target], candidates: Sequence[Candidate]) -> Near:
-        def near(candidate: Candidate, between: bool) -> list[Candidate]:
+        def near(candidate: Candidate, leads: bool) -> list[Candidate]:
             target = next(t for t in found if t.at(candidate.rho) == candidate.reduction)
-            if between:
-                new = neighbours(candidate, self.rhos, target.matrices[0].max_rank)
-                self.result.candidates += new
+            if leads:
+                between = neighbours(candidate, self.rhos, target.matrices[0].max_rank)
+                self.result.candidates += between
+                new = between + partners(candidate, candidates)
             else:
                 same = [c for c in candidates if c.reduction == target.at(c.rho)]
                 place = same.index(candidate)
-                new = [c for c in same[max(place - 2, 0) : place + 3] if not c.examples]
-            return list(filter(lab.alters, new))
+                new = same[max(place - 2, 0) : place + 3]
+            return [c for c in new if not c.examples and lab.alters(c)]
 
         return near
 

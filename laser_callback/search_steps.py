@@ -46,7 +46,8 @@ REFINED = 3
 """So many matrices, those of the best candidates, try other rhos ahead of the last rung."""
 
 Near = Callable[[Candidate, bool], list[Candidate]]
-"""From a candidate to those of its matrix at the next rhos of the grid that have not raced; if true, between them."""
+"""From a candidate to those near it that have not raced: of its matrix, at the next rhos of the grid; if it leads
+(true), between these, and of the matrices that it acts with."""
 
 Screen = Callable[[Sequence[Target], Sequence[float], DataLoader[Any]], Mapping[Reduction, Score]]
 
@@ -230,7 +231,7 @@ class Steps:
 
         Which rho of a matrix is best is what a derivative tells worst, since it knows of small changes only. So from
         the best candidate of each of the first few matrices the search looks along the grid; then from where that led,
-        and between the grid's rhos beside the leader.
+        and at the leader's closest: between the grid's rhos, and its partners in a product.
 
         Returns:
             The best of all, as many as may go on.

@@ -7,7 +7,7 @@ from tiny import tiny_causal_lm
 from transformers import MixtralConfig, MixtralForCausalLM, T5Config, T5ForConditionalGeneration
 
 from laser_callback import LaserPlan, Reduction, find_matrices
-from laser_callback.candidates import Candidate, grid, neighbours, shortlist, targets
+from laser_callback.candidates import Candidate, grid, neighbours, partners, shortlist, targets
 
 
 def t5():
@@ -95,11 +95,12 @@ def test_the_shortlist_has_the_best_rho_of_each_target_by_two_orders_first():
     assert [str(c.reduction) for c in shortlist(candidates)][:3] == ["0.fc_in@0.1", "1.fc_in@0.3", "2.fc_in@0.1"]
 
 
-def test_of_two_matrices_that_are_the_same_when_zeroed_one_races_so():
-    def scored(text, score, layer=0):
-        reduction = Reduction.parse(text)
-        return Candidate(reduction, layer, reduction.matrix, reduction.rho, score=score)
+def scored(text, score, layer=0):
+    reduction = Reduction.parse(text)
+    return Candidate(reduction, layer, reduction.matrix, reduction.rho, score=score)
 
+
+def test_of_two_matrices_that_are_the_same_when_zeroed_one_races_so():
     queries = [scored("0.q_proj@0", -2.0), scored("0.q_proj@0.1", -1.0)]
     keys = [scored("0.k_proj@0", -2.0001), scored("0.k_proj@0.1", -0.5)]
     other = [scored("1.q_proj@0", -2.0, layer=1)]
@@ -107,14 +108,33 @@ def test_of_two_matrices_that_are_the_same_when_zeroed_one_races_so():
     assert found == ["0.k_proj@0", "1.q_proj@0", "0.q_proj@0.1", "0.q_proj@0", "0.k_proj@0.1"]
 
 
+def test_partners_are_the_matrices_of_the_layer_that_are_the_same_when_zeroed():
+    rhos = (0, 0.005, 0.01, 0.05, 0.1)
+    zeroed = {"0.q_proj": -2.0, "0.k_proj": -2.001, "0.v_proj": -2.1, "1.k_proj": -2.0}
+    candidates = [scored(f"{name}@{rho}", z + rho, int(name[0])) for name, z in zeroed.items() for rho in rhos]
+    of = {str(candidate.reduction): candidate for candidate in candidates}
+    assert [str(c.reduction) for c in partners(of["0.k_proj@0.01"], candidates)] == [
+        "0.q_proj@0.005",
+        "0.q_proj@0.01",
+        "0.q_proj@0.05",
+    ]
+    assert [str(c.reduction) for c in partners(of["0.q_proj@0"], candidates)] == ["0.k_proj@0.005"]
+    assert partners(of["0.v_proj@0.01"], candidates) == []
+    unscored = [Candidate(c.reduction, c.layer, c.kind, c.rho) for c in candidates]
+    assert partners(unscored[0], unscored) == []
+
+
 @pytest.mark.parametrize(
     ("rho", "expected"), [(0.0, [0.005]), (0.01, [0.005, 0.0316]), (0.1, [0.0316, 0.3]), (0.9, [0.3])]
 )
 def test_neighbours_lie_between(rho, expected):
-    candidate = Candidate(Reduction(0, "fc_in", rho), 0, "fc_in", rho, score=1.0)
+    candidate = Candidate(
+        Reduction(0, "fc_in", rho), 0, "fc_in", rho, "1.fc_in@0.1", 1.0, examples=3, status="finalist"
+    )
     near = neighbours(candidate, (0, 0.01, 0.1, 0.9), 1000)
     assert [c.rho for c in near] == expected
-    assert all(c.reduction.rho == c.rho and c.score is None for c in near)
+    assert all(c.reduction.rho == c.rho and c.score is None and c.base == candidate.base for c in near)
+    assert all(c.examples == 0 and c.status == "screened out" for c in near), "they have not raced"
 
 
 def test_neighbours_of_the_same_rank_are_left_out():

@@ -47,8 +47,8 @@ def test_the_leading_matrices_find_their_best_rhos_and_the_others_stay():
         calls.append([str(reduction) for reduction in reductions])
         return {ORIGINAL: base} | {str(reduction): outcome(reduction) for reduction in reductions}
 
-    def near(candidate: Candidate, between: bool) -> list[Candidate]:
-        if between:
+    def near(candidate: Candidate, leads: bool) -> list[Candidate]:
+        if leads:
             return neighbours(candidate, RHOS, 1000)
         row = [c for c in grid.values() if (c.layer, c.kind) == (candidate.layer, candidate.kind)]
         place = row.index(candidate)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from laser_callback import FactsDataModule, LaserModule, LaserSearch
-from laser_callback.candidates import shortlist, targets
+from laser_callback.candidates import RHOS, shortlist, targets
 from laser_callback.cli import main
 from laser_callback.command import Exit
 from laser_callback.measure import Lab
@@ -93,6 +93,7 @@ def test_a_planted_effect_in_an_early_attention_matrix_is_found_and_confirmed(pl
     winner = next(c for c in result.candidates if c.status == "chosen")
     assert winner.examples == result.sets["race"]
     assert {phase.name for phase in result.phases} == {"screen", "race", "refine", "confirm"}
+    assert any(c.examples and c.rho not in RHOS for c in result.candidates), "between the grid's rhos"
 
 
 def test_a_model_whose_spectra_have_no_room_is_screened_in_parts(recall, monkeypatch):
