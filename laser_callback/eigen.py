@@ -3,7 +3,7 @@
 On the CPU by NumPy's LAPACK on one thread, whatever else is allowed: a factorisation is a long row of small steps that
 threads must wait for each other in, and where another process takes one of their cores, two threads need many times as
 long as one. It also makes the result the same for every number of threads. What uses more cores is several matrices at
-a time: NumPy lets go of the interpreter meanwhile. On other devices by torch.
+a time, in threads: NumPy lets go of the interpreter meanwhile. On other devices by torch.
 """
 
 from __future__ import annotations
@@ -19,7 +19,9 @@ from torch import Tensor
 
 
 def gram_eigen(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvalues and eigenvectors of the smaller of W'W and W W'. Threads may call it side by side.
+    """Eigenvalues and eigenvectors of the smaller of W'W and W W'.
+
+    Threads may call it side by side, within a :data:`ONE_THREAD` of the thread that waits for them.
 
     Args:
         matrix: W, float64, shape (m, n).
@@ -32,13 +34,17 @@ def gram_eigen(matrix: Tensor) -> tuple[Tensor, Tensor]:
         values, vectors = torch.linalg.eigh(matrix.T @ matrix if tall else matrix @ matrix.T)
         return values, vectors
     work = matrix.detach().contiguous().numpy()  # BLAS may sum gaps in another order
-    with _ONE_THREAD:
+    with ONE_THREAD:
         values, vectors = np.linalg.eigh(work.T @ work if tall else work @ work.T)
     return torch.from_numpy(values), torch.from_numpy(vectors)
 
 
 class _OneThread:
-    """BLAS on one thread while anyone is inside: the setting belongs to the process, and not to a thread."""
+    """BLAS on one thread while anyone is inside.
+
+    The setting belongs to the process, and threadpoolctl (from 3.8 on) lets only one thread at a time change it: the
+    one that enters first must leave last, or the setting stays.
+    """
 
     def __init__(self) -> None:
         self._lock = Lock()
@@ -47,19 +53,19 @@ class _OneThread:
 
     def __enter__(self) -> None:
         with self._lock:
-            if self._limit is None:
+            if self._inside == 0:
                 self._limit = _libraries().limit(limits=1, user_api="blas")
+                self._limit.__enter__()  # without which this thread would keep all others from it for good
             self._inside += 1
 
     def __exit__(self, *_: object) -> None:
         with self._lock:
             self._inside -= 1
             if self._inside == 0:
-                self._limit.restore_original_limits()
-                self._limit = None
+                self._limit.__exit__(None, None, None)
 
 
-_ONE_THREAD = _OneThread()
+ONE_THREAD = _OneThread()
 
 
 @cache

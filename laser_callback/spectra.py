@@ -20,6 +20,7 @@ import numpy
 import torch
 from torch import Tensor
 
+from laser_callback.eigen import ONE_THREAD
 from laser_callback.entries import reduce_entries
 from laser_callback.reduction import Reduction
 from laser_callback.spectrum import Spectrum, refuse_non_finite
@@ -129,7 +130,7 @@ class Spectra:
         if self.method == "reference" or workers < 2 or needed > self.capacity or not on_cpu:
             return
         start = time.perf_counter()
-        with ThreadPoolExecutor(workers) as pool:
+        with ONE_THREAD, ThreadPoolExecutor(workers) as pool:
             for found in pool.map(lambda each: self._find_or_make(self.operand(*each), each[1]), matrices):
                 self._keep(found)
         self.seconds += time.perf_counter() - start

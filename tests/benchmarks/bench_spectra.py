@@ -22,7 +22,7 @@ import torch
 from threadpoolctl import threadpool_limits
 from torch import Tensor
 
-from laser_callback.eigen import gram_eigen
+from laser_callback.eigen import ONE_THREAD, gram_eigen
 from laser_callback.spectrum import Spectrum
 from laser_callback.spectrum_folder import content_hash
 
@@ -178,7 +178,7 @@ def table(shape: str, spectrum: str, clock: Callable[[], float], runs: int) -> N
         print("|", " | ".join(row), "|", flush=True)
     threads = torch.get_num_threads()
     if threads > 1:  # as `Spectra.ahead` does it
-        with ThreadPoolExecutor(threads) as pool:
+        with ONE_THREAD, ThreadPoolExecutor(threads) as pool:
             several = timed(lambda: list(pool.map(package, [matrix] * threads)), clock, runs)[0] / threads
         print(
             f"| the same, {threads} matrices at a time, each | {several:.3f} | {reference / several:.1f} |", flush=True
