@@ -27,8 +27,6 @@ from laser_callback.candidates import (
     Candidate,
     Target,
     grid,
-    neighbours,
-    partners,
     shortlist,
     targets,
 )
@@ -43,6 +41,7 @@ from laser_callback.progress import PhaseProgress
 from laser_callback.provenance import versions
 from laser_callback.race import Rung, choose, schedule
 from laser_callback.reduction import Reduction
+from laser_callback.refine import Refinement
 from laser_callback.screen import LossFn
 from laser_callback.screen_alternatives import SCREENS
 from laser_callback.search_result import SearchResult, Trade, decide, mark_efficient
@@ -56,7 +55,7 @@ from laser_callback.search_setup import (
     power_warnings,
     row_of,
 )
-from laser_callback.search_steps import Near, Screen, Steps
+from laser_callback.search_steps import Screen, Steps
 from laser_callback.sets import ExampleSets
 from laser_callback.spectra import Spectra
 
@@ -304,7 +303,9 @@ class LaserSearch:
             ranked, rounds = shortlist(filter(steps.lab.alters, scored)), ROUNDS
         else:
             ranked, rounds = list(filter(steps.lab.alters, candidates)), 1
-        near = self._near(steps.lab, found, candidates) if self.spectrum == "exact" else None
+        refine = None
+        if self.spectrum == "exact":
+            refine = Refinement(steps, found, candidates, self.result.candidates, self.rhos, base)
         table: Table = {}
         finalists: list[Candidate] = []
         for round_ in range(rounds):
@@ -317,26 +318,11 @@ class LaserSearch:
             rungs = [Rung(len(positions), FINALISTS)]
             if self.method == "screened":
                 rungs = schedule(len(positions), len(racers), FINALISTS)
-            table, finalists = steps.race(step, racers, base, positions, rungs, near)
+            table, finalists = steps.race(step, racers, base, positions, rungs, refine)
             finalists = self._fluent(steps, step, finalists, table)
             if finalists:
                 break
         return table, finalists
-
-    def _near(self, lab: Lab, found: Sequence[Target], candidates: Sequence[Candidate]) -> Near:
-        def near(candidate: Candidate, leads: bool) -> list[Candidate]:
-            target = next(t for t in found if t.at(candidate.rho) == candidate.reduction)
-            if leads:
-                between = neighbours(candidate, self.rhos, target.matrices[0].max_rank)
-                self.result.candidates += between
-                new = between + partners(candidate, candidates)
-            else:
-                same = [c for c in candidates if c.reduction == target.at(c.rho)]
-                place = same.index(candidate)
-                new = same[max(place - 2, 0) : place + 3]
-            return [c for c in new if not c.examples and lab.alters(c)]
-
-        return near
 
     def _choose(self, table: Table, finalists: Sequence[Candidate]) -> Candidate:
         if self.spectrum == "reference":  # the original's rule

@@ -42,12 +42,9 @@ SCREEN_BATCHES = 5
 ARMS = 64
 """So many candidates run in one evaluation loop, and are one step of the journal."""
 
-REFINED = 3
-"""So many matrices, those of the best candidates, try other rhos ahead of the last rung."""
-
-Near = Callable[[Candidate, bool], list[Candidate]]
-"""From a candidate to those near it that have not raced: of its matrix, at the next rhos of the grid; if it leads
-(true), between these, and of the matrices that it acts with."""
+Refine = Callable[[str, dict[str, Candidate], Table, Sequence[int], int], dict[str, Candidate]]
+"""From a step's name, the candidates in a race, their values (which it adds to), the examples that they have seen, and
+how many may go on, to those that do, the best first."""
 
 Screen = Callable[[Sequence[Target], Sequence[float], DataLoader[Any]], Mapping[Reduction, Score]]
 
@@ -171,7 +168,7 @@ class Steps:
         base: Sequence[Reduction],
         positions: Sequence[int],
         rungs: Sequence[Rung],
-        near: Near | None = None,
+        refine: Refine | None = None,
     ) -> tuple[Table, list[Candidate]]:
         """Successive halving. Writes into the candidates how far each came.
 
@@ -181,7 +178,7 @@ class Steps:
             base: reductions in place.
             positions: race examples, in the order in which they are used.
             rungs: how many examples, and how many go on.
-            near: candidates near one in rho, which enter ahead of the last rung; see :meth:`_refine`.
+            refine: what lets others in ahead of the last rung.
 
         Returns:
             The finalists' values, and the finalists.
@@ -213,57 +210,9 @@ class Steps:
             alive = {name: alive[name] for name in ranked[: rung.keep]}
             table = {arm: values for arm, values in table.items() if arm == ORIGINAL or arm in alive}
             self.progress.show(leaders([*alive.values()], self.objective))
-            if near is not None and number_of_rung == max(len(rungs) - 2, 0):
-                alive = self._refine(step, alive, near, base, positions[:begin], table, rung.keep)
+            if refine is not None and number_of_rung == max(len(rungs) - 2, 0):
+                alive = refine(step, alive, table, positions[:begin], rung.keep)
         return table, list(alive.values())
-
-    def _refine(
-        self,
-        step: str,
-        alive: dict[str, Candidate],
-        near: Near,
-        base: Sequence[Reduction],
-        positions: Sequence[int],
-        table: Table,
-        keep: int,
-    ) -> dict[str, Candidate]:
-        """Try other rhos of the leading matrices, on the examples that all others have seen by now.
-
-        Which rho of a matrix is best is what a derivative tells worst, since it knows of small changes only. So from
-        the best candidate of each of the first few matrices the search looks along the grid; then from where that led,
-        and at the leader's closest: between the grid's rhos, and its partners in a product.
-
-        Returns:
-            The best of all, as many as may go on.
-        """
-        alive = dict(alive)
-        loader = self.sets.loader("race", positions)
-
-        def run(name: str, found: Sequence[Candidate]) -> None:
-            if not found:
-                return
-            values = self.measure(name, "refine", [c.reduction for c in found], loader, base)
-            for candidate in found:
-                arm = str(candidate.reduction)
-                alive[arm], table[arm] = candidate, values[arm]
-                candidate.examples, candidate.status = len(positions), "finalist"
-                candidate.gain, candidate.loss = self.objective.estimates(table, arm)
-
-        heads: dict[Reduction, str] = {}
-        for arm in order(self.objective, table, list(alive)):
-            heads.setdefault(replace(alive[arm].reduction, rho=0.0), arm)
-        around = {arm: near(alive[arm], False) for arm in list(heads.values())[:REFINED]}
-        run(f"{step}-refine-along", [candidate for found in around.values() for candidate in found])
-        led = [choose(self.objective, table, [a, *(str(c.reduction) for c in found)]) for a, found in around.items()]
-        further = [candidate for arm in led if arm not in around for candidate in near(alive[arm], False)]
-        leader = choose(self.objective, table, list(alive))
-        run(f"{step}-refine-further", [*further, *near(alive[leader], True)])
-        ranked = order(self.objective, table, list(alive))
-        for place, arm in enumerate(ranked[keep:], keep + 1):
-            alive[arm].status = "dropped"
-            alive[arm].reason = f"place {place} of {len(ranked)} after {len(positions)} examples, other rhos included"
-            del table[arm]
-        return {arm: alive[arm] for arm in ranked[:keep]}
 
     def affordable(
         self, step: str, ranked: Sequence[Candidate], examples: int, finalists: int, passes: float

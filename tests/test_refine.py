@@ -8,12 +8,13 @@ from typing import Any, cast
 import numpy as np
 import torch
 
-from laser_callback.candidates import RHOS, Candidate, neighbours
+from laser_callback.candidates import RHOS, Candidate, Target
 from laser_callback.examples import ORIGINAL
 from laser_callback.measure import Table, Values
 from laser_callback.race import Objective
 from laser_callback.reduction import Reduction
-from laser_callback.search_steps import REFINED, Steps
+from laser_callback.refine import REFINED, Refinement
+from laser_callback.search_steps import Steps
 
 EXAMPLES = 200
 BEST = {"0.q_proj": 0.1, "1.fc_in": 0.9, "2.fc_in": 0.0, "3.fc_in": 0.05}
@@ -47,25 +48,25 @@ def test_the_leading_matrices_find_their_best_rhos_and_the_others_stay():
         calls.append([str(reduction) for reduction in reductions])
         return {ORIGINAL: base} | {str(reduction): outcome(reduction) for reduction in reductions}
 
-    def near(candidate: Candidate, leads: bool) -> list[Candidate]:
-        if leads:
-            return neighbours(candidate, RHOS, 1000)
-        row = [c for c in grid.values() if (c.layer, c.kind) == (candidate.layer, candidate.kind)]
-        place = row.index(candidate)
-        return [c for c in row[max(place - 2, 0) : place + 3] if not c.examples]
-
     sets = cast("Any", SimpleNamespace(loader=lambda *_: None))
+    lab = cast("Any", SimpleNamespace(alters=lambda candidate: True))
     none = cast("Any", None)
-    steps = Steps(none, sets, none, none, Objective(("right",), (1,), "loss"), ("right", "loss"))
+    steps = Steps(lab, sets, none, none, Objective(("right",), (1,), "loss"), ("right", "loss"))
     steps.measure = measure  # type: ignore[method-assign, assignment]
-    kept = steps._refine("1", alive, near, [], range(EXAMPLES), table, keep=6)
+    matrix = cast("Any", SimpleNamespace(max_rank=1000))
+    found = [Target((matrix,), {"layer": int(place[0]), "matrix": place[2:]}) for place in BEST]
+    added: list[Candidate] = []
+    refine = Refinement(steps, found, list(grid.values()), added, RHOS, [])
+    kept = refine("1", alive, table, range(EXAMPLES), keep=6)
 
     first, second = calls
     assert {name.split("@")[0] for name in first} == {"0.q_proj", "1.fc_in", "2.fc_in"}
     assert len({name.split("@")[0] for name in first}) == REFINED
     assert {name for name in first if name.startswith("0.")} == {"0.q_proj@0", "0.q_proj@0.01", "0.q_proj@0.05"}
     # From 0.05, where the first call led, on to 0.1 and 0.2; and between the grid's rhos beside the leader.
-    assert {"0.q_proj@0.1", "0.q_proj@0.2", "0.q_proj@0.0224", "0.q_proj@0.0707"} == set(second)
+    between = {"0.q_proj@0.0224", "0.q_proj@0.0707"}
+    assert {"0.q_proj@0.1", "0.q_proj@0.2", *between} == set(second)
+    assert {str(candidate.reduction) for candidate in added} == between
     assert next(iter(kept)) == "0.q_proj@0.1"
     assert len(kept) == 6
     assert set(table) == {ORIGINAL, *kept}
@@ -76,3 +77,20 @@ def test_the_leading_matrices_find_their_best_rhos_and_the_others_stay():
             assert candidate.examples == EXAMPLES
             assert candidate.status == ("finalist" if name in kept else "dropped")
     assert "other rhos included" in grid["3.fc_in@0.6"].reason
+
+
+def test_the_leader_brings_in_the_other_side_of_its_product():
+    zeroed = {"0.q_proj": -2.0, "0.k_proj": -2.0, "0.v_proj": -1.0}
+    grid = {
+        str(r := Reduction.parse(f"{place}@{rho}")): Candidate(r, 0, r.matrix, rho, score=score + rho)
+        for place, score in zeroed.items()
+        for rho in RHOS
+    }
+    leader = grid["0.k_proj@0.05"]
+    leader.examples = EXAMPLES
+    lab = cast("Any", SimpleNamespace(alters=lambda candidate: candidate.rho != 0.1))
+    steps = cast("Any", SimpleNamespace(lab=lab))
+    keys = Target((cast("Any", SimpleNamespace(max_rank=1000)),), {"layer": 0, "matrix": "k_proj"})
+    refine = Refinement(steps, [keys], list(grid.values()), [], RHOS, [])
+    found = [str(candidate.reduction) for candidate in refine.around(leader)]
+    assert found == ["0.k_proj@0.0224", "0.k_proj@0.0707", "0.q_proj@0.01", "0.q_proj@0.05"]
