@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
@@ -299,6 +300,13 @@ def check_strategy(trainer: pl.Trainer) -> None:
             f"rank reduction supports the CPU and CUDA devices, got {strategy.root_device.type!r}: its sums and "
             "factorisations need float64. Evaluate with `Trainer(accelerator='cpu')`."
         )
+
+
+def accelerator_of(accelerator: str) -> str:
+    """What is meant by "auto": CUDA where there is a device, else the CPU. Lightning would take Apple's GPU."""
+    if accelerator != "auto":
+        return accelerator
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _check_trainer(trainer: pl.Trainer, callback: LaserCallback) -> None:

@@ -105,6 +105,12 @@ class Candidate:
         """The whole plan that was run: ``base`` and the reduction."""
         return LaserPlan([*(LaserPlan.parse(self.base) if self.base else ()), self.reduction])
 
+    @property
+    def helps(self) -> bool:
+        """Whether it was better than ``base`` in the race: by the objective, or by the loss where that is the same."""
+        gain = 0.0 if self.gain is None else self.gain.delta
+        return gain > 0 or (gain == 0 and self.loss is not None and self.loss.delta < 0)
+
     def to_dict(self) -> dict[str, Any]:
         """Ready for JSON."""
         return {**asdict(self), "reduction": str(self.reduction)}
@@ -164,7 +170,7 @@ def targets(model: nn.Module, within: str = "*.all", without: Iterable[Reduction
         chosen = [m for m in members if m.name in wanted and m.name not in taken]
         experts = kind is not None and len(members) > 1 and all(m.expert is not None for m in members)
         unique = kind is not None and stacks_of_kind[layer, kind] == {stack}
-        if chosen == members and stack is not None and (experts or len(members) == 1):
+        if chosen == members and kind is not None and stack is not None and (experts or len(members) == 1):
             among = {} if unique or not stack else {"stack": stack}
             found.append(Target(tuple(members), {**among, "layer": layer, "matrix": kind}))
         else:

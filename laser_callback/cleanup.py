@@ -38,9 +38,11 @@ from laser_callback.first_rank import on_first_rank, share_weights, waiting_grou
 from laser_callback.gates import Gates
 from laser_callback.measure import Lab
 from laser_callback.merging import adapted_layers, merged, put_effective, refuse_other_than_lora
+from laser_callback.module import LaserModule
 from laser_callback.plan import LaserPlan
 from laser_callback.recipe import recorded
 from laser_callback.report import show
+from laser_callback.screen import returned_loss
 from laser_callback.search import LaserSearch, OutOfTimeError
 from laser_callback.sets import ExampleSets
 from laser_callback.spectra import Spectra
@@ -154,11 +156,32 @@ class LaserCleanup(pl.Callback):
             )
 
     @override
+    def on_validation_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        # What the search will differentiate: the sanity check shows, ahead of hours of training, whether it is there.
+        defaults = {"method": "screened", "screen": "gradient", "screen_loss": None}
+        differentiates = all(self.search.get(name, default) == default for name, default in defaults.items())
+        if trainer.sanity_checking and differentiates and self.data is None and not isinstance(pl_module, LaserModule):
+            returned_loss(outputs, self.search.get("loss") or "loss")
+
+    @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.fast_dev_run:
             return
         self._result = None
         self._sets = self._example_sets(trainer)
+        if self.search.get("objective") is None and not isinstance(pl_module, LaserModule):
+            raise MisconfigurationException(
+                "LaserCleanup's `objective` must name what to improve, and `direction` how: "
+                "LaserCleanup(objective='val_acc', direction='max')"
+            )
         refuse_other_than_lora(pl_module)
         if "delta" in self.modes and self.base is None and not adapted_layers(pl_module):
             raise MisconfigurationException(

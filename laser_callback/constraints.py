@@ -165,7 +165,7 @@ class Gain:
         note = "no gain is shown"
         if row.p <= self.alpha and row.delta * sign < 0:
             verdict, note = "fail", "it is shown to get worse"
-        elif row.p <= self.alpha and prior is not None and prior.prior_shift:
+        elif row.p <= self.alpha and prior is not None and prior.prior_shift and math.isclose(row.delta, prior.delta):
             note = "no gain is shown outside of the answers said most"
         elif row.p <= self.alpha:
             verdict, note = "pass", ""

@@ -9,6 +9,7 @@ from pathlib import Path
 import lightning.pytorch as pl
 from rich.console import Console
 
+from laser_callback.callback import accelerator_of
 from laser_callback.command import Answer
 from laser_callback.data import FactsDataModule
 from laser_callback.demo_model import demo_model_folder
@@ -76,7 +77,13 @@ def demo(
         )
         data.setup()
         console.print(f"model: {Path(model).name}{note}\nfacts: {facts.name}, {len(data.encoded)} of them\n")
-        trainer = pl.Trainer(logger=False, enable_model_summary=False, enable_checkpointing=False, devices=1)
+        trainer = pl.Trainer(
+            accelerator=accelerator_of("auto"),
+            devices=1,
+            logger=False,
+            enable_model_summary=False,
+            enable_checkpointing=False,
+        )
         trainer.validate(module, data, verbose=False)
     if picture is not None:
         save_picture(module.result, picture)

@@ -8,6 +8,7 @@ objective. A plan that is in place already is the ``base``: candidates are added
 from __future__ import annotations
 
 import logging
+import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -22,7 +23,7 @@ from torch.utils.data import DataLoader
 from typing_extensions import override
 
 from laser_callback import arms
-from laser_callback.callback import LaserCallback
+from laser_callback.callback import LaserCallback, accelerator_of
 from laser_callback.candidates import Candidate
 from laser_callback.examples import ORIGINAL, PairedExamples
 from laser_callback.matrices import find_matrices, layer_stacks
@@ -67,7 +68,8 @@ class Lab:
     Args:
         module: any LightningModule.
         spectra: shared by all candidates.
-        accelerator, precision, devices: as in ``Trainer``; one device.
+        accelerator: as in ``Trainer``; "auto" takes CUDA where there is a device, else the CPU.
+        precision, devices: as in ``Trainer``; one device.
         on_arm: called after each arm's pass over a batch with the share of the model's layers that it had to compute.
     """
 
@@ -89,7 +91,7 @@ class Lab:
         """``trainer.validate`` on one device, with nothing but the callbacks and what the module brings."""
         with quiet_trainer():
             trainer = pl.Trainer(
-                accelerator=self.accelerator,
+                accelerator=accelerator_of(self.accelerator),
                 devices=self.devices,
                 precision=self.precision,
                 callbacks=list(callbacks),
@@ -130,9 +132,16 @@ class Lab:
             self.validate(loader, measure)
         self.logged = measure.logged
         table: Table = {ORIGINAL: {}, **{name: {} for name in plans}}
-        for key in keys:
+        keys = list(keys)
+        present = [key for key in keys if key in measure.logged]
+        for key in present or keys:
             for arm, name in names.items():
                 table[ORIGINAL][key], table[name][key] = measure.values(arm, key)
+        for key in keys:
+            if key not in present:  # of these examples none has it, such as paraphrases
+                none = table[ORIGINAL][present[0]]
+                for of_arm in table.values():
+                    of_arm[key] = Values(torch.full_like(none.values, math.nan), none.weights)
         return table
 
     def compare(
@@ -232,12 +241,15 @@ class _Measure(_WithSpectra):
             raise MisconfigurationException(
                 f"{key!r} is not logged by `validation_step`: it logs {', '.join(self._original) or 'nothing'}"
             )
-        pair = self._examples.values(arm, key, self._original[key])
-        if pair is None:
+        own = self._examples.values(ORIGINAL, key, self._original[key])
+        if own is None:
             raise MisconfigurationException(
                 f"{key!r} is not a mean over examples or batches, so candidates cannot be compared by it while they "
                 f"are run: return a 1-D tensor with one value per example under {key!r} from `validation_step`"
             )
+        pair = self._examples.values(arm, key, self._original[key])
+        if pair is None or len(pair[0].values) != len(own[0].values):  # the cut has broken the model
+            pair = own[0], replace(own[0], values=torch.full_like(own[0].values, math.nan))
         before, after = (
             Values(o.values.double(), torch.ones(len(o.values)).double() if o.weights is None else o.weights.double())
             for o in pair

@@ -68,7 +68,8 @@ class Objective:
         present = ~np.isnan(stacked)
         total = np.where(present, stacked, 0).sum(0)
         mean = np.divide(total, present.sum(0), out=np.full(total.shape, np.nan), where=present.any(0))
-        return Values(_tensor(mean), table[arm][self.keys[0]].weights)
+        weights = table[arm][self.keys[0]].weights  # of batches those of any key; a fact weighs 1 in a mean of keys
+        return Values(_tensor(mean), weights.where(weights > 0, 1.0) if len(self.keys) > 1 else weights)
 
     def loss_change(self, table: Table, arm: str, base: str = ORIGINAL) -> Values | None:
         """Each unit's change of the loss from ``base`` to ``arm``; negative is better. ``None`` without a loss."""
@@ -160,14 +161,17 @@ def _no_more_than_noise(change: Values | None) -> bool:
 
 
 def estimate(change: Values) -> Estimate:
-    """Mean of a paired change with its 95 % interval."""
+    """Mean of a paired change with its 95 % interval; NaN where it is not finite or there is none."""
+    values = change.values[~torch.isnan(change.values)]
+    if not len(values) or not bool(torch.isfinite(values).all()):
+        return Estimate(math.nan)
     row = paired(change)
     return Estimate(row.delta, row.lower, row.upper)
 
 
 def paired(change: Values) -> PairedResult:
     """The test of a paired change against zero."""
-    zero = change.values * 0
+    zero = torch.zeros_like(change.values)
     weights = None if bool((change.weights == 1).all()) else change.weights
     return compare("change", Outcomes(zero, weights), Outcomes(change.values, weights))
 

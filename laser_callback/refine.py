@@ -14,7 +14,7 @@ from laser_callback.candidates import Candidate, Target, neighbours, partners
 from laser_callback.measure import Table
 from laser_callback.race import choose, order
 from laser_callback.reduction import Reduction
-from laser_callback.search_steps import Steps
+from laser_callback.search_steps import Steps, joined
 
 REFINED = 3
 """So many matrices, those of the best candidates, try other rhos."""
@@ -41,20 +41,25 @@ class Refinement:
     base: Sequence[Reduction]
 
     def __call__(
-        self, step: str, alive: dict[str, Candidate], table: Table, positions: Sequence[int], keep: int
+        self, step: str, alive: dict[str, Candidate], table: Table, seen: Sequence[Sequence[int]], keep: int
     ) -> dict[str, Candidate]:
         """Try them on the examples that all others have seen by now: the best of all, as many as may go on."""
         alive, objective = dict(alive), self.steps.objective
-        loader = self.steps.sets.loader("race", positions)
+        examples = sum(map(len, seen))
 
         def run(name: str, found: Sequence[Candidate]) -> None:
             if not found:
                 return
-            values = self.steps.measure(name, "refine", [c.reduction for c in found], loader, self.base)
+            values: Table = {}
+            for number, positions in enumerate(seen):  # the same batches as in the race, for pairs may be batches
+                loader = self.steps.sets.loader("race", positions)
+                cuts = [candidate.reduction for candidate in found]
+                fresh = self.steps.measure(f"{name}-{number}", "refine", cuts, loader, self.base)
+                values = joined(values, fresh)
             for candidate in found:
                 arm = str(candidate.reduction)
                 alive[arm], table[arm] = candidate, values[arm]
-                candidate.examples, candidate.status = len(positions), "finalist"
+                candidate.examples, candidate.status = examples, "finalist"
                 candidate.gain, candidate.loss = objective.estimates(table, arm)
 
         heads: dict[Reduction, str] = {}
@@ -69,7 +74,7 @@ class Refinement:
         ranked = order(objective, table, list(alive))
         for place, arm in enumerate(ranked[keep:], keep + 1):
             alive[arm].status = "dropped"
-            alive[arm].reason = f"place {place} of {len(ranked)} after {len(positions)} examples, other rhos included"
+            alive[arm].reason = f"place {place} of {len(ranked)} after {examples} examples, other rhos included"
             del table[arm]
         return {arm: alive[arm] for arm in ranked[:keep]}
 

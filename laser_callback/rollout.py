@@ -167,7 +167,7 @@ class StagedRollout:
         controls: run the two controls beside each stage.
         folder: keep each finished stage here; with ``resume`` go on from them.
         spectra: the store of factorisations; by default on this machine's disk.
-        accelerator, precision: as in ``Trainer``. The rollout runs on one device.
+        accelerator, precision: as in ``Trainer``, but "auto" takes CUDA or the CPU. It runs on one device.
         progress: show progress on standard error.
         seed: of the random control.
 

@@ -71,7 +71,7 @@ def rollout(
         batch_size: facts in a batch.
         folder: keep each finished stage here.
         resume: go on with the rollout in the folder.
-        accelerator: as in Lightning's Trainer.
+        accelerator: as in Lightning's Trainer; auto takes CUDA or the CPU.
         precision: as in Lightning's Trainer.
         seed: of the sample and the random control.
         output: where to write the result as JSON.

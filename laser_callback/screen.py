@@ -161,7 +161,7 @@ class GradientScreen(pl.Callback):
         dataloader_idx: int = 0,
     ) -> None:
         torch.set_grad_enabled(self._grad_mode)
-        weight = self._pending if self._loss is not None else self._backward(*_returned_loss(outputs, self._key))
+        weight = self._pending if self._loss is not None else self._backward(*returned_loss(outputs, self._key))
         if weight is None:
             weight = float(example_count(outputs, batch))
         self._sum += weight * self._batch
@@ -272,8 +272,12 @@ _CURE = (
 )
 
 
-def _returned_loss(outputs: Any, key: str) -> tuple[Any, str]:
-    """The loss in what the step returned, and its name for messages."""
+def returned_loss(outputs: Any, key: str) -> tuple[Any, str]:
+    """The loss in what a validation step returned, and its name for messages.
+
+    Raises:
+        MisconfigurationException: if there is none.
+    """
     if isinstance(outputs, Tensor):
         return outputs, "the validation step"
     if isinstance(outputs, Mapping):

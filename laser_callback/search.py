@@ -31,6 +31,7 @@ from laser_callback.candidates import (
     targets,
 )
 from laser_callback.constraints import Constraint, judge_all
+from laser_callback.controls import random_plan
 from laser_callback.delta import BaseWeights, Source
 from laser_callback.facts import DEFAULT_SIZES
 from laser_callback.journal import Journal
@@ -49,11 +50,14 @@ from laser_callback.search_setup import (
     FLUENCY,
     constraints_of,
     fingerprints,
+    from_original,
     keeps,
     objective_of,
     plain,
     power_warnings,
+    probe_positions,
     row_of,
+    rows_of,
 )
 from laser_callback.search_steps import Screen, Steps
 from laser_callback.sets import ExampleSets
@@ -113,7 +117,7 @@ class LaserSearch:
         minutes: race only as many candidates as fit into so much time.
         folder: keep each finished step here; with ``resume`` go on from them.
         spectra: the store of factorisations; by default on this machine's disk.
-        accelerator, precision, devices: as in ``Trainer``. The search runs on one device.
+        accelerator, precision, devices: as in ``Trainer``, but "auto" takes CUDA or the CPU. It runs on one device.
         progress: show progress on standard error.
         seed: of the sets, the order of examples and the random control.
 
@@ -175,6 +179,8 @@ class LaserSearch:
             raise ValueError(f"`screen` must be one of {known}, or a function, got {self.screen!r}")
         if not self.rhos or not all(0 <= rho <= 1 for rho in self.rhos):
             raise ValueError(f"`rhos` must be numbers in [0, 1], at least one, got {self.rhos!r}")
+        if self.spectrum == "reference" and self.max_reductions > 1:
+            raise ValueError(f"the paper's procedure finds one cut: got `max_reductions` {self.max_reductions}")
         if self.spectrum == "reference" and self.rhos is RHOS:
             self.rhos = REFERENCE_RHOS
         if self.base is not None:
@@ -199,7 +205,10 @@ class LaserSearch:
             KeyboardInterrupt: on Ctrl-C; :attr:`result`, and ``result.json`` in the folder, hold what there was.
         """
         self._start = time.perf_counter()
-        steps = self._prepare()
+        try:
+            steps = self._prepare()
+        except SystemExit:  # what Lightning makes of Ctrl-C
+            raise KeyboardInterrupt from None
         try:
             self._search(steps)
             self._confirm(steps)
@@ -226,8 +235,8 @@ class LaserSearch:
             raise ValueError(f"`base` and the module do not differ in any matrix of `within` {self.within!r}")
         # One small batch, and one candidate, show what is logged and whether it can be compared.
         probe = {"probe": LaserPlan([possible[0].at(self.rhos[0])])}
-        few = min(PROBE, sets.sizes["race"])
-        loader = sets.loader("race", range(few))
+        positions = probe_positions(self.module, sets, PROBE)
+        few, loader = len(positions), sets.loader("race", positions)
         lab.measure(probe, loader, ())
         papers = self.spectrum == "reference" and isinstance(self.module, LaserModule)
         loss = self.loss or ("log_loss" if papers else None)
@@ -247,7 +256,7 @@ class LaserSearch:
             rank_zero_warn(warning)
         own = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in _NOT_SETTINGS}
         found.settings = {name: plain(value) for name, value in own.items()} | {"versions": versions()}
-        found.settings |= {"objective": list(objective.keys), "loss": objective.loss}
+        found.settings |= {"objective": list(objective.keys), "loss": objective.loss, "sizes": dict(sets.sizes)}
         if self.folder is not None:
             found.settings["fingerprints"] = fingerprints(self.module, sets)
         if spectra.base is not None:
@@ -260,18 +269,19 @@ class LaserSearch:
         """Screen, race and compose; leaves the plan to confirm in the result."""
         race, *fresh = self._race_parts(steps.sets)
         base: list[Reduction] = []
-        self._base_gain = 0.0  # of the reductions in place, each as estimated when it was added
+        # Of the reductions in place, each as estimated when it was added.
+        self._base_gain, self._base_changes = 0.0, dict[str, float]()
         for number in range(1, self.max_reductions + 1):
             table, finalists = self._one_step(steps, number, base, race)
             if not finalists:
                 break
             if number == 1:
                 self._check_positive(table)
-                winner = self._choose(table, finalists)
-                gain, loss = winner.gain, winner.loss
-                if gain is None or gain.delta < 0 or (gain.delta == 0 and (loss is None or loss.delta >= 0)):
+                better = [candidate for candidate in finalists if candidate.helps]
+                if not better:
                     self.result.reason = "no candidate was better than the original in the race"
                     break
+                winner = self._choose(table, better)
             else:
                 accepted = steps.accept(number, finalists, base, fresh[number - 2], table)
                 if accepted is None:
@@ -279,6 +289,8 @@ class LaserSearch:
                 winner = accepted
             winner.status, winner.reason = "chosen", ""
             self._base_gain += winner.gain.delta if winner.gain else 0.0
+            for key, row in rows_of(steps.keys, table, str(winner.reduction)).items():
+                self._base_changes[key] = self._base_changes.get(key, 0.0) + row.delta
             base = [*base, winner.reduction]
             self.result.found = LaserPlan(base)
             self.result.reason = f"{self.result.found} was the best in the race; it is not confirmed"
@@ -337,7 +349,10 @@ class LaserSearch:
         kept = []
         for candidate in finalists:
             arm, plan = str(candidate.reduction), str(candidate.plan)
-            rows = {key: row_of(key, table, arm) for key in steps.keys}
+            rows = {
+                key: from_original(row, self._base_changes.get(key, 0.0))
+                for key, row in rows_of(steps.keys, table, arm).items()
+            }
             if fluency is not None:
                 rows[FLUENCY] = row_of(FLUENCY, fluency, plan, kind="log_ratio")
             broken = [str(bound) for bound in self._bounds if bound.key in rows and not keeps(bound, rows[bound.key])]
@@ -357,8 +372,15 @@ class LaserSearch:
         if result.found is None:
             return
         options: dict[str, Any] = {"seed": self.seed, "folder": self.folder}
-        confirm = [steps.sets.loader("confirm")]
-        result.confirmed = steps.compare("confirm", result.found, confirm, primary, controls=self.controls, **options)
+        confirm, controls = [steps.sets.loader("confirm")], self.controls
+        if controls:
+            try:
+                weights = steps.lab.spectra.base
+                random_plan(self.module, result.found, self.seed, weights.changed if weights else lambda matrix: True)
+            except ValueError as error:
+                controls = False
+                result.warnings.append(f"without controls: {error}")
+        result.confirmed = steps.compare("confirm", result.found, confirm, primary, controls=controls, **options)
         if self._bounds:
             text = steps.sets.text("guard")
             guard = [steps.sets.loader("guard")] if steps.sets.sizes.get("guard") else []
@@ -402,17 +424,17 @@ class LaserSearch:
 
     def _affordable(self, steps: Steps, step: str, ranked: list[Candidate], examples: int) -> list[Candidate]:
         """Those of the ranked candidates for which there is time."""
-        if self.minutes is None or not ranked:
+        if not ranked:
             return ranked
-        left = 60 * self.minutes - (time.perf_counter() - self._start)
+        left = math.inf if self.minutes is None else 60 * self.minutes - (time.perf_counter() - self._start)
         count, needed = steps.affordable(step, ranked, examples, FINALISTS, left / self._pass_seconds)
-        if count == 0 and step == "1":
+        if count == 0 and step == "1" and self.minutes is not None:
             raise OutOfTimeError(
                 f"`minutes` = {self.minutes} is too short: to race one candidate and confirm it takes about "
                 f"{self.minutes + (needed * self._pass_seconds - left) / 60:.1f}; give more time, or fewer examples"
             )
         if count < len(ranked):
-            note = f"only {count} of {len(ranked)} candidates raced, to keep within {self.minutes} minutes"
+            note = f"only {count} of {len(ranked)} candidates raced, to keep within the time given"
             self.result.warnings.append(note)
         return ranked[:count]
 

@@ -87,7 +87,7 @@ def search(
         minutes: race only as many candidates as fit into so much time.
         folder: keep each finished step here.
         resume: go on with the search in the folder.
-        accelerator: as in Lightning's Trainer.
+        accelerator: as in Lightning's Trainer; auto takes CUDA or the CPU.
         precision: as in Lightning's Trainer.
         seed: of the sets, the order of examples and the random control.
         output: where to write the result as JSON; the outcomes of the confirm set's examples go beside it as JSONL.

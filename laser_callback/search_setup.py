@@ -8,9 +8,11 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torch.utils import _pytree as pytree
@@ -18,6 +20,7 @@ from torch.utils import _pytree as pytree
 from laser_callback.arms import Logged
 from laser_callback.comparison import Kind, Outcomes, PairedResult, compare
 from laser_callback.constraints import Constraint
+from laser_callback.encoding import EncodedFact
 from laser_callback.examples import ORIGINAL
 from laser_callback.measure import Table
 from laser_callback.module import LaserModule
@@ -152,6 +155,28 @@ def row_of(key: str, table: Table, arm: str, kind: Kind = "mean") -> PairedResul
     """A row of an arm against the base, from measured values."""
     before, after = (Outcomes(table[name][key].values, table[name][key].weights, kind) for name in (ORIGINAL, arm))
     return compare(key, before, after)
+
+
+def probe_positions(module: pl.LightningModule, sets: ExampleSets, most: int) -> list[int]:
+    """Race examples that show what is logged: the first ones, of facts those with paraphrases."""
+    positions = range(sets.sizes["race"])
+    if isinstance(module, LaserModule):
+        data: Any = sets.loader("race").dataset
+        told = [isinstance(data[i], EncodedFact) and bool(data[i].fact.paraphrases) for i in positions]
+        return sorted(positions, key=lambda i: not told[i])[:most]
+    return list(positions[:most])
+
+
+def rows_of(keys: Iterable[str], table: Table, arm: str) -> dict[str, PairedResult]:
+    """Those of the keys of which arm and base share a unit."""
+    shared = {k: ~(torch.isnan(table[arm][k].values) | torch.isnan(table[ORIGINAL][k].values)) for k in keys}
+    return {key: row_of(key, table, arm) for key, present in shared.items() if bool(present.any())}
+
+
+def from_original(row: PairedResult, change: float) -> PairedResult:
+    """A row against a base as one against the original, from which the base has changed by ``change``."""
+    lower, upper = (None if end is None else end + change for end in (row.lower, row.upper))
+    return replace(row, original=row.original - change, delta=row.delta + change, lower=lower, upper=upper)
 
 
 def keeps(bound: Constraint, row: PairedResult) -> bool:

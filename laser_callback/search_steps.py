@@ -42,9 +42,9 @@ SCREEN_BATCHES = 5
 ARMS = 64
 """So many candidates run in one evaluation loop, and are one step of the journal."""
 
-Refine = Callable[[str, dict[str, Candidate], Table, Sequence[int], int], dict[str, Candidate]]
-"""From a step's name, the candidates in a race, their values (which it adds to), the examples that they have seen, and
-how many may go on, to those that do, the best first."""
+Refine = Callable[[str, dict[str, Candidate], Table, Sequence[Sequence[int]], int], dict[str, Candidate]]
+"""From a step's name, the candidates in a race, their values (which it adds to), the examples that they have seen in
+each rung, and how many may go on, to those that do, the best first."""
 
 Screen = Callable[[Sequence[Target], Sequence[float], DataLoader[Any]], Mapping[Reduction, Score]]
 
@@ -185,21 +185,24 @@ class Steps:
         """
         alive = {str(candidate.reduction): candidate for candidate in candidates}
         table: Table = {}
+        seen: list[Sequence[int]] = []
         begin = 0
         for number_of_rung, rung in enumerate(rungs):
-            loader = self.sets.loader("race", positions[begin : begin + rung.examples])
+            seen.append(positions[begin : begin + rung.examples])
+            loader = self.sets.loader("race", seen[-1])
             begin += rung.examples
             fresh: Table = {}
             names = list(alive)
             for chunk, first in enumerate(range(0, len(names), ARMS)):
                 reductions = [alive[name].reduction for name in names[first : first + ARMS]]
                 fresh |= self.measure(f"{step}-race-{number_of_rung}-{chunk}", "race", reductions, loader, base)
-            table = {arm: _joined(table.get(arm), fresh[arm]) for arm in fresh}
+            table = joined(table, fresh)
             ranked = order(self.objective, table, names)
             for name, candidate in alive.items():
                 candidate.examples = begin
                 candidate.gain, candidate.loss = self.objective.estimates(table, name)
-            twins = _twins(table, ranked)
+            # Right and wrong alone are often the same for models that differ.
+            twins = _twins(table, ranked) if self.objective.loss is not None else {}
             for name, twin in twins.items():
                 alive[name].status, alive[name].reason = "dropped", f"does the same as {twin}"
             ranked = [name for name in ranked if name not in twins]
@@ -211,7 +214,7 @@ class Steps:
             table = {arm: values for arm, values in table.items() if arm == ORIGINAL or arm in alive}
             self.progress.show(leaders([*alive.values()], self.objective))
             if refine is not None and number_of_rung == max(len(rungs) - 2, 0):
-                alive = refine(step, alive, table, positions[:begin], rung.keep)
+                alive = refine(step, alive, table, seen, rung.keep)
         return table, list(alive.values())
 
     def affordable(
@@ -269,8 +272,8 @@ class Steps:
         better = -1 if self.objective.loss else 1
         accepted = []
         for row in adjust(rows, None):
-            joined = {arm: _joined(table[arm], fresh[arm]) for arm in (ORIGINAL, row.metric)}
-            gain, _ = self.objective.estimates(joined, row.metric)
+            whole = joined({arm: table[arm] for arm in (ORIGINAL, row.metric)}, fresh)
+            gain, _ = self.objective.estimates(whole, row.metric)
             significant = row.p_adjusted is not None and row.p_adjusted <= ALPHA and row.delta * better > 0
             if significant and gain.delta >= 0:
                 accepted.append(row.metric)
@@ -331,8 +334,13 @@ def _twins(table: Table, ranked: Sequence[str]) -> dict[str, str]:
     return twins
 
 
-def _joined(old: dict[str, Values] | None, new: dict[str, Values]) -> dict[str, Values]:
-    return new if old is None else {key: Values.join([old[key], new[key]]) for key in new}
+def joined(seen: Table, fresh: Table) -> Table:
+    """The values of the arms of ``seen``, and then those of ``fresh``; all of ``fresh`` where nothing was seen."""
+    if not seen:
+        return fresh
+    return {
+        arm: {key: Values.join([seen[arm][key], fresh[arm][key]]) for key in seen[arm]} for arm in fresh if arm in seen
+    }
 
 
 def _to_tensors(table: Table) -> dict[str, Tensor]:

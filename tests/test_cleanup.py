@@ -436,6 +436,7 @@ def other_shape(planted: Planted) -> nn.Module:
         ({"modes": "full", "candidates": 0}, {}, ValueError, "`candidates` must be at least 1"),
         ({"modes": "full", "sizes": {"confirm": 0.5}}, {}, ValueError, "`sizes` must hold race and confirm"),
         ({"modes": "full"}, {"limit_val_batches": 0}, MisconfigurationException, "has no data to search on"),
+        ({"modes": "full", "objective": None}, {}, MisconfigurationException, "`objective` must name what to improve"),
     ],
 )
 def test_what_cannot_work_is_said_before_training(tmp_path, planted, loader, arguments, options, error, message):
@@ -443,6 +444,26 @@ def test_what_cannot_work_is_said_before_training(tmp_path, planted, loader, arg
     cleanup = LaserCleanup(**{**SEARCH, **arguments})
     with pytest.raises(error, match=message):
         fit(tmp_path, module, loader, cleanup, Trained(), **options)
+
+
+@pytest.mark.parametrize("needed", [True, False])
+def test_a_step_without_a_loss_is_told_before_training(tmp_path, planted, loader, needed):
+    class OutcomesOnly(Tuning):
+        def validation_step(self, batch: Any, batch_idx: int) -> Any:
+            return {"val_acc": super().validation_step(batch, batch_idx)["val_acc"]}
+
+    other = {} if needed else {"screen_loss": lambda module, batch: module.training_step(batch, 0)}
+    cleanup = LaserCleanup(modes="full", **{**SEARCH, "loss": None}, **other)
+    message = "the screen has no loss" if needed else "training has begun"
+    with pytest.raises((MisconfigurationException, AssertionError), match=message):
+        fit(
+            tmp_path,
+            OutcomesOnly(copy.deepcopy(planted.module.model)),
+            loader,
+            cleanup,
+            Trained(),
+            num_sanity_val_steps=1,
+        )
 
 
 def test_several_validation_loaders_need_a_choice(tmp_path, planted, loader):

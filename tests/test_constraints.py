@@ -132,6 +132,8 @@ def test_a_gain_that_is_only_a_shift_of_what_is_said_is_undecided():
         "no gain is shown outside of the answers said most",
     )
     assert Gain("accuracy").judge(gained).verdict == "pass"
+    other = compare("choice_accuracy", Outcomes.of(right[0]), Outcomes.of(right[1] | (torch.arange(50) % 2 == 0)))
+    assert Gain("choice_accuracy").judge(other, shift).verdict == "pass", "what is said first tells nothing of it"
     assert judge_all([Gain("accuracy")], [gained], shift) == [judged]
 
 

@@ -44,11 +44,14 @@ def test_the_leading_matrices_find_their_best_rhos_and_the_others_stay():
         candidate.examples = EXAMPLES
     calls: list[list[str]] = []
 
-    def measure(name: str, phase: str, reductions: list[Reduction], *_: Any) -> Table:
-        calls.append([str(reduction) for reduction in reductions])
-        return {ORIGINAL: base} | {str(reduction): outcome(reduction) for reduction in reductions}
+    def measure(name: str, phase: str, reductions: list[Reduction], positions: range, *_: Any) -> Table:
+        if positions.start == 0:
+            calls.append([str(reduction) for reduction in reductions])
+        whole = {ORIGINAL: base} | {str(reduction): outcome(reduction) for reduction in reductions}
+        part = slice(positions.start, positions.stop)
+        return {a: {k: Values(v.values[part], v.weights[part]) for k, v in row.items()} for a, row in whole.items()}
 
-    sets = cast("Any", SimpleNamespace(loader=lambda *_: None))
+    sets = cast("Any", SimpleNamespace(loader=lambda name, positions: positions))
     lab = cast("Any", SimpleNamespace(alters=lambda candidate: True))
     none = cast("Any", None)
     steps = Steps(lab, sets, none, none, Objective(("right",), (1,), "loss"), ("right", "loss"))
@@ -57,7 +60,7 @@ def test_the_leading_matrices_find_their_best_rhos_and_the_others_stay():
     found = [Target((matrix,), {"layer": int(place[0]), "matrix": place[2:]}) for place in BEST]
     added: list[Candidate] = []
     refine = Refinement(steps, found, list(grid.values()), added, RHOS, [])
-    kept = refine("1", alive, table, range(EXAMPLES), keep=6)
+    kept = refine("1", alive, table, [range(80), range(80, EXAMPLES)], keep=6)
 
     first, second = calls
     assert {name.split("@")[0] for name in first} == {"0.q_proj", "1.fc_in", "2.fc_in"}

@@ -412,6 +412,7 @@ def test_what_cannot_work_is_said_before_the_work(recall, options, message):
         ({"rhos": (0.5, 2)}, r"`rhos` must be numbers in \[0, 1\]"),
         ({"screen": "magic"}, "`screen` must be one of gradient, "),
         ({"method": "fast"}, "`method` must be one of screened, exhaustive"),
+        ({"spectrum": "reference", "max_reductions": 2}, "the paper's procedure finds one cut"),
         ({"resume": True}, "`resume` needs the `folder`"),
         ({"constraints": ["val_acc better"]}, "a constraint is"),
         ({"within": "*.fc_in@0.1"}, "without rho"),
