@@ -25,6 +25,7 @@ from typing_extensions import override
 from laser_callback import arms
 from laser_callback.callback import LaserCallback, accelerator_of
 from laser_callback.candidates import Candidate
+from laser_callback.comparison import Kind, Outcomes
 from laser_callback.examples import ORIGINAL, PairedExamples
 from laser_callback.matrices import find_matrices, layer_stacks
 from laser_callback.plan import LaserPlan
@@ -44,17 +45,27 @@ class Values:
 
     Attributes:
         values: (n,) float64, NaN where a unit has none.
-        weights: (n,) float64; examples in a batch where batches are the units, else ones.
+        weights: (n,) float64; examples in a batch where batches are the units, tokens of a perplexity, else ones.
+        kind: as of :class:`~laser_callback.comparison.Outcomes`; right or wrong is a mean here.
     """
 
     values: Tensor
     weights: Tensor
+    kind: Kind = "mean"
+
+    @classmethod
+    def of(cls, outcomes: Outcomes) -> Values:
+        """The same as float64, with weights."""
+        values, weights = outcomes.values.double(), outcomes.weights
+        kind: Kind = "mean" if outcomes.kind == "binary" else outcomes.kind
+        return cls(values, torch.ones(len(values)).double() if weights is None else weights.double(), kind)
 
     @classmethod
     def join(cls, parts: Iterable[Values]) -> Values:
         """The units of several measurements, one after the other."""
         parts = list(parts)
-        return cls(torch.cat([part.values for part in parts]), torch.cat([part.weights for part in parts]))
+        values, weights = (torch.cat([getattr(part, name) for part in parts]) for name in ("values", "weights"))
+        return cls(values, weights, parts[0].kind)
 
 
 Table = dict[str, dict[str, Values]]
@@ -141,7 +152,7 @@ class Lab:
             if key not in present:  # of these examples none has it, such as paraphrases
                 none = table[ORIGINAL][present[0]]
                 for of_arm in table.values():
-                    of_arm[key] = Values(torch.full_like(none.values, math.nan), none.weights)
+                    of_arm[key] = replace(none, values=torch.full_like(none.values, math.nan))
         return table
 
     def compare(
@@ -250,10 +261,7 @@ class _Measure(_WithSpectra):
         pair = self._examples.values(arm, key, self._original[key])
         if pair is None or len(pair[0].values) != len(own[0].values):  # the cut has broken the model
             pair = own[0], replace(own[0], values=torch.full_like(own[0].values, math.nan))
-        before, after = (
-            Values(o.values.double(), torch.ones(len(o.values)).double() if o.weights is None else o.weights.double())
-            for o in pair
-        )
+        before, after = map(Values.of, pair)
         present = before.values[~torch.isnan(before.values)]
         if not len(present) or not bool(torch.isfinite(present).all()):
             raise ValueError(f"{key!r} is not finite for the model as it is: nothing can be compared with that")

@@ -354,7 +354,7 @@ class LaserSearch:
                 for key, row in rows_of(steps.keys, table, arm).items()
             }
             if fluency is not None:
-                rows[FLUENCY] = row_of(FLUENCY, fluency, plan, kind="log_ratio")
+                rows[FLUENCY] = row_of(FLUENCY, fluency, plan)
             broken = [str(bound) for bound in self._bounds if bound.key in rows and not keeps(bound, rows[bound.key])]
             if broken:
                 candidate.status, candidate.reason = "rejected", f"breaks {', '.join(broken)} on the race examples"

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from laser_callback.arms import Logged
-from laser_callback.comparison import Kind, Outcomes, PairedResult, compare
+from laser_callback.comparison import Outcomes, PairedResult, compare
 from laser_callback.constraints import Constraint
 from laser_callback.encoding import EncodedFact
 from laser_callback.examples import ORIGINAL
@@ -151,10 +151,10 @@ def _names(logged: Mapping[str, Logged]) -> str:
     return ", ".join(logged) or "nothing"
 
 
-def row_of(key: str, table: Table, arm: str, kind: Kind = "mean") -> PairedResult:
+def row_of(key: str, table: Table, arm: str) -> PairedResult:
     """A row of an arm against the base, from measured values."""
-    before, after = (Outcomes(table[name][key].values, table[name][key].weights, kind) for name in (ORIGINAL, arm))
-    return compare(key, before, after)
+    pair = (table[name][key] for name in (ORIGINAL, arm))
+    return compare(key, *(Outcomes(values.values, values.weights, values.kind) for values in pair))
 
 
 def probe_positions(module: pl.LightningModule, sets: ExampleSets, most: int) -> list[int]:

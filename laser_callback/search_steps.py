@@ -138,11 +138,11 @@ class Steps:
 
         def compute() -> Step:
             table = self.lab.measure(plans, loader, self.keys, base)
-            return {"arms": list(table)}, _to_tensors(table)
+            return _to_step(table)
 
         what = what or f"{phase}: {len(plans)} candidates on {examples} examples"
         data, tensors = self.timed(name, phase, what, compute, examples * (1 + len(plans)), whole)
-        return _to_table(data["arms"], tensors)
+        return _to_table(data, tensors)
 
     def fluency(self, step: str, plans: Sequence[LaserPlan], loader: DataLoader[Any]) -> Table:
         """Perplexity of the original and of each whole plan, by its text, on a few windows of running text."""
@@ -155,11 +155,11 @@ class Steps:
 
         def compute() -> Step:
             table = self.lab.measure(by_name, loader, (FLUENCY,))
-            return {"arms": list(table)}, _to_tensors(table)
+            return _to_step(table)
 
         what = f"fluency: {len(plans)} finalists on {len(few)} windows of text"
         data, tensors = self.timed(f"{step}-fluency", "fluency", what, compute, len(few) * (1 + len(plans)), whole)
-        return _to_table(data["arms"], tensors)
+        return _to_table(data, tensors)
 
     def race(
         self,
@@ -343,17 +343,20 @@ def joined(seen: Table, fresh: Table) -> Table:
     }
 
 
-def _to_tensors(table: Table) -> dict[str, Tensor]:
-    keys = list(next(iter(table.values())))
+def _to_step(table: Table) -> Step:
+    first = next(iter(table.values()))
+    keys = list(first)
     tensors = {f"values/{key}": torch.stack([arm[key].values for arm in table.values()]) for key in keys}
-    return tensors | {f"weights/{key}": torch.stack([arm[key].weights for arm in table.values()]) for key in keys}
+    data = {"arms": list(table), "kinds": {key: first[key].kind for key in keys}}
+    return data, tensors | {f"weights/{key}": torch.stack([arm[key].weights for arm in table.values()]) for key in keys}
 
 
-def _to_table(arms: Sequence[str], tensors: dict[str, Tensor]) -> Table:
-    keys = [name.removeprefix("values/") for name in tensors if name.startswith("values/")]
+def _to_table(data: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Table:
     return {
-        arm: {key: Values(tensors[f"values/{key}"][i], tensors[f"weights/{key}"][i]) for key in keys}
-        for i, arm in enumerate(arms)
+        arm: {
+            k: Values(tensors[f"values/{k}"][i], tensors[f"weights/{k}"][i], kind) for k, kind in data["kinds"].items()
+        }
+        for i, arm in enumerate(data["arms"])
     }
 
 

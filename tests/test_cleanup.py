@@ -468,8 +468,8 @@ def test_a_step_without_a_loss_is_told_before_training(tmp_path, planted, loader
 
 def test_several_validation_loaders_need_a_choice(tmp_path, planted, loader):
     class Two(Tuning):
-        def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
-            super().validation_step(batch, batch_idx)
+        def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
+            return super().validation_step(batch, batch_idx)
 
     options = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
     trainer = pl.Trainer(default_root_dir=tmp_path, callbacks=[LaserCleanup(modes="full", **SEARCH)], **options)

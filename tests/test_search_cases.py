@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -13,8 +15,10 @@ from tiny import tiny_causal_lm, tiny_tokenizer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from laser_callback import FactsDataModule, LaserModule, LaserSearch
+from laser_callback import FactsDataModule, LaserModule, LaserSearch, reduced
 from laser_callback.candidates import Candidate, Estimate, targets
+from laser_callback.comparison import Outcomes
+from laser_callback.constraints import Constraint
 from laser_callback.examples import ORIGINAL
 from laser_callback.measure import Lab, Table, Values
 from laser_callback.plan import LaserPlan
@@ -22,7 +26,7 @@ from laser_callback.progress import PhaseProgress
 from laser_callback.race import Objective, Rung
 from laser_callback.reduction import Reduction
 from laser_callback.search_setup import from_original, row_of, rows_of
-from laser_callback.search_steps import Steps
+from laser_callback.search_steps import Steps, _to_step, _to_table, joined
 from laser_callback.spectra import Spectra
 
 __all__ = ["own_cache", "planted", "recall"]  # fixtures
@@ -162,3 +166,38 @@ def test_a_single_matrix_of_no_kind_in_a_layer_is_a_target_by_its_name():
     found = targets(model, "/.*odd/")
     assert len(found) == len(model.model.layers)
     assert all(str(target.at(0.5)).startswith("/") for target in found)
+
+
+class Text(pl.LightningModule):
+    """Returns what a perplexity is made of: nats per token, and tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.project = nn.Linear(8, 8, bias=False)
+
+    def validation_step(self, batch: Any, batch_idx: int) -> dict[str, Outcomes]:
+        nll, tokens = self.project(batch[0]).square().mean(1), batch[1]
+        self.log("ppl", (nll * tokens).sum().div(tokens.sum()).exp())
+        return {"ppl": Outcomes(nll, tokens, "log_ratio")}
+
+
+def test_a_perplexity_is_compared_as_a_ratio_in_the_race_too():
+    data, tokens = torch.randn(12, 8), torch.arange(1.0, 13.0)
+    module, plan = Text(), LaserPlan.parse("/project/@0.25")
+    table = Lab(module, Spectra(), "cpu").measure({"cut": plan}, DataLoader(TensorDataset(data, tokens), 5), ["ppl"])
+
+    def part(where: slice) -> Table:
+        return {
+            arm: {"ppl": replace(row["ppl"], values=row["ppl"].values[where], weights=row["ppl"].weights[where])}
+            for arm, row in table.items()
+        }
+
+    row = row_of("ppl", _to_table(*_to_step(joined(part(slice(5)), part(slice(5, None))))), "cut")
+    before = module.project(data).square().mean(1)
+    with reduced(module, plan):
+        after = module.project(data).square().mean(1)
+    nats = [float((nll * tokens).sum() / tokens.sum()) for nll in (before, after)]
+    assert row.kind == "log_ratio"
+    assert (row.original, row.reduced) == pytest.approx(tuple(map(math.exp, nats)), rel=1e-5)
+    bound = Constraint.parse("ppl <= +5 %")
+    assert bound.judge(row).change == pytest.approx(math.exp(nats[1] - nats[0]) - 1, rel=1e-4)
