@@ -19,6 +19,9 @@ from laser_callback.search_steps import Steps, joined
 REFINED = 3
 """So many matrices, those of the best candidates, try other rhos."""
 
+NEAR = 20
+"""About so many candidates that makes: four each at first, then some from where that led."""
+
 
 @dataclass
 class Refinement:

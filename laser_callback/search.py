@@ -42,7 +42,7 @@ from laser_callback.progress import PhaseProgress
 from laser_callback.provenance import versions
 from laser_callback.race import Rung, choose, schedule
 from laser_callback.reduction import Reduction
-from laser_callback.refine import Refinement
+from laser_callback.refine import NEAR, Refinement
 from laser_callback.screen import LossFn
 from laser_callback.screen_alternatives import SCREENS
 from laser_callback.search_result import SearchResult, Trade, decide, mark_efficient
@@ -427,7 +427,8 @@ class LaserSearch:
         if not ranked:
             return ranked
         left = math.inf if self.minutes is None else 60 * self.minutes - (time.perf_counter() - self._start)
-        count, needed = steps.affordable(step, ranked, examples, FINALISTS, left / self._pass_seconds)
+        near = NEAR if self.spectrum == "exact" else 0
+        count, needed = steps.affordable(step, ranked, examples, FINALISTS, left / self._pass_seconds, near)
         if count == 0 and step == "1" and self.minutes is not None:
             raise OutOfTimeError(
                 f"`minutes` = {self.minutes} is too short: to race one candidate and confirm it takes about "

@@ -218,7 +218,7 @@ class Steps:
         return table, list(alive.values())
 
     def affordable(
-        self, step: str, ranked: Sequence[Candidate], examples: int, finalists: int, passes: float
+        self, step: str, ranked: Sequence[Candidate], examples: int, finalists: int, passes: float, near: int
     ) -> tuple[int, float]:
         """How many of the ranked candidates can race and the winner be confirmed, and the passes that takes.
 
@@ -228,6 +228,7 @@ class Steps:
             examples: race examples.
             finalists: candidates that see all of them.
             passes: of one example through the whole model, for which there is time.
+            near: candidates that enter ahead of the last rung, about.
         """
         needed = math.inf
 
@@ -236,6 +237,7 @@ class Steps:
             for many in range(len(ranked), 0, -1):
                 share = sum(self.lab.share(c.plan) for c in ranked[:many]) / many
                 needed, alive = 4.0 * self.sets.sizes["confirm"], many  # the original, the plan and its two controls
+                needed += near * share * examples / 2
                 for rung in schedule(examples, many, finalists):
                     needed += rung.examples * (1 + share * alive)
                     alive = rung.keep

@@ -20,6 +20,7 @@ from laser_callback.candidates import Candidate, Estimate, targets
 from laser_callback.comparison import Outcomes
 from laser_callback.constraints import Constraint
 from laser_callback.examples import ORIGINAL
+from laser_callback.journal import Journal
 from laser_callback.measure import Lab, Table, Values
 from laser_callback.plan import LaserPlan
 from laser_callback.progress import PhaseProgress
@@ -125,6 +126,19 @@ def test_a_search_goes_on_with_as_many_candidates_as_it_began_with(recall, tmp_p
     again = LaserSearch(module, loader, **SEARCH, folder=folder, controls=False, resume=True, minutes=1e-6).run()
     assert again.found == first.found
     assert [c.to_dict() for c in again.candidates] == [c.to_dict() for c in first.candidates]
+
+
+def test_what_enters_late_is_in_the_budget():
+    lab = cast("Any", SimpleNamespace(share=lambda plan: 0.5))
+    sets = cast("Any", SimpleNamespace(sizes={"confirm": 100}))
+    none = cast("Any", None)
+    steps = Steps(lab, sets, Journal(None, {}), none, Objective(("right",), (1,)), ("right",))
+    ranked = [Candidate(r := Reduction.parse(f"{i}.fc_in@0.1"), i, "fc_in", r.rho) for i in range(12)]
+    count, alone = steps.affordable("1", ranked, 200, 6, math.inf, 0)
+    _, with_others = steps.affordable("1", ranked, 200, 6, math.inf, 20)
+    assert count == 12
+    assert with_others - alone == 20 * 0.5 * 200 / 2
+    assert steps.affordable("1", ranked, 200, 6, alone, 20)[0] < 12
 
 
 def test_controls_that_cannot_be_drawn_are_left_out_and_said(recall, monkeypatch):
