@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from importlib import import_module
 from pathlib import Path
 
 from docutils import nodes
@@ -18,8 +19,10 @@ sys.path[:0] = [str(HERE), str(HERE.parent)]
 import notebook  # noqa: E402 - beside this file
 
 import laser_callback  # noqa: E402
-from laser_callback.cli import COMMANDS, READ_THEIR_OWN_ARGUMENTS, function_of  # noqa: E402
-from laser_callback.command import parser_of  # noqa: E402
+from laser_callback.cli.command import parser_of  # noqa: E402
+from laser_callback.cli.commands import COMMANDS, READ_THEIR_OWN_ARGUMENTS, function_of  # noqa: E402
+
+ROOMS = [path.parent.name for path in (HERE.parent / "laser_callback").glob("*/__init__.pyi")]
 
 project = "laser_callback"
 version = release = laser_callback.__version__
@@ -43,7 +46,8 @@ add_module_names = False
 
 # Whatever is not ours is not linked: a build must not need the internet. Links to our own names are checked.
 nitpick_ignore_regex = [(r"py:.*", r"(?!laser_callback).*")]
-nitpick_ignore = [("py:class", "laser_callback.comparison.Row")]  # a type variable
+nitpick_ignore = [("py:class", "laser_callback.stats.paired.Row")]  # a type variable
+ROOM_OF = {name: room for room in ROOMS for name in import_module(f"laser_callback.{room}").__all__}
 
 (HERE / "_build").mkdir(exist_ok=True)
 notebook.write_notebook(HERE / "_build" / "notebook" / "tutorial.ipynb")
@@ -74,13 +78,12 @@ class Commands(Directive):
 def link_public_names(
     app: Sphinx, env: BuildEnvironment, node: pending_xref, contnode: nodes.Element
 ) -> nodes.Node | None:
-    """Link a name that ``laser_callback`` exports, whichever module a docstring finds it in."""
-    name = node.get("reftarget", "").rsplit(".", 1)[-1]
-    if node.get("refdomain") != "py" or name not in laser_callback.__all__:
+    """Link a public name to the room that exports it, whichever module a docstring finds it in."""
+    name = node.get("reftarget", "").removeprefix("laser_callback.").rsplit(".", 1)[-1]
+    if node.get("refdomain") != "py" or name not in ROOM_OF:
         return None
-    domain = env.domains["py"]
-    target = f"laser_callback.{name}"
-    return domain.resolve_xref(env, node["refdoc"], app.builder, "obj", target, node, contnode)
+    target = f"laser_callback.{ROOM_OF[name]}.{name}"
+    return env.domains["py"].resolve_xref(env, node["refdoc"], app.builder, "obj", target, node, contnode)
 
 
 def setup(app: Sphinx) -> None:

@@ -7,8 +7,8 @@ from pathlib import Path
 from transformers import AutoModelForCausalLM
 
 from laser_callback import LaserPlan
-from laser_callback.demo_model import demo_model_folder
-from laser_callback.spectrum import Spectrum
+from laser_callback.data import demo_model_folder
+from laser_callback.spectra import Spectrum
 
 REDUCTION = "11.q_proj@0.05"
 WIDTH, HEIGHT = 560, 500

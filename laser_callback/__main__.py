@@ -2,6 +2,6 @@
 
 import sys
 
-from laser_callback.cli import main
+from laser_callback.cli.commands import main
 
 sys.exit(main())

@@ -21,14 +21,10 @@ from rich.console import Console
 from rich.table import Table
 
 from laser_callback import FactsDataModule, LaserCallback, LaserCleanup, LaserModule
-from laser_callback.comparison import PairedResult
-from laser_callback.demo_model import demo_model_folder
-from laser_callback.facts import Fact, split_facts
-from laser_callback.gates import Gates
-from laser_callback.merging import merged
-from laser_callback.progress import quiet_libraries
-from laser_callback.sets import ExampleSets
-from laser_callback.worldfacts import world_facts
+from laser_callback.data import ExampleSets, Fact, demo_model_folder, split_facts, world_facts
+from laser_callback.shipping import Gates
+from laser_callback.stats import PairedResult
+from laser_callback.support import merged, quiet_libraries
 
 KEY = "first_token_accuracy"
 QUIET: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "enable_model_summary": False, "devices": 1}

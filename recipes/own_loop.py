@@ -17,8 +17,8 @@ from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from laser_callback import Outcomes, reduced
-from laser_callback.comparison import adjust, compare
-from laser_callback.facts import Fact, read_facts
+from laser_callback.data import Fact, read_facts
+from laser_callback.stats import adjust, compare
 
 
 def main(

@@ -10,12 +10,12 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from laser_callback import LaserCallback, reduced
-from laser_callback.candidates import Candidate, Estimate
-from laser_callback.constraints import Judgement
-from laser_callback.plan import LaserPlan
-from laser_callback.reduction import Reduction
-from laser_callback.result import LaserResult
-from laser_callback.search_result import Phase, SearchResult, Trade
+from laser_callback.plans.plan import LaserPlan
+from laser_callback.plans.reduction import Reduction
+from laser_callback.results.candidates import Candidate, Estimate
+from laser_callback.results.comparison import LaserResult
+from laser_callback.results.search import Phase, SearchResult, Trade
+from laser_callback.stats.constraints import Judgement
 
 PLAN = "1.mlp@0.1, 0.q_proj@0.25"
 LABELS = ["</script>", "<b>", "$x^2$ & more", "الرياض", " ", "'\"`"]

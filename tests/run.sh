@@ -5,6 +5,7 @@ set -euo pipefail
 ruff format --check .
 ruff check .
 mypy
+lint-imports --no-logo --no-cache
 # One thread per worker: with more, the workers' thread pools wait for each other.
 OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 python -m pytest --numprocesses 2 "$@"
 python -m sphinx --fail-on-warning --keep-going --nitpicky --quiet docs docs/_build/html

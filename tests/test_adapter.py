@@ -10,11 +10,11 @@ from test_recipe import gpt2, same, weights
 from tiny import tiny_causal_lm
 from torch import nn
 
-from laser_callback.adapter import difference_of, save_adapter
-from laser_callback.export import save_reduced
-from laser_callback.plan import LaserPlan
-from laser_callback.spectra import Spectra
-from laser_callback.surgery import reduced
+from laser_callback.plans.plan import LaserPlan
+from laser_callback.shipping.adapter import difference_of, save_adapter
+from laser_callback.shipping.export import save_reduced
+from laser_callback.spectra.store import Spectra
+from laser_callback.surgery.swap import reduced
 
 IDS = torch.tensor([[3, 4, 5, 6, 7, 8]])
 

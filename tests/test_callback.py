@@ -40,7 +40,7 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionM
 from torchmetrics.wrappers import ClasswiseWrapper
 
 from laser_callback import LaserCallback, LaserPlan, reduced
-from laser_callback.report import plain
+from laser_callback.reports.terminal import plain
 
 torch.set_num_threads(1)
 PLAN = "1.mlp@0.1"

@@ -7,7 +7,9 @@ from tiny import tiny_causal_lm
 from transformers import MixtralConfig, MixtralForCausalLM, T5Config, T5ForConditionalGeneration
 
 from laser_callback import LaserPlan, Reduction, find_matrices
-from laser_callback.candidates import Candidate, grid, neighbours, partners, shortlist, targets
+from laser_callback.plans.targets import targets
+from laser_callback.results.candidates import Candidate
+from laser_callback.search.candidates import grid, neighbours, partners, shortlist
 
 
 def t5():

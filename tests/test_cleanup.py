@@ -22,14 +22,14 @@ from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics import MeanMetric
 
 from laser_callback import FactsDataModule, LaserModule, LaserPlan, LaserSearch, find_matrices
-from laser_callback.cleanup import LaserCleanup
-from laser_callback.cleanup_result import CleanupResult
-from laser_callback.comparison import PairedResult
-from laser_callback.examples import PairedExamples
-from laser_callback.first_rank import on_first_rank, share_weights, waiting_group
-from laser_callback.gates import Gates
-from laser_callback.result import ArmResult, LaserResult
-from laser_callback.search_result import SearchResult
+from laser_callback.results.cleanup import CleanupResult
+from laser_callback.results.comparison import ArmResult, LaserResult
+from laser_callback.results.examples import PairedExamples
+from laser_callback.results.search import SearchResult
+from laser_callback.shipping.cleanup import LaserCleanup
+from laser_callback.shipping.gates import Gates
+from laser_callback.stats.paired import PairedResult
+from laser_callback.support.processes import on_first_rank, share_weights, waiting_group
 
 peft = pytest.importorskip("peft")
 SEARCH = {"objective": "val_acc", "direction": "max", "loss": "val_loss", "candidates": 16, "report": False}
@@ -181,7 +181,7 @@ def test_the_best_weights_are_cleaned_and_not_the_last(tmp_path, planted, loader
 
         def on_train_epoch_start(self, trainer, pl_module):
             if trainer.current_epoch == 1:
-                pl_module.model.lm_head.weight.data.zero_()
+                pl_module.model.lm_head.weight.data.mul_(1e-3)  # the answers stay, so there is still something to clean
 
     for weights in ("best", "last"):
         module = Tuning(copy.deepcopy(planted.module.model))
@@ -190,16 +190,16 @@ def test_the_best_weights_are_cleaned_and_not_the_last(tmp_path, planted, loader
         saved = checkpoint(tmp_path / weights, filename="{epoch}")
         fit(tmp_path, module, loader, Spoil(), saved, cleanup, watch)
         assert set(watch.seen.values()) == {True}, watch.seen
-        assert module.model.lm_head.weight.abs().max() < 1e-6  # in memory are the last ones
+        assert module.model.lm_head.weight.abs().max() < 0.01  # in memory are the last ones
         if weights == "best":
             assert cleanup.result.checkpoint.name == "epoch=0.cleaned.ckpt"
             content = torch.load(cleanup.result.checkpoint, weights_only=True)
             assert content["epoch"] == 0
-            assert content["state_dict"]["model.lm_head.weight"].any()
+            assert content["state_dict"]["model.lm_head.weight"].abs().max() > 0.1
         else:
             assert cleanup.result.source == "last"
             content = torch.load(cleanup.result.checkpoint, weights_only=True)
-            assert content["state_dict"]["model.lm_head.weight"].abs().max() < 1e-6
+            assert content["state_dict"]["model.lm_head.weight"].abs().max() < 0.01
 
 
 def test_a_healthy_model_is_kept(tmp_path, planted, loader):

@@ -15,9 +15,9 @@ import torch
 import yaml
 from tiny import save_deep_lm
 
-from laser_callback import cli
-from laser_callback.cli import COMMANDS, main
-from laser_callback.command import Answer, Exit, call, finite, parser_of, run
+from laser_callback.cli import commands as cli
+from laser_callback.cli.command import Answer, Exit, call, finite, parser_of, run
+from laser_callback.cli.commands import COMMANDS, main
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +54,7 @@ def greet(name: str, /, times: int = 1, fail: str | None = None) -> Answer:
 @pytest.fixture
 def greet_command(monkeypatch):
     monkeypatch.setitem(COMMANDS, "greet", (__name__, "say hello"))
-    monkeypatch.setattr(sys.modules["laser_callback.cli"], "function_of", lambda name: greet)
+    monkeypatch.setattr(sys.modules["laser_callback.cli.commands"], "function_of", lambda name: greet)
 
 
 def test_options_come_from_the_signature_and_the_code_from_the_answer(greet_command, capsys, tmp_path):
@@ -142,7 +142,9 @@ def test_unknown_commands_and_groups(capsys):
 
 
 def test_help_is_quick_and_without_torch():
-    code = "import sys; from laser_callback.cli import main; main(['--help']); assert 'torch' not in sys.modules"
+    code = (
+        "import sys; from laser_callback.cli.commands import main; main(['--help']); assert 'torch' not in sys.modules"
+    )
     begin = time.perf_counter()
     shown = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
     assert time.perf_counter() - begin < 2  # half a second on an idle machine; torch alone takes longer than this

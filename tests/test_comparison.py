@@ -15,8 +15,8 @@ import pytest
 import torch
 from scipy import optimize, stats
 
-from laser_callback.comparison import Outcomes, PairedResult, adjust, compare, not_tested
-from laser_callback.priors import MacroAccuracy, prior_checks
+from laser_callback.stats.paired import Outcomes, PairedResult, adjust, compare, not_tested
+from laser_callback.stats.priors import MacroAccuracy, prior_checks
 
 NAN = float("nan")
 

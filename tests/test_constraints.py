@@ -12,10 +12,10 @@ import pytest
 import torch
 from scipy import stats
 
-from laser_callback.comparison import Outcomes, compare, not_tested
-from laser_callback.constraints import ENOUGH_UNCHANGED, Constraint, Gain, judge_all, parse_gate
-from laser_callback.power import detectable_gain, exact_power, examples_needed
-from laser_callback.priors import prior_checks
+from laser_callback.stats.constraints import ENOUGH_UNCHANGED, Constraint, Gain, judge_all, parse_gate
+from laser_callback.stats.paired import Outcomes, compare, not_tested
+from laser_callback.stats.power import detectable_gain, exact_power, examples_needed
+from laser_callback.stats.priors import prior_checks
 
 
 def pair(n: int, shift: float, spread: float, seed: int = 0, mean: float = 3.0) -> tuple[np.ndarray, np.ndarray]:

@@ -10,11 +10,11 @@ from lightning.pytorch import LightningModule, Trainer
 from tiny import SENTENCES, tiny_causal_lm, tiny_tokenizer
 from tokenizers import normalizers
 
-from laser_callback.data import FactsDataModule, TextWindows
-from laser_callback.encoding import FactCollator, encode_facts
-from laser_callback.facts import Fact
-from laser_callback.row_scores import AnswerScores, Role, score_rows
-from laser_callback.scoring import METRICS
+from laser_callback.data.datamodule import FactsDataModule, TextWindows
+from laser_callback.data.encoding import FactCollator, encode_facts
+from laser_callback.data.facts import Fact
+from laser_callback.data.row_scores import AnswerScores, Role, score_rows
+from laser_callback.data.scoring import METRICS
 
 FACTS = [
     Fact("fr", "The capital of France is", "Paris", ("France's capital city is", "The city is"), ("Rome", "Paris")),

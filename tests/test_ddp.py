@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 
 from laser_callback import LaserCallback, reduced
-from laser_callback.result import LaserResult
+from laser_callback.results.comparison import LaserResult
 
 N = 9  # odd: DistributedSampler repeats one example on the second rank
 PARITY = 1e-6

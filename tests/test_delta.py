@@ -22,21 +22,21 @@ from torch.utils.data import DataLoader, TensorDataset
 from laser_callback import (
     LaserCallback,
     LaserModule,
-    LaserPlan,
     LaserSearch,
     find_matrices,
     reduced,
     restore,
     save_reduced,
 )
-from laser_callback.candidates import targets
-from laser_callback.cli import main
-from laser_callback.delta import BaseWeights
-from laser_callback.matrices import WeightMatrix
-from laser_callback.merging import merged, put_effective
-from laser_callback.reduction import Reduction
-from laser_callback.screen import GradientScreen
-from laser_callback.spectra import Spectra
+from laser_callback.cli.commands import main
+from laser_callback.plans.matrices import WeightMatrix
+from laser_callback.plans.reduction import Reduction
+from laser_callback.plans.targets import targets
+from laser_callback.search.screen import GradientScreen
+from laser_callback.spectra.delta import BaseWeights
+from laser_callback.spectra.store import Spectra
+from laser_callback.support.merging import merged, put_effective
+from laser_callback.surgery.recipe import Recipe, apply
 
 peft = pytest.importorskip("peft")
 torch.set_num_threads(1)
@@ -391,14 +391,14 @@ def test_a_recipe_of_delta_mode_needs_its_base_and_can_be_undone(tmp_path):
     spectra = Spectra(base=BaseWeights(base, model))
     save_reduced(model, "1.fc_in@0.1", tmp_path / "laser.json", "recipe", spectra=spectra)
     save_reduced(model, "1.fc_in@0.1", tmp_path / "undo.safetensors", "undo", spectra=spectra)
-    recipe = LaserPlan.from_file(tmp_path / "laser.json")
+    recipe = Recipe.from_file(tmp_path / "laser.json")
     with pytest.raises(ValueError, match="cuts the difference to the base"):
-        recipe.apply(model)
+        apply(model, recipe)
     with pytest.raises(ValueError, match="cuts the difference to the base"):
-        recipe.apply(model, spectra=Spectra(base=BaseWeights(tuned(base, seed=9), model)))
+        apply(model, recipe, spectra=Spectra(base=BaseWeights(tuned(base, seed=9), model)))
     assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
 
-    recipe.apply(model, spectra=spectra)
+    apply(model, recipe, spectra=spectra)
     matrix = matrix_of(model, 1, "fc_in")
     cut = expected(before[matrix.parameter_names[0]], dict(base.named_parameters())[matrix.parameter_names[0]], 3)
     assert torch.allclose(matrix.parameter.double(), cut, atol=1e-6)

@@ -8,8 +8,8 @@ from importlib.util import find_spec
 import pytest
 from tiny import tiny_causal_lm, tiny_tokenizer
 
-from laser_callback.cli import main
-from laser_callback.command import Exit
+from laser_callback.cli.command import Exit
+from laser_callback.cli.commands import main
 
 
 def test_own_model_and_facts(tmp_path, capsys):

@@ -18,10 +18,10 @@ from test_readme import HUB_NAME, Classifier
 from tiny import save_deep_lm
 from torch.utils.data import DataLoader
 
-from laser_callback.cli import main
-from laser_callback.facts import Fact
-from laser_callback.probes import Probe
-from laser_callback.tasks import TASKS
+from laser_callback.cli.commands import main
+from laser_callback.data.facts import Fact
+from laser_callback.data.probes import Probe
+from laser_callback.data.tasks import TASKS
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"

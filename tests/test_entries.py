@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from laser_callback import LaserPlan, reduced
-from laser_callback.entries import reduce_entries
-from laser_callback.reduction import Reduction
-from laser_callback.spectra import Spectra
+from laser_callback.plans.reduction import Reduction
+from laser_callback.spectra.entries import reduce_entries
+from laser_callback.spectra.store import Spectra
 
 
 def noise(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:

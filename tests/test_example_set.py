@@ -10,8 +10,8 @@ from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, SequentialSampler, Subset, SubsetRandomSampler
 
-from laser_callback.example_set import taken_apart
-from laser_callback.sets import ExampleSets
+from laser_callback.data.example_set import taken_apart
+from laser_callback.data.sets import ExampleSets
 
 
 class Numbers(torch.utils.data.Dataset):

@@ -15,12 +15,11 @@ from rich.console import Console
 from scipy import stats
 from torch import Tensor
 
-from laser_callback.arms import Logged
-from laser_callback.comparison import Outcomes, PairedResult, compare
-from laser_callback.examples import ORIGINAL, PairedExamples, example_count
-from laser_callback.report import plain, print_report, quoted
-from laser_callback.result import ArmResult, LaserResult, adjust_together
-from laser_callback.row_text import delta_text, interval_text
+from laser_callback.reports.row_text import delta_text, interval_text
+from laser_callback.reports.terminal import plain, print_report, quoted
+from laser_callback.results.comparison import ArmResult, LaserResult, adjust_together
+from laser_callback.results.examples import ORIGINAL, Logged, PairedExamples, example_count
+from laser_callback.stats.paired import Outcomes, PairedResult, compare
 
 
 def log(value: float, name: str, dataloader_idx: int | None = None, better: bool | None = None) -> Logged:

@@ -17,16 +17,16 @@ from tiny import tiny_causal_lm, tiny_tokenizer
 from torch import nn
 from torch.utils.data import DataLoader
 
-from laser_callback.evidence import numbers_of
-from laser_callback.export import RECIPE, save_reduced
-from laser_callback.files import appearing
-from laser_callback.model_card import hub_name
-from laser_callback.module import LaserModule
-from laser_callback.plan import LaserPlan
-from laser_callback.recipe import Recipe
-from laser_callback.result import LaserResult
-from laser_callback.surgery import reduced
-from laser_callback.undo import restore
+from laser_callback.compare.module import LaserModule
+from laser_callback.plans.plan import LaserPlan
+from laser_callback.reports.model_card import hub_name
+from laser_callback.results.comparison import LaserResult
+from laser_callback.results.evidence import numbers_of
+from laser_callback.shipping.export import RECIPE, save_reduced
+from laser_callback.shipping.undo import restore
+from laser_callback.support.files import appearing
+from laser_callback.surgery.recipe import Recipe, apply
+from laser_callback.surgery.swap import reduced
 
 IDS = torch.tensor([[3, 4, 5, 6, 7, 8]])
 
@@ -64,7 +64,7 @@ def test_a_dense_folder_is_the_reduced_model_for_plain_transformers(make, plan, 
     loaded = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
     assert loaded.dtype == dtype
     assert same(loaded, expected)
-    assert LaserPlan.from_file(tmp_path / "dense" / RECIPE).to_dict() == recipe.to_dict()
+    assert Recipe.from_file(tmp_path / "dense" / RECIPE).to_dict() == recipe.to_dict()
 
 
 def test_the_tokenizer_goes_along(tmp_path):
@@ -167,7 +167,7 @@ def test_a_checkpoint_is_the_reduced_module(tmp_path):
     assert again == metrics
     content = torch.load(tmp_path / "cut.ckpt", weights_only=True)
     assert content["mine"] == 7
-    assert isinstance(LaserPlan.of(content["laser"]), Recipe)
+    assert isinstance(Recipe.of(content["laser"]), Recipe)
 
 
 def test_a_checkpoint_in_the_middle_of_training_disturbs_nothing(tmp_path):
@@ -192,7 +192,7 @@ def test_any_module_has_recipes_and_undo_files(tmp_path):
     before = weights(model)
     save_reduced(model, "1.fc_in@0.1", tmp_path / "laser.yaml", "recipe")
     save_reduced(model, "1.fc_in@0.1", tmp_path / "undo", "undo")
-    LaserPlan.from_file(tmp_path / "laser.yaml").apply(model)
+    apply(model, Recipe.from_file(tmp_path / "laser.yaml"))
     assert not same(model, before)
     restore(model, tmp_path / "undo")
     assert same(model, before)
@@ -224,7 +224,7 @@ def test_the_card_carries_the_numbers(result, tmp_path):
     for text in ("`1.fc_in@0.1`", "64 x 32", recipe.matrices[0].before[:12], "the same matrices zeroed", "torch"):
         assert text in body
     assert str(tmp_path) not in body
-    kept = LaserPlan.from_file(tmp_path / "dense" / RECIPE)
+    kept = Recipe.from_file(tmp_path / "dense" / RECIPE)
     assert isinstance(kept, Recipe)
     assert LaserResult.from_dict(kept.numbers["comparison"])["laser"].rows == result["laser"].rows
     assert (tmp_path / "dense" / RECIPE).stat().st_size < 50_000
@@ -336,7 +336,7 @@ def test_interrupted_writing_leaves_nothing(form, tmp_path, monkeypatch):
     def interrupt(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("laser_callback.files._flush", interrupt)
+    monkeypatch.setattr("laser_callback.support.files._flush", interrupt)
     plan = "1.fc_in@0.9" if form == "adapter" else "1.fc_in@0.1"
     with pytest.raises(KeyboardInterrupt):
         save_reduced(model, plan, tmp_path / "out.json", form)

@@ -12,14 +12,14 @@ from test_recipe import gpt2, mixtral, same, weights
 from tiny import tiny_causal_lm
 from torch import nn
 
-from laser_callback.export import save_reduced
-from laser_callback.factored import FactoredLinear, factored, gains_of, make_room, thin_factors
-from laser_callback.factored_file import WEIGHTS, load_factored
-from laser_callback.plan import LaserPlan
-from laser_callback.reduction import Reduction
-from laser_callback.spectra import Spectra
-from laser_callback.spectrum import Spectrum
-from laser_callback.surgery import reduced
+from laser_callback.plans.reduction import Reduction
+from laser_callback.shipping.export import save_reduced
+from laser_callback.shipping.factored import FactoredLinear, factored, gains_of, make_room, thin_factors
+from laser_callback.shipping.factored_file import WEIGHTS, load_factored
+from laser_callback.spectra.spectrum import Spectrum
+from laser_callback.spectra.store import Spectra
+from laser_callback.surgery.recipe import apply
+from laser_callback.surgery.swap import reduced
 
 IDS = torch.tensor([[3, 4, 5, 6, 7, 8]])
 
@@ -336,7 +336,7 @@ def test_a_plan_that_makes_nothing_thin_is_refused(tmp_path):
 
 
 def test_a_recipe_holds_for_factored_models(tmp_path):
-    recipe = LaserPlan.parse("*.mlp@0.1").apply(tiny_causal_lm())
+    recipe = apply(tiny_causal_lm(), "*.mlp@0.1")
     assert save_reduced(tiny_causal_lm(), recipe, tmp_path / "thin", "factored").matrices == recipe.matrices
     with pytest.raises(ValueError, match="are others than those"):
         save_reduced(tiny_causal_lm(seed=1), recipe, tmp_path / "other", "factored")

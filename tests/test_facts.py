@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from laser_callback.facts import Fact, read_facts, sample_facts, split_facts
+from laser_callback.data.facts import Fact, read_facts, sample_facts, split_facts
 
 FACTS = [
     Fact("fr", "The capital of France is", "Paris", ("France's capital city is", "The city is"), ("Rome", "Paris")),

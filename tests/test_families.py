@@ -19,9 +19,9 @@ from families import FAMILIES, make, run
 from torch import nn
 
 from laser_callback import LaserPlan, Reduction, WeightMatrix, find_matrices, reduced
-from laser_callback.kinds import KINDS
-from laser_callback.not_cut import not_cut
-from laser_callback.replay import LayerReplay
+from laser_callback.plans.kinds import KINDS
+from laser_callback.plans.uncut import not_cut
+from laser_callback.surgery.replay import LayerReplay
 
 PAGE = Path(__file__).parents[1] / "docs" / "coverage.md"
 HEADER = (

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from laser_callback.cli import main
-from laser_callback.facts import read_facts
-from laser_callback.worldfacts import world_facts
+from laser_callback.cli.commands import main
+from laser_callback.data.facts import read_facts
+from laser_callback.data.worldfacts import world_facts
 
 
 def test_facts_are_written_once_in_the_format_of_facts(tmp_path, capsys):

@@ -15,12 +15,12 @@ import pytest
 import torch
 from classifier import HOSTILE, LABELS, PLAN, RIGHT_TO_LEFT, Classifier, compared, searched
 
-from laser_callback.flips import flip_metric, flips
-from laser_callback.html_comparison import examples_part
-from laser_callback.html_report import comparison_page, search_page
-from laser_callback.markup import escaped, tag
-from laser_callback.report import quoted
-from laser_callback.row_text import interval_text, p_text
+from laser_callback.reports.markup import escaped, tag
+from laser_callback.reports.page import comparison_page, save_page, search_page
+from laser_callback.reports.page_comparison import examples_part
+from laser_callback.reports.row_text import interval_text, p_text
+from laser_callback.reports.terminal import quoted
+from laser_callback.results.flips import flip_metric, flips
 
 VOID = {"meta", "input"}
 
@@ -213,7 +213,7 @@ def test_the_same_result_gives_the_same_page(result):
 
 
 def test_writing(tmp_path, result):
-    result.to_html(tmp_path / "sub" / "page.html")
+    save_page(result, tmp_path / "sub" / "page.html")
     text = (tmp_path / "sub" / "page.html").read_text(encoding="utf-8")
     assert text == comparison_page(result)
     without = comparison_page(result, examples=[])

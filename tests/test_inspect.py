@@ -11,11 +11,11 @@ from rich.console import Console
 from tiny import tiny_causal_lm, tiny_tokenizer
 from transformers import T5Config, T5ForConditionalGeneration
 
-from laser_callback.cli import main
-from laser_callback.inspect_cli import render
-from laser_callback.inspect_picture import save_spectra
-from laser_callback.inspection import RULES, inspect_model
-from laser_callback.spectra import Spectra
+from laser_callback.cli.commands import main
+from laser_callback.cli.inspect import render
+from laser_callback.reports.inspection import save_spectra
+from laser_callback.spectra.inspection import RULES, inspect_model
+from laser_callback.spectra.store import Spectra
 
 
 @pytest.fixture(scope="module")
@@ -129,6 +129,6 @@ def test_picture_refusals(tmp_path, monkeypatch):
     found = inspect_model(tiny_causal_lm(), within="0.fc_in")
     with pytest.raises(ValueError, match=r"\.svg, \.png or \.pdf, got .*spectra\.gif"):
         save_spectra(found, tmp_path / "spectra.gif")
-    monkeypatch.setattr("laser_callback.inspect_picture.find_spec", lambda name: None)
+    monkeypatch.setattr("laser_callback.reports.inspection.find_spec", lambda name: None)
     with pytest.raises(ModuleNotFoundError, match=r"laser-callback\[plots\]"):
         save_spectra(found, tmp_path / "spectra.svg")

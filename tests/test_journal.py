@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 
-from laser_callback.journal import Journal
+from laser_callback.support.journal import Journal
 
 
 def count(calls: list, value: float = 1.5):

@@ -14,10 +14,10 @@ from tiny import save_deep_lm, tiny_causal_lm, tiny_tokenizer
 from tokenizers import normalizers
 
 from laser_callback import FactsDataModule, LaserModule
-from laser_callback.cli import main
-from laser_callback.facts import Fact
-from laser_callback.lm_eval_tasks import ACC, check_borders, read_lm_eval
-from laser_callback.row_scores import Role
+from laser_callback.cli.commands import main
+from laser_callback.data.facts import Fact
+from laser_callback.data.lm_eval import ACC, check_borders, read_lm_eval
+from laser_callback.data.row_scores import Role
 
 PLACES = ["France", "Italy", "Japan", "Brazil", "Australia", "Rome", "Paris", "Canberra"]
 CHOICES = ["Rome", "the capital city of Australia", "Paris and Canberra", "yen"]

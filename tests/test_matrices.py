@@ -14,12 +14,12 @@ import transformers as hf
 from families import HandWrittenGPT, make, run
 from torch import nn
 
-from laser_callback.controls import random_plan, zeroed_plan
-from laser_callback.kinds import KINDS
-from laser_callback.matrices import find_matrices, layer_stacks
-from laser_callback.plan import LaserPlan
-from laser_callback.reduction import Reduction
-from laser_callback.surgery import reduced
+from laser_callback.compare.controls import random_plan, zeroed_plan
+from laser_callback.plans.kinds import KINDS
+from laser_callback.plans.matrices import find_matrices, layer_stacks
+from laser_callback.plans.plan import LaserPlan
+from laser_callback.plans.reduction import Reduction
+from laser_callback.surgery.swap import reduced
 
 
 @pytest.fixture(autouse=True, scope="module")

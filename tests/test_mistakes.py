@@ -16,15 +16,15 @@ from safetensors.torch import save_file
 from tiny import save_deep_lm, tiny_causal_lm, tiny_tokenizer
 from torch import nn, zeros
 
-from laser_callback.cli import main
-from laser_callback.command import parser_of
-from laser_callback.data import TextWindows
-from laser_callback.facts import read_facts
-from laser_callback.files import appearing
-from laser_callback.mistakes import told_plainly
-from laser_callback.plan import LaserPlan
-from laser_callback.rollout_cli import gate, rollout
-from laser_callback.search_cli import search
+from laser_callback.cli.command import parser_of
+from laser_callback.cli.commands import main
+from laser_callback.cli.mistakes import told_plainly
+from laser_callback.cli.rollout import gate, rollout
+from laser_callback.cli.search import search
+from laser_callback.data.datamodule import TextWindows
+from laser_callback.data.facts import read_facts
+from laser_callback.plans.plan import LaserPlan
+from laser_callback.support.files import appearing
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +66,7 @@ def error_of(capsys, *arguments: object) -> str:
             {"model": {"class_path": "laser_callback.LaserModule", "init_args": {"model": "no/such"}}},
             "'no/such' is neither a folder here nor found on the hub: ",
         ),
-        ({"model": {"class_path": "laser_callback.LaserModul"}}, "`model`: module 'laser_callback' has no attribute"),
+        ({"model": {"class_path": "laser_callback.LaserModul"}}, "`model`: No laser_callback attribute LaserModul"),
         ({"trainer": {"max_steps": "many"}}, "`trainer.max_steps`: expected int, got many"),
     ],
 )
@@ -148,7 +148,7 @@ def test_missing_files_are_named_in_python_too():
 @pytest.mark.parametrize("config", [["--config", "gone.yaml"], ["--config=gone.yaml"], ["-c", "gone.yaml"]])
 def test_a_missing_config_is_told_before_torch_is_imported(config, tmp_path):
     code = (
-        f"import sys; from laser_callback.cli import main; assert main(['validate', *{config}]) == 2; "
+        f"import sys; from laser_callback.cli.commands import main; assert main(['validate', *{config}]) == 2; "
         "assert 'torch' not in sys.modules"
     )
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, cwd=tmp_path)

@@ -31,7 +31,7 @@ from transformers import (
 )
 
 from laser_callback import FactsDataModule, LaserCallback, LaserModule, reduced
-from laser_callback.data import TextWindows
+from laser_callback.data.datamodule import TextWindows
 
 torch.set_num_threads(1)
 PLAN = "2.mlp@0.1"

@@ -6,7 +6,7 @@ from families import FAMILIES, WIDTH, make
 from torch import nn
 
 from laser_callback import LaserPlan, find_matrices
-from laser_callback.not_cut import NotCut, not_cut
+from laser_callback.plans.uncut import NotCut, not_cut
 
 
 def reasons(model: nn.Module) -> dict[str, str]:

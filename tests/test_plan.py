@@ -8,8 +8,8 @@ from fractions import Fraction
 import pytest
 import yaml
 
-from laser_callback.plan import LaserPlan
-from laser_callback.reduction import Reduction
+from laser_callback.plans.plan import LaserPlan
+from laser_callback.plans.reduction import Reduction
 
 RULES = ["entropy", "gavish-donoho", "marchenko-pastur", "laser-rmt", "energy-0.9", "energy-1e-5", "energy-.99"]
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import BertConfig, BertForMaskedLM
 
 from laser_callback import LaserCallback, LaserModule, ProbesDataModule, reduced
-from laser_callback.probes import PHRASES, Probe, refuses
+from laser_callback.data.probes import PHRASES, Probe, refuses
 
 PLAN = "1.mlp@0.05"
 TEMPLATE = (

@@ -7,11 +7,10 @@ import re
 
 from rich.console import Console
 
-from laser_callback.candidates import Candidate, Estimate
-from laser_callback.progress import PhaseProgress
-from laser_callback.race import Objective
-from laser_callback.reduction import Reduction
-from laser_callback.search_report import leaders
+from laser_callback.plans.reduction import Reduction
+from laser_callback.reports.search_terminal import leaders
+from laser_callback.results.candidates import Candidate, Estimate
+from laser_callback.support.progress import PhaseProgress
 
 
 def table():
@@ -20,7 +19,7 @@ def table():
         for layer in range(7)
     ]
     candidates[1].loss = Estimate(-0.25, -0.5, -0.125)
-    return leaders(candidates, Objective(("first_token_accuracy",), (1,), "log_loss"))
+    return leaders(candidates, ("first_token_accuracy",), "log_loss")
 
 
 def run(terminal: bool) -> str:

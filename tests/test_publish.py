@@ -11,9 +11,10 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from laser_callback.cli import main
-from laser_callback.figures import figures, save_figures
-from laser_callback.publish import publish, tables
+from laser_callback.cli.commands import main
+from laser_callback.reports.page import save_page
+from laser_callback.reports.pictures import figures, save_figures
+from laser_callback.reports.publish import publish, tables
 
 pytest.importorskip("matplotlib", reason="pictures need the extra `plots`")
 PICTURES = {"map", "trades", "comparison", "spectra", "labels"}
@@ -64,7 +65,7 @@ def test_drawing_leaves_matplotlib_as_it_is(search):
 
 
 def test_without_matplotlib_the_cure_is_named(monkeypatch, result, tmp_path):
-    monkeypatch.setattr("laser_callback.figures.find_spec", lambda name: None)
+    monkeypatch.setattr("laser_callback.reports.pictures.find_spec", lambda name: None)
     with pytest.raises(ModuleNotFoundError, match=r"laser-callback\[plots\]"):
         figures(result)
     with pytest.raises(ModuleNotFoundError, match=r"laser-callback\[plots\]"):
@@ -167,7 +168,7 @@ def test_the_command_makes_what_the_callback_makes(tmp_path, capsys):
         *(str(tmp_path / "p" / f"{n}.png") for n in PICTURES - {"map", "trades"}),
     }
     assert "<i>acc</i>" in answer["verdict"]
-    result.to_html(tmp_path / "direct.html")
+    save_page(result, tmp_path / "direct.html")
     assert page.read_text() == (tmp_path / "direct.html").read_text()
 
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 from scipy import stats
 
-from laser_callback.examples import ORIGINAL
-from laser_callback.measure import Values
-from laser_callback.race import Objective, choose, estimate, order, paired, schedule
+from laser_callback.compare.measure import Values
+from laser_callback.results.examples import ORIGINAL
+from laser_callback.search.race import Objective, choose, estimate, order, paired, schedule
 
 ACCURACY = Objective(("accuracy",), (1,), "loss")
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from laser_callback.rank_rules import (
+from laser_callback.plans.rank_rules import (
     energy_rank,
     entropy_rank,
     gavish_donoho_rank,
@@ -14,8 +14,8 @@ from laser_callback.rank_rules import (
     marchenko_pastur_rank,
     rank_by,
 )
-from laser_callback.reduction import Reduction
-from laser_callback.spectrum import Spectrum
+from laser_callback.plans.reduction import Reduction
+from laser_callback.spectra.spectrum import Spectrum
 
 ALL = ("entropy", "gavish-donoho", "marchenko-pastur", "laser-rmt", "energy-0.9")
 SHAPES = [(200, 200), (150, 405), (120, 420), (405, 150), (100, 400), (400, 100), (101, 101)]

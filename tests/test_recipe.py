@@ -10,10 +10,10 @@ import transformers as hf
 from tiny import tiny_causal_lm
 from torch import nn
 
-from laser_callback.plan import LaserPlan
-from laser_callback.recipe import Recipe, matrix_hash
-from laser_callback.spectra import Spectra
-from laser_callback.surgery import reduced
+from laser_callback.plans.plan import LaserPlan
+from laser_callback.spectra.store import Spectra
+from laser_callback.surgery.recipe import Recipe, apply, matrix_hash
+from laser_callback.surgery.swap import reduced
 
 PLAN = "1.fc_in@0.1, -1.attn@0.2, 0.fc_out@0.3:keep=tail, 3.fc_up@0.5:scale=-0.25"
 IDS = torch.tensor([[3, 4, 5, 6, 7, 8]])
@@ -67,7 +67,7 @@ def test_applied_for_good_are_the_weights_of_the_block(make, plan):
     with reduced(model, plan):
         expected = weights(model)
     parameters = list(model.parameters())
-    recipe = LaserPlan.parse(plan).apply(model)
+    recipe = apply(model, plan)
     assert same(model, expected)
     assert all(one is other for one, other in zip(model.parameters(), parameters, strict=True))
     assert recipe == LaserPlan.parse(plan)
@@ -76,14 +76,14 @@ def test_applied_for_good_are_the_weights_of_the_block(make, plan):
 
 def test_a_recipe_makes_the_same_bits_of_the_same_model_in_another_module(tmp_path):
     model, other = tiny_causal_lm(), Wrapped()
-    LaserPlan.parse(PLAN).apply(model).to_file(tmp_path / "laser.json")
-    recipe = LaserPlan.from_file(tmp_path / "laser.json")
+    apply(model, PLAN).to_file(tmp_path / "laser.json")
+    recipe = Recipe.from_file(tmp_path / "laser.json")
     assert isinstance(recipe, Recipe)
-    done = recipe.apply(other)
+    done = apply(other, recipe)
     assert same(other.net, weights(model))
     assert [m.after for m in done.matrices] == [m.after for m in recipe.matrices]
     assert done.matrices[0].name == f"net.{recipe.matrices[0].name}"
-    done.apply(tiny_causal_lm())  # and out of a module again
+    apply(tiny_causal_lm(), done)  # and out of a module again
 
 
 def test_training_goes_on_from_the_cut_weights():
@@ -91,7 +91,7 @@ def test_training_goes_on_from_the_cut_weights():
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     model(IDS, labels=IDS).loss.backward()
     optimizer.step()
-    LaserPlan.parse("1.fc_in@0.1").apply(model)
+    apply(model, "1.fc_in@0.1")
     cut = model.model.layers[1].mlp.gate_proj.weight
     before = cut.detach().clone()
     assert torch.linalg.matrix_rank(before) == 3
@@ -103,7 +103,7 @@ def test_training_goes_on_from_the_cut_weights():
 def test_hashes_are_of_the_matrices_in_the_model():
     model = gpt2()
     before = model.transformer.h[1].attn.c_attn.weight[:, :16].T.clone()
-    (matrix,) = LaserPlan.parse("1.q_proj@0.25").apply(model).matrices
+    (matrix,) = apply(model, "1.q_proj@0.25").matrices
     after = model.transformer.h[1].attn.c_attn.weight[:, :16].T
     assert (matrix.name, matrix.shape, matrix.dtype) == ("transformer.h.1.attn.c_attn[q_proj]", (16, 16), "float32")
     assert (matrix.before, matrix.after) == (matrix_hash(before), matrix_hash(after))
@@ -113,13 +113,13 @@ def test_hashes_are_of_the_matrices_in_the_model():
 
 
 def test_a_refused_model_is_as_it_was():
-    recipe = LaserPlan.parse(PLAN).apply(tiny_causal_lm())
+    recipe = apply(tiny_causal_lm(), PLAN)
     model = tiny_causal_lm()
     with torch.no_grad():
         model.model.layers[3].mlp.up_proj.weight[1, 2] += 1e-3  # the last of the planned matrices
     before, pointers = weights(model), [p.data_ptr() for p in model.parameters()]
     with pytest.raises(ValueError, match=r"the weights of `model\.layers\.3\.mlp\.up_proj` are others"):
-        recipe.apply(model)
+        apply(model, recipe)
     assert same(model, before)
     assert [p.data_ptr() for p in model.parameters()] == pointers
 
@@ -128,61 +128,61 @@ def test_a_refused_model_is_as_it_was():
 
 
 def test_what_differs_is_named():
-    recipe = LaserPlan.parse("1.fc_in@0.1").apply(tiny_causal_lm())
+    recipe = apply(tiny_causal_lm(), "1.fc_in@0.1")
     applied = tiny_causal_lm()
-    recipe.apply(applied)
+    apply(applied, recipe)
     with pytest.raises(
         ValueError, match=r"`model\.layers\.1\.mlp\.gate_proj` is already what .* make of it: there is nothing to do"
     ):
-        recipe.apply(applied)
+        apply(applied, recipe)
     with pytest.raises(ValueError, match=r"is bfloat16, but the recipe is for float32: load the model with dtype"):
-        recipe.apply(tiny_causal_lm().bfloat16())
+        apply(tiny_causal_lm().bfloat16(), recipe)
     config = hf.LlamaConfig(**{**tiny_causal_lm().config.to_dict(), "intermediate_size": 48})
     with pytest.raises(ValueError, match=r"another model: `model\.layers\.1\.mlp\.gate_proj` is 48 x 32, not 64 x 32"):
-        recipe.apply(hf.LlamaForCausalLM(config))
+        apply(hf.LlamaForCausalLM(config), recipe)
     with pytest.raises(
         ValueError, match=r"another model: this has `transformer\.h\.1\.mlp\.c_fc` where it had `model\.layers"
     ):
-        recipe.apply(gpt2())
+        apply(gpt2(), recipe)
     config.num_hidden_layers = 1
     with pytest.raises(
         ValueError,
         match=r"made for another model: the reduction 1.fc_in@0.1 matches no .*: layer 1: there are 0 with",
     ):
-        recipe.apply(hf.LlamaForCausalLM(config))
-    every = LaserPlan.parse("*.fc_in@0.1").apply(tiny_causal_lm())
+        apply(hf.LlamaForCausalLM(config), recipe)
+    every = apply(tiny_causal_lm(), "*.fc_in@0.1")
     with pytest.raises(ValueError, match="cuts 1 matrices of this one, not 4"):
-        every.apply(hf.LlamaForCausalLM(config))
+        apply(hf.LlamaForCausalLM(config), every)
 
 
 def test_another_result_is_refused_and_rounding_only_on_demand():
-    recipe = LaserPlan.parse("1.fc_in@0.1").apply(tiny_causal_lm())
+    recipe = apply(tiny_causal_lm(), "1.fc_in@0.1")
     (matrix,) = recipe.matrices
     elsewhere = Recipe(recipe, [replace(matrix, after="0" * 64, norm=matrix.norm * (1 + 1e-8))])
     model = tiny_causal_lm()
     before = weights(model)
     with pytest.raises(ValueError, match=r"differs from the recipe by rounding .* exact=False"):
-        elsewhere.apply(model)
+        apply(model, elsewhere)
     assert same(model, before)
-    assert elsewhere.apply(model, exact=False).matrices == recipe.matrices
+    assert apply(model, elsewhere, exact=False).matrices == recipe.matrices
     other = Recipe(LaserPlan.parse("1.fc_in@0.2"), recipe.matrices)
     for exact in (True, False):
         model = tiny_causal_lm()
         with pytest.raises(
             ValueError, match=r"after the cut `model\.layers\.1\.mlp\.gate_proj` is not what the recipe"
         ):
-            other.apply(model, exact=exact)
+            apply(model, other, exact=exact)
         assert same(model, before)
 
 
 def test_the_method_is_part_of_the_recipe():
-    recipe = LaserPlan.parse("1.fc_in@0.1").apply(tiny_causal_lm(), spectra=Spectra(method="reference"))
+    recipe = apply(tiny_causal_lm(), "1.fc_in@0.1", spectra=Spectra(method="reference"))
     assert recipe.method == "reference"
     again = tiny_causal_lm()
-    assert recipe.apply(again).matrices == recipe.matrices
-    assert LaserPlan.parse("1.fc_in@0.1").apply(tiny_causal_lm()).matrices != recipe.matrices
+    assert apply(again, recipe).matrices == recipe.matrices
+    assert apply(tiny_causal_lm(), "1.fc_in@0.1").matrices != recipe.matrices
     with pytest.raises(ValueError, match="the recipe cuts by the method 'reference', `spectra` by 'exact'"):
-        recipe.apply(tiny_causal_lm(), spectra=Spectra())
+        apply(tiny_causal_lm(), recipe, spectra=Spectra())
 
 
 # ---- files -----------------------------------------------------------------------------------------------------------
@@ -190,10 +190,10 @@ def test_the_method_is_part_of_the_recipe():
 
 @pytest.mark.parametrize("name", ["laser.json", "laser.yaml"])
 def test_files_hold_all_of_a_recipe(name, tmp_path):
-    done = LaserPlan.parse(PLAN).apply(tiny_causal_lm())
+    done = apply(tiny_causal_lm(), PLAN)
     recipe = Recipe(done, done.matrices, done.method, None, {"seed": 3}, done.versions)
     recipe.to_file(tmp_path / name)
-    read = LaserPlan.from_file(tmp_path / name)
+    read = Recipe.from_file(tmp_path / name)
     assert isinstance(read, Recipe)
     assert (read, read.to_dict()) == (recipe, recipe.to_dict())
     assert read.numbers == {"seed": 3}
@@ -202,7 +202,7 @@ def test_files_hold_all_of_a_recipe(name, tmp_path):
 
 
 def test_what_is_no_recipe_is_said(tmp_path):
-    recipe = LaserPlan.parse("1.fc_in@0.1").apply(tiny_causal_lm())
+    recipe = apply(tiny_causal_lm(), "1.fc_in@0.1")
     with pytest.raises(ValueError, match=r"must end in .json or .yaml"):
         recipe.to_file(tmp_path / "laser.txt")
     data = recipe.to_dict()
@@ -213,4 +213,4 @@ def test_what_is_no_recipe_is_said(tmp_path):
     ):
         (tmp_path / "laser.json").write_text(json.dumps({**data, **change}))
         with pytest.raises(ValueError, match=message):
-            LaserPlan.from_file(tmp_path / "laser.json")
+            Recipe.from_file(tmp_path / "laser.json")

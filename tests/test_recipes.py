@@ -15,8 +15,8 @@ import yaml
 from tiny import save_deep_lm, tiny_causal_lm, tiny_tokenizer
 
 from laser_callback import load_factored
-from laser_callback.cli import COMMANDS, main
-from laser_callback.recipes_cli import recipes
+from laser_callback.cli.commands import COMMANDS, main
+from laser_callback.cli.recipes import recipes
 
 FOLDER = Path(__file__).parents[1] / "recipes"
 ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
@@ -286,7 +286,7 @@ def test_a_wheel_brings_them_along(tmp_path):
     names = zipfile.ZipFile(wheel).namelist()
     inside = {Path(name).name for name in names if name.startswith("laser_callback/recipes/")}
     assert inside == set(recipes())
-    assert "laser_callback/cli.py" in names
+    assert "laser_callback/cli/commands.py" in names
 
 
 def test_all_recipes_are_run_here():

@@ -8,13 +8,14 @@ from typing import Any, cast
 import numpy as np
 import torch
 
-from laser_callback.candidates import RHOS, Candidate, Target
-from laser_callback.examples import ORIGINAL
-from laser_callback.measure import Table, Values
-from laser_callback.race import Objective
-from laser_callback.reduction import Reduction
-from laser_callback.refine import REFINED, Refinement
-from laser_callback.search_steps import Steps
+from laser_callback.compare.measure import Table, Values
+from laser_callback.plans.reduction import Reduction
+from laser_callback.plans.targets import RHOS, Target
+from laser_callback.results.candidates import Candidate
+from laser_callback.results.examples import ORIGINAL
+from laser_callback.search.race import Objective
+from laser_callback.search.refine import REFINED, Refinement
+from laser_callback.search.steps import Steps
 
 EXAMPLES = 200
 BEST = {"0.q_proj": 0.1, "1.fc_in": 0.9, "2.fc_in": 0.0, "3.fc_in": 0.05}

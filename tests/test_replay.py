@@ -19,7 +19,7 @@ from tiny import tiny_causal_lm
 from torch import Tensor, nn
 
 from laser_callback import LaserPlan, reduced
-from laser_callback.replay import LayerReplay, ReplayReport
+from laser_callback.surgery.replay import LayerReplay, ReplayReport
 
 WIDTH = 8
 

@@ -10,17 +10,17 @@ import torch
 from classifier import PLAN, Classifier, compared, searched
 
 from laser_callback import LaserPlan, find_matrices
-from laser_callback.candidates import Candidate, Estimate
-from laser_callback.charts import spectrum_chart, tick_texts, ticks
-from laser_callback.cut_spectra import POINTS, CutSpectrum, cut_spectra
-from laser_callback.flips import claim_row, flip_metric, flips, label_counts
-from laser_callback.reduction import Reduction
-from laser_callback.result import LaserResult
-from laser_callback.search_panels import STEPS, panels, shading
-from laser_callback.search_result import SearchResult, Trade
-from laser_callback.search_text import pictured
-from laser_callback.spectra import Spectra
-from laser_callback.spectrum import Spectrum
+from laser_callback.plans.reduction import Reduction
+from laser_callback.reports.charts import spectrum_chart, tick_texts, ticks
+from laser_callback.reports.panels import STEPS, panels, shading
+from laser_callback.reports.search_text import pictured
+from laser_callback.results.candidates import Candidate, Estimate
+from laser_callback.results.comparison import LaserResult
+from laser_callback.results.flips import claim_row, flip_metric, flips, label_counts
+from laser_callback.results.search import SearchResult, Trade
+from laser_callback.spectra.cut import POINTS, CutSpectrum, cut_spectra
+from laser_callback.spectra.spectrum import Spectrum
+from laser_callback.spectra.store import Spectra
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +89,7 @@ def test_flips_are_those_that_the_table_counts(result):
 
 
 def test_flips_of_a_metric_that_is_better_low_and_has_a_dataloader():
-    from laser_callback.comparison import Outcomes, compare
+    from laser_callback.stats.paired import Outcomes, compare
 
     before, after = torch.tensor([1, 0, 1]).bool(), torch.tensor([0, 0, 1]).bool()
     row = compare("wrong/dataloader_idx_0", Outcomes.of(before), Outcomes.of(after), higher_is_better=False)

@@ -15,9 +15,9 @@ from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics.classification import MulticlassF1Score
 
 from laser_callback import FactsDataModule, LaserModule, LaserPlan, ProbesDataModule, StagedRollout, reduced
-from laser_callback.cli import main
-from laser_callback.gates import read_gates
-from laser_callback.rollout import in_steps, one_by_one
+from laser_callback.cli.commands import main
+from laser_callback.shipping.gates import read_gates
+from laser_callback.shipping.rollout import in_steps, one_by_one
 
 QUIET = {"progress": False, "accelerator": "cpu"}
 GAIN = "val_acc: gain"

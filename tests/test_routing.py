@@ -17,8 +17,8 @@ from tiny import SENTENCES, tiny_causal_lm, tiny_tokenizer
 from torch import Tensor
 
 from laser_callback import FactsDataModule, LaserModule, ProbesDataModule, reduced
-from laser_callback.data import TextWindows
-from laser_callback.routing import arm_of, part_of
+from laser_callback.compare.ab_test import arm_of, part_of
+from laser_callback.data.datamodule import TextWindows
 
 PLAN = "2.mlp@0.05"
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torchmetrics.text import Perplexity as ReferencePerplexity
 
-from laser_callback.row_scores import AnswerScores, Role, score_rows
-from laser_callback.scoring import METRICS, Perplexity, text_nll
+from laser_callback.data.row_scores import AnswerScores, Role, score_rows
+from laser_callback.data.scoring import METRICS, Perplexity, text_nll
 
 VOCAB = 40
 

@@ -21,14 +21,15 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 
-from laser_callback.candidates import RHOS, Target, by_name, grid, targets
-from laser_callback.comparison import Outcomes
-from laser_callback.matrices import find_matrices
-from laser_callback.reduction import Reduction
-from laser_callback.screen import GradientScreen
-from laser_callback.screen_alternatives import laser_rmt, late_mlp_screen, random_screen, spectrum_screen
-from laser_callback.spectra import Spectra
-from laser_callback.spectrum import Spectrum
+from laser_callback.plans.matrices import find_matrices
+from laser_callback.plans.reduction import Reduction
+from laser_callback.plans.targets import RHOS, Target, by_name, targets
+from laser_callback.search.candidates import grid
+from laser_callback.search.data_free import laser_rmt, late_mlp_screen, random_screen, spectrum_screen
+from laser_callback.search.screen import GradientScreen
+from laser_callback.spectra.spectrum import Spectrum
+from laser_callback.spectra.store import Spectra
+from laser_callback.stats.paired import Outcomes
 
 SHORT = (0.0, 0.1, 0.5)
 

@@ -18,14 +18,15 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from laser_callback import FactsDataModule, LaserModule, LaserSearch
-from laser_callback.candidates import RHOS, shortlist, targets
-from laser_callback.cli import main
-from laser_callback.command import Exit
-from laser_callback.measure import Lab
-from laser_callback.plan import LaserPlan
-from laser_callback.screen import GradientScreen
-from laser_callback.sets import ExampleSets
-from laser_callback.spectra import Spectra
+from laser_callback.cli.command import Exit
+from laser_callback.cli.commands import main
+from laser_callback.compare.measure import Lab
+from laser_callback.data.sets import ExampleSets
+from laser_callback.plans.plan import LaserPlan
+from laser_callback.plans.targets import RHOS, targets
+from laser_callback.search.candidates import shortlist
+from laser_callback.search.screen import GradientScreen
+from laser_callback.spectra.store import Spectra
 
 QUIET = {"progress": False, "accelerator": "cpu"}
 
@@ -289,7 +290,7 @@ def test_the_next_candidates_race_where_all_finalists_break_a_constraint(text, t
     options = {"candidates": 4, "controls": False, "minutes": 60, "folder": tmp_path / "run", **QUIET}
     search = LaserSearch(module, facts_data(module, text=text), **options)
     # The second round's budget is in the journal before its finalists are judged.
-    monkeypatch.setattr("laser_callback.search.keeps", lambda *_: (tmp_path / "run/1.2-budget.json").exists())
+    monkeypatch.setattr("laser_callback.search.search.keeps", lambda *_: (tmp_path / "run/1.2-budget.json").exists())
     result = search.run()
     ranked = shortlist(c for c in result.candidates if c.score is not None)
     assert all(c.examples and c.status in ("dropped", "rejected") for c in ranked[:4])

@@ -16,19 +16,20 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from laser_callback import FactsDataModule, LaserModule, LaserSearch, reduced
-from laser_callback.candidates import Candidate, Estimate, targets
-from laser_callback.comparison import Outcomes
-from laser_callback.constraints import Constraint
-from laser_callback.examples import ORIGINAL
-from laser_callback.journal import Journal
-from laser_callback.measure import Lab, Table, Values
-from laser_callback.plan import LaserPlan
-from laser_callback.progress import PhaseProgress
-from laser_callback.race import Objective, Rung
-from laser_callback.reduction import Reduction
-from laser_callback.search_setup import from_original, row_of, rows_of
-from laser_callback.search_steps import Steps, _to_step, _to_table, joined
-from laser_callback.spectra import Spectra
+from laser_callback.compare.measure import Lab, Table, Values
+from laser_callback.plans.plan import LaserPlan
+from laser_callback.plans.reduction import Reduction
+from laser_callback.plans.targets import targets
+from laser_callback.results.candidates import Candidate, Estimate
+from laser_callback.results.examples import ORIGINAL
+from laser_callback.search.race import Objective, Rung
+from laser_callback.search.setup import from_original, row_of, rows_of
+from laser_callback.search.steps import Steps, _to_step, _to_table, joined
+from laser_callback.spectra.store import Spectra
+from laser_callback.stats.constraints import Constraint
+from laser_callback.stats.paired import Outcomes
+from laser_callback.support.journal import Journal
+from laser_callback.support.progress import PhaseProgress
 
 __all__ = ["own_cache", "planted", "recall"]  # fixtures
 
@@ -145,7 +146,7 @@ def test_controls_that_cannot_be_drawn_are_left_out_and_said(recall, monkeypatch
     def none_left(*_: Any) -> LaserPlan:
         raise ValueError("the random control needs 1 matrices")
 
-    monkeypatch.setattr("laser_callback.search.random_plan", none_left)
+    monkeypatch.setattr("laser_callback.search.search.random_plan", none_left)
     module, loader = recall
     result = LaserSearch(module, loader, **SEARCH).run()
     assert result.confirmed is not None

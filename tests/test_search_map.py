@@ -8,9 +8,9 @@ import math
 
 from rich.console import Console, Group
 
-from laser_callback.candidates import Candidate, Estimate
-from laser_callback.reduction import Reduction
-from laser_callback.search_map import heat_map, short_rho, to_rows
+from laser_callback.plans.reduction import Reduction
+from laser_callback.reports.heat_map import heat_map, short_rho
+from laser_callback.results.candidates import Candidate, Estimate, to_rows
 
 
 def candidate(layer: int | None, kind: str | None, rho: float, score: float | None = None, **more) -> Candidate:

@@ -11,17 +11,18 @@ import pytest
 import torch
 from rich.console import Console
 
-from laser_callback.candidates import Candidate, Estimate
-from laser_callback.comparison import Outcomes, adjust, compare
-from laser_callback.constraints import Judgement
-from laser_callback.examples import PairedExamples
-from laser_callback.kinds import KINDS
-from laser_callback.plan import LaserPlan
-from laser_callback.priors import prior_checks
-from laser_callback.reduction import Reduction
-from laser_callback.result import ArmResult, LaserResult
-from laser_callback.search_report import plain, print_search, render
-from laser_callback.search_result import Phase, SearchResult, Trade, decide
+from laser_callback.plans.kinds import KINDS
+from laser_callback.plans.plan import LaserPlan
+from laser_callback.plans.reduction import Reduction
+from laser_callback.reports.search_terminal import plain, print_search, render
+from laser_callback.results.candidates import Candidate, Estimate
+from laser_callback.results.comparison import ArmResult, LaserResult
+from laser_callback.results.examples import PairedExamples
+from laser_callback.results.search import Phase, SearchResult, Trade
+from laser_callback.search.verdict import decide
+from laser_callback.stats.constraints import Judgement
+from laser_callback.stats.paired import Outcomes, adjust, compare
+from laser_callback.stats.priors import prior_checks
 
 RHOS = (0.0, 0.005, 0.1)
 OBJECTIVE = ("first_token_accuracy",)

@@ -11,10 +11,10 @@ import pytest
 import torch
 from tiny import SENTENCES, tiny_tokenizer
 
-from laser_callback.data import FactsDataModule, TextWindows
-from laser_callback.encoding import encode_facts
-from laser_callback.facts import Fact, sample_facts
-from laser_callback.sets import ExampleSets
+from laser_callback.data.datamodule import FactsDataModule, TextWindows
+from laser_callback.data.encoding import encode_facts
+from laser_callback.data.facts import Fact, sample_facts
+from laser_callback.data.sets import ExampleSets
 
 GROUPS = random.Random(0).choices("ABCD", [8, 4, 2, 1], k=400)
 # In file order all of a group stand together, and every fifth subject has two facts.

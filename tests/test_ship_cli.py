@@ -11,8 +11,8 @@ from test_recipe import same
 from tiny import tiny_causal_lm, tiny_tokenizer
 
 from laser_callback import load_factored
-from laser_callback.cli import main
-from laser_callback.surgery import reduced
+from laser_callback.cli.commands import main
+from laser_callback.surgery.swap import reduced
 
 
 @pytest.fixture

@@ -15,13 +15,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from threadpoolctl import threadpool_info
 
-from laser_callback import cache_cli
-from laser_callback.eigen import gram_eigen
-from laser_callback.matrices import find_matrices
-from laser_callback.reduction import Reduction
-from laser_callback.spectra import Spectra
-from laser_callback.spectrum import Spectrum
-from laser_callback.spectrum_folder import SpectrumFolder, content_hash
+from laser_callback.cli import cache as cache_cli
+from laser_callback.plans.matrices import find_matrices
+from laser_callback.plans.reduction import Reduction
+from laser_callback.spectra.eigen import gram_eigen
+from laser_callback.spectra.folder import SpectrumFolder, content_hash
+from laser_callback.spectra.spectrum import Spectrum
+from laser_callback.spectra.store import Spectra
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
@@ -475,7 +475,7 @@ def test_side_by_side_is_the_same_and_leaves_the_threads_of_blas(tmp_path, monke
         assert {library["num_threads"] for library in threadpool_info() if library["user_api"] == "blas"} == {1}
         return gram_eigen(matrix)
 
-    monkeypatch.setattr("laser_callback.spectrum.gram_eigen", together)
+    monkeypatch.setattr("laser_callback.spectra.spectrum.gram_eigen", together)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
     before = [library["num_threads"] for library in threadpool_info()]
     spectra = Spectra(tmp_path)

@@ -8,9 +8,9 @@ import torch
 from threadpoolctl import threadpool_info, threadpool_limits
 
 from laser_callback import reduced
-from laser_callback.reduction import Reduction
-from laser_callback.spectra import Spectra
-from laser_callback.spectrum import Spectrum
+from laser_callback.plans.reduction import Reduction
+from laser_callback.spectra.spectrum import Spectrum
+from laser_callback.spectra.store import Spectra
 
 SHAPES = [(24, 24), (40, 17), (17, 40), (1, 9), (9, 1), (1, 1)]
 

@@ -16,9 +16,10 @@ import transformers as hf
 from tiny import tiny_causal_lm
 from torch import nn
 
-from laser_callback import spectra, surgery
-from laser_callback.plan import LaserPlan
-from laser_callback.surgery import reduced
+from laser_callback.plans.plan import LaserPlan
+from laser_callback.spectra import store as spectra
+from laser_callback.surgery import swap as surgery
+from laser_callback.surgery.swap import reduced
 
 PLAN = "1.fc_in@0.1, -1.attn@0.2, 0.fc_out@0.3:keep=tail, 2.mlp@gavish-donoho, 3.fc_up@0.5:scale=-0.25"
 IDS = torch.tensor([[3, 4, 5, 6, 7, 8]])

@@ -18,9 +18,9 @@ import pytest
 from tiny import tiny_causal_lm, tiny_tokenizer
 
 from laser_callback import LaserModule, LaserPlan
-from laser_callback.facts import read_facts
-from laser_callback.scoring import METRICS
-from laser_callback.tasks import TASKS, Source, TaskDataModule
+from laser_callback.data.facts import read_facts
+from laser_callback.data.scoring import METRICS
+from laser_callback.data.tasks import TASKS, Source, TaskDataModule
 
 DATA = Path(os.environ.get("LASER_CALLBACK_TEST_DATA") or Path(__file__).parents[2] / "shared" / "data")
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason=f"needs a folder of real rows, there is none at {DATA}")

@@ -11,9 +11,10 @@ from safetensors.torch import load_file, save_file
 from test_recipe import PLAN, Wrapped, gpt2, mixtral, same, weights
 from tiny import tiny_causal_lm
 
-from laser_callback.plan import LaserPlan
-from laser_callback.spectra import Spectra
-from laser_callback.undo import restore, save_undo
+from laser_callback.plans.plan import LaserPlan
+from laser_callback.shipping.undo import restore, save_undo
+from laser_callback.spectra.store import Spectra
+from laser_callback.surgery.recipe import apply
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
@@ -30,7 +31,7 @@ def test_back_to_the_last_bit(make, plan, dtype, tmp_path):
     before = weights(model)
     save_undo(model, plan, tmp_path / "undo.safetensors")
     assert same(model, before)
-    LaserPlan.parse(plan).apply(model)
+    apply(model, plan)
     assert not same(model, before)
     recipe = restore(model, tmp_path / "undo.safetensors")
     assert same(model, before)
@@ -45,7 +46,7 @@ def test_special_numbers_come_back(tmp_path):
         weight[0, :3] = torch.tensor([-0.0, 1e-42, 3e38])
     bits = weight.detach().view(torch.int32).clone()
     save_undo(model, "1.fc_in@0", tmp_path / "undo")
-    LaserPlan.parse("1.fc_in@0").apply(model)
+    apply(model, "1.fc_in@0")
     restore(model, tmp_path / "undo")
     assert torch.equal(model.model.layers[1].mlp.gate_proj.weight.detach().view(torch.int32), bits)
 
@@ -54,7 +55,7 @@ def test_a_module_around_the_model_is_restored_too(tmp_path):
     save_undo(tiny_causal_lm(), PLAN, tmp_path / "undo", Spectra(method="exact"))
     module = Wrapped()
     before = weights(module)
-    LaserPlan.parse(PLAN).apply(module)
+    apply(module, PLAN)
     restore(module, tmp_path / "undo")
     assert same(module, before)
 
@@ -63,7 +64,7 @@ def test_cuts_of_the_reference_method(tmp_path):
     model = tiny_causal_lm()
     before = weights(model)
     save_undo(model, "1.fc_in@0.1", tmp_path / "undo", Spectra(method="reference"))
-    LaserPlan.parse("1.fc_in@0.1").apply(model, spectra=Spectra(method="reference"))
+    apply(model, "1.fc_in@0.1", spectra=Spectra(method="reference"))
     restore(model, tmp_path / "undo")
     assert same(model, before)
 
@@ -85,7 +86,7 @@ def test_other_models_stay_as_they_are(tmp_path):
     file = tmp_path / "undo"
     save_undo(tiny_causal_lm(), PLAN, file)
     original, other, trained = tiny_causal_lm(), tiny_causal_lm(seed=1), tiny_causal_lm()
-    LaserPlan.parse(PLAN).apply(trained)
+    apply(trained, PLAN)
     with torch.no_grad():
         trained.model.layers[3].mlp.up_proj.weight[0, 0] += 1e-3
     for model, message in (
@@ -102,7 +103,7 @@ def test_other_models_stay_as_they_are(tmp_path):
 def test_damaged_files_are_refused(tmp_path):
     file, model = tmp_path / "undo", tiny_causal_lm()
     save_undo(model, "1.fc_in@0.1, 2.fc_in@0.1", file)
-    LaserPlan.parse("1.fc_in@0.1, 2.fc_in@0.1").apply(model)
+    apply(model, "1.fc_in@0.1, 2.fc_in@0.1")
     before, content = weights(model), file.read_bytes()
     for position in (len(content) // 2, len(content) - 3):  # inside of either matrix
         file.write_bytes(content[:position] + bytes([content[position] ^ 1]) + content[position + 1 :])
@@ -136,7 +137,7 @@ def test_a_full_disk_leaves_nothing(tmp_path):
 import resource, sys
 sys.path[:0] = {[str(Path(__file__).parent)]!r}
 from tiny import tiny_causal_lm
-from laser_callback.export import save_reduced
+from laser_callback.shipping.export import save_reduced
 import torch
 torch.set_num_threads(1)
 model = tiny_causal_lm()

@@ -9,8 +9,8 @@ import pytest
 import torch
 from scipy import stats
 
-from laser_callback.comparison import Outcomes, adjust
-from laser_callback.unpaired import UnpairedResult, compare_groups
+from laser_callback.stats.paired import Outcomes, adjust
+from laser_callback.stats.unpaired import UnpairedResult, compare_groups
 
 
 def shares(ones: int, n: int) -> Outcomes:

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from laser_callback import demo_model, worldfacts
-from laser_callback.demo_model import demo_model_folder
-from laser_callback.worldfacts import RELATIONS, world_facts, write_world_facts
+from laser_callback.data import demo_model, worldfacts
+from laser_callback.data.demo_model import demo_model_folder
+from laser_callback.data.worldfacts import RELATIONS, world_facts, write_world_facts
 
 
 @pytest.fixture(scope="module")

@@ -19,10 +19,10 @@ import lightning.pytorch as pl
 import torch
 
 from laser_callback import FactsDataModule, LaserModule
-from laser_callback.demo_model import demo_model_folder
-from laser_callback.plan import LaserPlan
-from laser_callback.routing import ABTest
-from laser_callback.worldfacts import world_facts
+from laser_callback.compare.ab_test import ABTest
+from laser_callback.data.demo_model import demo_model_folder
+from laser_callback.data.worldfacts import world_facts
+from laser_callback.plans.plan import LaserPlan
 
 
 def main() -> None:

@@ -15,9 +15,9 @@ from pathlib import Path
 import lightning.pytorch as pl
 
 from laser_callback import FactsDataModule, LaserModule
-from laser_callback.demo_model import demo_model_folder
-from laser_callback.facts import Fact, read_facts, sample_facts
-from laser_callback.worldfacts import world_facts
+from laser_callback.data.demo_model import demo_model_folder
+from laser_callback.data.facts import Fact, read_facts, sample_facts
+from laser_callback.data.worldfacts import world_facts
 
 CASES = [
     ("pararel.jsonl", "28.fc_up@0.01"),

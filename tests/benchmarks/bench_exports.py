@@ -13,9 +13,9 @@ import time
 from pathlib import Path
 
 from laser_callback import restore, save_reduced
-from laser_callback.demo_model import demo_model_folder
-from laser_callback.pretrained import load_pretrained, save_dense
-from laser_callback.spectra import Spectra
+from laser_callback.data.demo_model import demo_model_folder
+from laser_callback.spectra.store import Spectra
+from laser_callback.support.pretrained import load_pretrained, save_dense
 
 
 def size(path: Path) -> int:

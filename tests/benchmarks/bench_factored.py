@@ -17,9 +17,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import nn
 
-from laser_callback.demo_model import demo_model_folder
-from laser_callback.factored import MAX_SHARE, FactoredLinear, factored
-from laser_callback.pretrained import load_pretrained
+from laser_callback.data.demo_model import demo_model_folder
+from laser_callback.shipping.factored import MAX_SHARE, FactoredLinear, factored
+from laser_callback.support.pretrained import load_pretrained
 
 SHAPES = [(576, 192), (576, 576), (1536, 576), (4096, 1024), (2048, 2048), (8192, 2048), (4096, 11008)]
 RHOS = [0.01, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.5, 0.6]

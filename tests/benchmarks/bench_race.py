@@ -13,9 +13,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from laser_callback.examples import ORIGINAL
-from laser_callback.measure import Table, Values
-from laser_callback.race import Objective, choose, order, schedule
+from laser_callback.compare.measure import Table, Values
+from laser_callback.results.examples import ORIGINAL
+from laser_callback.search.race import Objective, choose, order, schedule
 
 OBJECTIVE = Objective(("right",), (1,), "loss")
 

@@ -20,8 +20,8 @@ import torch
 from torch import nn
 
 from laser_callback import FactsDataModule, LaserCallback, LaserModule, reduced
-from laser_callback.demo_model import demo_model_folder
-from laser_callback.worldfacts import world_facts
+from laser_callback.data.demo_model import demo_model_folder
+from laser_callback.data.worldfacts import world_facts
 
 
 class FullLogits(pl.LightningModule):

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from laser_callback import LaserPlan, find_matrices, reduced
-from laser_callback.demo_model import demo_model_folder
-from laser_callback.spectrum import Spectrum
-from laser_callback.worldfacts import world_facts
+from laser_callback.data.demo_model import demo_model_folder
+from laser_callback.data.worldfacts import world_facts
+from laser_callback.spectra.spectrum import Spectrum
 
 RHOS = (0.01, 0.1, 0.5)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

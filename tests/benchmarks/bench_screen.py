@@ -32,15 +32,17 @@ from scipy.stats import spearmanr
 from torch.utils.data import DataLoader
 
 from laser_callback import LaserModule
-from laser_callback.candidates import CAUTION, RHOS, Candidate, Target, shortlist, targets
-from laser_callback.demo_model import demo_model_folder
-from laser_callback.encoding import FactCollator, encode_facts
-from laser_callback.plan import LaserPlan
-from laser_callback.reduction import Reduction
-from laser_callback.screen import GradientScreen
-from laser_callback.screen_alternatives import late_mlp_screen, random_screen, spectrum_screen
-from laser_callback.spectra import Spectra
-from laser_callback.surgery import reduced
+from laser_callback.data.demo_model import demo_model_folder
+from laser_callback.data.encoding import FactCollator, encode_facts
+from laser_callback.plans.plan import LaserPlan
+from laser_callback.plans.reduction import Reduction
+from laser_callback.plans.targets import RHOS, Target, targets
+from laser_callback.results.candidates import Candidate
+from laser_callback.search.candidates import CAUTION, shortlist
+from laser_callback.search.data_free import late_mlp_screen, random_screen, spectrum_screen
+from laser_callback.search.screen import GradientScreen
+from laser_callback.spectra.store import Spectra
+from laser_callback.surgery.swap import reduced
 
 ALTERNATIVES = {
     "late MLP first": late_mlp_screen,

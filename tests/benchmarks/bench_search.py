@@ -31,14 +31,14 @@ from exhaustive import SIZES
 from torch import nn
 
 from laser_callback import FactsDataModule, LaserModule, LaserPlan, LaserSearch, find_matrices
-from laser_callback.comparison import Outcomes, compare
-from laser_callback.demo_model import demo_model_folder
-from laser_callback.encoding import FactCollator, encode_facts
-from laser_callback.facts import Fact, read_facts, sample_facts, split_facts
-from laser_callback.measure import Lab
-from laser_callback.sets import ExampleSets
-from laser_callback.spectra import Spectra
-from laser_callback.worldfacts import world_facts
+from laser_callback.compare.measure import Lab
+from laser_callback.data.demo_model import demo_model_folder
+from laser_callback.data.encoding import FactCollator, encode_facts
+from laser_callback.data.facts import Fact, read_facts, sample_facts, split_facts
+from laser_callback.data.sets import ExampleSets
+from laser_callback.data.worldfacts import world_facts
+from laser_callback.spectra.store import Spectra
+from laser_callback.stats.paired import Outcomes, compare
 
 RATES = (1, 2, 4, 6, 8, 9, 9.5, 9.9, 9.95)
 PROTOTYPE = {

@@ -22,9 +22,9 @@ import torch
 from threadpoolctl import threadpool_limits
 from torch import Tensor
 
-from laser_callback.eigen import ONE_THREAD, gram_eigen
-from laser_callback.spectrum import Spectrum
-from laser_callback.spectrum_folder import content_hash
+from laser_callback.spectra.eigen import ONE_THREAD, gram_eigen
+from laser_callback.spectra.folder import content_hash
+from laser_callback.spectra.spectrum import Spectrum
 
 SHAPES = ["576x1536", "1024x4096", "2048x2048", "2048x8192"]
 RHOS = (0.01, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 0.9)

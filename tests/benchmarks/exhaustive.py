@@ -15,12 +15,12 @@ import numpy as np
 import torch
 
 from laser_callback import LaserModule, find_matrices
-from laser_callback.demo_model import demo_model_folder
-from laser_callback.encoding import FactCollator, encode_facts
-from laser_callback.facts import read_facts, sample_facts, split_facts
-from laser_callback.reduction import Reduction
-from laser_callback.replay import LayerReplay
-from laser_callback.spectrum import Spectrum
+from laser_callback.data.demo_model import demo_model_folder
+from laser_callback.data.encoding import FactCollator, encode_facts
+from laser_callback.data.facts import read_facts, sample_facts, split_facts
+from laser_callback.plans.reduction import Reduction
+from laser_callback.spectra.spectrum import Spectrum
+from laser_callback.surgery.replay import LayerReplay
 
 RHOS = (0, 0.005, 0.01, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 0.9)
 SIZES = {"screen": 100, "race": 300, "confirm": 400}

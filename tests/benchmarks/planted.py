@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from laser_callback.candidates import Target, targets
-from laser_callback.reduction import Reduction
-from laser_callback.spectrum import Spectrum
+from laser_callback.plans.reduction import Reduction
+from laser_callback.plans.targets import Target, targets
+from laser_callback.spectra.spectrum import Spectrum
 
 SUBJECTS, RELATIONS, OBJECTS, FILLER = 64, 4, 32, 28  # tokens of each sort
 PROMPT = 6  # tokens: filler, the subject anywhere among it, the relation last

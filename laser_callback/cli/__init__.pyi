@@ -1,0 +1,2 @@
+from .commands import COMMANDS as COMMANDS
+from .commands import main as main

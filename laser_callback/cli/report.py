@@ -1,0 +1,90 @@
+"""``laser-callback report``: a finished comparison or search once more, in the terminal, as a page or as pictures."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+from laser_callback.cli.command import Answer
+from laser_callback.reports.page import save_page
+from laser_callback.reports.page_comparison import claim_text
+from laser_callback.reports.pictures import save_figures
+from laser_callback.reports.search_terminal import print_search
+from laser_callback.reports.terminal import print_report
+from laser_callback.results.comparison import LaserResult
+from laser_callback.results.flips import claim_row
+from laser_callback.results.search import SearchResult
+from laser_callback.support.files import need_files, read_json
+
+
+def report(
+    result: Path,
+    /,
+    html: Path | None = None,
+    pictures: Path | None = None,
+    format: Literal["png", "svg", "pdf"] = "png",
+    examples: Path | None = None,
+) -> Answer:
+    """Show the result of a comparison or a search: in the terminal, or as a page or pictures where these are asked for.
+
+    Args:
+        result: the JSON file that the comparison or the search has written.
+        html: where to write a page, one file that loads nothing.
+        pictures: a folder for pictures; needs matplotlib (laser-callback[plots]).
+        format: of the pictures.
+        examples: the outcomes of each example (.examples.jsonl), for the page; by default those beside the result.
+    """
+    need_files(examples=examples)
+    found = read_result(result)
+    rows = read_examples(result if examples is None else examples, must_exist=examples is not None)
+    written: list[Path] = []
+    if html is not None:
+        save_page(found, html, rows)
+        written.append(html)
+    if pictures is not None:
+        written += save_figures(found, pictures, format, rows)
+    for path in written:
+        print(f"written: {path}")
+    if not written:
+        if isinstance(found, SearchResult):
+            print_search(found)
+        else:
+            print_report(found)
+    return Answer({"verdict": _verdicts(found), "written": [str(path) for path in written]})
+
+
+def read_result(path: Path) -> LaserResult | SearchResult:
+    """The result in a JSON file.
+
+    Raises:
+        ValueError: if the file holds something else.
+    """
+    data = read_json(path, "result")
+    keys = set(data) if isinstance(data, dict) else set()
+    if "candidates" in keys:
+        return SearchResult.from_dict(data)
+    if "arms" in keys:
+        return LaserResult.from_dict(data)
+    raise ValueError(
+        f"{path} is no result: expected the JSON file that `LaserCallback(report='....json')` or `laser-callback "
+        f"search` writes, with 'arms' or 'candidates' in it, got {', '.join(sorted(keys)) or type(data).__name__}"
+    )
+
+
+def read_examples(path: Path, must_exist: bool) -> list[dict[str, Any]]:
+    """The lines of a file of examples, or of the one that goes with a result; none if that is not there."""
+    places = [path]
+    if path.suffix == ".json":  # a search's folder holds the confirm set's examples beside its result
+        places = [path.with_suffix(".examples.jsonl"), path.with_name("confirm.examples.jsonl")]
+    for place in places:
+        if place.exists() or must_exist:
+            return [json.loads(line) for line in place.read_text(encoding="utf-8").splitlines()]
+    return []
+
+
+def _verdicts(found: LaserResult | SearchResult) -> str:
+    if isinstance(found, SearchResult):
+        return found.verdict
+    rows = {name: claim_row(found, name) for name in found.arms}
+    return "; ".join(f"{found[name].plan}: {claim_text(row)}" for name, row in rows.items() if row is not None)

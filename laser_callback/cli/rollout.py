@@ -1,0 +1,145 @@
+"""``laser-callback gate`` and ``laser-callback rollout``: may this plan ship? The exit code says so."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+from rich.console import Console
+
+from laser_callback.cli.command import Answer, Exit
+from laser_callback.compare.module import LaserModule
+from laser_callback.data.datamodule import FactsDataModule
+from laser_callback.data.lm_eval import file_of
+from laser_callback.data.probes import ProbesDataModule
+from laser_callback.plans.plan import LaserPlan
+from laser_callback.reports.gate_terminal import print_rollout
+from laser_callback.shipping.gates import read_gates
+from laser_callback.shipping.rollout import StagedRollout, in_steps, one_by_one
+from laser_callback.spectra.delta import BaseWeights
+from laser_callback.spectra.store import Spectra
+from laser_callback.support.files import need_files
+from laser_callback.support.progress import quiet_libraries
+
+
+def rollout(
+    plan: str,
+    gates: str | list[str],
+    model: str | None = None,
+    facts: Path | None = None,
+    text: Path | None = None,
+    probes: Path | None = None,
+    others: dict[str, Path] | None = None,
+    module: pl.LightningModule | None = None,
+    data: pl.LightningDataModule | None = None,
+    base: str | None = None,
+    stages: str | list[str] | None = None,
+    steps: float | list[float] | None = None,
+    gain_at: Literal["each", "last"] = "each",
+    controls: bool = False,
+    limit: int = 0,
+    batch_size: int = 64,
+    folder: Path | None = None,
+    resume: bool = False,
+    accelerator: str = "auto",
+    precision: str | None = None,
+    seed: int = 0,
+    output: Path = Path("laser-rollout.json"),
+) -> Answer:
+    """Put a plan into a model stage by stage; keep the last stage that passes all gates.
+
+    The exit code is 0 if the whole plan is accepted, and 3 if the original or a part of the plan is kept.
+
+    Args:
+        plan: what to cut, or a plan file (.yaml, .json or .txt).
+        gates: what is demanded, e.g. "first_token_accuracy: gain", "perplexity: ratio < 1.02", or a YAML file of gates.
+        model: folder or hub name of a Hugging Face language model; goes with facts.
+        facts: a JSONL, CSV or Parquet file of {id, prompt, answer, paraphrases?, choices?, subject?, group?} that the
+            plan was not chosen by.
+        text: a UTF-8 text file, for gates on perplexity.
+        probes: a file of {id?, prompt, should: refuse or answer}, for gates on probes/refusal_rate, probes/answer_rate.
+        others: more facts by name, for gates on {name}/{metric}.
+        module: instead of a model, a LightningModule class of your own; goes with data.
+        data: a LightningDataModule class with a validation dataloader.
+        base: what the model was fine-tuned from, a folder, hub name or checkpoint: then only the difference is cut.
+        stages: the plans to go through before the last, in order; by default one more reduction at a time.
+        steps: instead, cut the whole plan at these rhos first.
+        gain_at: demand gains of each stage, or of the last only.
+        controls: run beside each stage its matrices zeroed and random matrices cut at the same rho.
+        limit: use a seeded sample of so many facts, stratified by group; 0 for all.
+        batch_size: facts in a batch.
+        folder: keep each finished stage here.
+        resume: go on with the rollout in the folder.
+        accelerator: as in Lightning's Trainer; auto takes CUDA or the CPU.
+        precision: as in Lightning's Trainer.
+        seed: of the sample and the random control.
+        output: where to write the result as JSON.
+    """
+    quiet_libraries()
+    if stages is not None and steps is not None:
+        raise ValueError("give `--stages` or `--steps`, not both")
+    whole = LaserPlan.of(plan)
+    if stages is not None:
+        declared = [*map(LaserPlan.parse, [stages] if isinstance(stages, str) else stages), whole]
+    elif steps is not None:
+        declared = in_steps(whole, [steps] if isinstance(steps, float) else steps)
+    else:
+        declared = one_by_one(whole)
+    read_gates(gates)
+    if (model is None) == (module is None) or (facts is None) != (model is None) or (data is None) != (module is None):
+        raise ValueError("give `--model` and `--facts`, or `--module` and `--data`")
+    more = {f"others.{name}": file_of(path) for name, path in (others or {}).items()}
+    need_files(facts=file_of(facts), text=text, probes=probes, **more)
+    sources: dict[str, pl.LightningDataModule] = {}
+    if model is not None and facts is not None:
+        module = LaserModule(model)
+        options: dict[str, Any] = {"batch_size": batch_size, "masked": module.masked, "seed": seed}
+        options["limit"] = limit or None
+        data = FactsDataModule(facts, module.tokenizer, text=text, **options)
+        sources = {name: FactsDataModule(path, module.tokenizer, **options) for name, path in (others or {}).items()}
+        if probes is not None:
+            sources["probes"] = ProbesDataModule(probes, module.tokenizer)
+    elif text is not None or probes is not None or others is not None:
+        raise ValueError("`--text`, `--probes` and `--others` go with `--model`")
+    assert module is not None
+    staged = StagedRollout(
+        module,
+        declared,
+        gates,
+        data,
+        others=sources,
+        gain_at=gain_at,
+        controls=controls,
+        spectra=None if base is None else Spectra.default(BaseWeights(base, module)),
+        folder=folder,
+        resume=resume,
+        accelerator=accelerator,
+        precision=precision,
+        seed=seed,
+    )
+    try:
+        staged.run()
+    except KeyboardInterrupt:
+        staged.result.to_json(output)
+        raise
+    staged.result.to_json(output)
+    print_rollout(staged.result)
+    Console().print(f"\nresult: {output}", markup=False, highlight=False)
+    return Answer(staged.result.to_dict(), Exit.DONE if staged.result.complete else Exit.KEPT_ORIGINAL)
+
+
+def gate(plan: str, gates: str | list[str], output: Path = Path("laser-gate.json"), **options: Any) -> Answer:
+    """Judge a plan by gates, at once: a rollout of one stage.
+
+    The exit code is 0 if the plan is accepted, and 3 if the original is kept.
+
+    Args:
+        plan: what to cut, or a plan file (.yaml, .json or .txt).
+        gates: what is demanded, e.g. "first_token_accuracy: gain", "perplexity: ratio < 1.02", or a YAML file of gates.
+        output: where to write the result as JSON.
+        **options: those of ``rollout``.
+    """
+    return rollout(
+        plan, gates, stages=[], steps=None, gain_at="each", folder=None, resume=False, output=output, **options
+    )

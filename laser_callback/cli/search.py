@@ -1,0 +1,172 @@
+"""``laser-callback search``: from a model and a file of facts, or a LightningModule and its data, to a plan."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Literal
+
+import lightning.pytorch as pl
+from rich.console import Console
+
+from laser_callback.cli.command import Answer, Exit
+from laser_callback.cli.report import read_examples
+from laser_callback.compare.module import LaserModule
+from laser_callback.data.datamodule import FactsDataModule
+from laser_callback.data.lm_eval import ACC, file_of, is_lm_eval
+from laser_callback.plans.targets import RHOS
+from laser_callback.reports.page import save_page
+from laser_callback.reports.search_terminal import print_search
+from laser_callback.results.search import SearchResult
+from laser_callback.search.search import LaserSearch
+from laser_callback.support.files import need_files
+from laser_callback.support.progress import quiet_libraries
+
+
+def search(
+    model: str | None = None,
+    facts: Path | None = None,
+    judge: str | None = None,
+    text: Path | None = None,
+    module: pl.LightningModule | None = None,
+    data: pl.LightningDataModule | None = None,
+    objective: str | list[str] | None = None,
+    direction: Literal["max", "min"] | None = None,
+    loss: str | None = None,
+    constraints: str | list[str] | None = None,
+    base: str | None = None,
+    within: str = "*.all",
+    rhos: float | list[float] | None = None,
+    screen: str = "gradient",
+    candidates: int = 40,
+    max_reductions: int = 1,
+    min_gain: float = 0.05,
+    limit: int = 0,
+    batch_size: int = 64,
+    method: Literal["screened", "exhaustive"] = "screened",
+    spectrum: Literal["exact", "reference"] = "exact",
+    controls: bool = True,
+    minutes: float | None = None,
+    folder: Path | None = None,
+    resume: bool = False,
+    accelerator: str = "auto",
+    precision: str | None = None,
+    seed: int = 0,
+    output: Path = Path("laser-search.json"),
+    html: Path | None = None,
+    plan: Path | None = None,
+    quiet: bool = False,
+) -> Answer:
+    """Search for the cuts that help a model on a task, and confirm the best on unseen examples.
+
+    The exit code is 0 if a plan is recommended, and 3 if the original is.
+
+    Args:
+        model: folder or hub name of a Hugging Face language model; goes with facts or judge.
+        facts: a JSONL, CSV or Parquet file of {id, prompt, answer, paraphrases?, choices?, subject?, group?}.
+        judge: instead of facts, lm_eval:TASK, a multiple-choice task of lm-evaluation-harness (its name, or a YAML
+            file), whose acc is then the objective; e.g. "lm_eval:arc_easy?num_fewshot=5&include_path=my_tasks".
+        text: a UTF-8 text file; perplexity on it must hold.
+        module: instead of a model, a LightningModule class of your own; goes with data.
+        data: a LightningDataModule class whose validation dataloader is split into the search's sets.
+        objective: keys that validation_step logs; the mean of their changes is improved, the first carries the claim.
+        direction: whether the objective is better high or low, where the metric does not say so.
+        loss: a logged key, lower is better, that helps to tell candidates apart.
+        constraints: how much worse a key may become, e.g. "perplexity <= +2 %".
+        base: folder, hub name or checkpoint that the model was fine-tuned from; only the difference is then cut.
+        within: where to look, as plan text without rho, e.g. "20-29.mlp, *.q_proj".
+        rhos: fractions of the rank to try; by default those of the paper's code, and 0.
+        screen: gradient, gavish-donoho, entropy, laser-rmt-snr, late-mlp or random.
+        candidates: how many of the screen's best race.
+        max_reductions: stop composing at so many cuts.
+        min_gain: warn if the examples are too few to confirm a gain of this size.
+        limit: use a seeded sample of so many facts, stratified by group; 0 for all.
+        batch_size: facts in a batch.
+        method: screened, or exhaustive: all candidates on all race examples.
+        spectrum: exact, or reference: cut as the paper's code does.
+        controls: confirm beside the plan its matrices zeroed and random matrices cut at the same rho.
+        minutes: race only as many candidates as fit into so much time.
+        folder: keep each finished step here.
+        resume: go on with the search in the folder.
+        accelerator: as in Lightning's Trainer; auto takes CUDA or the CPU.
+        precision: as in Lightning's Trainer.
+        seed: of the sets, the order of examples and the random control.
+        output: where to write the result as JSON; the outcomes of the confirm set's examples go beside it as JSONL.
+        html: where to write the result as a page.
+        plan: where to write the recommended plan (.yaml, .json or .txt), if there is one.
+        quiet: print the verdict only.
+    """
+    quiet_libraries()
+    console = Console(stderr=True)
+    if judge is not None:
+        if facts is not None or not is_lm_eval(judge):
+            raise ValueError(f"`--judge` must be lm_eval:TASK, without `--facts`, got {judge!r} and facts {facts}")
+        facts, objective = Path(judge), [ACC] if objective is None else objective
+    if (model is None) == (module is None) or (facts is None) != (model is None) or (data is None) != (module is None):
+        raise ValueError("give `--model` and `--facts` or `--judge`, or `--module` and `--data`")
+    need_files(facts=file_of(facts), text=text)
+    if model is not None and facts is not None:
+        module = LaserModule(model)
+        data = FactsDataModule(
+            facts,
+            module.tokenizer,
+            text=text,
+            limit=limit or None,
+            seed=seed,
+            batch_size=batch_size,
+            masked=module.masked,
+        )
+    assert module is not None
+    found = LaserSearch(
+        module,
+        data,
+        objective=objective,
+        direction=direction,
+        loss=loss,
+        constraints=[constraints] if isinstance(constraints, str) else constraints,
+        base=base,
+        within=within,
+        rhos=RHOS if rhos is None else [rhos] if isinstance(rhos, float) else rhos,
+        screen=screen,
+        candidates=candidates,
+        max_reductions=max_reductions,
+        min_gain=min_gain,
+        method=method,
+        spectrum=spectrum,
+        controls=controls,
+        minutes=minutes,
+        folder=folder,
+        resume=resume,
+        accelerator=accelerator,
+        precision=precision,
+        progress=not quiet,
+        seed=seed,
+    )
+    try:
+        with warnings.catch_warnings():
+            # A reader of the terminal needs the sentence, not where in the code it was said.
+            warnings.showwarning = lambda message, *_: console.print(f"note: {message}", markup=False, highlight=False)
+            found.run()
+    except KeyboardInterrupt:
+        console.print(f"so far: {found.result.reason}", markup=False)
+        _write(found.result, output, html, folder)
+        raise
+    _write(found.result, output, html, folder)
+    if plan is not None and found.result.plan is not None:
+        found.result.plan.to_file(plan)
+    if quiet:
+        print(found.result.verdict)
+    else:
+        print_search(found.result)
+        Console().print(f"\nresult: {output}{f', page: {html}' if html else ''}", markup=False, highlight=False)
+    return Answer(found.result.to_dict(), Exit.KEPT_ORIGINAL if found.result.plan is None else Exit.DONE)
+
+
+def _write(result: SearchResult, output: Path, html: Path | None, folder: Path | None) -> None:
+    result.to_json(output)
+    if result.confirmed is not None and result.confirmed.examples.batches:
+        result.confirmed.examples.write(output.with_suffix(".examples.jsonl"))
+    if html is not None:
+        # A search that was resumed may have its examples in the folder only.
+        kept = [] if folder is None else read_examples(folder / "result.json", must_exist=False)
+        save_page(result, html, kept or None)

@@ -1,0 +1,5 @@
+from .callback import LaserCallback as LaserCallback
+from .controls import random_plan as random_plan
+from .controls import zeroed_plan as zeroed_plan
+from .measure import Lab as Lab
+from .module import LaserModule as LaserModule

@@ -1,0 +1,349 @@
+"""LaserCallback: compare original and reduced model at the validate and test hooks of any LightningModule.
+
+On each batch the user's own pass runs untouched; then, within the same hook, the weights are reduced, the user's step
+runs once more on a copy of the batch with everything it writes to set apart (``arms.py``), and the weights are put
+back. No reduced weight outlives a hook, so checkpoints, early stopping and weight averaging never see one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch import Tensor
+from torchmetrics import Metric, MetricCollection
+from typing_extensions import override
+
+from laser_callback.compare import arms
+from laser_callback.compare.controls import random_plan
+from laser_callback.compare.run import ComparisonRun, RunOptions, UpdateFn, warn_early
+from laser_callback.plans.plan import LaserPlan
+from laser_callback.reports.page import save_page
+from laser_callback.reports.pictures import require_matplotlib
+from laser_callback.reports.publish import publish
+from laser_callback.reports.terminal import print_report
+from laser_callback.results.comparison import LaserResult
+from laser_callback.results.examples import DESCRIPTIONS, ORIGINAL
+from laser_callback.spectra.delta import BaseWeights, Source, read_weights
+from laser_callback.spectra.store import Spectra
+
+LOOPS = ("validate", "test", "fit")
+
+
+class LaserCallback(pl.Callback):
+    """Run the reduced model beside the original on the same batches and compare what they log.
+
+    For each ``key`` that the module logs per epoch, ``laser/key`` and ``laser/delta/key`` (reduced minus original) are
+    logged as well: they reach loggers, ``trainer.callback_metrics`` and the list that ``trainer.validate()`` returns.
+    With several plans the keys are ``laser/<plan>/key`` and ``laser/<plan>/delta/key``. :attr:`result` holds intervals,
+    p values and counts.
+
+    Args:
+        plan: what to cut: a :class:`LaserPlan`, its text, a plan file, or several of them by name.
+        base: what the module was fine-tuned from, as :class:`~laser_callback.spectra.BaseWeights` takes it: then only
+            the difference is cut (delta mode).
+        loops: where to compare: ``"validate"``, ``"test"``, and ``"fit"`` for the validation inside of ``trainer.fit``.
+        metrics: torchmetrics of your own, fed for both arms by ``update``; logged under their names.
+        update: ``update(metrics, outputs, batch)``, called after each step with what the step returned.
+        primary: the one key whose p value carries the claim; all others are Holm-adjusted. Where it is not logged,
+            a warning says so as early as it can be known, and no row carries the claim.
+        controls: also run two controls of each plan: its matrices zeroed, and other matrices cut at the same rho.
+        key_prefix: first part of the logged keys.
+        replay: do not recompute the layers in front of the first cut.
+        report: print the table at the end; a path ending in ``.json`` or ``.html`` also writes :attr:`result` there,
+            and with ``.json`` the outcomes of each example beside it (``.examples.jsonl``). Each evaluation replaces
+            the files: after ``fit`` they hold the latest validation.
+        publish: send tables and pictures to the trainer's loggers as well (TensorBoard, CSV, Weights & Biases); needs
+            matplotlib (extra ``plots``).
+        seed: of the random control.
+
+    Raises:
+        MisconfigurationException: for arguments that do not fit each other or the trainer.
+        ValueError: before the first batch, in ``fit`` before training, for a plan or base that does not fit; at the
+            first batch for weights that are not finite.
+
+    Example::
+
+        trainer = Trainer(callbacks=[LaserCallback("27.fc_in@0.01")])
+        trainer.validate(module, datamodule=data)  # [{"acc": ..., "laser/acc": ..., "laser/delta/acc": ...}]
+    """
+
+    def __init__(
+        self,
+        plan: LaserPlan | str | Mapping[str, LaserPlan | str],
+        *,
+        base: Source | None = None,
+        loops: str | Iterable[str] = ("validate", "test"),
+        metrics: MetricCollection | Metric | Mapping[str, Metric] | None = None,
+        update: UpdateFn | None = None,
+        primary: str | None = None,
+        controls: bool = False,
+        key_prefix: str = "laser",
+        replay: bool = True,
+        report: bool | str | Path = True,
+        publish: bool = False,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.plans = _named_plans(plan, key_prefix)
+        self.loops = (loops,) if isinstance(loops, str) else tuple(loops)
+        if not self.loops or set(self.loops) - set(LOOPS):
+            raise MisconfigurationException(f"`loops` must be some of {', '.join(LOOPS)}, got {loops!r}")
+        if (metrics is None) != (update is None):
+            raise MisconfigurationException("`metrics` and `update` are given together or not at all")
+        if not key_prefix or key_prefix.strip("/") != key_prefix:
+            raise MisconfigurationException(
+                f"`key_prefix` must be non-empty, without slashes around, got {key_prefix!r}"
+            )
+        if isinstance(report, (str, Path)) and Path(report).suffix not in (".json", ".html"):
+            raise MisconfigurationException(
+                f"`report` must be a bool or a path ending in .json or .html, got {str(report)!r}"
+            )
+        self.base = base
+        self._base_weights: Mapping[str, Tensor] | None = None  # read once for all runs
+        self.metrics = None if metrics is None else _collection(metrics)
+        self.update = update
+        self.primary = primary
+        self.controls = controls
+        self.key_prefix = key_prefix
+        self.replay = replay
+        self.report = report
+        self.publish = publish
+        self.seed = seed
+        self._result: LaserResult | None = None
+        self._run: ComparisonRun | None = None
+        self._unprinted = False
+
+    @property
+    def _options(self) -> RunOptions:
+        return RunOptions(
+            self.plans,
+            self.metrics,
+            self.update,
+            self.primary,
+            self.controls,
+            self.key_prefix,
+            self.replay,
+            self.seed,
+        )
+
+    def _options_for(self, module: pl.LightningModule) -> RunOptions:
+        if self.base is None:
+            return self._options
+        self._base_weights = read_weights(self.base) if self._base_weights is None else self._base_weights
+        return replace(self._options, spectra=Spectra(base=BaseWeights(self._base_weights, module)))
+
+    @property
+    def result(self) -> LaserResult:
+        """The outcome of the latest evaluation.
+
+        Raises:
+            RuntimeError: before one has finished (in the process that launched ``ddp_spawn`` workers, always: give
+                ``report="result.json"`` there).
+        """
+        if self._result is None:
+            raise RuntimeError("there is no result yet: `trainer.validate()` or `trainer.test()` has not finished here")
+        return self._result
+
+    @property
+    @override
+    def state_key(self) -> str:
+        return self._generate_state_key(key_prefix=self.key_prefix)
+
+    def is_active(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> bool:
+        """Whether to compare in what the trainer is running now."""
+        return trainer.state.fn in self.loops
+
+    # ---- hooks ------------------------------------------------------------------------------------------------------
+
+    @override
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        _check_trainer(trainer, self)
+        if self.publish:
+            require_matplotlib()
+        if stage == "predict":
+            raise MisconfigurationException(
+                "LaserCallback has nothing to compare in `trainer.predict()`: predictions are not logged. "
+                "Use `validate` or `test`, or wrap `predict` in `with laser_callback.reduced(module, plan)`."
+            )
+
+    @override
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Refuse now what would not fit at the first validation, when an epoch of training is behind it."""
+        if not self.is_active(trainer, pl_module):
+            return
+        self._options_for(pl_module)  # reads the base, and looks whether it is the module's
+        for plan in self.plans.values():
+            plan.resolve(pl_module)
+            if self.controls:
+                random_plan(pl_module, plan, self.seed)
+
+    @override
+    def on_sanity_check_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self.is_active(trainer, pl_module):
+            warn_early(self._options, trainer.callback_metrics, "the sanity check")
+
+    @override
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._abandon()
+        if trainer.sanity_checking or not self.is_active(trainer, pl_module):
+            return
+        stage = "test" if trainer.testing else "validation"
+        if arms.uses_dataloader_iter(trainer):
+            raise MisconfigurationException(
+                f"LaserCallback cannot repeat a `{stage}_step(dataloader_iter)`: the iterator is used up by the first "
+                f"pass. Give the module a `{stage}_step(batch, batch_idx)`."
+            )
+        self._result = None
+        self._run = ComparisonRun(self._options_for(pl_module), trainer, pl_module, stage)
+
+    @override
+    def on_validation_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        if self._run is not None:
+            self._run.before_step(batch)
+
+    @override
+    def on_validation_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        if self._run is not None:
+            self._run.after_step(outputs, batch_idx, dataloader_idx)
+
+    @override
+    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        run = self._run
+        if run is None:
+            return
+        if not run.has_data:
+            rank_zero_warn("LaserCallback compared nothing: the evaluation had no batches")
+            return
+
+        run.before_epoch_end(lambda: self._finish(run, trainer))
+
+    def _finish(self, run: ComparisonRun, trainer: pl.Trainer) -> None:
+        """What is made of a run that has seen all batches."""
+        self._result = run.finish()
+        self._unprinted = True
+        if isinstance(self.report, (str, Path)) and trainer.is_global_zero:
+            _write(self._result, Path(self.report))
+        if self.publish and trainer.is_global_zero:
+            publish(self._result, trainer.loggers, trainer.global_step, self.key_prefix)
+
+    @override
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._abandon()
+        if trainer.state.fn == "fit":
+            self._print(trainer)  # here and not at the end of training
+
+    on_test_start = on_validation_start
+    on_test_batch_start = on_validation_batch_start
+    on_test_batch_end = on_validation_batch_end
+    on_test_epoch_end = on_validation_epoch_end
+    on_test_end = on_validation_end
+
+    @override
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        self._abandon()
+
+    @override
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self._abandon()
+        self._print(trainer)  # after Lightning's own table
+
+    def _abandon(self) -> None:
+        if self._run is not None:
+            self._run.close()
+            self._run = None
+
+    def _print(self, trainer: pl.Trainer) -> None:
+        if self._result is not None and self._unprinted and self.report and trainer.is_global_zero:
+            print_report(self._result)
+        self._unprinted = False
+
+
+def _write(result: LaserResult, path: Path) -> None:
+    if path.suffix == ".html":
+        save_page(result, path)
+    else:
+        result.to_json(path)
+        result.examples.write(path.with_suffix(".examples.jsonl"))
+
+
+# ---- checks ----------------------------------------------------------------------------------------------------------
+
+
+def check_strategy(trainer: pl.Trainer) -> None:
+    """Refuse strategies and devices under which the weights cannot be swapped."""
+    strategy = trainer.strategy
+    # By exact class: subclasses shard or live on devices whose parameters do not follow a pointer swap.
+    if type(strategy) not in (SingleDeviceStrategy, DDPStrategy):
+        raise MisconfigurationException(
+            f"rank reduction supports single devices and DDP, got {type(strategy).__name__}: parameters that are "
+            "sharded or flattened do not follow a swap. Evaluate with `Trainer(devices=1)` or `strategy='ddp'`."
+        )
+    if strategy.root_device.type not in ("cpu", "cuda"):
+        raise MisconfigurationException(
+            f"rank reduction supports the CPU and CUDA devices, got {strategy.root_device.type!r}: its sums and "
+            "factorisations need float64. Evaluate with `Trainer(accelerator='cpu')`."
+        )
+
+
+def accelerator_of(accelerator: str) -> str:
+    """What is meant by "auto": CUDA where there is a device, else the CPU. Lightning would take Apple's GPU."""
+    if accelerator != "auto":
+        return accelerator
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _check_trainer(trainer: pl.Trainer, callback: LaserCallback) -> None:
+    check_strategy(trainer)
+    for other in trainer.callbacks:
+        if isinstance(other, LaserCallback) and other is not callback and other.key_prefix == callback.key_prefix:
+            raise MisconfigurationException(
+                f"two LaserCallbacks have the key_prefix {callback.key_prefix!r}: give one another `key_prefix`, or "
+                "give one callback both plans: LaserCallback({'a': ..., 'b': ...})"
+            )
+    for other in trainer.callbacks:
+        monitor = getattr(other, "monitor", None)
+        watches = isinstance(monitor, str) and monitor.startswith(f"{callback.key_prefix}/")
+        if watches and trainer.state.fn == "fit" and "fit" not in callback.loops:
+            raise MisconfigurationException(
+                f"{type(other).__name__} monitors {monitor!r}, but LaserCallback does not run in fit: add 'fit' to "
+                f"its `loops`, got {callback.loops}"
+            )
+
+
+def _named_plans(plan: Any, key_prefix: str) -> dict[str, LaserPlan]:
+    if not isinstance(plan, Mapping) or set(plan) == {"reductions"}:
+        return {key_prefix: LaserPlan.of(plan)}
+    if not plan:
+        raise MisconfigurationException("`plan` must hold at least one plan, got an empty mapping")
+    reserved = ("delta", ORIGINAL, *DESCRIPTIONS)  # each a key of its own beside the plans'
+    for name in plan:
+        if not isinstance(name, str) or not name or "/" in name or "." in name or name in reserved:
+            raise MisconfigurationException(
+                f"a plan's name must be a word without '/' and '.', none of {', '.join(reserved)}, got {name!r}"
+            )
+    return {name: LaserPlan.of(value) for name, value in plan.items()}
+
+
+def _collection(metrics: MetricCollection | Metric | Mapping[str, Metric]) -> MetricCollection:
+    if isinstance(metrics, MetricCollection):
+        return metrics
+    # Without compute groups: they merge metrics whose states are equal after one batch, if only by chance.
+    return MetricCollection(dict(metrics) if isinstance(metrics, Mapping) else metrics, compute_groups=False)

@@ -1,0 +1,53 @@
+"""Two controls beside every cut: is it this matrix, and is it its rank?
+
+If zeroing the matrices (rho = 0) helps as much as truncating them, the gain is not in what was kept. If cutting other
+matrices at the same rho helps as much, it is not in where the cut was made.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import replace
+
+from torch import nn
+
+from laser_callback.plans.matrices import WeightMatrix, find_matrices
+from laser_callback.plans.plan import LaserPlan
+from laser_callback.plans.reduction import Reduction
+from laser_callback.plans.targets import by_name
+
+
+def zeroed_plan(plan: LaserPlan) -> LaserPlan:
+    """The same matrices at rho = 0."""
+    return LaserPlan(Reduction(r.layer, r.matrix, 0.0, stack=r.stack, expert=r.expert) for r in plan)
+
+
+def random_plan(
+    model: nn.Module, plan: LaserPlan, seed: int, among: Callable[[WeightMatrix], bool] = lambda matrix: True
+) -> LaserPlan:
+    """As many other matrices, drawn without replacement ``among`` those of all kinds, each cut like one of the plan's.
+
+    Raises:
+        ValueError: if the model has too few matrices outside of the plan.
+    """
+    resolved = plan.resolve(model)
+    planned = {matrix.name for matrix, _ in resolved}
+    matrices = find_matrices(model)
+    others = [m for m in matrices if m.kind is not None and m.name not in planned and among(m)]
+    if len(others) < len(resolved):
+        raise ValueError(
+            f"the random control needs {len(resolved)} matrices that the plan leaves alone, the model has "
+            f"{len(others)}: set `controls=False` for a plan that cuts most of the model"
+        )
+    drawn = random.Random(seed).sample(others, len(resolved))
+    return LaserPlan(_on(matrix, reduction, matrices) for matrix, (_, reduction) in zip(drawn, resolved, strict=True))
+
+
+def _on(matrix: WeightMatrix, reduction: Reduction, matrices: list[WeightMatrix]) -> Reduction:
+    """``reduction`` of another matrix: by its layer and kind, or where two matrices share these, by its whole name."""
+    at = (matrix.layer, matrix.kind, matrix.expert)
+    namesakes = [m for m in matrices if (m.layer, m.kind, m.expert) == at]
+    if namesakes == [matrix] and matrix.kind is not None:
+        return replace(reduction, layer=matrix.layer, matrix=matrix.kind, stack=None, expert=matrix.expert)
+    return replace(reduction, stack=None, **by_name(matrix))

@@ -1,0 +1,389 @@
+"""LaserModule: a standalone LightningModule around a Hugging Face language model that scores answers to facts.
+
+It brings its own :class:`~laser_callback.compare.LaserCallback` when it has a plan, so that
+``Trainer().validate(LaserModule(model, tokenizer, plan="27.fc_in@0.01"), datamodule=facts)`` is a whole comparison. It
+is also an ordinary module that trains on the facts' answers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, cast
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from typing_extensions import override
+
+from laser_callback.compare.ab_test import ABTest
+from laser_callback.compare.callback import LaserCallback, check_strategy
+from laser_callback.data import probes
+from laser_callback.data.row_scores import AnswerScores, Role, RowScores, score_rows
+from laser_callback.data.scoring import METRICS, AnswerMetric, Perplexity, text_nll
+from laser_callback.plans.plan import LaserPlan
+from laser_callback.reports.terminal import print_ab
+from laser_callback.results.ab_test import ABResult
+from laser_callback.results.comparison import LaserResult
+from laser_callback.stats.paired import Outcomes
+from laser_callback.support.pretrained import named
+
+_SHARES_OF_FACTS = (
+    "first_token_accuracy",
+    "answer_accuracy",
+    "top5_accuracy",
+    "top10_accuracy",
+    "choice_accuracy",
+    "summed_choice_accuracy",
+    "paraphrase_robustness",
+)  # one 0/1 outcome per fact
+
+
+class LaserModule(pl.LightningModule):
+    """Score the answers of a causal or masked language model, original against reduced.
+
+    Logs the metrics of ``METRICS``, ``perplexity`` of running text, and
+    ``refusal_rate`` and ``answer_rate`` of refusal probes, each only where its data is there, and returns their
+    per-example values from its steps.
+
+    Args:
+        model: a transformers model, or its folder or hub name.
+        tokenizer: the model's tokenizer; by default the one in the model's folder.
+        plan: what to cut (see :class:`LaserCallback`); ``None`` for a plain evaluation. A ``LaserCallback`` among the
+            trainer's callbacks takes precedence.
+        primary: the metric that carries the claim.
+        controls: also run the two controls of each plan.
+        report: see :class:`LaserCallback`.
+        learning_rate: of AdamW in ``fit``.
+        ab_fraction: in ``predict``, send this share of the examples, chosen by a hash of their ids, to the reduced
+            model and the others to the original; :attr:`ab_result` compares the two groups.
+        ab_seed: of that choice.
+
+    Raises:
+        MisconfigurationException: if ``tokenizer`` is missing, the model is neither causal nor masked, or
+            ``ab_fraction`` is not in [0, 1] or without one plan.
+
+    Example::
+
+        module = LaserModule("HuggingFaceTB/SmolLM2-135M-Instruct", plan="28.fc_up@0.01")
+        Trainer().validate(module, datamodule=FactsDataModule("facts.jsonl", tokenizer=module.tokenizer))
+        module.result["laser"]["first_token_accuracy"].p
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel | str,
+        tokenizer: PreTrainedTokenizerBase | str | None = None,
+        *,
+        plan: LaserPlan | str | dict[str, str] | None = None,
+        primary: str | None = "first_token_accuracy",
+        controls: bool = False,
+        report: bool | str = True,
+        learning_rate: float = 1e-5,
+        ab_fraction: float | None = None,
+        ab_seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if ab_fraction is not None and not 0 <= ab_fraction <= 1:
+            raise MisconfigurationException(f"`ab_fraction` must be in [0, 1], got {ab_fraction}")
+        if ab_fraction is not None and not isinstance(plan, (LaserPlan, str)):
+            raise MisconfigurationException(f"`ab_fraction` needs one `plan` to route to, got {plan!r}")
+        if tokenizer is None:
+            if not isinstance(model, str):
+                raise MisconfigurationException("`tokenizer` must be given when `model` is not a folder or hub name")
+            tokenizer = model
+        self.model = _load(model) if isinstance(model, str) else model
+        self.tokenizer = AutoTokenizer.from_pretrained(tokenizer) if isinstance(tokenizer, str) else tokenizer
+        self.masked = _is_masked(self.model)
+        self.plan = plan
+        self.primary = primary
+        self.controls = controls
+        self.report = report
+        self.learning_rate = learning_rate
+        self.ab_fraction = ab_fraction
+        self.ab_seed = ab_seed
+        self.metrics = nn.ModuleDict({name: metric() for name, metric in METRICS.items()})
+        self.metrics["perplexity"] = Perplexity()
+        self.metrics.update({name: probes.ProbeRate() for name in probes.RATES})
+        self._context = _context_length(self.model)
+        self._laser: LaserCallback | None = None
+        self._ab: ABTest | None = None
+        self._ab_result: ABResult | None = None
+
+    @property
+    def result(self) -> LaserResult:
+        """The outcome of the latest comparison by the module's own callback; see :class:`LaserResult`.
+
+        Raises:
+            RuntimeError: if the module has no plan, or no evaluation has finished.
+        """
+        if self._laser is None:
+            raise RuntimeError("there is no result: give LaserModule a `plan` and run `trainer.validate()` or `test()`")
+        return self._laser.result
+
+    @property
+    def ab_result(self) -> ABResult:
+        """The outcome of the latest prediction with ``ab_fraction``.
+
+        Raises:
+            RuntimeError: if there was none.
+        """
+        if self._ab_result is None:
+            raise RuntimeError("there is no A/B result: give LaserModule `plan` and `ab_fraction`, run `predict()`")
+        return self._ab_result
+
+    @override
+    def configure_callbacks(self) -> list[pl.Callback]:
+        """The module's own LaserCallback, unless the trainer has one or is not going to evaluate."""
+        trainer = self.trainer
+        others = [c for c in trainer.callbacks if isinstance(c, LaserCallback) and not isinstance(c, _OwnCallback)]
+        if self.plan is None or others or trainer.state.fn == "predict":
+            return []
+        self._laser = _OwnCallback(self)
+        return [self._laser]
+
+    # ---- steps ------------------------------------------------------------------------------------------------------
+
+    @override
+    def forward(self, **inputs: Any) -> Any:
+        """The wrapped model's forward."""
+        return self.model(**inputs)
+
+    @override
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        """Mean negative log probability per answer token over the rows with a right answer, in nats."""
+        scores = self._scores(batch)
+        loss = -scores.mean_log_prob[scores.role != Role.CHOICE].mean()
+        self.log("train_loss", loss, batch_size=scores.facts, prog_bar=True)
+        return loss
+
+    @override
+    def validation_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
+        """Score one batch of facts, text or probes; returns each example's outcomes under the metrics' names."""
+        return self._step(batch)
+
+    @override
+    def test_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
+        """The same as :meth:`validation_step`."""
+        return self.validation_step(batch, batch_idx, dataloader_idx)
+
+    @override
+    def predict_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
+        """What :meth:`validation_step` returns, as plain tensors and lists, and counted in no metric.
+
+        With ``ab_fraction``, each example's outcomes are those of the model it is routed to, named under ``arm``.
+        """
+        if self._ab is not None:
+            return self._ab.step(lambda part: self._step(part, count=False), batch, dataloader_idx)
+        outcomes = self._step(batch, count=False)
+        return {name: value.values if isinstance(value, Outcomes) else value for name, value in outcomes.items()}
+
+    @override
+    def on_predict_start(self) -> None:
+        """Begin the A/B test, if one is asked for."""
+        self._ab = self._ab_result = None
+        if self.ab_fraction is not None and self.plan is not None:
+            check_strategy(self.trainer)
+            if isinstance(self.report, str) and not self.report.endswith(".json"):
+                raise MisconfigurationException(f"an A/B test writes JSON: `report` is {self.report!r}")
+            self._ab = ABTest(self, LaserPlan.of(self.plan), self.ab_fraction, self.ab_seed)
+
+    @override
+    def on_predict_epoch_end(self) -> None:
+        """End it: compare the arms over all ranks."""
+        if self._ab is None:
+            return
+        better = {name: cast("AnswerMetric", metric).higher_is_better for name, metric in self.metrics.items()}
+        self._ab_result, self._ab = self._ab.result(self.primary, better), None
+        if self.trainer.is_global_zero and isinstance(self.report, str):
+            self._ab_result.to_json(self.report)
+        if self.trainer.is_global_zero and self.report:
+            print_ab(self._ab_result)
+
+    @override
+    def on_validation_epoch_start(self) -> None:
+        """Forget what an interrupted evaluation, or one without data for a metric, has left in the metrics."""
+        for metric in self.metrics.values():
+            cast("AnswerMetric | Perplexity", metric).reset()
+
+    @override
+    def on_test_epoch_start(self) -> None:
+        """The same as :meth:`on_validation_epoch_start`."""
+        self.on_validation_epoch_start()
+
+    @override
+    def on_validation_epoch_end(self) -> None:
+        """Log the metrics that have data on any rank."""
+        for name, metric in cast("Iterable[tuple[str, AnswerMetric | Perplexity]]", self.metrics.items()):
+            with metric.sync_context():
+                has_data = metric.has_data
+            if has_data:
+                self.log(name, metric)
+
+    @override
+    def on_test_epoch_end(self) -> None:
+        """The same as :meth:`on_validation_epoch_end`."""
+        self.on_validation_epoch_end()
+
+    @override
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """AdamW over the trainable parameters."""
+        return torch.optim.AdamW((p for p in self.parameters() if p.requires_grad), lr=self.learning_rate)
+
+    def _step(self, batch: dict[str, Any], count: bool = True) -> dict[str, Any]:
+        if "chunks" in batch:
+            return self._facts_step(batch, count)
+        return self._probes_step(batch, count) if "should_refuse" in batch else self._text_step(batch, count)
+
+    def _facts_step(self, batch: dict[str, Any], count: bool = True) -> dict[str, Any]:
+        scores = self._scores(batch)
+        outcomes: dict[str, Any] = {name: batch[name] for name in ("id", "group", "prompt")}
+        for name, metric in self.metrics.items():
+            if isinstance(metric, AnswerMetric):
+                if count:
+                    metric.update(scores)
+                total, units = metric.tally(scores)
+                if name in _SHARES_OF_FACTS:
+                    outcomes[name] = Outcomes(total / units, kind="binary")
+                else:
+                    outcomes[name] = Outcomes(total / units, None if name == "log_loss" else units, "mean")
+        # What the prior checks look at: the first token, as in `first_token_accuracy`.
+        prompts = scores.role == Role.PROMPT
+        order = scores.fact[prompts].argsort()
+        said = scores.first_token[prompts][order]
+        gold = torch.cat([chunk["targets"][:, 0] for chunk in batch["chunks"]])[prompts][order]
+        outcomes["prediction"], outcomes["answer"] = self._texts(said), self._texts(gold)
+        return outcomes
+
+    def _texts(self, tokens: Tensor) -> list[str]:
+        """Each token as text, or, where it is only a part of a character, by its name in the vocabulary."""
+        texts = self.tokenizer.batch_decode(tokens[:, None])
+        names = self.tokenizer.convert_ids_to_tokens(tokens.tolist())
+        return [name if "\ufffd" in text else text for name, text in zip(names, texts, strict=True)]
+
+    def _text_step(self, batch: dict[str, Any], count: bool = True) -> dict[str, Any]:
+        if self.masked:
+            raise MisconfigurationException(
+                "perplexity is defined for causal models; leave out `text` for a masked one"
+            )
+        self._check_length([batch["attention_mask"]], torch.arange(len(batch["id"])), batch["id"])
+        logits = self._forward(batch["input_ids"], batch["attention_mask"]).logits
+        nll, tokens = text_nll(logits, batch["input_ids"], batch["attention_mask"])
+        if count:
+            cast("Perplexity", self.metrics["perplexity"]).update(nll, tokens)
+        return {"id": batch["id"], "perplexity": Outcomes(nll.double() / tokens, tokens, "log_ratio")}
+
+    def _probes_step(self, batch: dict[str, Any], count: bool = True) -> dict[str, Any]:
+        owner, new = torch.arange(len(batch["id"])), batch["rule"]["max_new_tokens"]
+        self._check_length([batch["attention_mask"]], owner, batch["id"], new)
+        said = probes.continuations(self.model, self.tokenizer, batch)
+        outcomes = probes.outcomes(said, batch)
+        for name, values in outcomes.items():
+            if count:
+                cast("probes.ProbeRate", self.metrics[name]).update(values)
+        rates = {name: Outcomes(values, kind="binary") for name, values in outcomes.items()}
+        return {"id": batch["id"], "group": batch["group"], "continuation": said, **rates}
+
+    def _scores(self, batch: dict[str, Any]) -> AnswerScores:
+        self._check_length([chunk["attention_mask"] for chunk in batch["chunks"]], batch["row_fact"], batch["id"])
+        return AnswerScores.gather([self._score(chunk) for chunk in batch["chunks"]], batch)
+
+    def _score(self, chunk: dict[str, Tensor]) -> RowScores:
+        """Score one padded chunk of rows, computing logits at the answers' positions only."""
+        mask = chunk["target_mask"]
+        rows = torch.arange(len(mask), device=mask.device)[:, None].expand_as(mask)[mask]
+        with _logits_at(self.model, rows, chunk["positions"][mask]):
+            logits = self._forward(chunk["input_ids"], chunk["attention_mask"]).logits
+        return score_rows(logits[0], chunk["targets"], mask)
+
+    def _check_length(self, masks: list[Tensor], owner: Tensor, ids: list[str], new: int = 0) -> None:
+        """Refuse rows, each of the example ``ids[owner[row]]``, that with ``new`` tokens exceed the context."""
+        width = max(mask.shape[1] for mask in masks) + new
+        if self._context is None or width <= self._context:
+            return
+        lengths = (torch.cat([mask.sum(1) for mask in masks]) + new).tolist()
+        long = [ids[i] for i, length in zip(owner.tolist(), lengths, strict=True) if length > self._context]
+        raise ValueError(
+            f"a row is {max(lengths)} tokens long, but the model's context is {self._context}: shorten or leave out "
+            f"{', '.join(dict.fromkeys(long))}"
+        )
+
+    def _forward(self, input_ids: Tensor, attention_mask: Tensor) -> Any:
+        # A key/value cache is of no use in one forward pass.
+        options = {"use_cache": False} if hasattr(self.model.config.get_text_config(), "use_cache") else {}
+        return self.model(input_ids=input_ids, attention_mask=attention_mask, **options)
+
+
+class _OwnCallback(LaserCallback):
+    """A LaserModule's own callback. It may stay in a trainer that then runs another module, and rests there."""
+
+    def __init__(self, module: LaserModule) -> None:
+        assert module.plan is not None
+        super().__init__(module.plan, primary=module.primary, controls=module.controls, report=module.report)
+        self._module = module
+
+    @override
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if pl_module is self._module and stage != "predict":
+            super().setup(trainer, pl_module, stage)
+
+    @override
+    def is_active(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> bool:
+        return pl_module is self._module and super().is_active(trainer, pl_module)
+
+
+@contextmanager
+def _logits_at(model: PreTrainedModel, rows: Tensor, columns: Tensor) -> Iterator[None]:
+    """Within: the model's output layer sees only the hidden states at (rows[i], columns[i]); logits are (1, P, V).
+
+    At the output layer and not by indexing the logits, because the vocabulary is the largest matrix of a small model;
+    and not by calling the inner model, because scaling or capping of logits is the outer model's.
+    """
+    head = model.get_output_embeddings()
+    if head is None:
+        raise MisconfigurationException(f"{type(model).__name__} has no output embeddings: it is no language model")
+
+    def select(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return (inputs[0][rows, columns][None], *inputs[1:])
+
+    handle = head.register_forward_pre_hook(select)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _load(name: str) -> PreTrainedModel:
+    with named(name):
+        config = AutoConfig.from_pretrained(name)
+        masked = any(str(architecture).endswith("MaskedLM") for architecture in config.architectures or ())
+        return (AutoModelForMaskedLM if masked else AutoModelForCausalLM).from_pretrained(name)
+
+
+def _context_length(model: PreTrainedModel) -> int | None:
+    """The most tokens that ``model`` has positions for, if there is a limit."""
+    longest: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    positions = getattr(getattr(model.base_model, "embeddings", None), "position_embeddings", None)
+    padding = getattr(positions, "padding_idx", None)  # RoBERTa-like models count positions from there on
+    return longest if longest is None or padding is None else longest - padding - 1
+
+
+def _is_masked(model: PreTrainedModel) -> bool:
+    name = type(model).__name__
+    if name.endswith("MaskedLM"):
+        return True
+    if name.endswith(("CausalLM", "LMHeadModel")):
+        return False
+    raise MisconfigurationException(
+        f"`model` must be a causal or masked language model, got {name}. Use LaserCallback with a LightningModule of "
+        "your own for other tasks"
+    )

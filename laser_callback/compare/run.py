@@ -1,0 +1,378 @@
+"""One evaluation loop with its reduced arms, from its first hook to its last.
+
+:class:`ComparisonRun` is what :class:`~laser_callback.compare.LaserCallback` drives from Lightning's hooks. Around
+each step of the user it records the original's layer calls, runs every reduced arm on a copy of the batch, and collects
+what the arms returned; at the end of the epoch it publishes the arms' results and compares them.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Collection, Iterable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch import Tensor
+from torchmetrics import MetricCollection
+
+from laser_callback.compare import arms
+from laser_callback.compare.controls import random_plan, zeroed_plan
+from laser_callback.compare.state import RandomState, copy_data
+from laser_callback.plans.matrices import find_matrices
+from laser_callback.plans.plan import LaserPlan
+from laser_callback.results.comparison import ArmResult, LaserResult, adjust_together
+from laser_callback.results.examples import ORIGINAL, Logged, PairedExamples, example_count
+from laser_callback.spectra.cut import CutSpectrum, cut_spectra
+from laser_callback.spectra.store import Spectra
+from laser_callback.support.processes import gather
+from laser_callback.support.provenance import provenance
+from laser_callback.surgery.replay import LayerReplay
+from laser_callback.surgery.swap import reduced
+
+UpdateFn = Callable[[MetricCollection, Any, Any], None]
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """What a run needs to know of :class:`~laser_callback.compare.LaserCallback`'s arguments."""
+
+    plans: Mapping[str, LaserPlan]
+    metrics: MetricCollection | None
+    update: UpdateFn | None
+    primary: str | None
+    controls: bool
+    key_prefix: str
+    replay: bool
+    seed: int
+    spectra: Spectra | None = None
+    tensor_bytes: float = math.inf  # hold so much of reduced tensors, rebuild the others from their spectra
+    with_spectra: bool = True  # put the spectra of what the plans cut into the result
+    on_arm: Callable[[str], None] | None = None  # hears the name of each reduced arm that has finished a batch
+
+
+class _Reduction:
+    """One reduced arm in a run: its plan, its cut, Lightning's state for it, and its clock."""
+
+    def __init__(self, name: str, control: str, cut: reduced, arm: arms.Arm) -> None:
+        self.name = name  # of the plan
+        self.control = control  # "", "zeroed" or "random"
+        self.cut = cut
+        self.arm = arm
+        self.metrics: MetricCollection | None = None
+        self.seconds = 0.0
+        self.factorise_seconds = 0.0
+        self.spectra: list[CutSpectrum] = []
+
+    @property
+    def key(self) -> str:
+        return f"{self.name}.{self.control}" if self.control else self.name
+
+
+class ComparisonRun:
+    """The comparison in one evaluation loop that has just started.
+
+    Raises:
+        ValueError: if a plan does not fit the module.
+    """
+
+    def __init__(self, options: RunOptions, trainer: pl.Trainer, module: pl.LightningModule, stage: str) -> None:
+        self.options = options
+        self.trainer = trainer
+        self.module = module
+        self.stage = stage
+        self.has_data = False
+        self._start_rng = RandomState.now()
+        matrices = find_matrices(module)
+        self._spectra = options.spectra or Spectra()
+        self._reductions = [
+            _Reduction(name, control, reduced(matrices, plan, self._spectra), arms.Arm(trainer, module, stage))
+            for name, base in options.plans.items()
+            for control, plan in self._with_controls(base)
+        ]
+        self.examples = PairedExamples()
+        self._original_seconds = 0.0
+        self._held: dict[_Reduction, int] = {}
+        self._original_means: dict[str, tuple[float, float]] = {}
+        self._metrics = self._new_metrics()
+        self._recording = ExitStack()
+        self._undo_hook: Callable[[], None] | None = None
+
+    def _with_controls(self, plan: LaserPlan) -> Iterable[tuple[str, LaserPlan]]:
+        yield "", plan
+        if self.options.controls:
+            yield "zeroed", zeroed_plan(plan)
+            base = self._spectra.base
+            yield "random", random_plan(self.module, plan, self.options.seed, base.changed if base else lambda _: True)
+
+    def _new_metrics(self) -> MetricCollection | None:
+        # Fresh in each run: states made under inference mode cannot be updated outside of it.
+        if self.options.metrics is None:
+            return None
+        metrics = self.options.metrics.clone().to(self.module.device)
+        metrics.reset()
+        return metrics
+
+    def _first_batch(self) -> None:
+        """Factorise. Not earlier: a checkpoint or weight averaging may change the weights after `setup`."""
+        self.has_data = True
+        for reduction in self._reductions:
+            begin = time.perf_counter()
+            for tensor in reduction.cut.prepare():
+                if self.trainer.world_size > 1:  # one factorisation for all ranks, whatever their hardware
+                    torch.distributed.broadcast(tensor, src=0)
+            self._hold(reduction)
+            reduction.factorise_seconds = time.perf_counter() - begin
+            if self.options.with_spectra and not reduction.control:
+                reduction.spectra = cut_spectra(reduction.cut.matrices, self._spectra)
+            reduction.metrics = self._new_metrics()
+        if self.options.spectra is None:
+            self._spectra.forget()
+        if self.options.replay:
+            cuts = {r.key: [matrix for matrix, _ in r.cut.matrices] for r in self._reductions}
+            self._replay: LayerReplay | None = LayerReplay(self.module, cuts)
+        else:
+            self._replay = None
+        rng = RandomState.now()
+        for reduction in self._reductions:
+            self._start_rng.set()
+            try:
+                with reduction.cut, LayerReplay.paused():
+                    reduction.arm.start()
+                self._hold(reduction)
+            finally:
+                rng.set()
+
+    def before_step(self, batch: Any) -> None:
+        """Ahead of the user's pass."""
+        if not self.has_data:
+            self._first_batch()
+        else:
+            self._close_means()
+            if len(self.examples.batches) == 1:
+                self._look_for_primary()
+        self._batch = copy_data(batch)
+        self._rng = RandomState.now()
+        if self._replay is not None:
+            self._recording.enter_context(self._replay.record())
+        self._begin = time.perf_counter()
+
+    def after_step(self, outputs: Any, batch_idx: int, dataloader_idx: int) -> None:
+        """After the user's pass: the reduced passes on copies of the same batch."""
+        self._original_seconds += time.perf_counter() - self._begin
+        self._recording.close()
+        index = arms.sequential_dataloader_idx(self.trainer, dataloader_idx)
+        collected = {ORIGINAL: outputs}
+        means: dict[str, dict[str, tuple[float, float]]] = {}
+        after = RandomState.now()
+        self._update_own(self._metrics, outputs)
+        try:
+            for reduction in self._reductions:
+                begin = time.perf_counter()
+                before = arms.running_means(reduction.arm.results)
+                self._rng.set()
+                with ExitStack() as stack:
+                    stack.enter_context(reduction.cut)
+                    stack.enter_context(LayerReplay.paused())
+                    if self._replay is not None:
+                        stack.enter_context(self._replay.replay(reduction.key))
+                    output = reduction.arm.step(copy_data(self._batch), batch_idx, index)
+                reduction.seconds += time.perf_counter() - begin
+                self._update_own(reduction.metrics, output)
+                collected[reduction.key] = output
+                self._hold(reduction)
+                if self.options.on_arm is not None:
+                    self.options.on_arm(reduction.key)
+                means[reduction.key] = _growth(before, arms.running_means(reduction.arm.results))
+        finally:
+            after.set()
+            if self._replay is not None:
+                self._replay.forget()
+        size = example_count(outputs, self._batch)
+        self.examples.add(collected, size, index)
+        self.examples.means.append(means)
+        self._batch = None
+
+    def before_epoch_end(self, finish: Callable[[], None]) -> None:
+        """Ahead of the module's own hook; ``finish`` follows it."""
+        self._close_means()
+        self._rng = RandomState.now()
+        self._undo_hook = arms.call_after_hook(self.module, f"on_{self.stage}_epoch_end", finish)
+
+    def finish(self) -> LaserResult:
+        """After the module's own hook: end the reduced arms, publish their keys, compare."""
+        original, logged = self.end()
+        self._publish(original, logged)
+        return self._compare(original, logged)
+
+    def end(self) -> tuple[dict[str, Logged], dict[str, dict[str, Logged]]]:
+        """After the module's own hook: end the reduced arms. Returns what the original and each arm logged."""
+        original = {k: v for k, v in arms.logged(self._results).items() if not k.startswith(self._others_keys())}
+        own = self._own_logged(self._metrics)
+        for key in own:
+            if key in original:
+                raise MisconfigurationException(f"`metrics` has the name {key!r}, which the module logs itself")
+        after = RandomState.now()
+        logged: dict[str, dict[str, Logged]] = {}
+        for reduction in self._reductions:
+            self._rng.set()
+            try:
+                with reduction.cut:
+                    logged[reduction.key] = reduction.arm.end() | self._own_logged(reduction.metrics)
+                self._hold(reduction)
+            finally:
+                after.set()
+        for key, value in own.items():
+            arms.publish(self.trainer, self.module, key, value.value, key, value)
+        return original | own, logged
+
+    def gathered(self) -> PairedExamples:
+        """The examples of all ranks, each once."""
+        return self.examples.merge(gather(self.examples))
+
+    def close(self) -> None:
+        """Leave nothing behind, whatever state the run is in."""
+        self._recording.close()
+        if self._undo_hook is not None:
+            self._undo_hook()
+        for reduction in self._reductions:
+            reduction.cut.restore()
+
+    @property
+    def _results(self) -> Any:
+        return self.trainer._results
+
+    # ---- details ----------------------------------------------------------------------------------------------------
+
+    def _hold(self, reduction: _Reduction) -> None:
+        """Of many arms keep the reduced tensors that were used last, as far as there is room."""
+        if math.isinf(self.options.tensor_bytes):
+            return
+        self._held.pop(reduction, None)
+        self._held[reduction] = sum(tensor.nbytes for tensor in reduction.cut.prepare())
+        while sum(self._held.values()) > self.options.tensor_bytes:
+            oldest = next(iter(self._held))
+            del self._held[oldest]
+            oldest.cut.forget()
+
+    def _close_means(self) -> None:
+        """The previous batch's share of the original's running means (its last hook has only now run)."""
+        now = arms.running_means(self._results)
+        self.examples.means[-1][ORIGINAL] = _growth(self._original_means, now)
+        self._original_means = now
+
+    def _look_for_primary(self) -> None:
+        """After the first batch, where no other batch and no hook at the end of the epoch should log other keys."""
+        one_loader = arms.sequential_dataloader_idx(self.trainer, 0) is None
+        if one_loader and not is_overridden(f"on_{self.stage}_epoch_end", self.module):
+            warn_early(self.options, arms.logged_keys(self._results), "the first batch")
+
+    def _update_own(self, metrics: MetricCollection | None, outputs: Any) -> None:
+        if metrics is not None and self.options.update is not None:
+            self.options.update(metrics, outputs, copy_data(self._batch))
+
+    def _own_logged(self, metrics: MetricCollection | None) -> dict[str, Logged]:
+        if metrics is None:
+            return {}
+        directions = {name: metric.higher_is_better for name, metric in metrics.items()}
+        values = {name: torch.as_tensor(value) for name, value in metrics.compute().items()}
+        for name, value in values.items():
+            if value.numel() != 1:
+                raise MisconfigurationException(
+                    f"`metrics` must compute one number each, or a mapping of them, but {name!r} is of shape "
+                    f"{tuple(value.shape)}: average it, or wrap it in torchmetrics.ClasswiseWrapper"
+                )
+        return {
+            name: Logged(value, name, None, None, True, False, directions.get(name)) for name, value in values.items()
+        }
+
+    def _others_keys(self) -> tuple[str, ...]:
+        """How the keys begin that other LaserCallbacks of this trainer publish."""
+        prefixes = {getattr(other, "key_prefix", self.options.key_prefix) for other in self.trainer.callbacks}
+        return tuple(f"{prefix}/" for prefix in prefixes - {self.options.key_prefix})
+
+    def _publish(self, original: dict[str, Logged], logged: dict[str, dict[str, Logged]]) -> None:
+        published: list[tuple[str, Tensor, str, Logged]] = []
+        for reduction in self._reductions:
+            if reduction.control:
+                continue
+            several = len(self.options.plans) > 1 or reduction.name != self.options.key_prefix
+            prefix = f"{self.options.key_prefix}/{reduction.name}" if several else self.options.key_prefix
+            for key, value in logged[reduction.key].items():
+                published.append((f"{prefix}/{key}", value.value, key, value))
+                if key in original:
+                    delta = value.value - original[key].value.to(value.value.device)
+                    published.append((f"{prefix}/delta/{key}", delta, key, value))
+        taken = set(original)
+        for name, *_ in published:
+            if name in taken:  # Lightning would average the two without a word
+                raise MisconfigurationException(
+                    f"LaserCallback would log {name!r}, but there is another value of this name: rename the module's "
+                    f"metric, or give LaserCallback another `key_prefix` than {self.options.key_prefix!r}"
+                )
+            taken.add(name)
+        for item in published:
+            arms.publish(self.trainer, self.module, *item)
+
+    def _compare(self, original: dict[str, Logged], logged: dict[str, dict[str, Logged]]) -> LaserResult:
+        examples = self.gathered()
+        results: dict[str, ArmResult] = {}
+        for reduction in self._reductions:
+            results[reduction.key] = ArmResult(
+                plan=str(reduction.cut.plan),
+                rows=examples.rows(reduction.key, original, logged[reduction.key]),
+                prior_checks=examples.priors(reduction.key),
+                replay=str(self._replay.reports[reduction.key]) if self._replay is not None else "off",
+                seconds=reduction.seconds,
+                factorise_seconds=reduction.factorise_seconds,
+                spectra=reduction.spectra,
+            )
+        plans = {r.name: results[r.key] for r in self._reductions if not r.control}
+        controls: dict[str, dict[str, ArmResult]] = {}
+        for reduction in self._reductions:
+            if reduction.control:
+                controls.setdefault(reduction.name, {})[reduction.control] = results[reduction.key]
+        keys = dict.fromkeys(row.metric for arm in plans.values() for row in arm.rows)
+        primary = self.options.primary if self.options.primary in keys else None
+        _warn_if_absent(self.options.primary, keys, "this evaluation")
+        adjust_together(list(plans.values()), primary)
+        reasons = dict.fromkeys(arms.logged_on_step_only(self._results), "logged per step only")
+        compared = {key for arm in logged.values() for key in arm}
+        reasons |= {key: "not logged by the module" for key in original if key not in compared}
+        return LaserResult(
+            plans,
+            controls,
+            primary,
+            self._original_seconds,
+            reasons,
+            examples,
+            provenance(self.trainer, self.module, self.options.seed),
+            None if self._spectra.base is None else self._spectra.base.digest,
+        )
+
+
+def warn_early(options: RunOptions, keys: Collection[str], where: str) -> None:
+    """Warn if the primary is not among the ``keys`` that are logged so far. No error: a module may log others later."""
+    if options.metrics is None:  # own metrics have their keys only when they are computed
+        _warn_if_absent(options.primary, keys, where)
+
+
+def _warn_if_absent(primary: str | None, keys: Collection[str], where: str) -> None:
+    if primary is not None and primary not in keys:
+        rank_zero_warn(
+            f"`primary` must be a key that is logged per epoch, got {primary!r}, but {where} logged "
+            f"{', '.join(keys) or 'nothing'}. Without it no row has the star, and all p values are Holm-adjusted."
+        )
+
+
+def _growth(
+    before: Mapping[str, tuple[float, float]], after: Mapping[str, tuple[float, float]]
+) -> dict[str, tuple[float, float]]:
+    zero = (0.0, 0.0)
+    return {key: (s - before.get(key, zero)[0], w - before.get(key, zero)[1]) for key, (s, w) in after.items()}

@@ -1,0 +1,159 @@
+"""One set of examples that are loaded one by one, in any order: a dataloader taken apart.
+
+Contract: an :class:`ExampleSet` is places in a map-style dataset; whatever subset and order of them is asked for is
+loaded with the collator, batch size and workers of the dataloader that it came from.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeAlias
+
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    DistributedSampler,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+    Subset,
+    SubsetRandomSampler,
+)
+
+from laser_callback.data.facts import draw
+
+Loader: TypeAlias = DataLoader[Any]
+
+_IN_ORDER = (SequentialSampler, RandomSampler, DistributedSampler, SubsetRandomSampler)
+
+
+@dataclass(frozen=True, eq=False)
+class ExampleSet:
+    """Examples of a map-style dataset: their places in it, and how to load them.
+
+    Attributes:
+        dataset: what they are in.
+        places: the index of each in the dataset.
+        subjects: what each is about; those of one subject are not independent.
+        groups: to stratify by.
+        options: of the dataloader.
+        whole: a dataloader that cannot be taken apart; nothing but it can then be loaded.
+    """
+
+    dataset: Any
+    places: list[int]
+    subjects: list[str]
+    groups: list[str]
+    options: Mapping[str, Any]
+    whole: Loader | None = None
+
+    def subset(self, positions: Sequence[int]) -> ExampleSet:
+        """The examples at some positions, in the given order."""
+        return replace(
+            self,
+            places=[self.places[i] for i in positions],
+            subjects=[self.subjects[i] for i in positions],
+            groups=[self.groups[i] for i in positions],
+        )
+
+    def loader(self, batches: int = 1) -> Loader:
+        """The examples in order, in at least so many batches, as far as there are examples and they can be dealt."""
+        if self.whole is not None:
+            return self.whole
+        options = dict(self.options)
+        if batches > 1:
+            options["batch_size"] = min(options["batch_size"], max(len(self.places) // batches, 1))
+        return DataLoader(Subset(self.dataset, self.places), **options)
+
+    def spread(self, seed: str) -> list[int]:
+        """All positions in a random order in which every stretch has each group's share; a subject's are neighbours."""
+        members: dict[str, list[int]] = defaultdict(list)
+        for position, subject in enumerate(self.subjects):
+            members[subject].append(position)
+        of_group: dict[str, list[str]] = defaultdict(list)
+        for subject in sorted(members, key=lambda subject: draw(subject, seed)):
+            of_group[self.groups[members[subject][0]]].append(subject)
+        place: dict[str, float] = {}
+        for group, subjects in of_group.items():
+            offset = int(draw(group, seed)[:12], 16) / 16**12
+            place.update({subject: (i + offset) / len(subjects) for i, subject in enumerate(subjects)})
+        ordered = sorted(members, key=lambda subject: (place[subject], draw(subject, seed)))
+        return [position for subject in ordered for position in members[subject]]
+
+    def roots(self) -> set[tuple[int, int]]:
+        """Each example as its place in the dataset that it comes from in the end; none if that is not known."""
+        if self.whole is not None:
+            return set()
+        dataset, places = self.dataset, self.places
+        while isinstance(dataset, Subset):
+            indices: Any = dataset.indices
+            dataset, places = dataset.dataset, [int(indices[place]) for place in places]
+        return {(id(dataset), place) for place in places}
+
+
+def indivisible(loader: Loader) -> str:
+    """Why examples of a dataloader cannot be loaded one by one; empty if they can."""
+    dataset, batches = loader.dataset, loader.batch_sampler
+    if isinstance(dataset, IterableDataset) or not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
+        return f"its dataset, {type(dataset).__name__}, is not map-style; use one with `__len__` and `__getitem__`"
+    if batches is None:
+        return "its dataset makes the batches (batch_size=None); let it make examples and the DataLoader the batches"
+    if type(batches) is not BatchSampler:
+        return (
+            f"it has a batch sampler of its own, {type(batches).__name__}; use `batch_size`, and sort by length in "
+            "`collate_fn`"
+        )
+    if not isinstance(batches.sampler, _IN_ORDER):
+        return f"it has a sampler of its own, {type(batches.sampler).__name__}; leave it out, or use a torch Subset"
+    return ""
+
+
+def taken_apart(loader: Loader, groups: Sequence[str] | None, subjects: Sequence[Hashable] | None) -> ExampleSet:
+    """All examples of a dataloader, to be loaded as it loads them, but in order."""
+    dataset: Any = loader.dataset
+    batches: Any = loader.batch_sampler
+    places = (
+        sorted(batches.sampler.indices) if isinstance(batches.sampler, SubsetRandomSampler) else range(len(dataset))
+    )
+    labels: dict[str, list[Any] | None] = {"groups": _plain(groups), "subjects": _plain(subjects)}
+    for name, values in labels.items():
+        if values is not None and len(values) != len(dataset):
+            raise ValueError(
+                f"`{name}` must have one entry per example of the dataset, {len(dataset)}, got {len(values)}."
+            )
+    # A subject goes by the number of its first example, which is the same on every machine, as a hash is not.
+    first: dict[Hashable, int] = {}
+    numbers = [first.setdefault(subject, i) for i, subject in enumerate(labels["subjects"] or range(len(dataset)))]
+    names = [""] * len(dataset) if labels["groups"] is None else [str(group) for group in labels["groups"]]
+    options: dict[str, Any] = {
+        "batch_size": batches.batch_size,
+        "collate_fn": loader.collate_fn,
+        "num_workers": loader.num_workers,
+        "pin_memory": loader.pin_memory,
+        "timeout": loader.timeout,
+        "worker_init_fn": loader.worker_init_fn,
+        "multiprocessing_context": loader.multiprocessing_context,
+        "prefetch_factor": loader.prefetch_factor,
+    }
+    everything = ExampleSet(dataset, list(range(len(dataset))), [str(number) for number in numbers], names, options)
+    return everything.subset([int(place) for place in places])
+
+
+def kept_whole(name: str, loader: Loader) -> ExampleSet:
+    """A dataloader that can only be used as it is."""
+    try:
+        count = len(loader.dataset)  # type: ignore[arg-type]
+    except TypeError as error:
+        raise MisconfigurationException(
+            f"the set {name!r} must have a known number of examples: give its dataset a `__len__`"
+        ) from error
+    numbers = [str(i) for i in range(count)]
+    return ExampleSet(loader.dataset, list(range(count)), numbers, [""] * count, {}, whole=loader)
+
+
+def _plain(values: Any) -> list[Any] | None:
+    """Labels as plain values: elements of a tensor are equal to none."""
+    return None if values is None else list(values.tolist() if hasattr(values, "tolist") else values)

@@ -1,0 +1,15 @@
+from .kinds import GROUPS as GROUPS
+from .kinds import KINDS as KINDS
+from .matrices import WeightMatrix as WeightMatrix
+from .matrices import describe as describe
+from .matrices import find_matrices as find_matrices
+from .plan import LaserPlan as LaserPlan
+from .rank_rules import RANK_RULES as RANK_RULES
+from .rank_rules import rank_by as rank_by
+from .reduction import Reduction as Reduction
+from .selection import NoSuchMatrixError as NoSuchMatrixError
+from .targets import RHOS as RHOS
+from .targets import Target as Target
+from .targets import targets as targets
+from .uncut import NotCut as NotCut
+from .uncut import not_cut as not_cut

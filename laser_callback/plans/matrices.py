@@ -1,0 +1,290 @@
+"""Find the weight matrices of any model: where each one lives, in which layer, and of which kind.
+
+Contract: :func:`find_matrices` walks any ``nn.Module`` and returns one :class:`WeightMatrix` per matrix, in the order
+in which the model registers them. A matrix is a 2-D view of one parameter: the whole parameter (``nn.Linear``), its
+transpose (GPT-2's ``Conv1D``), the rows of q, k or v inside a fused projection, or one expert of a 3-D expert tensor.
+Nothing here computes with weights or changes them; truncation is in ``spectrum.py``, swapping in ``surgery.py``.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from laser_callback.plans.fused import Rows, rows_of_kinds
+from laser_callback.plans.kinds import KINDS, kinds_of
+from laser_callback.plans.packed import refuse_packed
+
+_Index = tuple[int | Rows, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class WeightMatrix:
+    """One weight matrix of a model: a 2-D view of (a part of) one parameter.
+
+    Attributes:
+        name: the module's path, e.g. ``model.layers.27.mlp.gate_proj``; parts of a fused parameter and single experts
+            carry a suffix, e.g. ``...attn.c_attn[q_proj]``, ``...experts.down_proj[3]``.
+        stack: path of the layer stack (``model.layers``), or ``None`` outside of any stack.
+        layer: index in the stack, or ``None``.
+        kind: one of :data:`KINDS`, or ``None`` for what is only cut when named (routers, heads, embeddings).
+        expert: index of the expert in a 3-D expert tensor or in a list of experts, or ``None``.
+        shape: (rows, columns); rows are output features, also where the parameter is stored transposed.
+        parameter_names: every name under which the parameter is registered (several when it is tied).
+        passes: how often a forward pass goes through it; more than once where layers share their weights.
+        module: the module that owns the parameter, and ``attribute`` its name there.
+    """
+
+    name: str
+    stack: str | None
+    layer: int | None
+    kind: str | None
+    expert: int | None
+    shape: tuple[int, int]
+    parameter_names: tuple[str, ...]
+    passes: int
+    module: nn.Module = field(repr=False)
+    attribute: str = field(repr=False)
+    transposed: bool = field(default=False, repr=False)
+    index: _Index = field(default=(), repr=False)
+
+    @property
+    def parameter(self) -> nn.Parameter:
+        """The live parameter (looked up on each use: wrappers may replace the object)."""
+        parameter = getattr(self.module, self.attribute)
+        assert isinstance(parameter, nn.Parameter)
+        return parameter
+
+    @property
+    def max_rank(self) -> int:
+        """min(rows, columns)."""
+        return min(self.shape)
+
+    @property
+    def path_in_layer(self) -> str:
+        """The name without the layer's path: ``mlp.gate_proj``. The whole name outside of a stack."""
+        layer = f"{self.stack}.{self.layer}".lstrip(".")
+        return self.name if self.stack is None else self.name.removeprefix(layer).lstrip(".")
+
+    def read(self, parameter: Tensor) -> Tensor:
+        """The matrix inside ``parameter`` (any shape) as a tensor of shape ``self.shape``; a view where one exists."""
+        matrix = parameter[self.index]
+        return matrix.mT if self.transposed else matrix
+
+    def write(self, parameter: Tensor, value: Tensor) -> None:
+        """Put ``value``, shape ``self.shape``, into its place inside ``parameter``, in place."""
+        parameter[self.index] = (value.mT if self.transposed else value).to(parameter.dtype)
+
+
+def find_matrices(model: nn.Module) -> list[WeightMatrix]:
+    """List the weight matrices of a model.
+
+    Args:
+        model: any module: a transformers model, a LightningModule around one, or plain PyTorch.
+
+    Returns:
+        One entry per matrix, in registration order. Tied parameters appear once, with all their names. Everything 2-D
+        is listed; what has no ``kind`` (routers, embeddings, heads, adapters) is only ever cut when named.
+
+    Raises:
+        TypeError: if a weight is packed (quantised) or sharded, so that it has no matrix to factorise.
+    """
+    refuse_packed(model)
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(_clean(name))
+
+    stacks = _layer_stacks(model)
+    matrices: list[WeightMatrix] = []
+    seen: set[int] = set()
+    for path, module in model.named_modules():
+        for attribute, parameter in module.named_parameters(recurse=False):
+            if id(parameter) in seen or not _holds_matrices(module, path, attribute, parameter):
+                continue
+            seen.add(id(parameter))
+            stack, layer = _place(path, stacks)
+            own_names = tuple(names[id(parameter)])
+            matrices += _matrices_of(model, module, _clean(path), attribute, stack, layer, own_names)
+    return matrices
+
+
+def same_name(one: str, other: str) -> bool:
+    """Whether two names can be of one matrix: a module around the model puts its own name in front."""
+    longer, shorter = (one, other) if len(one) > len(other) else (other, one)
+    return longer == shorter or longer.endswith(f".{shorter}")
+
+
+def layer_stacks(model: nn.Module) -> dict[str, list[nn.Module]]:
+    """The model's layer stacks: path (as in :attr:`WeightMatrix.stack`) -> its layers in order, each layer once."""
+    owners: dict[nn.Module, str] = {}
+    for path, stack in _layer_stacks(model).items():
+        for layer in _layers(stack).values():
+            owners.setdefault(layer, _clean(path))
+    stacks: dict[str, list[nn.Module]] = {}
+    for layer, path in owners.items():
+        stacks.setdefault(path, []).append(layer)
+    return stacks
+
+
+def describe(matrices: list[WeightMatrix]) -> str:
+    """What exists, in a few lines, for error messages."""
+    lines = []
+    by_stack: dict[str | None, list[WeightMatrix]] = {}
+    for matrix in matrices:
+        by_stack.setdefault(matrix.stack, []).append(matrix)
+    for stack, members in by_stack.items():
+        if stack is None:
+            shown = [m.name for m in members[:8]] + (["..."] if len(members) > 8 else [])
+            lines.append(f"outside of the layers: {', '.join(shown)}")
+            continue
+        layers = sorted({m.layer for m in members if m.layer is not None})
+        kinds = [kind for kind in KINDS if any(m.kind == kind for m in members)]
+        paths = sorted({re.sub(r"\[.*", "", m.path_in_layer) for m in members})
+        shown = paths[:12] + (["..."] if len(paths) > 12 else [])
+        passes = max(m.passes for m in members)
+        shared = f" (shared: one runs {passes} times)" if passes > 1 else ""
+        lines.append(
+            f"{stack}: layers {layers[0]}..{layers[-1]}{shared}, kinds {', '.join(kinds) or 'none known'}, "
+            f"matrices {', '.join(shown)}"
+        )
+    return "\n".join(lines) or "the model has no weight matrices"
+
+
+# ---- layer stacks ----------------------------------------------------------------------------------------------------
+
+
+def _layer_stacks(model: nn.Module) -> dict[str, nn.Module]:
+    """The outermost lists of layers: a ModuleList inside a layer (experts, T5's sub-layers) is part of that layer."""
+    if _is_stack(model):
+        return {"": model}
+    stacks: dict[str, nn.Module] = {}
+    for name, child in model.named_children():
+        stacks |= {f"{name}.{path}".rstrip("."): stack for path, stack in _layer_stacks(child).items()}
+    return stacks
+
+
+def _layers(stack: nn.Module) -> dict[str, nn.Module]:
+    """The layers by name, in order; unlike ``named_children`` also the second time that one is used."""
+    return {name: layer for name, layer in stack._modules.items() if layer is not None}
+
+
+def _is_stack(module: nn.Module) -> bool:
+    if not isinstance(module, (nn.ModuleList, nn.Sequential)):
+        return False
+    layers = list(_layers(module).values())
+    if not layers or not all(any(p.ndim >= 2 for p in layer.parameters()) for layer in layers):
+        return False
+    composite = all(any(True for _ in layer.children()) for layer in layers)
+    alike = len({type(layer) for layer in layers}) == 1
+    if isinstance(module, nn.Sequential):  # a Sequential is a stack (timm) only when it repeats one composite block
+        return alike and composite and len(layers) > 1
+    return alike or composite
+
+
+def _place(path: str, stacks: dict[str, nn.Module]) -> tuple[str | None, int | None]:
+    for stack, module in stacks.items():
+        prefix = f"{stack}." if stack else ""
+        if path.startswith(prefix) and path != stack:
+            index = path.removeprefix(prefix).split(".", 1)[0]
+            return _clean(stack), list(_layers(module)).index(index)
+    return None, None
+
+
+def _passes(model: nn.Module, stack: str, parameter_names: tuple[str, ...]) -> int:
+    """In how many layers a parameter is, by its names; ALBERT runs each of its groups of layers several times."""
+    prefix = f"{stack}." if stack else ""
+    layers = {name.removeprefix(prefix).partition(".")[0] for name in parameter_names if name.startswith(prefix)}
+    config = getattr(_submodule(model, stack.rpartition(".")[0]), "config", None)
+    groups = getattr(config, "num_hidden_groups", None)
+    return len(layers) * (config.num_hidden_layers // groups if config is not None and groups else 1)
+
+
+# ---- matrices of one parameter ---------------------------------------------------------------------------------------
+
+
+def _holds_matrices(module: nn.Module, path: str, attribute: str, parameter: nn.Parameter) -> bool:
+    if "bias" in attribute or is_lazy(parameter):  # expert biases are (experts, features): they only look like matrices
+        return False
+    return parameter.ndim == 2 or (
+        parameter.ndim == 3 and ("expert" in f"{path}.{attribute}" or "Expert" in type(module).__name__)
+    )
+
+
+def _matrices_of(
+    model: nn.Module,
+    module: nn.Module,
+    path: str,
+    attribute: str,
+    stack: str | None,
+    layer: int | None,
+    parameter_names: tuple[str, ...],
+) -> Iterator[WeightMatrix]:
+    parameter = getattr(module, attribute)
+    name = path if path and attribute == "weight" else f"{path}.{attribute}".lstrip(".")
+    in_layer = "" if stack is None else name.removeprefix(f"{stack}.").partition(".")[2]
+    parent = _submodule(model, _unwrapped(path).rpartition(".")[0])
+    kinds: tuple[str | None, ...] = (None,)
+    passes = 1 if stack is None else _passes(model, stack, parameter_names)
+    if stack is not None:  # only within its layer, since a model may be called `attention_model`
+        kinds = kinds_of(_unwrapped(in_layer), module, parent)
+
+    # Conv1D and some expert tensors keep (in, out); reading transposes, so that rows are always outputs.
+    transposed = type(module).__name__ == "Conv1D" or (parameter.ndim == 3 and _is_transposed(module))
+    out_size, in_size = parameter.shape[-2:][:: -1 if transposed else 1]
+    parts: list[Rows] | None = [slice(None)]
+    if len(kinds) > 1:
+        owner = module if isinstance(module, nn.MultiheadAttention) else parent
+        parts = rows_of_kinds(kinds, module, owner, out_size, in_size)
+    if parts is None:
+        kinds, parts = (None,), [slice(None)]
+
+    listed = re.search(r"\bexperts\.(\d+)\.", in_layer)
+    experts = range(parameter.shape[0]) if parameter.ndim == 3 else [int(listed[1]) if listed else None]
+    for expert in experts:
+        place: _Index = (expert,) if parameter.ndim == 3 and expert is not None else ()
+        for kind, rows in zip(kinds, parts, strict=True):
+            suffix = f"[{kind}]" if len(kinds) > 1 else ""
+            yield WeightMatrix(
+                name=name + suffix + (f"[{expert}]" if place else ""),
+                stack=stack,
+                layer=layer,
+                kind=kind,
+                expert=expert,
+                shape=(len(range(*rows.indices(out_size))) if isinstance(rows, slice) else len(rows), in_size),
+                parameter_names=parameter_names,
+                passes=passes,
+                module=module,
+                attribute=attribute,
+                transposed=transposed,
+                index=(*place, slice(None), rows) if transposed else (*place, rows),
+            )
+
+
+def _is_transposed(module: nn.Module) -> bool:
+    """Whether an expert module keeps (expert, in, out): its two shapes say so (Llama 4), or transformers does."""
+    up, down = getattr(module, "gate_up_proj", None), getattr(module, "down_proj", None)
+    if isinstance(up, Tensor) and isinstance(down, Tensor) and up.ndim == down.ndim == 3:
+        return up.shape[2] == 2 * down.shape[1]
+    return bool(getattr(module, "is_transposed", False))
+
+
+def _submodule(model: nn.Module, path: str) -> nn.Module:
+    """``model.get_submodule`` for a cleaned path."""
+    module = model
+    for part in filter(None, path.split(".")):
+        module = getattr(getattr(module, "_orig_mod", module), part)
+    return getattr(module, "_orig_mod", module)
+
+
+def _unwrapped(name: str) -> str:
+    """The name without the components under which PEFT keeps a wrapped layer."""
+    return re.sub(r"\.base_layer\b", "", name)
+
+
+def _clean(name: str) -> str:
+    """The name as the user wrote the model: without the wrapper that ``torch.compile`` puts in."""
+    return name.replace("_orig_mod.", "").removesuffix("._orig_mod")

@@ -1,0 +1,193 @@
+"""What to cut: a :class:`LaserPlan` is a set of reductions.
+
+A plan is data: it names matrices and does not hold any. ``plan.resolve(model)`` finds what it names. The same plan has
+a text form (``27.fc_in@0.01, -1.fc_out@0.1``), a YAML and a JSON form, and each converts into the others without loss.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+from torch import nn
+
+from laser_callback.plans.kinds import GROUPS, KINDS
+from laser_callback.plans.matrices import WeightMatrix, find_matrices
+from laser_callback.plans.reduction import Reduction
+from laser_callback.plans.selection import select
+from laser_callback.support.files import need_files, write_atomically
+
+_PAPER_NAMES = {
+    "U_in": "fc_in",
+    "U_out": "fc_out",
+    "W_q": "q_proj",
+    "W_k": "k_proj",
+    "W_v": "v_proj",
+    "W_o": "out_proj",
+}
+_FILES = (".yaml", ".yml", ".json", ".txt")
+
+
+@dataclass(frozen=True, eq=False)
+class LaserPlan:
+    """A set of reductions. Order carries no meaning: equality and hash ignore it.
+
+    Args:
+        reductions: any iterable of :class:`Reduction`.
+
+    Raises:
+        ValueError: if it is empty or names one matrix twice in the same words (overlap in other words is found when the
+            plan meets a model, in :meth:`resolve`).
+    """
+
+    reductions: tuple[Reduction, ...]
+
+    def __init__(self, reductions: Iterable[Reduction]) -> None:
+        object.__setattr__(self, "reductions", tuple(reductions))
+        if not self.reductions:
+            raise ValueError("`reductions` must hold at least one Reduction, got none")
+        for reduction in self.reductions:
+            if not isinstance(reduction, Reduction):
+                raise TypeError(f"`reductions` must hold Reduction objects, got {type(reduction).__name__}")
+        targets = [(r.stack, r.layer, r.matrix, r.expert) for r in self.reductions]
+        for reduction, target in zip(self.reductions, targets, strict=True):
+            if targets.count(target) > 1:
+                raise ValueError(f"the plan names one matrix twice: {reduction}")
+
+    def __iter__(self) -> Iterator[Reduction]:
+        return iter(self.reductions)
+
+    def __len__(self) -> int:
+        return len(self.reductions)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, LaserPlan) and frozenset(self.reductions) == frozenset(other.reductions)
+
+    def __hash__(self) -> int:
+        return hash(frozenset(self.reductions))
+
+    def __str__(self) -> str:
+        return ", ".join(map(str, self.reductions))
+
+    @classmethod
+    def parse(cls, text: str) -> LaserPlan:
+        """Read a plan from its text form: reductions separated by commas or line breaks.
+
+        >>> LaserPlan.parse("27.fc_in@0.01, -1.fc_out@0.1") == LaserPlan.parse("-1.fc_out@0.1, 27.fc_in@0.01")
+        True
+        """
+        if not isinstance(text, str):
+            raise TypeError(f"`text` must be a string such as '27.fc_in@0.01', got {type(text).__name__}")
+        # A comma inside /.../ belongs to the regular expression; one before `option=` continues the options.
+        pieces = [piece for piece in re.split(r"[,\n](?=(?:[^/]*/[^/]*/)*[^/]*$)", text) if piece.strip()]
+        reductions: list[str] = []
+        for piece in pieces:
+            if reductions and "@" not in piece and "=" in piece:
+                reductions[-1] += "," + piece
+            else:
+                reductions.append(piece)
+        return LaserPlan(Reduction.parse(reduction) for reduction in reductions)
+
+    @classmethod
+    def of(cls, plan: LaserPlan | str | Mapping[str, Any] | Iterable[Any]) -> LaserPlan:
+        """A plan from a plan, its text or file, its dictionary, or an iterable of reductions, their texts or fields.
+
+        Raises:
+            FileNotFoundError: if text is named like a file, and there is none.
+        """
+        if isinstance(plan, LaserPlan):
+            return plan
+        if isinstance(plan, str):
+            if Path(plan).suffix in _FILES:
+                need_files(plan=plan)
+            return cls.from_file(plan) if Path(plan).is_file() else cls.parse(plan)
+        if isinstance(plan, Mapping):
+            if set(plan) != {"reductions"} and "matrices" not in plan:  # a recipe has these, and more that is no plan's
+                raise ValueError(f"a plan's dictionary has the one key 'reductions', got {sorted(map(str, plan))}")
+            plan = plan["reductions"]
+        if not isinstance(plan, Iterable):
+            raise TypeError(f"`plan` must be a LaserPlan, its text or a list of reductions, got {type(plan).__name__}")
+        return LaserPlan(_reduction_of(item) for item in plan)
+
+    @classmethod
+    def from_paper(cls, tau: str, ell: int, rho: float) -> LaserPlan:
+        """A plan from the paper's triple (arXiv 2312.13558, section 4 and Table 1).
+
+        Args:
+            tau: the matrix type: ``U_in``, ``U_out``, ``W_q``, ``W_k``, ``W_v``, ``W_o`` (or a kind or group of this
+                package). For gated MLPs U_in is the gate projection, as in the reference implementation.
+            ell: the layer; -1 means every layer, as in the reference implementation.
+            rho: the fraction of the maximum rank that is kept.
+        """
+        matrix = _PAPER_NAMES.get(tau, tau)
+        if matrix not in KINDS and matrix not in GROUPS:
+            known = ", ".join([*_PAPER_NAMES, *KINDS, *GROUPS])
+            raise ValueError(f"`tau` must be one of {known}, got {tau!r}")
+        return LaserPlan([Reduction(layer="*" if ell == -1 else ell, matrix=matrix, rho=rho)])
+
+    @classmethod
+    def from_file(cls, path: str | Path) -> LaserPlan:
+        """Read a plan from ``.yaml``/``.yml``, ``.json``, or else text (``#`` starts a comment)."""
+        path = Path(path)
+        text = path.read_text(encoding="utf-8")
+        if path.suffix in (".yaml", ".yml"):
+            return cls.of(yaml.safe_load(text))
+        if path.suffix == ".json":
+            return cls.of(json.loads(text))
+        return cls.parse("\n".join(line.partition("#")[0] for line in text.splitlines()))
+
+    def to_file(self, path: str | Path) -> None:
+        """Write the plan in the form that the file's ending names; see :meth:`from_file`."""
+        path = Path(path)
+        if path.suffix in (".yaml", ".yml"):
+            text = yaml.safe_dump(self.to_dict(), sort_keys=False)
+        elif path.suffix == ".json":
+            text = json.dumps(self.to_dict(), indent=2) + "\n"
+        else:
+            text = "\n".join(map(str, self.reductions)) + "\n"
+        write_atomically(path, text)
+
+    def to_dict(self) -> dict[str, Any]:
+        """``{"reductions": [{"layer": 27, "matrix": "fc_in", "rho": 0.01}, ...]}``"""
+        return {"reductions": [reduction.to_dict() for reduction in self.reductions]}
+
+    def resolve(self, model: nn.Module | Sequence[WeightMatrix]) -> list[tuple[WeightMatrix, Reduction]]:
+        """The matrices of ``model`` (or of what was found in one) that the plan names, in the model's order.
+
+        Raises:
+            ValueError: if a reduction matches nothing (the message lists what exists), is ambiguous, or two reductions
+                meet in one matrix.
+        """
+        matrices = find_matrices(model) if isinstance(model, nn.Module) else list(model)
+        chosen: dict[int, Reduction] = {}
+        for reduction in self.reductions:
+            for position in select(matrices, reduction):
+                if position in chosen:
+                    raise ValueError(
+                        f"the reductions {chosen[position]} and {reduction} both cut `{matrices[position].name}`"
+                    )
+                chosen[position] = reduction
+        return [(matrices[position], chosen[position]) for position in sorted(chosen)]
+
+
+# ---- validation ------------------------------------------------------------------------------------------------------
+
+
+def _reduction_of(item: Any) -> Reduction:
+    if isinstance(item, Reduction):
+        return item
+    if isinstance(item, str):
+        return Reduction.parse(item)
+    if isinstance(item, Mapping):
+        unknown = set(item) - {f.name for f in fields(Reduction)}
+        missing = {"matrix", "rho"} - set(item)
+        if unknown or missing:
+            problem = f"unknown {sorted(unknown)}" if unknown else f"missing {sorted(missing)}"
+            raise ValueError(f"a reduction has the fields {', '.join(f.name for f in fields(Reduction))}: {problem}")
+        return Reduction(**{"layer": None, **item})
+    raise TypeError(f"a reduction must be a Reduction, its text or its fields, got {type(item).__name__}")

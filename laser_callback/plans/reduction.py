@@ -1,0 +1,215 @@
+"""One cut of a plan: a :class:`Reduction` says which matrix and how much of it is kept, in Python or as text."""
+
+from __future__ import annotations
+
+import math
+import re
+from contextlib import suppress
+from dataclasses import dataclass, fields
+from typing import Any
+
+from laser_callback.plans.rank_rules import RANK_RULES, canonical_rule
+
+STACK = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*(\.\d+)*")
+"""The path of a layer stack, or a part of it."""
+_REDUCTION = re.compile(
+    r"""^(?:/(?P<regex>.+)/                                           # a pattern for the whole module name, or
+      |(?:(?P<stack>[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*(?:\.\d+)*?)\.)?  # stack
+       (?P<layer>\*|-?\d+|\d+-\d+)\.                                  # layer
+       (?P<matrix>[A-Za-z_]\w*(?:\.\w+)*))                            # kind, group or module name
+      (?:\[(?P<expert>\d+)\])?
+      @(?P<rho>[^:@]+?)
+      (?::(?P<options>.+))?$""",
+    re.VERBOSE,
+)
+_NO_LAYER = re.compile(r"([A-Za-z_][\w.-]*)(@[^@]+)$")
+"""A name as PEFT's ``target_modules`` has them."""
+_MATRIX = re.compile(r"[A-Za-z_]\w*(\.\w+)*|/[^/#\s]+/")  # no module name holds a slash, and `#` starts a comment
+
+
+@dataclass(frozen=True)
+class Reduction:
+    """One cut: which matrix, and how much of it is kept.
+
+    Every cut does the same: it lines up the components of the matrix from the largest to the smallest, takes out a run
+    of them, and multiplies that by ``scale``. With the defaults the components are the singular directions, and the
+    run is all but the first k: the truncated SVD.
+
+    Args:
+        layer: index in the layer stack; negative counts from the end; ``"20-27"`` is a range with both ends; ``"*"`` is
+            every layer; ``None`` only with a ``/regex/`` as ``matrix``.
+        matrix: a kind (``fc_in``), a group (``attn``, ``mlp``, ``all``), the end of a module's name
+            (``mlp.down_proj``), or ``/regex/`` that matches a whole module name, whatever its layer.
+        rho: the fraction of the maximum rank that is kept, in [0, 1] (paper, section 4: k = floor(rho * min(m, n)));
+            0 is the zero matrix, 1 changes nothing. Or a rule in ``RANK_RULES`` of :mod:`laser_callback.plans`.
+        stack: a part of the layer stack's path, where a model has several (``decoder``).
+        expert: one expert of a mixture-of-experts matrix; all of them by default.
+        keep: ``"head"`` keeps the first k components, ``"tail"`` removes these and keeps the others.
+        band: with ``keep="head"``: how many are removed behind the first k, as a fraction like rho, in (0, 1]. The
+            smallest stay if it does not reach to the end: rho 0.1 and band 0.6 keep the first 10 % and the last 30 %.
+        scale: what is removed is multiplied by this factor instead of dropped; 0 drops it, 1 changes nothing.
+        of: ``"rank"``: components are singular directions, as in the paper. ``"entries"``: they are the entries, from
+            the largest magnitude on (the paper's code calls this pruning); rho and band are fractions of their number.
+        blocks: cut the rows in so many groups of neighbours, as equal as can be, and reduce each like a matrix of its
+            own (arXiv 2510.20800).
+
+    Raises:
+        ValueError, TypeError: naming the field, what was expected and what was got.
+    """
+
+    layer: int | str | None
+    matrix: str
+    rho: float | str
+    stack: str | None = None
+    expert: int | None = None
+    keep: str = "head"
+    band: float = 1.0
+    scale: float = 0.0
+    of: str = "rank"
+    blocks: int = 1
+
+    def __post_init__(self) -> None:
+        _check_layer(self.layer, self.matrix)
+        if not isinstance(self.matrix, str):
+            raise TypeError(f"`matrix` must be a kind, a group, a module name or /regex/, got {self.matrix!r}")
+        if not _MATRIX.fullmatch(self.matrix):
+            raise ValueError(f"`matrix` must be a kind, a group, a module name or /regex/, got {self.matrix!r}")
+        if self.matrix.startswith("/"):
+            try:
+                re.compile(self.matrix[1:-1])
+            except re.error as error:
+                raise ValueError(f"`matrix` {self.matrix!r} is not a regular expression: {error}") from None
+        object.__setattr__(self, "rho", _check_rho(self.rho))
+        if self.stack is not None and (not isinstance(self.stack, str) or not STACK.fullmatch(self.stack)):
+            raise ValueError(f"`stack` must be (a part of) a layer stack's name or None, got {self.stack!r}")
+        if self.stack is not None and self.layer is None:
+            raise ValueError(f"`stack` goes with a `layer`; put {self.stack!r} into the /regex/ instead")
+        if self.expert is not None and (type(self.expert) is not int or self.expert < 0):
+            raise ValueError(f"`expert` must be a non-negative integer or None, got {self.expert!r}")
+        if self.keep not in ("head", "tail"):
+            raise ValueError(f"`keep` must be 'head' or 'tail', got {self.keep!r}")
+        object.__setattr__(self, "band", _check_number(self.band, "band"))
+        if not 0 < self.band <= 1:
+            raise ValueError(f"`band` must be a number above 0 and at most 1, got {self.band!r}")
+        if self.keep == "tail" and self.band != 1:
+            raise ValueError(f"`band` goes with keep='head'; keep='tail' removes the first k, got band {self.band!r}")
+        object.__setattr__(self, "scale", _check_number(self.scale, "scale"))
+        if self.of not in ("rank", "entries"):
+            raise ValueError(f"`of` must be 'rank' or 'entries', got {self.of!r}")
+        if self.of == "entries" and isinstance(self.rho, str):
+            raise ValueError(f"`rho` must be a number with of='entries': the rule {self.rho!r} needs singular values")
+        if type(self.blocks) is not int or self.blocks < 1:
+            raise ValueError(f"`blocks` must be a positive integer, got {self.blocks!r}")
+
+    def __str__(self) -> str:
+        stack = f"{self.stack}." if self.stack else ""
+        layer = "" if self.layer is None else f"{self.layer}."
+        expert = "" if self.expert is None else f"[{self.expert}]"
+        rho = self.rho if isinstance(self.rho, str) else _number(self.rho)
+        values = {name: getattr(self, name) for name, default in _OPTIONS.items() if getattr(self, name) != default}
+        options = [f"{name}={_number(v) if isinstance(v, float) else v}" for name, v in values.items()]
+        return f"{stack}{layer}{self.matrix}{expert}@{rho}{':' if options else ''}{','.join(options)}"
+
+    def rank(self, max_rank: int) -> int:
+        """The rank k = floor(rho * max_rank), at least 1 when rho > 0. Only for a numeric rho."""
+        if isinstance(self.rho, str):
+            raise TypeError(f"the rank of {self} depends on the spectrum; see `spectrum.Spectrum.rank`")
+        return part_of(self.rho, max_rank)
+
+    def removed(self, first: int, size: int) -> tuple[int, int]:
+        """Which of ``size`` components are removed, [start, stop), if ``first`` of them are those that rho counts."""
+        return (0, first) if self.keep == "tail" else (first, min(first + part_of(self.band, size), size))
+
+    @property
+    def is_truncation(self) -> bool:
+        """True for the plain truncated SVD of the whole matrix: the first k singular directions and nothing else."""
+        return all(getattr(self, name) == default for name, default in _OPTIONS.items())
+
+    @classmethod
+    def parse(cls, text: str) -> Reduction:
+        """Read one reduction from its text form, ``[stack.]layer.matrix[expert]@(rho|rule)[:option=value,...]``."""
+        match = _REDUCTION.match(text.strip())
+        if match is None:
+            everywhere = _NO_LAYER.match(text.strip())
+            matrix = everywhere and ("all" if everywhere[1] == "all-linear" else everywhere[1])
+            raise ValueError(
+                f"cannot read the reduction {text.strip()!r}: expected "
+                "[stack.]layer.matrix[expert]@rho[:option=value,...], e.g. 27.fc_in@0.01 or decoder.-1.mlp@0.1"
+                + (f"; in every layer: *.{matrix}{everywhere[2]}" if everywhere else "")
+            )
+        part = match.groupdict()
+        options: dict[str, Any] = {}
+        for option in (part["options"] or "").split(","):
+            key, equals, value = (piece.strip() for piece in option.partition("="))
+            if not option:
+                continue
+            if not equals or key not in _OPTIONS or key in options:
+                known = ", ".join(f"{name}=" for name in _OPTIONS)
+                raise ValueError(f"cannot read the option {option!r} in {text.strip()!r}: options are {known}")
+            options[key] = _int(value, key) if key == "blocks" else value
+        layer = part["layer"]
+        return cls(
+            layer=int(layer) if layer and re.fullmatch(r"-?\d+", layer) else layer,
+            matrix=f"/{part['regex']}/" if part["regex"] else part["matrix"],
+            rho=part["rho"].strip(),
+            stack=part["stack"],
+            expert=None if part["expert"] is None else int(part["expert"]),
+            **options,
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields that differ from their defaults; the inverse of ``Reduction(**fields)``."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
+
+
+_OPTIONS = {f.name: f.default for f in fields(Reduction) if f.name in ("keep", "band", "scale", "of", "blocks")}
+
+
+def _check_layer(layer: Any, matrix: Any) -> None:
+    is_regex = isinstance(matrix, str) and len(matrix) > 2 and matrix[0] == matrix[-1] == "/"
+    if is_regex != (layer is None):
+        raise ValueError(f"`layer` must be given, except with a /regex/ as `matrix`; got {layer!r} with {matrix!r}")
+    if layer is None or layer == "*" or (isinstance(layer, int) and not isinstance(layer, bool)):
+        return
+    match = re.fullmatch(r"(\d+)-(\d+)", layer) if isinstance(layer, str) else None
+    if match and int(match[1]) <= int(match[2]):
+        return
+    raise ValueError(f"`layer` must be an integer, a range such as '20-27', or '*', got {layer!r}")
+
+
+def _check_rho(rho: Any) -> float | str:
+    if isinstance(rho, str) and (rule := canonical_rule(rho)):
+        return rule
+    wanted = f"a number in [0, 1] or one of {', '.join(RANK_RULES)}"
+    number = _check_number(rho, "rho", wanted)
+    if not 0 <= number <= 1:
+        raise ValueError(f"`rho` must be {wanted}, got {rho!r}")
+    return number
+
+
+def _check_number(value: Any, field: str, wanted: str = "a finite number") -> float:
+    """``value`` as a float; it may be text, since YAML reads 1e-3 as such."""
+    number = None if isinstance(value, bool) or not isinstance(value, (int, float, str)) else value
+    with suppress(ValueError):
+        number = None if number is None else float(number)
+    if not isinstance(number, float) or not math.isfinite(number):
+        raise ValueError(f"`{field}` must be {wanted}, got {value!r}")
+    return number + 0.0  # no -0.0, which the text form does not show
+
+
+def part_of(share: float, size: int) -> int:
+    """``share`` of ``size``, rounded down, but of a share above 0 at least 1.
+
+    The product is rounded to 9 decimals before the floor, since 0.29 * 100 is 28.999... in binary.
+    """
+    return max(math.floor(round(share * size, 9)), 1 if share > 0 else 0)
+
+
+def _int(text: str, field: str) -> int:
+    if not re.fullmatch(r"\d+", text):
+        raise ValueError(f"`{field}` must be a positive integer, got {text!r}")
+    return int(text)
+
+
+def _number(value: float) -> str:
+    return str(int(value)) if value.is_integer() else repr(value)

@@ -1,0 +1,47 @@
+"""The numbers of a row of a comparison as text, the same in every report: shares in percent, with intervals and p."""
+
+from __future__ import annotations
+
+from laser_callback.stats.paired import PairedResult
+
+SHARES = ("accuracy", "robustness", "consistency")
+"""A mean whose name holds one of these is a share, shown in percent."""
+
+
+def is_share(row: PairedResult) -> bool:
+    """Whether the metric is a share."""
+    return row.kind == "binary" or (row.kind == "mean" and any(word in row.metric for word in SHARES))
+
+
+def value_text(row: PairedResult, value: float) -> str:
+    """A value of the metric."""
+    return f"{value:.1%}" if is_share(row) else f"{value:#.3g}"
+
+
+def delta_text(row: PairedResult, value: float) -> str:
+    """A change of the metric."""
+    return _signed(f"{value:+.1%}" if is_share(row) or row.kind == "log_ratio" else f"{value:+.2g}")
+
+
+def interval_text(row: PairedResult) -> str:
+    """The ends of the 95 % interval of the change; nothing if it was not tested."""
+    if row.lower is None or row.upper is None:
+        return ""
+    if is_share(row) or row.kind == "log_ratio":
+        ends = f"{100 * row.lower:+.1f}", f"{100 * row.upper:+.1f}"
+    else:
+        ends = f"{row.lower:+.2g}", f"{row.upper:+.2g}"
+    return ", ".join(map(_signed, ends))
+
+
+def _signed(number: str) -> str:
+    """A number that begins with its sign; zero has none."""
+    return number if float(number.rstrip("%")) else number[1:]
+
+
+def p_text(row: PairedResult) -> str:
+    """The p value that the row claims by; nothing if it was not tested."""
+    p = row.p_adjusted if row.role == "holm" else row.p
+    if p is None:
+        return ""
+    return "<.0001" if p < 1e-4 else f"{p:.4f}".lstrip("0") if p < 1 else "1"

@@ -1,0 +1,304 @@
+"""Show a search in the terminal: the verdict first, then the evidence, then the way to it.
+
+Contract: :func:`render` reads a :class:`SearchResult` and nothing else; whatever a search did not get to is left out or
+said to be missing. Text that comes from users (plans, metrics, reasons) is never read as Rich markup.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Iterable, Sequence
+
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from laser_callback.reports import terminal as report
+from laser_callback.reports.gate_terminal import judgement_table
+from laser_callback.reports.heat_map import SHADES, heat_map
+from laser_callback.reports.search_text import (
+    REACHED,
+    GainText,
+    aligned,
+    change_unit,
+    merit,
+    score_name,
+    score_unit,
+    seconds_text,
+    trade_order,
+)
+from laser_callback.results.candidates import Candidate, Estimate, bases, finite, ranks
+from laser_callback.results.search import Phase, SearchResult, Trade
+
+_TOP = 10  # rows in the tables of the race and of the trades
+_LEADERS = 3
+_MARKS = {"chosen": "✓", "rejected": "✗", "finalist": "•", "dropped": "·", "screened out": " "}
+_ASCII = str.maketrans(f"{SHADES}·✓✗•◂●○→", "1234.+xo<*o>")
+
+
+def print_search(result: SearchResult, console: Console | None = None) -> None:
+    """Print the report, on standard output by default; with digits for shades where a terminal has no Unicode."""
+    console = console or Console()
+    if console.options.ascii_only:
+        text = plain(result, console.width).translate(_ASCII)
+        console.print(Text(text.encode("ascii", "replace").decode("ascii")), end="")
+    else:
+        console.print(Group(*render(result, console.width)))
+
+
+def plain(result: SearchResult, width: int = 120) -> str:
+    """The report as plain text."""
+    text = io.StringIO()
+    Console(file=text, width=width, color_system=None).print(Group(*render(result, width)))
+    return text.getvalue()
+
+
+def render(result: SearchResult, width: int = 80) -> list[RenderableType]:
+    """The whole report as Rich renderables for a terminal of ``width`` columns; they fit from 80 on."""
+    wide = width >= report.WIDE
+    sections: list[list[RenderableType]] = [
+        _verdict(result),
+        _confirmed(result, width),
+        _constraints(result, wide),
+        _race(result, wide),
+        _trades(result.trades, GainText.of(result)),
+        *_maps(result),
+        _time(result.phases, result.sets),
+        [Text(f"! {warning}", style="yellow") for warning in result.warnings],
+    ]
+    parts: list[RenderableType] = []
+    for section in sections:
+        if section:
+            parts += [*([Text()] if parts else []), *section]
+    return parts
+
+
+# ---- what is claimed -------------------------------------------------------------------------------------------------
+
+
+def _verdict(result: SearchResult) -> list[RenderableType]:
+    if result.plan is not None:
+        of = "" if result.base is None else f" on the difference to the base {result.base}"
+        verdict = Text.assemble((f"use {result.plan}{of}", "bold green"), f": {result.reason}")
+    else:
+        verdict = Text.assemble(("keep the original", "bold yellow"), f": {result.reason}")
+    count = len(result.warnings)
+    if count:
+        verdict.append(f"  ({count} warning{'s' * (count > 1)} below)", style="yellow")
+    return [verdict]
+
+
+def _confirmed(result: SearchResult, width: int) -> list[RenderableType]:
+    confirmed = result.confirmed
+    if confirmed is None:
+        why = "no plan came out of the race" if result.found is None else f"{result.found} was not run on it"
+        return [_heading("not confirmed", f"{why}; nothing has seen the confirm set")]
+    parts: list[RenderableType] = []
+    for name, arm in confirmed.arms.items():
+        count = result.sets.get("confirm") or max((row.n for row in arm.rows), default=0)
+        parts.append(
+            Text.assemble(
+                ("confirmed", "bold"),
+                f" on {count:,} example{'s' * (count != 1)} that no earlier step has seen: original against ",
+                (arm.plan, "bold cyan"),
+            )
+        )
+        parts += report.comparison(confirmed, name, width)
+    return [*parts, *map(_dim, report.footnotes(confirmed))]
+
+
+def _constraints(result: SearchResult, wide: bool) -> list[RenderableType]:
+    if not result.judgements:
+        return []
+    count = result.sets.get("guard")
+    on = f"on {count:,} guard examples" if count else "on the guard set"
+    return [_heading("constraints", on), *judgement_table(result.judgements, wide)]
+
+
+# ---- how it was found ------------------------------------------------------------------------------------------------
+
+
+def _race(result: SearchResult, wide: bool) -> list[RenderableType]:
+    run = [candidate for candidate in result.candidates if candidate.examples or candidate.gain or candidate.loss]
+    if not run:
+        return [_heading("race", f"none of {len(result.candidates):,} candidates was run")]
+    gain, place, steps = GainText.of(result), ranks(result.candidates), bases(result.candidates)
+    run.sort(key=merit)
+    best = run[:_TOP]
+    columns: list[tuple[str, list[Text]]] = [
+        ("", [Text(_MARKS[c.status], style="bold green" if c.status == "chosen" else "dim") for c in best]),
+        ("reduction", [Text(str(c.reduction), style="cyan", overflow="fold") for c in best]),
+    ]
+    if len(steps) > 1:
+        columns.append(("step", [Text(str(steps.index(c.base) + 1)) for c in best]))
+    if any(finite(c.score) is not None for c in best):
+        scores = [finite(c.score) for c in best]
+        columns.append(("rank", [Text(f"{place[id(c)]:,}" if id(c) in place else "-") for c in best]))
+        columns.append(("screen", [Text(cell) for cell in aligned(scores)]))
+    columns.append(("n", [Text(f"{c.examples:,}") for c in best]))
+    columns.append((f"gain [95 %]\n{gain.unit}", _estimates([c.gain for c in best], gain.scale, +1, gain.decimals)))
+    if any(c.loss for c in best):
+        columns.append((f"loss change [95 %]\n{change_unit(result)}", _estimates([c.loss for c in best], 1, -1)))
+    if wide:
+        columns.append(("outcome", [Text(f"{c.status}{': ' * bool(c.reason)}{c.reason}", style="dim") for c in best]))
+    left = ("", "reduction", "outcome")
+    table = _table(
+        *(title for title, _ in columns),
+        right=[title for title, _ in columns if title not in left],
+        gap=2 if wide else 1,
+    )
+    for i in range(len(best)):
+        table.add_row(*(cells[i] for _, cells in columns))
+    counts = {status: sum(c.status == status for c in run) for status in REACHED}
+    told = ", ".join(f"{_plural(n, status)}" for status, n in counts.items() if n and status != "screened out")
+    heading = _heading("race", f"{len(run):,} of {len(result.candidates):,} candidates run: {told}")
+    parts: list[RenderableType] = [heading, table]
+    if not wide:
+        parts += _reasons(best)
+    parts += [
+        _dim(f"step {number} adds to {base} and is compared with it") for number, base in enumerate(steps, 1) if base
+    ]
+    return [*parts, *map(_dim, _race_legend(result, gain, len(run), [title for title, _ in columns]))]
+
+
+def leaders(candidates: Sequence[Candidate], keys: Sequence[str], loss: str | None) -> RenderableType:
+    """The best of a race that is running, the best first; raced by the metrics ``keys`` and by ``loss``."""
+    best = candidates[:_LEADERS]
+    gain = GainText(keys)
+    titles = ("best so far", "n", f"gain [95 %]\n{gain.unit}", f"{loss} change [95 %]")
+    cells = [
+        [Text(str(candidate.reduction), style="cyan", overflow="fold") for candidate in best],
+        [Text(f"{candidate.examples:,}") for candidate in best],
+        _estimates([candidate.gain for candidate in best], gain.scale, +1, gain.decimals),
+        *([_estimates([candidate.loss for candidate in best], 1, -1)] if loss else []),
+    ]
+    table = _table(*titles[: len(cells)], right=titles[1:])
+    for row in zip(*cells, strict=True):
+        table.add_row(*row)
+    return table
+
+
+def _reasons(best: Iterable[Candidate]) -> list[RenderableType]:
+    """One paragraph per status, and in it each reason once."""
+    reasons: dict[str, dict[str, list[str]]] = {}
+    for candidate in best:
+        if candidate.reason:
+            reasons.setdefault(candidate.status, {}).setdefault(candidate.reason, []).append(str(candidate.reduction))
+    told = {status: [f"{', '.join(who)}: {why}" for why, who in by.items()] for status, by in reasons.items()}
+    return [report.indent(_dim(f"{_MARKS[status]} {'; '.join(lines)}")) for status, lines in told.items()]
+
+
+def _race_legend(result: SearchResult, gain: GainText, count: int, titles: list[str]) -> list[str]:
+    marks = "" if "outcome" in titles else "✓ chosen  ✗ rejected  • finalist  · dropped"
+    more = f"{count - _TOP:,} more are in the JSON file" if count > _TOP else ""
+    legend = [f"gain: {gain.told} on n race examples, + is better"]
+    if "screen" in titles:
+        legend.append(f"screen: {score_name(result)}, and its rank among all candidates of the step")
+    return [*filter(None, ["; ".join(filter(None, [marks, more]))]), "; ".join(legend)]
+
+
+def _trades(trades: Sequence[Trade], gain: GainText) -> list[RenderableType]:
+    trades = [trade for trade in trades if trade.fluency is not None]
+    if not trades:
+        return []
+    # What one would choose from comes before what only has more gain.
+    first = sorted(trades, key=lambda trade: (not trade.chosen, not trade.efficient, *trade_order(trade)))
+    shown = sorted(first[:_TOP], key=trade_order)
+    numbers = (f"gain\n{gain.unit}", "perplexity\n% change")
+    table = _table("", "plan", *numbers, "", right=numbers)
+    gains = aligned([gain.scale * trade.gain for trade in shown], gain.decimals)
+    fluency = aligned([None if trade.fluency is None else 100 * trade.fluency for trade in shown], 1)
+    for trade, *cells in zip(shown, gains, fluency, strict=True):
+        mark = Text("●" if trade.efficient else "○", style="green" if trade.efficient else "dim")
+        table.add_row(mark, Text(trade.plan, style="cyan", overflow="fold"), *cells, "→ confirm" * trade.chosen)
+    legend = "● no other finalist has both more gain and better fluency; → confirm: went to confirmation"
+    more = f"; {len(trades) - _TOP:,} more are in the JSON file" if len(trades) > _TOP else ""
+    return [_heading("gain against fluency", "finalists on race examples"), table, _dim(legend + more)]
+
+
+def _maps(result: SearchResult) -> list[list[RenderableType]]:
+    first = [candidate for candidate in result.candidates if not candidate.base]
+    screen = heat_map(first, lambda c: c.score, score_unit(result))
+    race = heat_map(first, lambda c: c.loss.delta if c.loss else None, change_unit(result))
+    return [
+        [_heading("map of the screen", score_name(result)), *screen] if screen else [],
+        [_heading("map of the race", "measured change of the loss; empty where nothing was run"), *race]
+        if race
+        else [],
+    ]
+
+
+def _time(phases: Sequence[Phase], sets: dict[str, int]) -> list[RenderableType]:
+    parts: list[RenderableType] = []
+    if phases:
+        numbers = ("time", "passes", "whole passes")
+        table = _table("phase", *numbers, right=numbers)
+        total = Phase(
+            "total",
+            sum(phase.seconds for phase in phases),
+            sum(phase.passes for phase in phases),
+            sum(phase.whole_passes for phase in phases),
+        )
+        for phase in [*phases, *([total] if len(phases) > 1 else [])]:
+            style = "bold" if phase is total else ""
+            cells = (seconds_text(phase.seconds), f"{phase.passes:,}", f"{phase.whole_passes:,.0f}")
+            table.add_row(Text(phase.name), *map(Text, cells), style=style)
+        legend = "passes: examples times arms; whole passes: each counted by the share of the layers that was computed"
+        parts += [_heading("time", ""), table, _dim(legend)]
+    if sets:
+        parts.append(_dim(f"examples: {', '.join(f'{name} {count:,}' for name, count in sets.items())}"))
+    return parts
+
+
+# ---- cells -----------------------------------------------------------------------------------------------------------
+
+
+def _heading(title: str, rest: str) -> Text:
+    return Text.assemble((title, "bold"), f": {rest}" if rest else "")
+
+
+def _dim(text: str) -> Text:
+    return Text(text, style="dim")
+
+
+def _plural(count: int, status: str) -> str:
+    return f"{count:,} {status}{'s' * (status == 'finalist' and count != 1)}"
+
+
+def _table(*titles: str, right: Iterable[str], gap: int = 2) -> Table:
+    table = Table(box=None, pad_edge=False, padding=(0, gap, 0, 0), header_style="bold")
+    for title in titles:
+        fold = title in ("reduction", "plan", "outcome", "best so far")
+        head, _, unit = title.partition("\n")
+        table.add_column(
+            Text.assemble(head, (f"\n{unit}" if unit else "", "dim not bold")),
+            justify="right" if title in right else "left",
+            no_wrap=not fold,
+            overflow="fold",
+        )
+    return table
+
+
+def _estimates(
+    estimates: Sequence[Estimate | None], scale: float, better: int, decimals: int | None = None
+) -> list[Text]:
+    """``+5.0 [+1.2, +8.8]``, each of the three numbers right-aligned over all rows; green where the
+    interval lies on the ``better`` side of 0, red on the other.
+    """
+    ends = [(None, None, None) if e is None else (e.delta, e.lower, e.upper) for e in estimates]
+    scaled = [None if value is None else scale * value for row in ends for value in row]
+    texts = aligned(scaled, decimals)
+    widths = [max(map(len, texts[i::3]), default=0) for i in range(3)]
+    cells = []
+    for i, (_, lower, upper) in enumerate(ends):
+        delta, low, high = (text.rjust(width) for text, width in zip(texts[3 * i : 3 * i + 3], widths, strict=True))
+        cell = Text(delta)
+        if lower is not None and upper is not None and math.isfinite(lower) and math.isfinite(upper):
+            sign = 1 if lower > 0 else -1 if upper < 0 else 0
+            cell.stylize({1: "green", -1: "red"}.get(sign * better, ""))
+            cell.append(f" [{low}, {high}]", style="dim")
+        elif any(finite(row[1]) is not None for row in ends):
+            cell.append(" " * (widths[1] + widths[2] + 5))  # keeps the column of deltas straight
+        cells.append(cell)
+    return cells

@@ -1,0 +1,116 @@
+"""The numbers of a search as text, the same in every report: units, names, and the order of what is listed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from laser_callback.reports.row_text import SHARES
+from laser_callback.results.candidates import Candidate, finite
+from laser_callback.results.search import SearchResult, Trade
+
+_OWN_UNIT = "units of the loss"  # that the user's step returns
+REACHED = {"chosen": 0, "finalist": 1, "rejected": 1, "dropped": 2, "screened out": 3}
+"""How far a candidate of each status came."""
+
+
+class GainText:
+    """How a change of the objective is written: shares in points.
+
+    Args:
+        keys: of the objective.
+        binary: the one key is known to be a share.
+    """
+
+    def __init__(self, keys: Sequence[str], binary: bool = False) -> None:
+        self.told = f"{'mean ' * (len(keys) > 1)}change of {' and '.join(keys) or 'the objective'}"
+        share = binary or (bool(keys) and all(any(word in key for word in SHARES) for key in keys))
+        self.scale = 100.0 if share else 1.0
+        self.decimals = 1 if share else None
+        self.unit = "points" if share else _loss_unit(keys[0]) if len(keys) == 1 else ""
+
+    @classmethod
+    def of(cls, result: SearchResult) -> GainText:
+        """Of a search, whose confirmed rows may tell that the objective is a share."""
+        keys, arms = result.objective, {} if result.confirmed is None else result.confirmed.arms
+        rows = [row for arm in arms.values() for row in arm.rows if (row.metric,) == keys]
+        return cls(keys, any(row.kind == "binary" for row in rows))
+
+
+def _loss_unit(key: str) -> str:
+    if any(word in key for word in ("log_loss", "nll", "cross_entropy")):
+        return "nats"
+    return "soft error" if key == "soft_error" else ""
+
+
+def score_unit(result: SearchResult) -> str:
+    """Of the screen's scores."""
+    # Only the gradient's score estimates a change of the loss; the others merely order the candidates.
+    return change_unit(result) if _by_gradient(result) else "score units"
+
+
+def score_name(result: SearchResult) -> str:
+    """What the screen's scores are."""
+    if _by_gradient(result):
+        unit = change_unit(result)
+        return f"estimated change of the loss{f' in {unit}' * (unit != _OWN_UNIT)}"
+    return f"score of the screen {result.settings['screen']}, lower is tried earlier"
+
+
+def _by_gradient(result: SearchResult) -> bool:
+    return result.settings.get("screen", "gradient") == "gradient"
+
+
+def change_unit(result: SearchResult) -> str:
+    """Of changes of the loss."""
+    key = result.settings.get("loss")
+    if key is None:  # what the step returns
+        return "nats" if any(candidate.loss for candidate in result.candidates) else _OWN_UNIT
+    return _loss_unit(str(key)) or f"units of {key}"
+
+
+def merit(candidate: Candidate) -> tuple[Any, ...]:
+    """How far it came, then what it gave; the text last, so that the order is always the same."""
+    gain, loss = (finite(e.delta) if e else None for e in (candidate.gain, candidate.loss))
+    return (
+        REACHED[candidate.status],
+        -candidate.examples,
+        math.inf if gain is None else -gain,
+        math.inf if loss is None else loss,
+        candidate.base,
+        str(candidate.reduction),
+    )
+
+
+def trade_order(trade: Trade) -> tuple[float, float, str]:
+    """The most gain first; of equal gains the least loss of fluency."""
+    gain, fluency = finite(trade.gain), finite(trade.fluency)
+    return math.inf if gain is None else -gain, math.inf if fluency is None else fluency, trade.plan
+
+
+def pictured(trades: Sequence[Trade]) -> list[Trade]:
+    """The trades that share a picture, in order: those far worse than all that one would choose would flatten it."""
+    known = [trade for trade in trades if finite(trade.gain) is not None and finite(trade.fluency) is not None]
+    choice = [trade for trade in known if trade.efficient or trade.chosen] or known
+    worst = 3 * max((abs(trade.fluency or 0) for trade in choice), default=0.0)
+    least = -3 * max((abs(trade.gain) for trade in choice), default=0.0)
+    near = (trade for trade in known if (trade.fluency or 0) <= worst and trade.gain >= least)
+    return sorted(near, key=trade_order)
+
+
+def seconds_text(seconds: float) -> str:
+    """A time span, in the largest unit that fits."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60} h {minutes % 60:02d} min" if minutes >= 60 else f"{minutes} min {rest:02d} s"
+
+
+def aligned(values: Sequence[float | None], decimals: int | None = None) -> list[str]:
+    """Signed numbers with as many decimals as show two digits of the largest; ``-`` for what is missing."""
+    known = [abs(value) for value in map(finite, values) if value is not None]
+    if decimals is None:
+        largest = max(known, default=0.0)
+        decimals = 1 if largest >= 10 else 2 if largest >= 0.1 or not largest else 4
+    return ["-" if finite(value) is None else f"{value:+.{decimals}f}" for value in values]

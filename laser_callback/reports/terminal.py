@@ -1,0 +1,211 @@
+"""Show a result in the terminal: one table per plan, the prior checks and controls below it."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
+from rich import get_console
+from rich.console import Console, Group, RenderableType
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from laser_callback.reports.row_text import delta_text, interval_text, p_text, value_text
+from laser_callback.results.ab_test import ABResult
+from laser_callback.results.comparison import ArmResult, LaserResult
+from laser_callback.stats.priors import PriorChecks
+
+_STYLES = {"better": "bold green", "worse": "bold red", "higher": "yellow", "lower": "yellow"}
+_SHORT = {"no difference shown": "not shown", "not tested": "untested"}  # in 80 columns
+WIDE = 116
+"""From this many columns on, tables have their wide form."""
+
+
+def print_report(result: LaserResult, console: Console | None = None) -> None:
+    """Print the report, by default where :func:`show` does."""
+    console = console or get_console()
+    show(render(result, console.width), console=console)
+
+
+def show(*parts: RenderableType, console: Console | None = None) -> None:
+    """Print above any progress bar of Lightning's that is live, so that neither garbles the other.
+
+    Args:
+        parts: each begins a line.
+        console: Rich's own by default. ``RichProgressBar`` is live on it: any other writes into the bar.
+    """
+    with Tqdm.external_write_mode():
+        (console or get_console()).print(*parts, sep="\n")
+
+
+def plain(result: LaserResult, width: int = 120) -> str:
+    """The report as plain text."""
+    text = io.StringIO()
+    Console(file=text, width=width, color_system=None).print(render(result, width))
+    return text.getvalue()
+
+
+def save_picture(result: LaserResult, path: str | Path, width: int = 116) -> None:
+    """Write the report as an SVG picture of a terminal."""
+    console = Console(file=io.StringIO(), width=width, record=True)
+    console.print(render(result, width))
+    Path(path).write_text(console.export_svg(title="laser-callback"), encoding="utf-8")
+
+
+def render(result: LaserResult, width: int) -> RenderableType:
+    """The whole report as one Rich renderable for a terminal of ``width`` columns; it fits from 80 on."""
+    parts: list[RenderableType] = []
+    for name, arm in result.arms.items():
+        parts += [_title(name, arm), *comparison(result, name, width), Text()]
+    parts += [Text(line, style="dim") for line in [*footnotes(result), *_timing(result)]]
+    return Group(*parts)
+
+
+def comparison(result: LaserResult, name: str, width: int) -> list[RenderableType]:
+    """The plan ``name`` against the original: its table, and notes, prior checks and controls below it."""
+    arm = result[name]
+    table = _table(arm, result.primary, wide=width >= WIDE)
+    return [table, *_lines(arm, result.controls.get(name, {}), result.primary or _first_tested(arm))]
+
+
+def print_ab(result: ABResult, console: Console | None = None) -> None:
+    """Print the table of an A/B test, on standard output by default; it fits from 80 columns on."""
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold underline")
+    table.add_column("metric", overflow="fold")
+    for column in ("orig.", "red.", "delta [95 % interval]", "p", "n"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for row in result.rows:
+        interval = f" [{interval_text(row)}]" if row.lower is not None else ""
+        table.add_row(
+            Text(f"{row.metric}*" if row.role == "primary" else row.metric),
+            value_text(row, row.original),
+            value_text(row, row.reduced),
+            Text(delta_text(row, row.delta) + interval, style=_STYLES.get(row.verdict, "")),
+            p_text(row),
+            f"{row.n_original}/{row.n_reduced}",
+        )
+    counts = " and ".join(f"{count:,} by the {arm}" for arm, count in result.examples.items())
+    title = Text.assemble("A/B, original against reduced, ", (result.plan, "bold cyan"), f": {counts}")
+    legend = "n: of the original/reduced model; p: Fisher's exact or Welch's test, Holm-adjusted"
+    legend += " but for the metric with the star" * any(row.role == "primary" for row in result.rows)
+    show(title, table, Text(f"{legend}; intervals are not adjusted", style="dim"), console=console)
+
+
+def footnotes(result: LaserResult) -> list[str]:
+    """What a reader of the tables must know: which p carries the claim, and what was left out."""
+    lines = [_legend(result)]
+    if result.not_compared:
+        listed = "; ".join(f"{key} ({reason})" for key, reason in result.not_compared.items())
+        lines.append(f"not compared: {listed}")
+    if result.examples.duplicates:
+        lines.append(f"{result.examples.duplicates} duplicates of the distributed sampler removed")
+    return lines
+
+
+def _title(name: str, arm: ArmResult) -> Text:
+    plan = arm.plan if len(arm.plan) <= 200 else f"{arm.plan[:200]}..."
+    return Text.assemble(
+        f"{name}: " if name != "laser" else "", ("original against reduced, ", ""), (plan, "bold cyan")
+    )
+
+
+def _table(arm: ArmResult, primary: str | None, wide: bool) -> Table:
+    table = Table(box=None, pad_edge=False, padding=(0, 2 if wide else 1, 0, 0), header_style="bold underline")
+    wide_columns = ("original", "reduced", "delta", "95 % interval", "fixed/broken", "p", "n")
+    table.add_column("metric", overflow="fold")  # long names go on in the next line, never into an ellipsis
+    for column in wide_columns if wide else ("orig.", "red.", "delta [95 % interval]", "p", "n"):
+        table.add_column(column, justify="right", no_wrap=True)
+    table.add_column("verdict", no_wrap=True)
+    for row in arm.rows:
+        is_primary = row.metric == primary
+        name = Text(f"{row.metric}*" if is_primary else row.metric, style="bold" if is_primary else "")
+        verdict = Text(
+            row.verdict if wide else _SHORT.get(row.verdict, row.verdict), style=_STYLES.get(row.verdict, "dim")
+        )
+        if wide:
+            flips = "" if row.fixed is None else f"{row.fixed}/{row.broken}"
+            cells = [delta_text(row, row.delta), interval_text(row), flips]
+        else:
+            cells = [
+                f"{delta_text(row, row.delta)} [{interval_text(row)}]"
+                if row.lower is not None
+                else delta_text(row, row.delta)
+            ]
+        table.add_row(
+            name, value_text(row, row.original), value_text(row, row.reduced), *cells, p_text(row), str(row.n), verdict
+        )
+    return table
+
+
+def _legend(result: LaserResult) -> str:
+    if result.primary is None:
+        return "p is Holm-adjusted, the intervals are not; delta = reduced - original"
+    several = " (Holm-adjusted over the plans)" if len(result.arms) > 1 else ""
+    return (
+        f"* {result.primary} was declared beforehand and carries the claim{several}; "
+        "p of the others is Holm-adjusted, the intervals are not; delta = reduced - original"
+    )
+
+
+def _lines(arm: ArmResult, controls: dict[str, ArmResult], metric: str | None) -> list[RenderableType]:
+    notes: dict[str, list[str]] = {}
+    for row in arm.rows:
+        if row.note:
+            notes.setdefault(row.note, []).append(row.metric)
+    lines: list[RenderableType] = [
+        indent(Text(f"{', '.join(metrics)}: {note}", style="dim")) for note, metrics in notes.items()
+    ]
+    if arm.prior_checks is not None:
+        lines += _prior_lines(arm.prior_checks)
+    for kind, control in controls.items():
+        for row in (row for row in control.rows if row.metric == metric):
+            label = "same matrix zeroed" if kind == "zeroed" else "random matrix, same rho"
+            interval = f" [{interval_text(row)}]" if row.lower is not None else ""
+            value = f"{row.metric} {value_text(row, row.reduced)}, delta {delta_text(row, row.delta)}{interval}"
+            lines.append(indent(Text(f"control, {label} ({control.plan}): {value}")))
+    return lines
+
+
+def _prior_lines(checks: PriorChecks) -> list[RenderableType]:
+    flag = Text("prior check: ")
+    if checks.prior_shift:
+        flag.append("the gain is not shown outside of the answers said most", style="bold yellow")
+    elif checks.delta > 0:
+        flag.append("the gain holds outside of the answers said most", style="green")
+    else:
+        flag.append("no gain to explain")
+    parts = [f"best constant answer per group {checks.constant_answer:.1%}"]
+    rest, macro = checks.majority_excluded, checks.macro
+    if rest is not None:
+        interval = f" [{interval_text(rest)}], n = {rest.n}"
+        parts.append(f"without the answers said most {rest.original:.1%} to {rest.reduced:.1%}{interval}")
+    if macro is not None:
+        parts.append(f"macro over {macro.answers} answers {macro.original:.1%} to {macro.reduced:.1%}")
+    for arm, top in checks.top_predictions.items():
+        said = ", ".join(f"{quoted(text)} {count}" for text, count in top)
+        parts.append(f"{arm} says most: {said}  (entropy {checks.entropy[arm]:.2f} nats)")
+    return [indent(flag), *(indent(Text(part), 4) for part in parts)]
+
+
+def quoted(answer: str) -> str:
+    """An answer in quotes, since it may be a quotation mark; without outer spaces, if they are not all there is."""
+    return repr(answer.strip() or answer)
+
+
+def indent(text: Text, columns: int = 2) -> Padding:
+    """A paragraph set in by ``columns``."""
+    return Padding(text, (0, 0, 0, columns))
+
+
+def _timing(result: LaserResult) -> list[str]:
+    lines = [f"passes of the original: {result.original_seconds:.1f} s"]
+    for name, arm in result.arms.items():
+        times = f"{arm.seconds:.1f} s, and {arm.factorise_seconds:.2f} s to factorise"
+        lines.append(f"passes of {'the reduced model' if name == 'laser' else name}: {times}; {arm.replay}")
+    return lines
+
+
+def _first_tested(arm: ArmResult) -> str | None:
+    return next((row.metric for row in arm.rows if row.test != "not tested"), None)

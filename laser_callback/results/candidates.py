@@ -1,0 +1,137 @@
+"""What became of each candidate of a search: as objects, and as flat rows.
+
+A *candidate* is a target at a rho. Ranks are the screen's, within one step of the search.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from laser_callback.plans.plan import LaserPlan
+from laser_callback.plans.reduction import Reduction
+
+Status = Literal["screened out", "dropped", "finalist", "rejected", "chosen"]
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A paired difference on race examples: its mean, and a 95 % interval that no choice among candidates is in."""
+
+    delta: float
+    lower: float | None = None
+    upper: float | None = None
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Estimate:
+        """The inverse of ``dataclasses.asdict``, also after JSON has made ``None`` of a mean that is no number."""
+        return cls(**{**data, "delta": math.nan if data["delta"] is None else data["delta"]})
+
+
+@dataclass
+class Candidate:
+    """One candidate in one step of the search.
+
+    Attributes:
+        reduction: what is cut; :attr:`plan` adds what was in place already.
+        layer, kind, rho: where it stands in the map of the search.
+        base: the reductions in place when it was tried, as text; empty in the first step.
+        score: the screen's estimate of how the loss changes (lower is better), or ``None`` where there was no screen.
+        error: its standard error; 0 where it is not known.
+        examples: race examples that it was run on.
+        gain: change of the objective on these, in the direction that is better, against ``base``.
+        loss: change of the loss on these, where there is one.
+        status: how far it came.
+        reason: why no further.
+    """
+
+    reduction: Reduction
+    layer: int | None
+    kind: str | None
+    rho: float
+    base: str = ""
+    score: float | None = None
+    error: float = 0.0
+    examples: int = 0
+    gain: Estimate | None = None
+    loss: Estimate | None = None
+    status: Status = "screened out"
+    reason: str = ""
+
+    @property
+    def plan(self) -> LaserPlan:
+        """The whole plan that was run: ``base`` and the reduction."""
+        return LaserPlan([*(LaserPlan.parse(self.base) if self.base else ()), self.reduction])
+
+    @property
+    def helps(self) -> bool:
+        """Whether it was better than ``base`` in the race: by the objective, or by the loss where that is the same."""
+        gain = 0.0 if self.gain is None else self.gain.delta
+        return gain > 0 or (gain == 0 and self.loss is not None and self.loss.delta < 0)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Ready for JSON."""
+        return {**asdict(self), "reduction": str(self.reduction)}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Candidate:
+        """The inverse of :meth:`to_dict`."""
+        estimates = {name: data[name] and Estimate.from_dict(data[name]) for name in ("gain", "loss")}
+        return cls(**{**data, **estimates, "reduction": Reduction.parse(data["reduction"])})
+
+
+def to_rows(candidates: Iterable[Candidate]) -> list[dict[str, Any]]:
+    """One flat dictionary per candidate, that is per layer, kind and rho of each step, for CSV files and pictures.
+
+    Keys: ``step`` (from 1), ``base``, ``reduction``, ``layer``, ``kind``, ``rho``, ``score``, ``rank`` (of the score in
+    its step, from 1), ``examples``, ``gain``, ``gain_lower``, ``gain_upper``, ``loss``, ``loss_lower``, ``loss_upper``
+    (changes, see :class:`Candidate`), ``status`` and ``reason``. What is unknown or not finite is ``None``.
+    """
+    listed = list(candidates)
+    place = ranks(listed)
+    step = {base: number for number, base in enumerate(bases(listed), 1)}
+    return [
+        {
+            "step": step[candidate.base],
+            "base": candidate.base,
+            "reduction": str(candidate.reduction),
+            "layer": candidate.layer,
+            "kind": candidate.kind,
+            "rho": candidate.rho,
+            "score": finite(candidate.score),
+            "rank": place.get(id(candidate)),
+            "examples": candidate.examples,
+            **_flat("gain", candidate.gain),
+            **_flat("loss", candidate.loss),
+            "status": candidate.status,
+            "reason": candidate.reason,
+        }
+        for candidate in listed
+    ]
+
+
+def bases(candidates: Iterable[Candidate]) -> list[str]:
+    """The base of each step, in the order of the steps."""
+    return list(dict.fromkeys(candidate.base for candidate in candidates))
+
+
+def ranks(candidates: Sequence[Candidate]) -> dict[int, int]:
+    """By ``id`` of a candidate its place among its step's finite scores: 1 is the lowest, ties keep their order."""
+    place: dict[int, int] = {}
+    for base in bases(candidates):
+        scored = [(finite(c.score), i) for i, c in enumerate(candidates) if c.base == base]
+        in_order = sorted((score, i) for score, i in scored if score is not None)
+        place |= {id(candidates[i]): number for number, (_, i) in enumerate(in_order, 1)}
+    return place
+
+
+def finite(value: float | None) -> float | None:
+    """The value, or ``None`` in place of what is no number."""
+    return value if value is not None and math.isfinite(value) else None
+
+
+def _flat(name: str, estimate: Estimate | None) -> dict[str, float | None]:
+    ends = (None, None, None) if estimate is None else (estimate.delta, estimate.lower, estimate.upper)
+    return dict(zip((name, f"{name}_lower", f"{name}_upper"), map(finite, ends), strict=True))

@@ -1,0 +1,184 @@
+"""What a comparison found: the numbers behind the table, for programs and files."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from laser_callback.results.examples import PairedExamples
+from laser_callback.spectra.cut import CutSpectrum
+from laser_callback.stats.paired import PairedResult, adjust
+from laser_callback.stats.priors import MacroAccuracy, PriorChecks
+from laser_callback.support.files import write_atomically
+
+
+@dataclass
+class ArmResult:
+    """One reduced arm against the original.
+
+    Attributes:
+        plan: the plan's text.
+        rows: one per compared metric.
+        prior_checks: where the step returned answers and predictions.
+        replay: how many layer calls before the first cut were not computed again, and why others were.
+        seconds: time of this arm's passes; ``factorise_seconds`` is apart from it.
+        spectra: of the matrices that the plan cuts, for pictures.
+    """
+
+    plan: str
+    rows: list[PairedResult]
+    prior_checks: PriorChecks | None
+    replay: str
+    seconds: float
+    factorise_seconds: float
+    spectra: list[CutSpectrum] = field(default_factory=list, repr=False)
+
+    def __getitem__(self, metric: str) -> PairedResult:
+        for row in self.rows:
+            if row.metric == metric:
+                return row
+        raise KeyError(f"no row {metric!r}; there are {', '.join(row.metric for row in self.rows)}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Ready for JSON."""
+        return {
+            "plan": self.plan,
+            "rows": [row.to_dict() for row in self.rows],
+            "prior_checks": None if self.prior_checks is None else self.prior_checks.to_dict(),
+            "replay": self.replay,
+            "seconds": self.seconds,
+            "factorise_seconds": self.factorise_seconds,
+            "spectra": [asdict(spectrum) for spectrum in self.spectra],
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> ArmResult:
+        """The inverse of :meth:`to_dict`."""
+        priors = data["prior_checks"]
+        return cls(
+            **{
+                **data,
+                "rows": [_row(row) for row in data["rows"]],
+                "prior_checks": None if priors is None else _priors(priors),
+                "spectra": [CutSpectrum.from_dict(spectrum) for spectrum in data["spectra"]],
+            }
+        )
+
+
+@dataclass
+class LaserResult:
+    """The outcome of one evaluation with :class:`~laser_callback.compare.LaserCallback`.
+
+    Attributes:
+        arms: by plan name; a single plan has the name ``"laser"``. ``result["a"]["accuracy"].p`` is a p value.
+        controls: for each plan, by ``"zeroed"`` (the same matrices at rho = 0) and ``"random"`` (other matrices at the
+            same rho), where controls were asked for.
+        primary: the metric that carries the claim, if one was declared and logged.
+        original_seconds: time of the original's passes.
+        not_compared: metrics of the original without a counterpart, and why.
+        examples: per-example outcomes, gathered from all ranks.
+        provenance: versions, model, device and seed.
+        base: the digest of the base's weights where plans cut the difference to them (delta mode), else ``None``.
+    """
+
+    arms: dict[str, ArmResult]
+    controls: dict[str, dict[str, ArmResult]]
+    primary: str | None
+    original_seconds: float
+    not_compared: dict[str, str]
+    examples: PairedExamples = field(repr=False)
+    provenance: dict[str, Any] = field(default_factory=dict)
+    base: str | None = None
+
+    def __getitem__(self, name: str) -> ArmResult:
+        return self.arms[name]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Ready for JSON; without the examples (see :meth:`PairedExamples.write`)."""
+        return {
+            "arms": {name: arm.to_dict() for name, arm in self.arms.items()},
+            "controls": {
+                name: {kind: arm.to_dict() for kind, arm in controls.items()}
+                for name, controls in self.controls.items()
+            },
+            "primary": self.primary,
+            "original_seconds": self.original_seconds,
+            "not_compared": self.not_compared,
+            "duplicates_removed": self.examples.duplicates,
+            "base": self.base,
+            "provenance": self.provenance,
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> LaserResult:
+        """The inverse of :meth:`to_dict`: all numbers, and no examples but the count of duplicates."""
+        return cls(
+            arms={name: ArmResult.from_dict(arm) for name, arm in data["arms"].items()},
+            controls={
+                name: {kind: ArmResult.from_dict(arm) for kind, arm in controls.items()}
+                for name, controls in data["controls"].items()
+            },
+            primary=data["primary"],
+            original_seconds=data["original_seconds"],
+            not_compared=dict(data["not_compared"]),
+            examples=PairedExamples(duplicates=data["duplicates_removed"]),
+            provenance=dict(data["provenance"]),
+            base=data["base"],
+        )
+
+    def to_json(self, path: str | Path) -> None:
+        """Write :meth:`to_dict`, atomically."""
+        write_atomically(Path(path), json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n")
+
+    @classmethod
+    def from_json(cls, path: str | Path) -> LaserResult:
+        """Read what :meth:`to_json` has written; see :meth:`from_dict`."""
+        return cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
+
+
+def _row(data: Mapping[str, Any]) -> PairedResult:
+    values = {name: value for name, value in data.items() if name != "verdict"}  # the verdict follows from the others
+    for name in ("original", "reduced", "delta"):
+        values[name] = math.nan if values[name] is None else values[name]
+    return PairedResult(**values)
+
+
+def _priors(data: Mapping[str, Any]) -> PriorChecks:
+    rest, macro = data["majority_excluded"], data["macro"]
+    top = {arm: [(text, count) for text, count in said] for arm, said in data["top_predictions"].items()}
+    return PriorChecks(
+        **{
+            **data,
+            "majority_excluded": None if rest is None else _row(rest),
+            "macro": None if macro is None else MacroAccuracy(**macro),
+            "top_predictions": top,
+        }
+    )
+
+
+def adjust_together(arms: Sequence[ArmResult], primary: str | None) -> None:
+    """Give the rows of several plans their roles, as one family.
+
+    With one plan, the primary keeps its own p. With several, their primaries are Holm-adjusted among each other, since
+    the best of several plans is then picked. All other tested rows of all plans share another Holm adjustment.
+
+    Raises:
+        ValueError: if ``primary`` names no row, listing those there are.
+    """
+    if len(arms) == 1:
+        arms[0].rows = adjust(arms[0].rows, primary)
+        return
+    for is_primary in (True, False):
+        places = [(arm, i) for arm in arms for i, row in enumerate(arm.rows) if (row.metric == primary) == is_primary]
+        if is_primary and primary is not None and not places:
+            raise ValueError(
+                f"`primary` must name a row, got {primary!r}; the rows are {[r.metric for r in arms[0].rows]}"
+            )
+        # Names tell the rows of one family apart; here they only need to be distinct.
+        family = [replace(arm.rows[i], metric=str(number)) for number, (arm, i) in enumerate(places)]
+        for (arm, i), row in zip(places, adjust(family, None), strict=True):
+            arm.rows[i] = replace(row, metric=arm.rows[i].metric)

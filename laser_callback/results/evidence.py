@@ -1,0 +1,66 @@
+"""The numbers that go with a shipped plan: what was confirmed of it, how, on how many examples of which seed.
+
+Contract: whatever a comparison or a search returns, or has written as JSON, becomes one small dictionary of plain data
+about one plan. Numbers of another plan are refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from laser_callback.plans.plan import LaserPlan
+from laser_callback.results.comparison import LaserResult
+from laser_callback.results.search import SearchResult
+
+
+def numbers_of(
+    result: LaserResult | SearchResult | Mapping[str, Any] | None, plan: LaserPlan, base: str | None = None
+) -> dict[str, Any]:
+    """What ``result`` shows of ``plan``.
+
+    Args:
+        result: of a comparison or a search, or its dictionary form; ``None`` for no numbers.
+        plan: that is shipped.
+        base: in delta mode, the digest of the base that it is cut against.
+
+    Returns:
+        Nothing without ``result``; else ``comparison``, the dictionary form of a :class:`LaserResult` with one arm,
+        and, of a search, ``verdict``, ``judgements``, ``sets``, ``seed``, ``warnings``.
+
+    Raises:
+        ValueError: if ``result`` has confirmed nothing, or is about another plan.
+    """
+    if result is None:
+        return {}
+    data = result if isinstance(result, Mapping) else result.to_dict()
+    searched = "confirmed" in data
+    if searched and data["confirmed"] is None:
+        raise ValueError(f"`result` is of a search that has confirmed nothing: {data['reason']}")
+    if searched and data["base"] != base:
+        raise ValueError(f"`result` is about cuts against the base {data['base']}, not {base}: give the same base")
+    comparison = data["confirmed"] if searched else data
+    arms = {name: arm for name, arm in comparison["arms"].items() if LaserPlan.parse(arm["plan"]) == plan}
+    if not arms:
+        about = "; ".join(arm["plan"] for arm in comparison["arms"].values())
+        raise ValueError(f"`result` must be about the plan {plan}, got one about {about}")
+    name, arm = next(iter(arms.items()))
+    # The spectra are for pictures, and larger than all the rest.
+    comparison = {
+        **comparison,
+        "arms": {name: {**arm, "spectra": []}},
+        "controls": {
+            name: {kind: {**one, "spectra": []} for kind, one in comparison["controls"].get(name, {}).items()}
+        },
+    }
+    if not searched:
+        return {"comparison": comparison}
+    recommended = data["plan"] is not None
+    return {
+        "comparison": comparison,
+        "verdict": f"{'recommended' if recommended else 'not recommended'}: {data['reason']}",
+        "judgements": data["judgements"],
+        "sets": data["sets"],
+        "seed": data["settings"].get("seed"),
+        "warnings": data["warnings"],
+    }

@@ -1,0 +1,94 @@
+"""Which examples a cut has fixed and broken, and how often each label is said: read from per-example outcomes.
+
+An outcome row is one line of what :meth:`~laser_callback.results.PairedExamples.write` writes, as a mapping.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from laser_callback.results.comparison import LaserResult
+from laser_callback.results.examples import ORIGINAL
+from laser_callback.stats.paired import PairedResult
+
+Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Flip:
+    """An example on which the two models differ in being right.
+
+    Attributes:
+        fixed: wrong in the original and right in the reduced model, or the other way round.
+        id, group, prompt, answer: what the step returned about it; empty where it did not.
+        before, after: what each model predicted.
+    """
+
+    fixed: bool
+    id: str
+    group: str
+    prompt: str
+    answer: str
+    before: str
+    after: str
+
+
+@dataclass(frozen=True)
+class LabelCount:
+    """How often a label is the right answer, and is said by each model."""
+
+    label: str
+    gold: int
+    original: int
+    reduced: int
+
+
+def claim_row(result: LaserResult, name: str) -> PairedResult | None:
+    """The row that speaks for the plan ``name``: of the primary metric, else the first that was tested."""
+    rows = result[name].rows
+    declared = [row for row in rows if row.metric == result.primary]
+    return next((row for row in [*declared, *rows] if row.test != "not tested"), None)
+
+
+def flip_metric(result: LaserResult, name: str) -> PairedResult | None:
+    """The row whose flips are shown: of the claim if it counts right and wrong, else the first that does."""
+    claim = claim_row(result, name)
+    counted = [row for row in result[name].rows if row.fixed is not None]
+    return claim if claim in counted else next(iter(counted), None)
+
+
+def flips(rows: Iterable[Row], arm: str, row: PairedResult) -> list[Flip]:
+    """The examples fixed and broken by ``arm`` as ``row`` counts them; fixed first, else in the order of ``rows``."""
+    metric = row.metric.partition("/dataloader_idx_")[0]  # the step returns it without
+    found = []
+    for example in rows:
+        before, after = (_outcome(example, name, metric) for name in (ORIGINAL, arm))
+        if before is None or after is None or before == after:
+            continue
+        described = {name: str(example.get(name, "")) for name in ("id", "group", "prompt", "answer")}
+        said = {side: str(example[name].get("prediction", "")) for side, name in (("before", ORIGINAL), ("after", arm))}
+        found.append(Flip((after > before) == (row.higher_is_better is not False), **described, **said))
+    return sorted(found, key=lambda flip: not flip.fixed)
+
+
+def _outcome(example: Row, arm: str, metric: str) -> float | None:
+    outcomes = example.get(arm)
+    return outcomes.get(metric) if isinstance(outcomes, Mapping) else None
+
+
+def label_counts(rows: Iterable[Row], arm: str) -> list[LabelCount]:
+    """Of every label that is an answer or is said, the most frequent first."""
+    gold: Counter[str] = Counter()
+    said: dict[str, Counter[str]] = {ORIGINAL: Counter(), arm: Counter()}
+    for example in rows:
+        predictions = [example.get(name, {}).get("prediction") for name in said]
+        if "answer" in example and None not in predictions:
+            gold[str(example["answer"])] += 1
+            for count, prediction in zip(said.values(), predictions, strict=True):
+                count[str(prediction)] += 1
+    labels = {*gold, *said[ORIGINAL], *said[arm]}
+    counts = [LabelCount(label, gold[label], said[ORIGINAL][label], said[arm][label]) for label in labels]
+    return sorted(counts, key=lambda c: (-max(c.gold, c.original, c.reduced), c.label))

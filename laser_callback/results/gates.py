@@ -1,0 +1,55 @@
+"""What gates say to a plan."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from laser_callback.plans.plan import LaserPlan
+from laser_callback.results.comparison import LaserResult
+from laser_callback.stats.constraints import Judgement
+
+
+@dataclass
+class GateVerdict:
+    """What the gates say to a plan.
+
+    Attributes:
+        plan: the plan that was judged.
+        judgements: one per gate.
+        results: the comparisons behind them, by the name of the data; ``""`` is the main one.
+    """
+
+    plan: LaserPlan
+    judgements: list[Judgement]
+    results: dict[str, LaserResult] = field(repr=False)
+
+    @property
+    def accepted(self) -> bool:
+        """Whether every gate passes."""
+        return all(judgement.verdict == "pass" for judgement in self.judgements)
+
+    @property
+    def reason(self) -> str:
+        """Why the plan is accepted, or what keeps the original."""
+        if self.accepted:
+            return f"every gate passes: {'; '.join(map(_told, self.judgements))}"
+        return "; ".join(_told(judgement) for judgement in self.judgements if judgement.verdict != "pass")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Ready for JSON."""
+        return {
+            "plan": str(self.plan),
+            "accepted": self.accepted,
+            "reason": self.reason,
+            "judgements": [judgement.to_dict() for judgement in self.judgements],
+            "results": {name: result.to_dict() for name, result in self.results.items()},
+        }
+
+
+def _told(judgement: Judgement) -> str:
+    numbers = [judgement.amount(judgement.change)]
+    numbers += [] if judgement.bound is None else [f"bound {judgement.amount(judgement.bound)}"]
+    numbers += [] if judgement.p is None else [f"p = {judgement.p:.2g}"]
+    note = f"; {judgement.note}" * bool(judgement.note)
+    return f"'{judgement.gate}' {judgement.verdict} ({', '.join([*numbers, f'n = {judgement.n:,}'])}{note})"

@@ -1,0 +1,94 @@
+"""What became of a staged rollout: its stages, what the gates said to each, and the verdict."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from laser_callback.plans.plan import LaserPlan
+from laser_callback.results.gates import GateVerdict
+from laser_callback.support.files import write_atomically
+
+Outcome = Literal["kept", "went on", "went back"]
+
+
+@dataclass
+class Stage:
+    """One stage of a rollout.
+
+    Attributes:
+        verdict: what the gates said to its plan.
+        outcome: "kept" (it is the last good stage now), "went on" (the constraints hold, and a gain is demanded of the
+            last stage only) or "went back".
+        seconds: time of the comparisons.
+    """
+
+    verdict: GateVerdict
+    outcome: Outcome
+    seconds: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """Ready for JSON."""
+        return {"outcome": self.outcome, "seconds": self.seconds, **self.verdict.to_dict()}
+
+
+@dataclass
+class RolloutResult:
+    """The outcome of a rollout.
+
+    Attributes:
+        plan: the last good stage; ``None`` keeps the original.
+        complete: whether that is the last stage that was declared.
+        declared: the plans of all stages.
+        stages: those that were run.
+        interrupted: whether the rollout was stopped from outside.
+        settings: all arguments, versions and the seed.
+    """
+
+    plan: LaserPlan | None
+    complete: bool
+    declared: tuple[LaserPlan, ...]
+    stages: list[Stage] = field(default_factory=list)
+    interrupted: bool = False
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def log(self) -> list[str]:
+        """What happened, a sentence per stage, and the verdict."""
+        lines = []
+        kept = "the original"
+        for number, stage in enumerate(self.stages, 1):
+            plan = str(stage.verdict.plan)
+            done = {"kept": f"kept {plan}", "went on": "went on", "went back": f"went back to {kept}"}[stage.outcome]
+            kept = plan if stage.outcome == "kept" else kept
+            lines.append(f"stage {number} of {len(self.declared)}, {plan}: {done}: {stage.verdict.reason}")
+        return [*lines, self.verdict]
+
+    @property
+    def verdict(self) -> str:
+        """The recommendation, in one line."""
+        if self.complete:
+            return f"use {self.plan}: every stage passed"
+        left = len(self.declared) - len(self.stages)
+        why = "interrupted" if self.interrupted else f"stage {len(self.stages)} of {len(self.declared)} did not pass"
+        why += f", {left} not tried" * bool(left)
+        return f"{'keep the original' if self.plan is None else f'use {self.plan}, a part of the plan'}: {why}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Ready for JSON."""
+        return {
+            "plan": None if self.plan is None else str(self.plan),
+            "complete": self.complete,
+            "interrupted": self.interrupted,
+            "verdict": self.verdict,
+            "log": self.log,
+            "declared": [str(plan) for plan in self.declared],
+            "stages": [stage.to_dict() for stage in self.stages],
+            "settings": self.settings,
+        }
+
+    def to_json(self, path: str | Path) -> None:
+        """Write :meth:`to_dict`, atomically."""
+        write_atomically(Path(path), json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n")

@@ -1,0 +1,160 @@
+"""What a search found, and what it looked at on the way: for programs, files and reports."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from laser_callback.plans.plan import LaserPlan
+from laser_callback.results.candidates import Candidate
+from laser_callback.results.comparison import LaserResult
+from laser_callback.stats.constraints import Judgement
+from laser_callback.support.files import write_atomically
+from laser_callback.support.journal import strict
+
+
+@dataclass
+class Phase:
+    """Where time went.
+
+    Attributes:
+        name: such as "screen", "race" or "confirm".
+        seconds: wall time.
+        passes: evaluations of one example by (a part of) the model: examples times arms.
+        whole_passes: the same, each counted by the share of the model's layers that were computed.
+    """
+
+    name: str
+    seconds: float = 0.0
+    passes: int = 0
+    whole_passes: float = 0.0
+
+
+@dataclass
+class Trade:
+    """A finalist's gain on race examples against its fluency: one point of the Pareto table.
+
+    Attributes:
+        plan: the finalist's whole plan, as text.
+        gain: change of the objective, in the direction that is better.
+        fluency: relative change of ``key``, 0.02 is 2 % more; ``None`` where it was not measured.
+        efficient: no other finalist has both more gain and better fluency.
+        chosen: this one went to confirmation.
+    """
+
+    plan: str
+    gain: float
+    fluency: float | None
+    efficient: bool = False
+    chosen: bool = False
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Trade:
+        """The inverse of ``dataclasses.asdict``, also after JSON has made ``None`` of a gain that is no number."""
+        return cls(**{**data, "gain": math.nan if data["gain"] is None else data["gain"]})
+
+
+def mark_efficient(trades: list[Trade]) -> None:
+    """Mark the trades that no other beats in one respect without losing in the other."""
+    for trade in trades:
+        trade.efficient = trade.fluency is not None and not any(
+            other.fluency is not None
+            and other.gain >= trade.gain
+            and other.fluency <= trade.fluency
+            and (other.gain, other.fluency) != (trade.gain, trade.fluency)
+            for other in trades
+        )
+
+
+@dataclass
+class SearchResult:
+    """The outcome of a search.
+
+    Attributes:
+        plan: what is recommended; ``None`` recommends the original model. With a ``base`` it is for the difference.
+        found: the plan that went to confirmation, recommended or not; ``None`` if no candidate was better in the race.
+        reason: why ``plan`` is what it is, in one sentence.
+        objective: the keys that were improved, the first of which carries the claim.
+        candidates: all candidates of all steps.
+        trades: the finalists' gain against fluency.
+        confirmed: original against ``found`` on the confirm set, which nothing before has seen. The only result.
+        guard: original against ``found`` on the guard set.
+        judgements: one per constraint, on the guard set.
+        phases: time and passes.
+        sets: examples in each set.
+        settings: all arguments, versions and the seed.
+        warnings: what a reader must know.
+        base: the digest of the base's weights in delta mode, else ``None``.
+    """
+
+    plan: LaserPlan | None
+    found: LaserPlan | None
+    reason: str
+    objective: tuple[str, ...]
+    candidates: list[Candidate]
+    trades: list[Trade] = field(default_factory=list)
+    confirmed: LaserResult | None = None
+    guard: LaserResult | None = None
+    judgements: list[Judgement] = field(default_factory=list)
+    phases: list[Phase] = field(default_factory=list)
+    sets: dict[str, int] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+    base: str | None = None
+
+    @property
+    def verdict(self) -> str:
+        """The recommendation and its reason, in one line."""
+        of = "" if self.base is None else f" on the difference to the base {self.base}"
+        return f"{'keep the original' if self.plan is None else f'use {self.plan}{of}'}: {self.reason}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Ready for strict JSON: a number that is not finite becomes ``None``."""
+        data = {
+            "plan": None if self.plan is None else str(self.plan),
+            "found": None if self.found is None else str(self.found),
+            "base": self.base,
+            "reason": self.reason,
+            "objective": list(self.objective),
+            "confirmed": None if self.confirmed is None else self.confirmed.to_dict(),
+            "guard": None if self.guard is None else self.guard.to_dict(),
+            "judgements": [judgement.to_dict() for judgement in self.judgements],
+            "trades": [asdict(trade) for trade in self.trades],
+            "phases": [asdict(phase) for phase in self.phases],
+            "sets": self.sets,
+            "settings": self.settings,
+            "warnings": self.warnings,
+            "candidates": [candidate.to_dict() for candidate in self.candidates],
+        }
+        return strict(data)
+
+    def to_json(self, path: str | Path) -> None:
+        """Write :meth:`to_dict`, atomically."""
+        write_atomically(Path(path), json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n")
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> SearchResult:
+        """The inverse of :meth:`to_dict`: all numbers, and no examples."""
+        plans = {name: data[name] and LaserPlan.parse(data[name]) for name in ("plan", "found")}
+        compared = {name: data[name] and LaserResult.from_dict(data[name]) for name in ("confirmed", "guard")}
+        return cls(
+            **{
+                **data,
+                **plans,
+                **compared,
+                "objective": tuple(data["objective"]),
+                "judgements": [Judgement.from_dict(judgement) for judgement in data["judgements"]],
+                "trades": [Trade.from_dict(trade) for trade in data["trades"]],
+                "phases": [Phase(**phase) for phase in data["phases"]],
+                "candidates": [Candidate.from_dict(candidate) for candidate in data["candidates"]],
+            }
+        )
+
+    @classmethod
+    def from_json(cls, path: str | Path) -> SearchResult:
+        """Read what :meth:`to_json` has written; see :meth:`from_dict`."""
+        return cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))

@@ -1,0 +1,195 @@
+"""What a search must know before it works: the objective and its direction, the constraints, what all depends on.
+
+Contract: whatever is wrong with the arguments and can be seen from one small batch is an error here, with its cure.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from laser_callback.compare.measure import Table
+from laser_callback.compare.module import LaserModule
+from laser_callback.data.encoding import EncodedFact
+from laser_callback.data.sets import ExampleSets
+from laser_callback.results.examples import ORIGINAL, Logged
+from laser_callback.search.race import Objective
+from laser_callback.spectra.folder import content_hash
+from laser_callback.stats.constraints import Constraint
+from laser_callback.stats.paired import Outcomes, PairedResult, compare
+from laser_callback.stats.power import detectable_gain, examples_needed
+
+FLUENCY = "perplexity"
+"""The metric of running text."""
+
+_ROBUSTNESS = "paraphrase_robustness"
+_OF_FIRST_TOKEN = frozenset({"first_token_accuracy", "paraphrase_accuracy", _ROBUSTNESS})
+
+
+def objective_of(
+    module: pl.LightningModule,
+    keys: str | Sequence[str] | None,
+    direction: str | Mapping[str, str] | None,
+    loss: str | None,
+    logged: Mapping[str, Logged],
+) -> Objective:
+    """The objective, from the search's arguments and what the module logs.
+
+    Raises:
+        MisconfigurationException: if a key is not logged, or its better direction is not known.
+    """
+    facts = isinstance(module, LaserModule)
+    if keys is None:
+        if not facts:
+            raise MisconfigurationException(
+                f"`objective` must name what to improve; `validation_step` logs {_names(logged)}"
+            )
+        keys = ["first_token_accuracy", *([_ROBUSTNESS] if _ROBUSTNESS in logged else [])]
+    keys = (keys,) if isinstance(keys, str) else tuple(keys)
+    tie = None
+    if loss is None and facts and "log_loss" in logged:
+        loss, tie = ("soft_error", "log_loss") if _OF_FIRST_TOKEN.issuperset(keys) else ("log_loss", None)
+    for key in (*keys, *([loss] if loss else [])):
+        if key not in logged:
+            what = "objective" if key in keys else "loss"
+            raise MisconfigurationException(
+                f"`{what}` {key!r} is not logged by `validation_step`; it logs {_names(logged)}"
+            )
+    return Objective(keys, tuple(_sign(key, direction, logged[key]) for key in keys), loss, tie)
+
+
+def _sign(key: str, direction: str | Mapping[str, str] | None, logged: Logged) -> int:
+    given = direction if isinstance(direction, str) or direction is None else direction.get(key)
+    if given not in (None, "max", "min"):
+        raise MisconfigurationException(f"`direction` must be 'max' or 'min', got {given!r} for {key!r}")
+    if given is not None:
+        return 1 if given == "max" else -1
+    if logged.higher_is_better is None:
+        raise MisconfigurationException(
+            f"`direction` must say whether {key!r} is better high ('max') or low ('min'): a plain number is logged"
+        )
+    return 1 if logged.higher_is_better else -1
+
+
+def constraints_of(
+    texts: Sequence[str] | None, sets: ExampleSets, objective: Objective, logged: Mapping[str, Logged]
+) -> list[Constraint]:
+    """The constraints, the default ones where none are given.
+
+    Raises:
+        MisconfigurationException: if a constraint has no data, naming the cure.
+    """
+    has_guard, has_text = sets.sizes.get("guard", 0) > 0, sets.text("guard") is not None
+    if texts is None:
+        texts = [f"{FLUENCY} <= +5 %"] if has_text else []
+        texts = [*texts, *([f"{_ROBUSTNESS} >= -0.02"] if has_guard and _ROBUSTNESS in objective.keys else [])]
+    constraints = [Constraint.parse(text) for text in texts]
+    for constraint in constraints:
+        key = constraint.key
+        if key == FLUENCY and key not in logged:
+            if not has_text:
+                raise MisconfigurationException(
+                    f"the constraint '{constraint}' needs running text: give the data `text=`"
+                )
+        elif key not in logged:
+            raise MisconfigurationException(f"the constraint '{constraint}' needs {key!r}; logged are {_names(logged)}")
+        elif not has_guard:
+            raise MisconfigurationException(
+                f"the constraint '{constraint}' is judged on the guard set, and there is none: give it a size"
+            )
+    return constraints
+
+
+def power_warnings(sets: ExampleSets, min_gain: float, power: float) -> list[str]:
+    """What to say about the size of the confirm set; nothing if it suffices."""
+    have, need = sets.sizes["confirm"], examples_needed(min_gain, power=power)
+    if have >= need:
+        return []
+    shown = detectable_gain(have, power=power)
+    gains = f"gains from {shown:.1%} on" if math.isfinite(shown) else "no gain at all"
+    return [
+        f"the confirm set has {have} example{'s' * (have != 1)}: a gain of {min_gain:.1%} is confirmed with less than "
+        f"{power:.0%} probability. That takes {need}; {have} suffice for {gains}. Give more examples, or a larger "
+        "share of them to `confirm`"
+    ]
+
+
+def fingerprint(leaves: Iterable[Any]) -> str:
+    """A hash of tensors and plain values."""
+    digest = hashlib.sha256()
+    for leaf in leaves:
+        if isinstance(leaf, Tensor):
+            leaf = content_hash(f"{leaf.dtype} {tuple(leaf.shape)}", leaf.detach().contiguous())
+        digest.update(repr(leaf).encode())
+    return digest.hexdigest()[:16]
+
+
+def fingerprints(module: pl.LightningModule, sets: ExampleSets) -> dict[str, str]:
+    """Hashes of the weights and of each set: what a search that goes on must find unchanged.
+
+    Of facts, which are small, all of a set; of other data its first batch.
+    """
+    found = {"weights": fingerprint(module.parameters())}
+    for name in sets.sizes:
+        batches = iter(sets.loader(name))
+        seen = list(batches) if isinstance(module, LaserModule) else [next(batches)]
+        found[name] = fingerprint(pytree.tree_leaves(seen))
+    return found
+
+
+def _names(logged: Mapping[str, Logged]) -> str:
+    return ", ".join(logged) or "nothing"
+
+
+def row_of(key: str, table: Table, arm: str) -> PairedResult:
+    """A row of an arm against the base, from measured values."""
+    pair = (table[name][key] for name in (ORIGINAL, arm))
+    return compare(key, *(Outcomes(values.values, values.weights, values.kind) for values in pair))
+
+
+def probe_positions(module: pl.LightningModule, sets: ExampleSets, most: int) -> list[int]:
+    """Race examples that show what is logged: the first ones, of facts those with paraphrases."""
+    positions = range(sets.sizes["race"])
+    if isinstance(module, LaserModule):
+        data: Any = sets.loader("race").dataset
+        told = [isinstance(data[i], EncodedFact) and bool(data[i].fact.paraphrases) for i in positions]
+        return sorted(positions, key=lambda i: not told[i])[:most]
+    return list(positions[:most])
+
+
+def rows_of(keys: Iterable[str], table: Table, arm: str) -> dict[str, PairedResult]:
+    """Those of the keys of which arm and base share a unit."""
+    shared = {k: ~(torch.isnan(table[arm][k].values) | torch.isnan(table[ORIGINAL][k].values)) for k in keys}
+    return {key: row_of(key, table, arm) for key, present in shared.items() if bool(present.any())}
+
+
+def from_original(row: PairedResult, change: float) -> PairedResult:
+    """A row against a base as one against the original, from which the base has changed by ``change``."""
+    lower, upper = (None if end is None else end + change for end in (row.lower, row.upper))
+    return replace(row, original=row.original - change, delta=row.delta + change, lower=lower, upper=upper)
+
+
+def keeps(bound: Constraint, row: PairedResult) -> bool:
+    """Whether the estimate, whatever its error, is within the margin."""
+    change = bound.judge(row).change
+    return change <= bound.margin if bound.op == "<=" else change >= bound.margin
+
+
+def plain(value: Any) -> Any:
+    """A setting as JSON can hold it."""
+    if isinstance(value, (str, int, float, bool, type(None))):
+        return value
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, Iterable):
+        return [plain(item) for item in value]
+    return getattr(value, "__qualname__", None) or type(value).__qualname__

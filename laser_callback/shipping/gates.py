@@ -1,0 +1,152 @@
+"""Gates: may this plan ship?
+
+A short list of demands, declared beforehand and each judged on its own data: a gain that must be shown, and bounds on
+how much worse the rest may become. Contract: a plan is accepted if every gate passes. A gate that fails, or that the
+data cannot decide, keeps the original model, with the reason. A gate that nothing can be judged by is an error before
+the work. The demands themselves are :mod:`laser_callback.stats.constraints`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
+
+import yaml
+from torch.utils.data import DataLoader, Dataset
+
+from laser_callback.compare.measure import Lab
+from laser_callback.data.datamodule import FactsDataModule
+from laser_callback.data.probes import ProbesDataModule
+from laser_callback.plans.plan import LaserPlan
+from laser_callback.results.comparison import LaserResult
+from laser_callback.results.gates import GateVerdict
+from laser_callback.stats.constraints import Gain, Gate, judge_all, parse_gate
+from laser_callback.stats.paired import PairedResult
+
+
+def read_gates(gates: Any) -> list[Gate]:
+    """Gates from their texts, from a mapping of metrics to what is demanded of them, or from a YAML file of either.
+
+    Args:
+        gates: such as ``["accuracy: gain", "perplexity <= +2 %"]`` or ``{"accuracy": "gain", "perplexity": "ratio <
+            1.02"}``; a :class:`Path`, or such a list with names of ``.yaml`` or ``.yml`` files in it.
+
+    Raises:
+        ValueError: if there are none, or one cannot be read.
+        OSError: if a file cannot be read.
+
+    >>> [str(gate) for gate in read_gates({"accuracy": "gain, alpha 0.01", "perplexity": "ratio < 1.02"})]
+    ['accuracy: gain, alpha 0.01', 'perplexity <= +2 %']
+    """
+    found = list(_read(gates))
+    if not found:
+        raise ValueError("`gates` must hold at least one gate, such as 'first_token_accuracy: gain', got none")
+    return found
+
+
+def _read(gates: Any) -> Sequence[Gate]:
+    if isinstance(gates, Gate):
+        return [gates]
+    if isinstance(gates, Path) or (isinstance(gates, str) and gates.endswith((".yaml", ".yml"))):
+        return _read(yaml.safe_load(Path(gates).read_text(encoding="utf-8")) or [])
+    if isinstance(gates, str):
+        return [parse_gate(gates)]
+    if isinstance(gates, Mapping):
+        return [parse_gate(f"{key}: {demand}") for key, demand in gates.items()]
+    if isinstance(gates, Sequence):
+        return [gate for item in gates for gate in _read(item)]
+    raise ValueError(f"`gates` must be texts, a mapping or a YAML file, got {gates!r}")
+
+
+class Gates:
+    """Gates with their data.
+
+    Args:
+        gates: as for :func:`read_gates`.
+        data: what ``trainer.validate`` takes: a data module or dataloaders, with examples that nothing was chosen by.
+        others: more such data by name. The metrics of the data ``"safety"`` are named ``safety/refusal_rate`` and so
+            on in gates.
+        controls: also run the two controls of the plan on the data of a gain.
+        seed: of the random control.
+
+    Raises:
+        ValueError, OSError: if a gate cannot be read.
+    """
+
+    def __init__(
+        self, gates: Any, data: Any, others: Mapping[str, Any] | None = None, *, controls: bool = False, seed: int = 0
+    ) -> None:
+        self.gates = read_gates(gates)
+        self.data: dict[str, Any] = {"": data, **(others or {})}
+        self._controls, self._seed = controls, seed
+        self._home: dict[str, str] = {}  # the data that a metric comes from
+
+    def prepare(self, lab: Lab, plan: LaserPlan) -> None:
+        """Try the plan on the first batch of everything, so that what cannot be judged is said before the work.
+
+        Raises:
+            ValueError: for a metric that does not exist, or is not an average over examples; for a gain whose better
+                direction is not known; for data that no gate names, and data whose metrics have one name.
+        """
+        rows: list[PairedResult] = []
+        self._home = {}
+        for name, data in self.data.items():
+            result = lab.compare(plan, _first(data), primary=None, controls=False, limit_batches=1)
+            for row in _named(name, result):
+                if row.metric in self._home:
+                    raise ValueError(f"two of the data have a metric {row.metric!r}: give `others` other names")
+                self._home[row.metric] = name
+                rows.append(row)
+        judge_all(self.gates, rows)
+        not_means = {row.metric: row.note for row in rows if row.kind is None}
+        for gate in self.gates:
+            if gate.key in not_means:
+                raise ValueError(f"the gate '{gate}' can never be decided: {gate.key!r} is {not_means[gate.key]}")
+        used = {self._home[gate.key] for gate in self.gates}
+        if unused := [name for name in self.data if name and name not in used]:
+            raise ValueError(f"`others` has {', '.join(unused)}, which no gate names: leave it out, or add a gate")
+
+    def measure(self, lab: Lab, plan: LaserPlan) -> dict[str, LaserResult]:
+        """Compare original and plan on all data that gates name. After :meth:`prepare`."""
+        results = {}
+        for name, data in self.data.items():
+            own = [gate for gate in self.gates if self._home[gate.key] == name]
+            gains = [gate.key.removeprefix(f"{name}/") for gate in own if isinstance(gate, Gain)]
+            if own:
+                controls = self._controls and bool(gains)
+                primary = gains[0] if gains else None
+                results[name] = lab.compare(plan, data, primary=primary, controls=controls, seed=self._seed)
+        return results
+
+    def verdict(self, plan: LaserPlan, results: Mapping[str, LaserResult]) -> GateVerdict:
+        """What the gates say to what was measured."""
+        judgements = []
+        for gate in self.gates:
+            name = self._home[gate.key]
+            judgements += judge_all([gate], _named(name, results[name]), results[name]["laser"].prior_checks)
+        return GateVerdict(plan, judgements, dict(results))
+
+
+def _named(name: str, result: LaserResult) -> list[PairedResult]:
+    """The rows of a comparison, their metrics named as in gates."""
+    return [replace(row, metric=f"{name}/{row.metric}") if name else row for row in result["laser"].rows]
+
+
+def _first(data: Any) -> Any:
+    """What shows in one batch which metrics there are: facts with each role of a row, probes of each kind, if any."""
+    if not isinstance(data, (FactsDataModule, ProbesDataModule)):
+        return data
+    data.setup("validate")
+    text: list[Any] = []
+    shown: dict[Any, Any] = {}
+    if isinstance(data, FactsDataModule):
+        for fact in data.encoded:
+            shown |= {row.role: fact for row in fact.rows}
+        loaders = data.val_dataloader()
+        text = loaders[1:] if isinstance(loaders, list) else []
+    else:
+        shown = {item[0].should: item for item in data.probes}
+    few = cast("Dataset[Any]", list(shown.values()))  # a list has all that a Dataset needs
+    return [DataLoader(few, batch_size=len(shown), collate_fn=data.collate), *text]

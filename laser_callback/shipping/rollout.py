@@ -1,0 +1,247 @@
+"""Staged rollout: put a plan into a model step by step, judge the gates after each, keep the last good stage.
+
+The stages are declared beforehand and tested in their order, each at the gates' own level, until one does not pass:
+what is then kept stands, without a correction for the number of stages, because no stage is tested after a failure
+(fixed-sequence test; Maurer, Hothorn and Lehmacher 1995). Every stage is compared with the original, which it would
+replace. Whatever happens, the model is afterwards as it was, bit by bit, unless it is asked to keep what was accepted.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch.utils import _pytree as pytree
+
+from laser_callback.compare.measure import Lab
+from laser_callback.compare.module import LaserModule
+from laser_callback.plans.plan import LaserPlan
+from laser_callback.plans.reduction import Reduction
+from laser_callback.results.comparison import LaserResult
+from laser_callback.results.rollout import Outcome, RolloutResult, Stage
+from laser_callback.search.setup import fingerprint
+from laser_callback.shipping.gates import Gates
+from laser_callback.spectra.store import Spectra
+from laser_callback.stats.constraints import Gain
+from laser_callback.support.journal import Journal, Step
+from laser_callback.support.progress import PhaseProgress
+from laser_callback.support.provenance import versions
+from laser_callback.surgery.swap import reduced
+
+
+def one_by_one(plan: LaserPlan | str) -> list[LaserPlan]:
+    """Stages that add one reduction at a time, in the plan's order.
+
+    >>> [str(stage) for stage in one_by_one("27.fc_in@0.01, 11.q_proj@0.05")]
+    ['27.fc_in@0.01', '27.fc_in@0.01, 11.q_proj@0.05']
+    """
+    reductions = LaserPlan.of(plan).reductions
+    return [LaserPlan(reductions[: count + 1]) for count in range(len(reductions))]
+
+
+def in_steps(plan: LaserPlan | str, rhos: Iterable[float]) -> list[LaserPlan]:
+    """Stages that cut the whole plan deeper and deeper: at each rho, but no reduction below its own, then as planned.
+
+    Raises:
+        ValueError: if a rho is not in (0, 1), or the plan has a rule in place of a number.
+
+    >>> [str(stage) for stage in in_steps("27.fc_in@0.01, 11.q_proj@0.2", [0.1, 0.5])]
+    ['27.fc_in@0.5, 11.q_proj@0.5', '27.fc_in@0.1, 11.q_proj@0.2', '27.fc_in@0.01, 11.q_proj@0.2']
+    """
+    plan = LaserPlan.of(plan)
+    rhos = sorted(set(rhos), reverse=True)
+    if not all(0 < rho < 1 for rho in rhos):
+        raise ValueError(f"`rhos` must be between 0 and 1, got {rhos}")
+
+    def at(reduction: Reduction, rho: float) -> Reduction:
+        if isinstance(reduction.rho, str):
+            raise ValueError(f"a plan cut in steps must have a number for each rho, got {reduction}")
+        return replace(reduction, rho=max(rho, reduction.rho))
+
+    stages = [LaserPlan(at(reduction, rho) for reduction in plan) for rho in rhos]
+    return [stage for stage in stages if stage != plan] + [plan]
+
+
+@dataclass
+class StagedRollout:
+    """Roll a plan out in stages.
+
+    Args:
+        module: a :class:`LaserModule` (without a plan), or any LightningModule with a ``validation_step``.
+        stages: the plans to go through, each whole; see :func:`one_by_one` and :func:`in_steps`. One plan is one stage.
+        gates: what is demanded of every stage, such as ``["first_token_accuracy: gain", "perplexity <= +2 %"]``, a
+            mapping, or a YAML file; see :func:`~laser_callback.shipping.read_gates`.
+        data: what ``trainer.validate`` takes, with examples that the plan was not chosen by.
+        others: more such data by name, for gates such as ``safety/refusal_rate >= -0.05``.
+        gain_at: demand the gains of ``"each"`` stage, or of the ``"last"`` only. Then the constraints alone decide
+            whether the rollout goes on, and the original is kept unless the last stage passes all.
+        apply: leave the last good stage in the module; :meth:`undo` takes it out again.
+        controls: run the two controls beside each stage.
+        folder: keep each finished stage here; with ``resume`` go on from them.
+        spectra: the store of factorisations; by default on this machine's disk.
+        accelerator, precision: as in ``Trainer``, but "auto" takes CUDA or the CPU. It runs on one device.
+        progress: show progress on standard error.
+        seed: of the random control.
+
+    Attributes:
+        result: the outcome; after an interruption what there was by then.
+
+    Raises:
+        MisconfigurationException, ValueError, OSError: at once, or in :meth:`prepare`, naming the argument.
+
+    Example::
+
+        facts = FactsDataModule("facts.jsonl", module.tokenizer, text="text.txt")
+        gates = ["first_token_accuracy: gain", "perplexity: ratio < 1.02", "safety/refusal_rate: delta > -0.05"]
+        probes = ProbesDataModule("probes.jsonl", module.tokenizer)
+        StagedRollout(module, one_by_one(plan), gates, facts, others={"safety": probes}).run().log
+    """
+
+    module: pl.LightningModule
+    stages: LaserPlan | str | Sequence[LaserPlan | str]
+    gates: Any
+    data: Any
+    _: KW_ONLY
+    others: Mapping[str, Any] | None = None
+    gain_at: Literal["each", "last"] = "each"
+    apply: bool = False
+    controls: bool = False
+    folder: str | Path | None = None
+    resume: bool = False
+    spectra: Spectra | None = None
+    accelerator: str = "auto"
+    precision: Any = None
+    progress: bool = True
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if isinstance(self.module, LaserModule) and self.module.plan is not None:
+            raise MisconfigurationException("`module` must have no plan of its own: the rollout puts the stages in")
+        given = [self.stages] if isinstance(self.stages, (LaserPlan, str)) else self.stages
+        plans = tuple(LaserPlan.of(stage) for stage in given)
+        if not plans:
+            raise ValueError("`stages` must hold at least one plan, got none")
+        self._gates = Gates(self.gates, self.data, self.others, controls=self.controls, seed=self.seed)
+        if self.gain_at not in ("each", "last"):
+            raise ValueError(f"`gain_at` must be 'each' or 'last', got {self.gain_at!r}")
+        if self.gain_at == "last" and not any(isinstance(gate, Gain) for gate in self._gates.gates):
+            raise ValueError("`gain_at='last'` needs a gate that demands a gain, got none among `gates`")
+        if self.folder is None and self.resume:
+            raise ValueError("`resume` needs the `folder` of the rollout to go on with")
+        self.result = RolloutResult(None, False, plans)
+        self._applied: reduced | None = None
+        self._lab: Lab | None = None
+
+    def prepare(self) -> None:
+        """Find everything that can be wrong, before the work.
+
+        Raises:
+            MisconfigurationException, ValueError: if a stage does not fit the model, or a gate cannot be judged.
+            FileExistsError: if the folder holds a run and ``resume`` is false.
+        """
+        for plan in self.result.declared:
+            plan.resolve(self.module)
+        lab = Lab(self.module, self.spectra or Spectra.default(), self.accelerator, self.precision)
+        self._gates.prepare(lab, self.result.declared[0])
+        self.result.settings = {
+            "gates": [str(gate) for gate in self._gates.gates],
+            "declared": [str(plan) for plan in self.result.declared],
+            "gain_at": self.gain_at,
+            "controls": self.controls,
+            "accelerator": self.accelerator,
+            "precision": self.precision,
+            "seed": self.seed,
+            "versions": versions(),
+        }
+        if lab.spectra.base is not None:
+            self.result.settings["base"] = lab.spectra.base.digest
+        if self.folder is not None:
+            whole = isinstance(self.module, LaserModule)  # facts are few; of other data the first batches
+            prints = {name or "data": _fingerprint(data, whole) for name, data in self._gates.data.items()}
+            prints["weights"] = fingerprint(self.module.parameters())
+            self.result.settings["fingerprints"] = prints
+        self._journal = Journal(self.folder, self.result.settings, self.resume)
+        self._lab = lab
+
+    def run(self) -> RolloutResult:
+        """Roll out.
+
+        Raises:
+            As :meth:`prepare`, which is called unless it has been.
+            KeyboardInterrupt: on Ctrl-C; :attr:`result`, and ``result.json`` in the folder, hold what there was.
+        """
+        self.undo()
+        if self._lab is None:
+            self.prepare()
+        self.result = RolloutResult(None, False, self.result.declared, settings=self.result.settings)
+        try:
+            for number, plan in enumerate(self.result.declared, 1):
+                if not self._passes(number, plan):
+                    break
+        except (KeyboardInterrupt, SystemExit):  # Lightning turns the first into the second
+            self.result.interrupted = True
+            self._write()
+            raise KeyboardInterrupt from None
+        self._write()
+        if self.apply and self.result.plan is not None:
+            assert self._lab is not None
+            self._applied = reduced(self.module, self.result.plan, self._lab.spectra).__enter__()
+        return self.result
+
+    def undo(self) -> None:
+        """Take out again what ``apply`` has left in the module; does nothing if there is nothing."""
+        if self._applied is not None:
+            self._applied.restore()
+
+    def _passes(self, number: int, plan: LaserPlan) -> bool:
+        """Judge a stage; whether the rollout goes on."""
+        last = number == len(self.result.declared)
+        results, seconds = self._measured(number, plan)
+        verdict = self._gates.verdict(plan, results)
+        outcome: Outcome = "kept" if verdict.accepted else "went back"
+        if self.gain_at == "last" and not last:
+            gates = zip(self._gates.gates, verdict.judgements, strict=True)
+            held = all(judgement.verdict == "pass" for gate, judgement in gates if not isinstance(gate, Gain))
+            outcome = "went on" if held else "went back"
+        if outcome == "kept":
+            self.result.plan, self.result.complete = plan, last
+        self.result.stages.append(Stage(verdict, outcome, seconds))
+        return outcome != "went back"
+
+    def _measured(self, number: int, plan: LaserPlan) -> tuple[dict[str, LaserResult], float]:
+        """The comparisons of a stage, made or read back."""
+        assert self._lab is not None
+        lab = self._lab
+
+        def compute() -> Step:
+            begin = time.perf_counter()
+            with PhaseProgress(self.progress).phase(f"stage {number} of {len(self.result.declared)}: {plan}"):
+                results = self._gates.measure(lab, plan)
+            if self.folder is not None:
+                for name, result in results.items():
+                    result.examples.write(Path(self.folder) / f"{number}-{name or 'data'}.examples.jsonl")
+            found = {name: result.to_dict() for name, result in results.items()}
+            return {"results": found, "seconds": time.perf_counter() - begin}, {}
+
+        data, _ = self._journal.step(f"{number}-stage", compute)
+        return {name: LaserResult.from_dict(result) for name, result in data["results"].items()}, data["seconds"]
+
+    def _write(self) -> None:
+        if self.folder is not None:
+            self.result.to_json(Path(self.folder) / "result.json")
+
+
+def _fingerprint(data: Any, whole: bool) -> str:
+    """A hash of what is compared on: of all batches, or of the first of each dataloader."""
+    if isinstance(data, pl.LightningDataModule):
+        data.prepare_data()
+        data.setup("validate")
+        data = data.val_dataloader()
+    loaders = data if isinstance(data, (list, tuple)) else [data]
+    seen = [list(loader) if whole else next(iter(loader)) for loader in loaders]
+    return fingerprint(pytree.tree_leaves(seen))

@@ -1,0 +1,9 @@
+from .cut import CutSpectrum as CutSpectrum
+from .cut import cut_spectra as cut_spectra
+from .delta import BaseWeights as BaseWeights
+from .folder import SpectrumFolder as SpectrumFolder
+from .inspection import InspectedMatrix as InspectedMatrix
+from .inspection import Inspection as Inspection
+from .inspection import inspect_model as inspect_model
+from .spectrum import Spectrum as Spectrum
+from .store import Spectra as Spectra

@@ -1,0 +1,87 @@
+"""The singular values of a cut matrix, and which of them were cut: little enough to be kept with a result."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from laser_callback.plans.matrices import WeightMatrix
+from laser_callback.plans.reduction import Reduction
+from laser_callback.spectra.spectrum import Spectrum
+from laser_callback.spectra.store import Spectra
+
+POINTS = 160
+"""At most about so many singular values are kept of each matrix."""
+
+
+@dataclass(frozen=True)
+class CutSpectrum:
+    """A matrix' singular values and its cut.
+
+    Attributes:
+        matrix: its name in the model.
+        reduction: the cut, as text.
+        shape: (m, n).
+        removed: the places [start, stop) of the singular values that were removed, counted from 0, the largest first.
+        energy: share of the squared singular values that is kept where ``scale`` is 0, in [0, 1]; 1 for a zero matrix.
+        places: of the singular values in ``values``, ascending: all of a short spectrum, else the head densely.
+        values: singular values, descending.
+    """
+
+    matrix: str
+    reduction: str
+    shape: tuple[int, int]
+    removed: tuple[int, int]
+    energy: float
+    places: tuple[int, ...]
+    values: tuple[float, ...]
+
+    @classmethod
+    def of(cls, spectrum: Spectrum, matrix: str, reduction: Reduction) -> CutSpectrum:
+        """From the whole spectrum of the matrix ``matrix``, cut as ``reduction`` says."""
+        values = spectrum.values.cpu().numpy()
+        start, stop = reduction.removed(spectrum.rank(reduction), len(values))
+        squares = values**2
+        energy = 1 - float(squares[start:stop].sum() / squares.sum()) if squares.any() else 1.0
+        places = _places(len(values))
+        return cls(
+            matrix,
+            str(reduction),
+            spectrum.shape,
+            (start, stop),
+            min(max(energy, 0.0), 1.0),
+            places,
+            tuple(float(f"{values[place]:.6g}") for place in places),
+        )
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> CutSpectrum:
+        """From what ``dataclasses.asdict`` gives, also after JSON has made lists of the tuples."""
+        fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
+        return cls(**fields)
+
+
+def cut_spectra(matrices: list[tuple[WeightMatrix, Reduction]], spectra: Spectra) -> list[CutSpectrum]:
+    """Of the matrices of a resolved plan, those whose singular directions were cut.
+
+    Left out is what has no such spectrum: entries, blocks of rows, and all cuts of the reference method.
+    """
+    if spectra.method == "reference":
+        return []
+    return [
+        CutSpectrum.of(spectra.of(matrix.read(matrix.parameter.data), matrix.name), matrix.name, reduction)
+        for matrix, reduction in matrices
+        if reduction.of == "rank" and reduction.blocks == 1
+    ]
+
+
+def _places(count: int) -> tuple[int, ...]:
+    """Places to keep of ``count``: evenly spread over the places and over their logarithms, with both ends."""
+    if count <= POINTS:
+        return tuple(range(count))
+    linear = np.linspace(0, count - 1, POINTS // 2)
+    logarithmic = np.geomspace(1, count, POINTS // 2) - 1
+    return tuple(np.unique(np.concatenate([linear, logarithmic]).round().astype(int)).tolist())

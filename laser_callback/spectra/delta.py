@@ -1,0 +1,234 @@
+"""Delta mode: cut what fine-tuning has changed and nothing else, W_base + rank_k(W - W_base).
+
+Contract: delta mode is a property of the :class:`~laser_callback.spectra.Spectra` that a run uses. With ``base=`` they
+hold :class:`BaseWeights`, which know of each matrix of a model the one that it was fine-tuned from; what is factorised
+and cut is then the difference, in float64, and the sum is rounded once. Plans, search, statistics and surgery are the
+same. What does not fit (other shapes, missing weights, unrelated weights, adapters that are not merged) is an error
+before any work.
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TypeAlias
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from laser_callback.plans.matrices import WeightMatrix, find_matrices, same_name
+from laser_callback.spectra.folder import content_hash
+from laser_callback.spectra.spectrum import as_double
+from laser_callback.support.merging import adapted_layers
+from laser_callback.support.pretrained import load_pretrained
+
+Source: TypeAlias = "nn.Module | Mapping[str, Tensor] | str | Path"
+
+UNRELATED = 1.0
+"""A difference as large as the base itself. Independent weights differ by the square root of 2 of their size,
+fine-tuned ones by a few hundredths."""
+
+
+class BaseWeights:
+    """The weights that a model was fine-tuned from, by the names of the model's matrices.
+
+    Names need to be the same at their ends only: what stands in front (``model.``, ``base_model.model.``) is found out.
+    The base is taken in the model's dtype, in which fine-tuning had it.
+
+    Args:
+        source: a model (its live weights, not a copy) or state dict; a ``.safetensors`` file; a Lightning or torch
+            checkpoint; or the folder, hub name or ``.gguf`` file of a transformers model.
+        model: the fine-tuned model, in which plans are to be put.
+
+    Attributes:
+        digest: 16 hexadecimal digits that stand for the base's weights.
+        name: folder or hub name that the base came from, if it has one.
+
+    Raises:
+        ValueError: if ``source`` cannot be read, lacks a matrix, has one of another shape, or is not what ``model`` was
+            fine-tuned from; or if ``model`` has adapters that are not merged.
+
+    Example::
+
+        base = BaseWeights("HuggingFaceTB/SmolLM2-135M-Instruct", module)
+        with reduced(module, "27.fc_in@0.01", Spectra(base=base)): ...
+    """
+
+    def __init__(self, source: Source, model: nn.Module) -> None:
+        unmerged = [name for name, layer in adapted_layers(model) if not layer.merged]
+        if unmerged:
+            raise ValueError(
+                f"the difference to the base is still in adapters, {len(unmerged)} of them from `{unmerged[0]}` on: "
+                "merge them first, `model = model.merge_and_unload()` or `with laser_callback.merged(model): ...`"
+            )
+        matrices = find_matrices(model)
+        self.name = str(source) if isinstance(source, (str, Path)) else getattr(source, "name_or_path", None)
+        weights = _Weights(read_weights(source), matrices)
+        self._pairs = weights.matched(matrices)
+        known = [matrix for matrix in matrices if matrix.kind is not None]
+        _check_complete(known, self._pairs)
+        self._changes = {m.name: self._relative_change(m) for m in known if not m.parameter.is_meta}
+        _check_related(list(self._changes.values()))
+        parameters = {id(tensor): tensor for _, tensor in (self._pairs[m.name] for m in known)}  # fused ones once
+        self.digest = content_hash("base", *(tensor.contiguous() for tensor in parameters.values()))[:16]
+        self._changed = [
+            _plain(name)
+            for name, parameter in model.named_parameters()
+            if not parameter.is_meta and not _same(parameter.data, weights.of(_plain(name)))
+        ]
+
+    def matrix(self, name: str, like: Tensor) -> Tensor:
+        """The base of the matrix ``name``, in the dtype and on the device of ``like``, shape (m, n).
+
+        Raises:
+            ValueError: if it has none.
+        """
+        # A module around the model puts its own name in front, and the model may be asked for without it.
+        found = [name] if name in self._pairs else [key for key in self._pairs if same_name(key, name)]
+        if len(found) != 1:
+            raise ValueError(
+                f"the base has no counterpart of `{name}`, so there is no difference to cut. It has one of "
+                f"{', '.join(list(self._pairs)[:3])}, ...; give `BaseWeights` the very model that is cut"
+            )
+        matrix, tensor = self._pairs[found[0]]
+        return matrix.read(tensor).to(like.device, like.dtype)
+
+    def difference(self, matrix: Tensor, name: str) -> Tensor:
+        """``matrix`` minus its base in float64, shape (m, n)."""
+        return as_double(matrix) - as_double(self.matrix(name, matrix))
+
+    def sum(self, difference: Tensor, matrix: Tensor, name: str) -> Tensor:
+        """The base plus a difference, rounded once to the dtype of ``matrix``, shape (m, n)."""
+        return (as_double(self.matrix(name, matrix)) + difference).to(matrix.device, matrix.dtype)
+
+    def changed(self, matrix: WeightMatrix) -> bool:
+        """Whether fine-tuning has changed a matrix of a known kind at all."""
+        return self._changes.get(matrix.name, 0.0) > 0
+
+    def changed_besides(self, matrices: Sequence[WeightMatrix]) -> list[str]:
+        """Names of the parameters that fine-tuning has changed and none of ``matrices`` is in."""
+        names = [_plain(name) for matrix in matrices for name in matrix.parameter_names]
+        return [name for name in self._changed if not any(same_name(name, other) for other in names)]
+
+    def _relative_change(self, matrix: WeightMatrix) -> float:
+        """||W - W_base|| / ||W_base||, in Frobenius norms."""
+        weight = matrix.read(matrix.parameter.data).detach().float()
+        base = self.matrix(matrix.name, matrix.parameter.data).float()
+        change, size = float((weight - base).norm()), float(base.norm())
+        return change / size if size else change
+
+
+def read_weights(source: Source) -> Mapping[str, Tensor]:
+    """Weights by name, from whatever :class:`BaseWeights` takes.
+
+    Raises:
+        ValueError: if ``source`` is an adapter, or a checkpoint that holds more than tensors and plain data.
+    """
+    if isinstance(source, nn.Module):
+        return {name: parameter.data for name, parameter in source.named_parameters(remove_duplicate=False)}
+    if isinstance(source, Mapping):
+        return source
+    path = Path(source)
+    if path.suffix == ".safetensors":
+        return load_file(path)
+    if path.suffix in (".ckpt", ".pt", ".pth", ".bin"):
+        try:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError as error:
+            raise ValueError(
+                f"`base` {str(path)!r} holds objects beside tensors, which are not loaded from a file that might be "
+                "anybody's: load the model yourself and give it as `base`"
+            ) from error
+        weights: Mapping[str, Tensor] = content.get("state_dict", content)
+        return weights
+    if (path / "adapter_config.json").is_file():
+        raise ValueError(f"`base` {str(path)!r} is an adapter: give the model under it")
+    return read_weights(load_pretrained(str(source)))
+
+
+# ---- matching --------------------------------------------------------------------------------------------------------
+
+
+class _Weights:
+    """The base's weights, to be found by the names that the model has for them.
+
+    Both sides name the same layers alike but for what stands in front. The front parts are those for which most names
+    meet: a single name, such as that of a new head, may end like an unrelated one.
+    """
+
+    def __init__(self, weights: Mapping[str, Tensor], matrices: Sequence[WeightMatrix]) -> None:
+        self._by_name = {_plain(name): tensor for name, tensor in weights.items()}
+        by_end: dict[str, list[str]] = {}
+        for name in self._by_name:
+            for end in _ends(name):
+                by_end.setdefault(end, []).append(name)
+        votes: Counter[tuple[str, str]] = Counter()
+        for matrix in matrices:
+            own = _plain(matrix.parameter_names[0])
+            shared = next((end for end in _ends(own) if end in by_end), None)
+            if shared is not None:
+                votes.update((own.removesuffix(shared), found.removesuffix(shared)) for found in by_end[shared])
+        self._front, self._base_front = votes.most_common(1)[0][0] if votes else ("", "")
+
+    def of(self, name: str) -> Tensor | None:
+        """The counterpart of the model's parameter of this (plain) name, if there is one."""
+        if not name.startswith(self._front):
+            return None
+        return self._by_name.get(self._base_front + name.removeprefix(self._front))
+
+    def matched(self, matrices: Sequence[WeightMatrix]) -> dict[str, tuple[WeightMatrix, Tensor]]:
+        """Each matrix of the model with the base's parameter that holds its counterpart."""
+        found: dict[str, tuple[WeightMatrix, Tensor]] = {}
+        for matrix in matrices:
+            for name in map(_plain, matrix.parameter_names):
+                tensor = self.of(name)
+                if tensor is not None:
+                    found.setdefault(matrix.name, (matrix, tensor))
+        return found
+
+
+def _check_complete(matrices: Sequence[WeightMatrix], pairs: Mapping[str, tuple[WeightMatrix, Tensor]]) -> None:
+    missing = [matrix for matrix in matrices if matrix.name not in pairs]
+    if missing:
+        raise ValueError(
+            f"`base` is not what the model was fine-tuned from: it lacks {len(missing)} of {len(matrices)} matrices, "
+            f"first `{missing[0].parameter_names[0]}`"
+        )
+    other = [(m, m.parameter.shape, pairs[m.name][1].shape) for m in matrices]
+    other = [(m, own, base) for m, own, base in other if own != base]
+    if other:
+        matrix, own, base = other[0]
+        raise ValueError(
+            f"`base` is not what the model was fine-tuned from: {len(other)} of {len(matrices)} matrices have another "
+            f"shape, first `{matrix.name}`, {tuple(base)} in the base and {tuple(own)} in the model"
+        )
+
+
+def _check_related(changes: Sequence[float]) -> None:
+    middle = sorted(changes)[len(changes) // 2] if changes else 0.0
+    if not middle < UNRELATED:
+        raise ValueError(
+            f"`base` is not what the model was fine-tuned from: its weights differ from the model's by {middle:.0%} of "
+            "their size (the middle of all matrices), as those of unrelated models do"
+        )
+
+
+def _same(parameter: Tensor, base: Tensor | None) -> bool:
+    """Whether fine-tuning has left a parameter as it was, in its own dtype."""
+    if base is None or base.shape != parameter.shape:
+        return False
+    return torch.equal(parameter, base.to(parameter.device, parameter.dtype))
+
+
+def _plain(name: str) -> str:
+    """A parameter's name without what ``torch.compile`` and PEFT put into it."""
+    return name.replace("_orig_mod.", "").replace(".base_layer.", ".")
+
+
+def _ends(name: str) -> list[str]:
+    """All ends of a dotted name, the longest first."""
+    parts = name.split(".")
+    return [".".join(parts[start:]) for start in range(len(parts))]

@@ -1,0 +1,314 @@
+"""Spectra by content: one factorisation per matrix serves every rho, every batch and, with a folder, every later run.
+
+A spectrum is found by a hash of the matrix' bytes, so that a weight that has changed is never served an old one, and
+equal weights share theirs whatever they are called. Contract: :class:`Spectra` returns the same bits from memory, from
+disk and from a factorisation (made on the same kind of device with as many threads), holds no more bytes than it is
+allowed, and never fails a run because of its folder: what cannot be read is made again, what cannot be written is not
+kept, and either is said once. Any number of processes may share a folder.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import OrderedDict
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+import numpy
+import torch
+from torch import Tensor
+
+from laser_callback.plans.reduction import Reduction
+from laser_callback.spectra.eigen import ONE_THREAD
+from laser_callback.spectra.entries import reduce_entries
+from laser_callback.spectra.folder import (
+    DISK_BYTES,
+    VERSION,
+    SpectrumFolder,
+    content_hash,
+    default_folder,
+    size_for,
+    size_of,
+)
+from laser_callback.spectra.spectrum import Spectrum, refuse_non_finite
+
+if TYPE_CHECKING:
+    from laser_callback.spectra.delta import BaseWeights
+
+NEGLIGIBLE = 1e-3
+"""Share of a difference's norm below which what is removed is taken for rounding."""
+SIDE_BY_SIDE = 4
+"""So many matrices at most are factorised at a time, each on one thread: each needs several times its own memory."""
+
+
+class Spectra:
+    """Factorisations, kept in memory and on disk.
+
+    Args:
+        folder: where factorisations outlive the run; ``None`` keeps them in memory alone.
+        method: ``"exact"``, or ``"reference"`` to reduce as the paper's code does (see below; nothing is kept).
+        memory_bytes: hold no more than this in memory; the least recently used go first. A spectrum takes 8 bytes times
+            the square of the matrix' shorter side, on the matrix' device.
+        disk_bytes: the same for the folder.
+        base: the weights before fine-tuning. What is factorised and cut is then the difference to them (delta mode),
+            and ``matrix``, wherever it is asked for, is the fine-tuned one, by its name.
+
+    Attributes:
+        factorised: factorisations made.
+        loaded: factorisations read from disk.
+        seconds: time spent on both.
+        held: bytes in memory now.
+
+    The reference method is ``do_low_rank`` of the paper's code (github.com/pratyushasharma/laser): the float32 product
+    of ``torch.svd_lowrank(W, q=k, niter=2)``, which is not the best approximation of rank k but a random one near it.
+    Reproduced are the number of iterations, the lack of oversampling, and the rank ``int(rho * max_rank)`` in floating
+    point, which may be one lower than that of :meth:`Reduction.rank`, and 0. Not reproduced is how that code comes by
+    rho: its ``(10 - 9.9) * 0.1`` gives rank 9 of 1,000, here as there if a plan's rho is that number, but a rho of 0.01
+    gives 10. Nor is its random stream, which has no seed: here the seed comes from the matrix, and torch's generators
+    are left as they were. Weights that a model stores transposed (GPT-2's) are sketched from the other side than there,
+    and its ``niter=20`` for RoBERTa is 2 here.
+
+    Raises:
+        ValueError: if an argument is out of range.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path | None = None,
+        *,
+        method: Literal["exact", "reference"] = "exact",
+        memory_bytes: int = 2**30,
+        disk_bytes: int = DISK_BYTES,
+        base: BaseWeights | None = None,
+    ) -> None:
+        if base is not None and method == "reference":
+            raise ValueError("`method` must be 'exact' where there is a `base`: the paper's code has no delta mode")
+        if method not in ("exact", "reference"):
+            raise ValueError(f"`method` must be 'exact' or 'reference', got {method!r}")
+        for argument, value in (("memory_bytes", memory_bytes), ("disk_bytes", disk_bytes)):
+            if value < 0:
+                raise ValueError(f"`{argument}` must be a number of bytes, 0 to keep nothing, got {value}")
+        self.method = method
+        self.base = base
+        self.memory_bytes = memory_bytes
+        self.folder = None if folder is None or method == "reference" else SpectrumFolder(folder, disk_bytes)
+        self.factorised = 0
+        self.loaded = 0
+        self.seconds = 0.0
+        self.held = 0
+        self._memory: OrderedDict[str, Spectrum] = OrderedDict()
+
+    @classmethod
+    def default(cls, base: BaseWeights | None = None) -> Spectra:
+        """Exact, with :func:`default_folder`; of the difference to ``base`` if one is given."""
+        return cls(default_folder(), base=base)
+
+    @property
+    def capacity(self) -> int:
+        """So many bytes of spectra outlast their use, in memory or on disk."""
+        on_disk = 0 if self.folder is None else self.folder.disk_bytes
+        return max(self.memory_bytes, on_disk - on_disk // 100)  # files have headers
+
+    def forget(self) -> None:
+        """Free what is held in memory."""
+        self._memory.clear()
+        self.held = 0
+
+    def ahead(self, matrices: Sequence[tuple[Tensor, str]]) -> None:
+        """Find the spectra of these ``(matrix, name)`` now, several at a time, if there is room for them all.
+
+        Only time is gained: a factorisation uses one thread.
+
+        Raises:
+            ValueError: as :meth:`of` does.
+        """
+        workers = min(torch.get_num_threads(), len(matrices), SIDE_BY_SIDE)
+        needed = sum(size_for(_shape(matrix)) for matrix, _ in matrices)
+        on_cpu = all(matrix.device.type == "cpu" for matrix, _ in matrices)
+        if self.method == "reference" or workers < 2 or needed > self.capacity or not on_cpu:
+            return
+        start = time.perf_counter()
+        with ONE_THREAD, ThreadPoolExecutor(workers) as pool:
+            for found in pool.map(lambda each: self._find_or_make(self.operand(*each), each[1]), matrices):
+                self._keep(found)
+        self.seconds += time.perf_counter() - start
+
+    def operand(self, matrix: Tensor, name: str = "matrix") -> Tensor:
+        """What is factorised and cut, shape (m, n): ``matrix``, or in delta mode its difference to the base."""
+        return matrix if self.base is None else self.base.difference(matrix.detach(), name)
+
+    def of(self, matrix: Tensor, name: str = "matrix") -> Spectrum:
+        """The spectrum of ``matrix``' :meth:`operand`, any floating dtype, on its device: kept, read or made.
+
+        It is shared with later callers: do not write into its tensors.
+
+        Raises:
+            ValueError: if ``matrix`` holds NaN or infinite values; with the reference method, which has no spectrum.
+        """
+        if self.method == "reference":
+            raise ValueError("the method 'reference' has no spectrum, it only reduces: use `Spectra(method='exact')`")
+        return self._of(self.operand(matrix, name), name)
+
+    def _of(self, matrix: Tensor, name: str) -> Spectrum:
+        start = time.perf_counter()
+        found = self._find_or_make(matrix, name)
+        self._keep(found)
+        if found.source != "memory":
+            self.seconds += time.perf_counter() - start
+        return found.spectrum
+
+    def reduce(self, matrix: Tensor, reduction: Reduction, name: str = "matrix") -> Tensor:
+        """``matrix`` after ``reduction``, shape (m, n), in ``matrix``' dtype and on its device.
+
+        Raises:
+            ValueError: if ``matrix`` holds NaN or infinite values, or the reference method cannot do ``reduction``.
+        """
+        with torch.no_grad():
+            if self.method == "reference":
+                return self._reduce_as_reference(matrix, reduction, name)
+            blocks = _blocks(self.operand(matrix, name), reduction, name)
+            parts = [self._reduce_block(block, reduction, name) for block in blocks]
+            reduced = parts[0] if len(parts) == 1 else torch.cat(parts)
+            return reduced if self.base is None else self.base.sum(reduced, matrix, name)
+
+    def changes_nothing(self, matrix: Tensor, reduction: Reduction, name: str = "matrix") -> bool:
+        """True where rounding would be the only effect: everything is kept, or what is removed keeps its scale.
+
+        Only a rank rule needs the spectrum for that; a number is answered from the shape. In delta mode what counts is
+        how much the part removed holds, since a difference may have a low rank (that of LoRA).
+        """
+        if self.method == "reference":
+            return _reference_rank(reduction, min(matrix.shape)) == min(matrix.shape)
+        if reduction.scale == 1:
+            return True
+        return all(
+            self._spares(block, reduction, name) for block in _blocks(self.operand(matrix, name), reduction, name)
+        )
+
+    def _spares(self, block: Tensor, reduction: Reduction, name: str) -> bool:
+        start, stop = self._removed(block, reduction, name)
+        if start == stop or self.base is None or reduction.of == "entries":
+            return start == stop
+        values = self._of(block, name).values
+        return bool(values[start:stop].norm() <= NEGLIGIBLE * values.norm())
+
+    def _removed(self, block: Tensor, reduction: Reduction, name: str) -> tuple[int, int]:
+        size = block.numel() if reduction.of == "entries" else min(block.shape)
+        ruled = isinstance(reduction.rho, str)
+        return reduction.removed(self._of(block, name).rank(reduction) if ruled else reduction.rank(size), size)
+
+    def _reduce_block(self, block: Tensor, reduction: Reduction, name: str) -> Tensor:
+        if reduction.of == "entries":
+            refuse_non_finite(block, name)
+            return reduce_entries(block, reduction)
+        return self._of(block, name).reduce(block, reduction)
+
+    def _find_or_make(self, matrix: Tensor, name: str) -> _Found:
+        """Leaves this object as it is: threads may call it side by side."""
+        # Ordinary tensors whatever the mode: one made in inference mode could not serve a later training run.
+        with torch.inference_mode(False), torch.no_grad():
+            matrix, order = _dense(matrix.detach())
+            home = _home(matrix)
+            key = _key(matrix, order, home)
+            if (spectrum := self._memory.get(key)) is not None:
+                return _Found(key, _moved(spectrum, home), "memory")
+            spectrum = None if self.folder is None else self.folder.read(key, _shape(matrix))
+            if spectrum is not None:
+                return _Found(key, _moved(spectrum, home), "disk")
+            spectrum = Spectrum.of(matrix, name)
+            if self.folder is not None:
+                self.folder.write(key, spectrum)
+            return _Found(key, spectrum, "factorised")
+
+    def _keep(self, found: _Found) -> None:
+        self.loaded += found.source == "disk"
+        self.factorised += found.source == "factorised"
+        size = size_of(found.spectrum)
+        if found.key in self._memory:
+            self._memory.move_to_end(found.key)
+        elif size <= self.memory_bytes:
+            while self.held + size > self.memory_bytes:
+                self.held -= size_of(self._memory.popitem(last=False)[1])
+            self._memory[found.key] = found.spectrum
+            self.held += size
+
+    def _reduce_as_reference(self, matrix: Tensor, reduction: Reduction, name: str) -> Tensor:
+        rank = _reference_rank(reduction, min(matrix.shape))
+        refuse_non_finite(matrix, name)
+        start = time.perf_counter()
+        # Other accelerators than CUDA keep their generators in ways of their own.
+        on_cuda = matrix.device.type == "cuda"
+        work = matrix.detach().contiguous().to(matrix.device if on_cuda else "cpu")
+        seed = int(content_hash("reference", work)[:15], 16)
+        with torch.random.fork_rng(devices=[work.device.index] if on_cuda else []):
+            # Not `torch.manual_seed`, which seeds the generators of all devices.
+            generator = torch.cuda.default_generators[work.device.index] if on_cuda else torch.default_generator
+            generator.manual_seed(seed)
+            u, s, v = torch.svd_lowrank(work.float(), q=rank, niter=2)
+        result = u @ torch.diag(s) @ v.T
+        self.factorised += 1
+        self.seconds += time.perf_counter() - start
+        return result.to(matrix.device, matrix.dtype)
+
+
+class _Found(NamedTuple):
+    key: str
+    spectrum: Spectrum
+    source: Literal["memory", "disk", "factorised"]
+
+
+# ---- keys ------------------------------------------------------------------------------------------------------------
+
+
+def _key(dense: Tensor, order: str, home: torch.device) -> str:
+    """64 hexadecimal digits that stand for everything that the bits of the spectrum depend on, but for the machine."""
+    about = (VERSION, torch.__version__, numpy.__version__, home.type, order, str(dense.dtype), _shape(dense))
+    return content_hash(repr(about), dense.T if order == "columns" else dense)
+
+
+def _dense(matrix: Tensor) -> tuple[Tensor, str]:
+    """``matrix`` without gaps, and the order of its elements in memory, on which the bits of a product may depend."""
+    if matrix.is_contiguous():
+        return matrix, "rows"
+    if matrix.stride(0) < matrix.stride(1):
+        return matrix.T.contiguous().T, "columns"
+    return matrix.contiguous(), "rows"
+
+
+# ---- small ones ------------------------------------------------------------------------------------------------------
+
+
+def _reference_rank(reduction: Reduction, max_rank: int) -> int:
+    if isinstance(reduction.rho, str) or not reduction.is_truncation:
+        raise ValueError(
+            f"the method 'reference' keeps the head at a numeric rho and drops the rest, it cannot do {reduction}: "
+            "use the method 'exact'"
+        )
+    return int(max_rank * reduction.rho)
+
+
+def _blocks(matrix: Tensor, reduction: Reduction, name: str) -> tuple[Tensor, ...]:
+    """The groups of rows that ``reduction`` cuts apart."""
+    if reduction.blocks > len(matrix):
+        raise ValueError(
+            f"`blocks` of {reduction} must be at most the number of rows of `{name}`, {len(matrix)}, got "
+            f"{reduction.blocks}"
+        )
+    return matrix.tensor_split(reduction.blocks)
+
+
+def _home(matrix: Tensor) -> torch.device:
+    """Where `Spectrum.of` leaves its result: Apple's GPUs have no float64."""
+    return torch.device("cpu") if matrix.device.type == "mps" else matrix.device
+
+
+def _moved(spectrum: Spectrum, device: torch.device) -> Spectrum:
+    if spectrum.basis.device == device:
+        return spectrum
+    return Spectrum(spectrum.values.to(device), spectrum.basis.to(device), spectrum.shape)
+
+
+def _shape(matrix: Tensor) -> tuple[int, int]:
+    return matrix.shape[0], matrix.shape[1]

@@ -1,0 +1,120 @@
+"""Transformers models in and out of folders: load one of any class, find the one inside of a module, save it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import transformers
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from laser_callback.support.files import need_files
+from laser_callback.support.merging import adapted_layers
+
+
+def load_pretrained(name: str | Path) -> PreTrainedModel:
+    """The model of a folder, of a hub name, or of a ``.gguf`` file (dequantised), in its own class and dtype.
+
+    Raises:
+        OSError: if there is no such model.
+        ValueError: if its config names no class that transformers has.
+    """
+    if str(name).endswith(".gguf"):
+        need_files(model=name)
+        path = Path(name)
+        return AutoModelForCausalLM.from_pretrained(str(path.parent), gguf_file=path.name)
+    with named(name):
+        return model_class(AutoConfig.from_pretrained(name)).from_pretrained(name)
+
+
+@contextmanager
+def named(name: str | Path) -> Iterator[None]:
+    """Within: where transformers finds nothing under ``name``, the error says so, and not only what was tried.
+
+    Raises:
+        OSError: if there is no such model.
+    """
+    try:
+        yield
+    except OSError as error:
+        if Path(name).is_dir():
+            raise  # with the file that the folder lacks
+        reason = str(error).strip().split("\n")[0]
+        raise OSError(f"{str(name)!r} is neither a folder here nor found on the hub: {reason}") from error
+
+
+def model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
+    """The class that ``config`` is of."""
+    names = config.architectures or ["nothing"]
+    found = getattr(transformers, names[0], None)
+    if found is None:
+        raise ValueError(f"the model's config names the class {names[0]}, which transformers does not have")
+    return found
+
+
+def pretrained_in(model: nn.Module) -> PreTrainedModel:
+    """The transformers model that ``model`` is, or holds.
+
+    Raises:
+        ValueError: if there is none, or several, or it has adapters.
+    """
+    if adapted := adapted_layers(model):
+        raise ValueError(
+            f"`model` has adapters, first at `{adapted[0][0]}`, and would be saved as adapters, without the cut: merge "
+            "them first, e.g. by model.merge_and_unload()"
+        )
+    found = _outermost(model)
+    if len(found) != 1:
+        there = ", ".join(type(one).__name__ for one in found) or "none"
+        raise ValueError(
+            f"`model` must be a transformers model or hold one, got {type(model).__name__} with {there}; "
+            "a LightningModule can be written as a checkpoint (form='checkpoint')"
+        )
+    return found[0]
+
+
+def save_dense(model: PreTrainedModel, folder: Path, tokenizer: Any = None) -> None:
+    """Write weights, config and tokenizer, for ``from_pretrained``."""
+    with _said_to_be_dense(model):
+        model.save_pretrained(folder)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+
+
+def save_about(model: PreTrainedModel, folder: Path, tokenizer: Any = None) -> None:
+    """Write what :func:`save_dense` writes, but for the weights."""
+    with _said_to_be_dense(model):
+        config = copy.deepcopy(model.config)
+    config.architectures, config.dtype = [type(model).__name__], model.dtype
+    config.save_pretrained(folder)
+    if model.can_generate():
+        model.generation_config.save_pretrained(folder)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+
+
+@contextmanager
+def _said_to_be_dense(model: PreTrainedModel) -> Iterator[None]:
+    """Within: the model does not say that it is quantised, or transformers refuses to save what it has dequantised.
+
+    Only for models whose weights are dense, as those are in which matrices were found.
+    """
+    config, quantizer = model.config.__dict__.pop("quantization_config", None), model.__dict__.pop("hf_quantizer", None)
+    try:
+        yield
+    finally:
+        if config is not None:
+            model.config.quantization_config = config
+        if quantizer is not None:
+            model.hf_quantizer = quantizer
+
+
+def _outermost(module: nn.Module) -> list[PreTrainedModel]:
+    if isinstance(module, PreTrainedModel):
+        return [module]
+    found = [model for child in module.children() for model in _outermost(child)]
+    return list(dict.fromkeys(found))

@@ -1,0 +1,307 @@
+"""A recipe: a plan that knows the weights it belongs to, what they become, and what was shown of them.
+
+A few kilobytes stand for a reduced model: whoever has the original applies the recipe and has the other, bit for bit,
+or is told what differs. Contract: :func:`recorded` cuts a model for the length of a block and writes down the hashes of
+each planned matrix before and after; given a :class:`Recipe`, it holds the model to the hashes in it. A model that is
+refused is as it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from laser_callback.plans.matrices import WeightMatrix, same_name
+from laser_callback.plans.plan import LaserPlan
+from laser_callback.plans.selection import NoSuchMatrixError
+from laser_callback.spectra.folder import content_hash
+from laser_callback.spectra.store import Spectra
+from laser_callback.support.provenance import versions
+from laser_callback.surgery.swap import reduced
+
+_METHODS = ("exact", "reference")
+
+
+@dataclass(frozen=True)
+class CutMatrix:
+    """One planned matrix, before and after the cut.
+
+    Attributes:
+        name: as :attr:`WeightMatrix.name`.
+        reduction: the text of the reduction that names it.
+        shape: (rows, columns).
+        dtype: such as ``"bfloat16"``.
+        before: 64 hexadecimal digits that stand for its elements before the cut (:func:`matrix_hash`).
+        after: the same after the cut.
+        norm: its Frobenius norm after the cut.
+    """
+
+    name: str
+    reduction: str
+    shape: tuple[int, int]
+    dtype: str
+    before: str
+    after: str
+    norm: float
+
+
+class Recipe(LaserPlan):
+    """A plan with the hashes of the matrices that it cuts, and the numbers that were confirmed.
+
+    Args:
+        plan: the reductions.
+        matrices: what they cut, in the model's order.
+        method: how, as in :class:`Spectra`.
+        base: the digest of the base's weights, if the difference to these was cut (delta mode), else ``None``.
+        numbers: what was shown, as plain data; see :func:`laser_callback.results.numbers_of`.
+        versions: of the packages that the cut was made with.
+
+    Example:
+        >>> model = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 2)
+        >>> recipe = apply(model, "1.mlp@0.1")
+        >>> [(matrix.name, matrix.shape) for matrix in recipe.matrices]
+        [('layers.1.linear1', (16, 8)), ('layers.1.linear2', (8, 16))]
+        >>> apply(model, recipe)
+        Traceback (most recent call last):
+        ...
+        ValueError: `layers.1.linear1` is already what this would make of it: there is nothing to do
+    """
+
+    matrices: tuple[CutMatrix, ...]
+    method: Literal["exact", "reference"]
+    base: str | None
+    numbers: Mapping[str, Any]
+    versions: Mapping[str, str]
+
+    def __init__(
+        self,
+        plan: LaserPlan,
+        matrices: Sequence[CutMatrix],
+        method: Literal["exact", "reference"] = "exact",
+        base: str | None = None,
+        numbers: Mapping[str, Any] | None = None,
+        versions: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(plan.reductions)
+        for name, value in (
+            ("matrices", tuple(matrices)),
+            ("method", method),
+            ("base", base),
+            ("numbers", dict(numbers or {})),
+            ("versions", dict(versions or {})),
+        ):
+            object.__setattr__(self, name, value)
+
+    @classmethod
+    def of(cls, plan: LaserPlan | str | Mapping[str, Any] | Iterable[Any]) -> LaserPlan:
+        """As :meth:`LaserPlan.of`; a recipe where ``plan`` is one, or its file or dictionary."""
+        return cls.from_dict(plan) if isinstance(plan, Mapping) and "matrices" in plan else super().of(plan)
+
+    def to_file(self, path: str | Path) -> None:
+        """Write the recipe as ``.json`` or ``.yaml``; the text form has no place for hashes."""
+        if Path(path).suffix not in (".json", ".yaml", ".yml"):
+            raise ValueError(f"`path` of a recipe must end in .json or .yaml, got {str(path)!r}")
+        super().to_file(path)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Ready for JSON; :meth:`of` makes a recipe of it again."""
+        matrices = [{**asdict(matrix), "shape": list(matrix.shape)} for matrix in self.matrices]
+        return {
+            **super().to_dict(),
+            "method": self.method,
+            "base": self.base,
+            "matrices": matrices,
+            "numbers": dict(self.numbers),
+            "versions": dict(self.versions),
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Recipe:
+        """The inverse of :meth:`to_dict`.
+
+        Raises:
+            ValueError: if something else than a recipe is read, naming it.
+        """
+        expected = {"reductions", "method", "base", "matrices", "numbers", "versions"}
+        if set(data) != expected:
+            raise ValueError(f"a recipe has the keys {', '.join(sorted(expected))}; got {', '.join(sorted(data))}")
+        if data["method"] not in _METHODS:
+            raise ValueError(f"`method` of a recipe must be one of {', '.join(_METHODS)}, got {data['method']!r}")
+        matrices = []
+        for entry in data["matrices"]:
+            try:
+                matrices.append(CutMatrix(**{**entry, "shape": tuple(entry["shape"])}))
+            except (TypeError, KeyError) as error:
+                raise ValueError(f"a recipe's matrix has the fields of CutMatrix: {error}") from None
+        plan = LaserPlan.of({"reductions": data["reductions"]})
+        return cls(plan, matrices, data["method"], data["base"], data["numbers"], data["versions"])
+
+
+def apply(
+    model: nn.Module,
+    plan: LaserPlan | str | Mapping[str, Any],
+    *,
+    spectra: Spectra | None = None,
+    exact: bool = True,
+) -> Recipe:
+    """Cut ``model`` for good, in place; wholly, or not at all. `reduced` is for a block of code instead.
+
+    Args:
+        model: any module.
+        plan: what to cut; a :class:`Recipe` is only applied to the model that it was made for.
+        spectra: where factorisations are looked up and kept. A recipe of delta mode needs the base in them.
+        exact: demand the bits that a recipe has recorded. They may differ in the last place where it was made on
+            another processor or number of threads; ``False`` accepts such rounding, and nothing else.
+
+    Returns:
+        What was done, with hashes and a recipe's numbers: the same plan, for the same weights elsewhere.
+
+    Raises:
+        ValueError, TypeError: as from :class:`~laser_callback.surgery.reduced`; or naming the first difference to a
+            recipe. The model is then untouched.
+    """
+    with recorded(model, plan, spectra, exact=exact) as (cut, done):
+        cut.keep()
+    return done
+
+
+@contextmanager
+def recorded(
+    model: nn.Module,
+    plan: LaserPlan | str | Mapping[str, Any],
+    spectra: Spectra | None = None,
+    *,
+    numbers: Mapping[str, Any] | None = None,
+    exact: bool = True,
+) -> Iterator[tuple[reduced, Recipe]]:
+    """Cut ``model`` within the block; yields the reduction in place and the record of what it did.
+
+    Args:
+        model: any module.
+        plan: what to cut. A :class:`Recipe` also says what must be there before, and what must be there after.
+        spectra: where factorisations are looked up and kept.
+        numbers: what the record says was shown; by default what ``plan`` says.
+        exact: see :func:`apply`.
+
+    Raises:
+        ValueError: if the model is not the one of the recipe, or has not become what the recipe says.
+    """
+    plan = Recipe.of(plan)
+    expected = plan if isinstance(plan, Recipe) else None
+    spectra = spectra_for(plan) if spectra is None else spectra
+    if expected is not None:
+        _check_spectra(expected, spectra)
+    try:
+        cut = reduced(model, plan, spectra)
+    except NoSuchMatrixError as error:
+        raise error if expected is None else ValueError(f"the recipe was made for another model: {error}") from error
+    before = [matrix_hash(_live(matrix)) for matrix, _ in cut.matrices]
+    if expected is not None:
+        _check_before(expected, [matrix for matrix, _ in cut.matrices], before)
+    with cut:
+        done = [
+            CutMatrix(
+                matrix.name,
+                str(reduction),
+                matrix.shape,
+                str(matrix.parameter.dtype).removeprefix("torch."),
+                was,
+                matrix_hash(_live(matrix)),
+                float(torch.linalg.vector_norm(_live(matrix), dtype=torch.float64)),
+            )
+            for (matrix, reduction), was in zip(cut.matrices, before, strict=True)
+        ]
+        if expected is not None:
+            _check_after(expected, done, exact)
+            numbers = expected.numbers if numbers is None else numbers
+        yield cut, Recipe(plan, done, spectra.method, _digest(spectra), numbers, versions())
+
+
+def spectra_for(plan: LaserPlan) -> Spectra:
+    """Fresh ones, by the method that ``plan`` asks for if it is a recipe."""
+    return Spectra(method=plan.method if isinstance(plan, Recipe) else "exact")
+
+
+def matrix_hash(matrix: Tensor) -> str:
+    """64 hexadecimal digits that stand for the dtype, the shape and the elements of ``matrix``, wherever it lies."""
+    return content_hash(f"{matrix.dtype} {tuple(matrix.shape)}", matrix.contiguous())
+
+
+def _live(matrix: WeightMatrix) -> Tensor:
+    return matrix.read(matrix.parameter.data)
+
+
+def _digest(spectra: Spectra) -> str | None:
+    return None if spectra.base is None else spectra.base.digest
+
+
+def _check_spectra(recipe: Recipe, spectra: Spectra) -> None:
+    if spectra.method != recipe.method:
+        raise ValueError(f"the recipe cuts by the method {recipe.method!r}, `spectra` by {spectra.method!r}")
+    given = _digest(spectra)
+    if given == recipe.base:
+        return
+    if recipe.base is None:
+        raise ValueError("the recipe cuts the weights themselves, `spectra` their difference to a base: leave that out")
+    raise ValueError(
+        f"the recipe cuts the difference to the base {recipe.base}, and `spectra` has {given or 'none'}: give "
+        "spectra=Spectra(base=BaseWeights(..., model)), on the command line --base"
+    )
+
+
+def _check_before(recipe: Recipe, found: Sequence[WeightMatrix], hashes: Sequence[str]) -> None:
+    if len(found) != len(recipe.matrices):
+        raise ValueError(
+            f"the recipe was made for another model: {recipe} cuts {len(found)} matrices of this one, not "
+            f"{len(recipe.matrices)}"
+        )
+    for wanted, matrix, now in zip(recipe.matrices, found, hashes, strict=True):
+        here = _by(matrix.shape)
+        if not same_name(wanted.name, matrix.name):
+            raise ValueError(
+                f"the recipe was made for another model: this has `{matrix.name}` where it had `{wanted.name}`"
+            )
+        if matrix.shape != wanted.shape:
+            raise ValueError(
+                f"the recipe was made for another model: `{matrix.name}` is {here}, not {_by(wanted.shape)}"
+            )
+        dtype = str(matrix.parameter.dtype).removeprefix("torch.")
+        if dtype != wanted.dtype:
+            raise ValueError(
+                f"`{matrix.name}` is {dtype}, but the recipe is for {wanted.dtype}: load the model with "
+                f"dtype={wanted.dtype!r}"
+            )
+        if now == wanted.after != wanted.before:
+            raise ValueError(f"`{matrix.name}` is already what this would make of it: there is nothing to do")
+        if now != wanted.before:
+            raise ValueError(
+                f"the weights of `{matrix.name}` are others than those that this was made for (hash {now[:12]}, not "
+                f"{wanted.before[:12]}): load that model"
+            )
+
+
+def _check_after(recipe: Recipe, done: Sequence[CutMatrix], exact: bool) -> None:
+    for wanted, got in zip(recipe.matrices, done, strict=True):
+        if got.after == wanted.after:
+            continue
+        rounding = 4 * torch.finfo(getattr(torch, got.dtype)).eps * wanted.norm
+        if abs(got.norm - wanted.norm) > rounding:
+            raise ValueError(
+                f"after the cut `{got.name}` is not what the recipe says (norm {got.norm:.6g}, not {wanted.norm:.6g}): "
+                "the recipe's plan or hashes were changed, or another version computes otherwise"
+            )
+        if exact:
+            raise ValueError(
+                f"after the cut `{got.name}` differs from the recipe by rounding (hash {got.after[:12]}, not "
+                f"{wanted.after[:12]}), as it may on another processor or number of threads: accept that by exact=False"
+            )
+
+
+def _by(shape: tuple[int, int]) -> str:
+    return f"{shape[0]} x {shape[1]}"
