@@ -14,8 +14,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 import yaml
-from test_readme import HUB_NAME, Classifier
-from tiny import save_deep_lm
+from reader import HUB_NAME, Classifier
 from torch.utils.data import DataLoader
 
 from laser_callback.cli.commands import main
@@ -30,6 +29,7 @@ PAGES = {
     for path in sorted(DOCS.rglob("*.md"))
     if "_build" not in path.parts
 }
+SLOW = {("howto/search.md", "python"), ("howto/gates.md", "python"), ("howto/own-facts.md", "bash")}
 BLOCK = re.compile(r"(<!-- not run: .*? -->\n)?^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
@@ -39,45 +39,41 @@ def blocks(page, language):
 
 
 def pages_with(language):
-    return [page for page in PAGES if blocks(page, language)]
-
-
-@pytest.fixture(scope="module")
-def lm(tmp_path_factory):
-    return save_deep_lm(tmp_path_factory.mktemp("model"))
+    """The pages that have such blocks; those that search, or load a model per command, are for the whole run."""
+    pages = [page for page in PAGES if blocks(page, language)]
+    return [pytest.param(page, marks=pytest.mark.slow) if (page, language) in SLOW else page for page in pages]
 
 
 @pytest.fixture
-def folder(lm, tmp_path, monkeypatch):
+def folder(deep_lm, own_cache, tmp_path, monkeypatch):
     """Where a reader is: with facts, text, probes and the recipes, which name a small model here."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("LASER_CALLBACK_CACHE", str(tmp_path / "cache"))
     for name in ("facts.jsonl", "text.txt"):
-        shutil.copy(lm / name, tmp_path)
+        shutil.copy(deep_lm / name, tmp_path)
     (probes,) = blocks("howto/gates.md", "json")
     (tmp_path / "probes.jsonl").write_text(probes)
     for recipe in (ROOT / "recipes").glob("*.yaml"):
-        (tmp_path / recipe.name).write_text(recipe.read_text().replace(HUB_NAME, str(lm)))
+        (tmp_path / recipe.name).write_text(recipe.read_text().replace(HUB_NAME, str(deep_lm)))
     return tmp_path
 
 
 @pytest.mark.parametrize("page", [page for page in pages_with("python") if page != "tutorial.md"])
-def test_python(page, lm, folder):
+def test_python(page, deep_lm, folder):
     """The blocks of a page in one namespace, in which a reader's own module, data and plan are."""
     data = pl.LightningDataModule()
     rows = [{"x": torch.arange(i, i + 4), "label": i % 4, "id": i} for i in range(12)]
     data.val_dataloader = lambda: DataLoader(rows, batch_size=5)
-    scope = {"module": Classifier(lm), "data": data, "datamodule": data, "plan": "28.fc_up@0.01"}
+    scope = {"module": Classifier(deep_lm), "data": data, "datamodule": data, "plan": "28.fc_up@0.01"}
     for code in blocks(page, "python"):
-        exec(textwrap.dedent(code).replace(HUB_NAME, str(lm)), scope)
+        exec(textwrap.dedent(code).replace(HUB_NAME, str(deep_lm)), scope)
 
 
 @pytest.mark.parametrize("page", pages_with("bash"))
-def test_commands(page, lm, folder):
+def test_commands(page, deep_lm, folder):
     """``laser-callback`` commands run; of others, the files and extras that they name exist."""
     pyproject = (ROOT / "pyproject.toml").read_text()
     for line in "".join(blocks(page, "bash")).splitlines():
-        program, *options = shlex.split(line.replace(HUB_NAME, str(lm)), comments=True)
+        program, *options = shlex.split(line.replace(HUB_NAME, str(deep_lm)), comments=True)
         if program == "laser-callback":
             on_cpu = ["--accelerator", "cpu"] if options[0] == "gate" else []
             on_cpu = ["--trainer.accelerator", "cpu"] if options[0] == "validate" else on_cpu
@@ -130,6 +126,7 @@ def notebook(monkeypatch):
     return notebook
 
 
+@pytest.mark.slow
 def test_tutorial_prints_what_it_shows(notebook, tmp_path):
     """In a kernel of its own, on the real model: the same words, and numbers to the rounding of another processor."""
     shown = notebook.to_notebook(PAGES["tutorial.md"])

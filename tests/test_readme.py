@@ -8,43 +8,22 @@ from pathlib import Path
 import lightning.pytorch as pl
 import pytest
 import torch
-from tiny import save_deep_lm
+from reader import HUB_NAME, Classifier
 from torch.utils.data import DataLoader
-from transformers import LlamaForCausalLM
 
 from laser_callback import LaserPlan
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
-HUB_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return save_deep_lm(tmp_path_factory.mktemp("model"))
-
-
-class Classifier(pl.LightningModule):
-    """What a reader has: a module whose layers are deep enough for `27.fc_in`."""
-
-    def __init__(self, folder: Path) -> None:
-        super().__init__()
-        self.model = LlamaForCausalLM.from_pretrained(folder)
-
-    def forward(self, batch):
-        return self.model(batch["x"]).logits[:, -1, :4]
-
-    def validation_step(self, batch, batch_idx):
-        self.log("acc", (self(batch).argmax(-1) == batch["label"]).float().mean())
-
-
-def test_callback_example(folder, monkeypatch, tmp_path):
+def test_callback_example(deep_lm, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     data = pl.LightningDataModule()
     rows = [{"x": torch.arange(i, i + 4), "label": i % 4, "id": i} for i in range(12)]
     data.val_dataloader = lambda: DataLoader(rows, batch_size=5)
-    module = Classifier(folder)
+    module = Classifier(deep_lm)
     scope = {"module": module, "data": data}
     exec(BLOCKS[0], scope)
     assert {"acc", "laser/acc", "laser/delta/acc"} <= set(scope["trainer"].callback_metrics)
@@ -58,24 +37,25 @@ def test_callback_example(folder, monkeypatch, tmp_path):
     assert result["laser"]["acc"].n == 12
 
 
-def test_module_example(folder, monkeypatch):
-    monkeypatch.chdir(folder)
+@pytest.mark.slow
+def test_module_example(deep_lm, monkeypatch):
+    monkeypatch.chdir(deep_lm)
     assert HUB_NAME in BLOCKS[2]
     scope = {}
-    exec(BLOCKS[2].replace(HUB_NAME, str(folder)), scope)
+    exec(BLOCKS[2].replace(HUB_NAME, str(deep_lm)), scope)
     result = scope["module"].result
     assert result["laser"]["first_token_accuracy"].n == 60
     assert result["laser"]["perplexity"].kind == "log_ratio"
     assert set(result.controls["laser"]) == {"zeroed", "random"}
 
 
-def test_search_example(folder, monkeypatch, tmp_path):
+@pytest.mark.slow
+def test_search_example(deep_lm, own_cache, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     for name in ("facts.jsonl", "text.txt"):
-        (tmp_path / name).write_text((folder / name).read_text())
+        (tmp_path / name).write_text((deep_lm / name).read_text())
     scope = {}
-    exec(BLOCKS[3].replace(HUB_NAME, str(folder)), scope)
+    exec(BLOCKS[3].replace(HUB_NAME, str(deep_lm)), scope)
     assert scope["found"].sets == {"screen": 6, "race": 18, "confirm": 24, "guard": 12}
     assert (tmp_path / "search" / "result.json").is_file()
 

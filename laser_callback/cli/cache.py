@@ -43,7 +43,7 @@ def clear(folder: Path | None = None) -> Answer:
     files = kept.files()
     size = sum(stat.st_size for _, stat in files)
     kept.clear()
-    Console(highlight=False).print(f"removed {_count(len(files))}, {decimal(size)}, from {kept.path}", soft_wrap=True)
+    print(f"removed {_count(len(files))}, {decimal(size)}, from {kept.path}")
     return Answer({"folder": str(kept.path), "removed": len(files), "bytes": size})
 
 

@@ -1,29 +1,20 @@
 """What a command is, and how one is run.
 
-A command is a plain typed function: its options and their help come from its signature and docstring, its
-positional-only parameters are positional on the command line. What it prints is for people; what scripts need it
-returns as an :class:`Answer`. Nothing here imports torch, so that help is quick.
+A command is a plain typed function; its options are made in ``options.py``. What it prints is for people; what scripts
+need it returns as an :class:`Answer`. Nothing here imports torch or jsonargparse, so that help is quick.
 """
 
 from __future__ import annotations
 
-import inspect
 import json
 import math
 import sys
+from argparse import ArgumentError
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext, redirect_stdout
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import TYPE_CHECKING, Any
-
-from laser_callback.cli.mistakes import is_mistake, told_plainly
-
-if TYPE_CHECKING:
-    from jsonargparse import ArgumentParser
-
-COMMON_OPTIONS = "every command also takes --json (the result as JSON on stdout, all else on stderr) and --debug"
-CONFIG_HELP = "a YAML or JSON file with options; later ones override it (--print_config shows the file of a run)"
+from typing import Any
 
 
 class Exit(IntEnum):
@@ -48,32 +39,6 @@ class Answer:
 
     data: Any = None
     code: int = Exit.DONE
-
-
-def parser_of(function: Callable[..., Any], prog: str) -> ArgumentParser:
-    """The parser of a command's options."""
-    from jsonargparse import ArgumentParser
-
-    from laser_callback.cli.help_text import PlainHelp
-
-    summary = (inspect.getdoc(function) or "").split("\n\n")[0]
-    parser = ArgumentParser(
-        prog=prog, description=summary, epilog=COMMON_OPTIONS, exit_on_error=False, formatter_class=PlainHelp
-    )
-    if inspect.signature(function).parameters:
-        parser.add_argument("--config", action="config", help=CONFIG_HELP)
-    parser.add_function_arguments(function, as_group=False, as_positional=bool(_positional(function)), sub_configs=True)
-    return parser
-
-
-def call(function: Callable[..., Any], arguments: list[str], prog: str) -> Any:
-    """Call a command with what the command line says."""
-    parser = parser_of(function, prog)
-    with told_plainly(parser):
-        values = vars(parser.instantiate(parser.parse_args(arguments)))
-    values.pop("config", None)
-    by_position = [values.pop(name) for name in _positional(function)]
-    return function(*by_position, **values)
 
 
 def run(work: Callable[[], Answer | int | None], prog: str, *, as_json: bool, debug: bool) -> int:
@@ -106,12 +71,16 @@ def run(work: Callable[[], Answer | int | None], prog: str, *, as_json: bool, de
     return int(answer.code)
 
 
-def finite(numbers: Mapping[str, Any]) -> dict[str, float | None]:
+def is_mistake(error: BaseException) -> bool:
+    """Whether the user can mend it. By kind: all of the package's own complaints are of these."""
+    if isinstance(error, (ArgumentError, ValueError, OSError, ModuleNotFoundError)):
+        return True
+    from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+    return isinstance(error, MisconfigurationException)
+
+
+def json_numbers(numbers: Mapping[str, Any]) -> dict[str, float | None]:
     """Numbers or scalar tensors as JSON has them: what is not finite becomes ``None``."""
     values = {name: float(number) for name, number in numbers.items()}
     return {name: value if math.isfinite(value) else None for name, value in values.items()}
-
-
-def _positional(function: Callable[..., Any]) -> list[str]:
-    parameters = inspect.signature(function).parameters.values()
-    return [parameter.name for parameter in parameters if parameter.kind is parameter.POSITIONAL_ONLY]

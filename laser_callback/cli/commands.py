@@ -1,15 +1,24 @@
-"""The command line: which commands there are. How one is run is in ``command.py``."""
+"""The command line: which commands there are, and the way from the words of a user to one of them.
+
+That way is argparse's, and not jsonargparse's as within a command: jsonargparse has no subcommands that are imported
+when they are asked for, and its import alone takes longer than ``laser-callback --help`` may.
+"""
 
 from __future__ import annotations
 
 import os
+import re
 import sys
+from argparse import SUPPRESS, ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Callable
 from importlib import import_module
 from itertools import pairwise
-from typing import Any
+from typing import Any, NoReturn
 
-from laser_callback.cli.command import COMMON_OPTIONS, Exit, call, run
+from typing_extensions import override
+
+from laser_callback import __version__
+from laser_callback.cli.command import Exit, run
 from laser_callback.support.files import need_files
 from laser_callback.support.suggest import closest
 
@@ -26,60 +35,52 @@ COMMANDS = {
     "restore": ("laser_callback.cli.ship", "give a cut model its original weights back, bit for bit"),
     "inspect": ("laser_callback.cli.inspect", "show a model's matrices, their spectra, and what each rank rule keeps"),
     "report": ("laser_callback.cli.report", "show a result again: in the terminal, as a page, or as pictures"),
-    "recipes ls": ("laser_callback.cli.recipes", "list the recipes: annotated files to run, copy and change"),
+    "recipes ls": ("laser_callback.cli.recipes", "list the recipes"),
     "recipes show": ("laser_callback.cli.recipes", "print one"),
     "recipes cp": ("laser_callback.cli.recipes", "copy one"),
     "recipes run": ("laser_callback.cli.recipes", "run one, with options of its command to override it"),
-    "cache ls": ("laser_callback.cli.cache", "show what the factorisations kept on disk take"),
+    "cache ls": ("laser_callback.cli.cache", "show what they take"),
     "cache clear": ("laser_callback.cli.cache", "remove them"),
-    "get facts": ("laser_callback.cli.get", "write the demo's facts to a file, to try a command on"),
-    "get model": ("laser_callback.cli.get", "print the folder of the demo's model, made if it is missing"),
+    "get facts": ("laser_callback.cli.get", "write the facts to a file"),
+    "get model": ("laser_callback.cli.get", "print the folder of the model, made if it is missing"),
     "completion": (
         "laser_callback.cli.completion",
         "print a script that lets your shell complete commands and options",
     ),
 }
 """By name: the module, imported only to run it, that has the function of the name's last word, and a summary."""
+GROUPS = {
+    "recipes": "annotated files to run, copy and change",
+    "cache": "factorisations that are kept on disk",
+    "get": "the demo's facts and model, to try a command on",
+}
 READ_THEIR_OWN_ARGUMENTS = ("validate", "test", "fit", "recipes run")
 """Commands whose function takes the list of arguments, since their options depend on what is run."""
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run ``laser-callback COMMAND [options]``; returns the exit code, an :class:`Exit`."""
-    given = list(sys.argv[1:] if arguments is None else arguments)
-    as_json, debug = _take(given, "--json"), _take(given, "--debug") or bool(os.environ.get("LASER_CALLBACK_DEBUG"))
-    if not given or given[0] in ("-h", "--help"):
-        print(_help())
-        return Exit.DONE
-    if given == ["--version"]:
-        from laser_callback import __version__
-
-        print(__version__)
-        return Exit.DONE
-    name = " ".join(given[:2]) if " ".join(given[:2]) in COMMANDS else given[0]
-    if name not in COMMANDS:
-        verbs = [known.split()[1] for known in COMMANDS if known.startswith(f"{name} ")]
-        if verbs and given[1:] in (["-h"], ["--help"]):
-            print(f"usage: laser-callback {name} {{{','.join(verbs)}}} [options]")
-            return Exit.DONE
-        if verbs:
-            name, hint = " ".join(given[:2]), f"; `{name}` is followed by one of {', '.join(verbs)}"
-        else:
-            hint = closest(name, [*COMMANDS]) or f"; there are {', '.join(COMMANDS)}"
-        print(f"laser-callback: error: unknown command {name!r}{hint}", file=sys.stderr)
-        return Exit.MISUSED
+    arguments = sys.argv[1:] if arguments is None else arguments
+    given, rest = _parser().parse_known_args(arguments or ["--help"])
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())  # as `python -m` does: modules of one's own beside the config
-    rest, prog = given[len(name.split()) :], f"laser-callback {name}"
-    return run(lambda: work(name, rest), prog, as_json=as_json, debug=debug)
+    debug = "debug" in given or bool(os.environ.get("LASER_CALLBACK_DEBUG"))
+    name = given.command
+    return run(lambda: work(name, rest), f"laser-callback {name}", as_json="json" in given, debug=debug)
 
 
 def work(name: str, arguments: list[str]) -> Any:
     """Do what a command does with these arguments; returns its answer."""
     _need_configs(arguments)  # before the imports, which take seconds
     function = function_of(name)
+    if "transformers" in sys.modules:  # by the import of the command
+        from laser_callback.support.progress import quiet_libraries
+
+        quiet_libraries()
     if name in READ_THEIR_OWN_ARGUMENTS:
         return function(arguments)
+    from laser_callback.cli.options import call
+
     return call(function, arguments, f"laser-callback {name}")
 
 
@@ -88,29 +89,45 @@ def function_of(name: str) -> Callable[..., Any]:
     return getattr(import_module(COMMANDS[name][0]), name.split()[-1])
 
 
+class _Parser(ArgumentParser):
+    """Says what may have been meant."""
+
+    @override
+    def error(self, message: str) -> NoReturn:
+        if choice := re.search(r"invalid choice: '(.*)' \(choose from (.*)\)", message):
+            name, known = choice[1], choice[2].replace("'", "")
+            message = f"unknown command {name!r}{closest(name, known.split(', ')) or f'; there are {known}'}"
+        self.exit(Exit.MISUSED, f"{self.prog}: error: {message}\n")
+
+
+def _parser() -> ArgumentParser:
+    """Knows the commands, and of their options those that all have; what else is given is left to the command."""
+    common = _Parser(add_help=False, argument_default=SUPPRESS)
+    common.add_argument("--json", action="store_true", help="the result as JSON on stdout, all else on stderr")
+    common.add_argument("--debug", action="store_true", help="show where an error came from")
+    root = _Parser(
+        prog="laser-callback",
+        allow_abbrev=False,
+        parents=[common],
+        formatter_class=RawDescriptionHelpFormatter,
+        epilog="`laser-callback COMMAND --help` shows a command's options.\n"
+        "exit codes: 0 done, or a plan is recommended; 1 a crash; 2 a bad option, plan or file;\n"
+        "            3 the verdict is to keep the original; 130 interrupted",
+    )
+    root.add_argument("--version", action="version", version=__version__)
+    groups = {"": root.add_subparsers(title="commands", metavar="COMMAND [options]", required=True)}
+    for name, (_, summary) in COMMANDS.items():
+        group, _, verb = name.rpartition(" ")
+        if group not in groups:
+            groups[group] = groups[""].add_parser(group, help=GROUPS[group]).add_subparsers(required=True)
+        leaf = groups[group].add_parser(verb, help=summary, add_help=False, allow_abbrev=False, parents=[common])
+        leaf.set_defaults(command=name)
+    return root
+
+
 def _need_configs(arguments: list[str]) -> None:
     for option, value in pairwise([*arguments, ""]):
         flag, _, given = option.partition("=")
         path = given or value
         if flag in ("--config", "-c") and path.endswith((".yaml", ".yml", ".json")):
             need_files(config=path)
-
-
-def _take(arguments: list[str], flag: str) -> bool:
-    """Whether the flag is among the arguments; it is removed."""
-    found = flag in arguments
-    arguments[:] = [argument for argument in arguments if argument != flag]
-    return found
-
-
-def _help() -> str:
-    lines = [f"  {name:12}  {summary}" for name, (_, summary) in COMMANDS.items()]
-    return "\n".join(
-        [
-            "usage: laser-callback COMMAND [options]\n\ncommands:",
-            *lines,
-            f"\n`laser-callback COMMAND --help` shows a command's options;\n{COMMON_OPTIONS}",
-            "exit codes: 0 done, or a plan is recommended; 1 a crash; 2 a bad option, plan or file;",
-            "            3 the verdict is to keep the original; 130 interrupted",
-        ]
-    )

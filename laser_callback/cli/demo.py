@@ -6,18 +6,14 @@ import tempfile
 import time
 from pathlib import Path
 
-import lightning.pytorch as pl
-from rich.console import Console
-
 from laser_callback.cli.command import Answer
-from laser_callback.compare.callback import accelerator_of
+from laser_callback.cli.subject import facts_for
 from laser_callback.compare.module import LaserModule
-from laser_callback.data.datamodule import FactsDataModule
+from laser_callback.compare.trainer import quiet_trainer
 from laser_callback.data.demo_model import demo_model_folder
 from laser_callback.data.worldfacts import write_world_facts
 from laser_callback.reports.terminal import save_picture
 from laser_callback.support.files import need_files
-from laser_callback.support.progress import quiet_libraries
 
 PLANS = {"attention": "11.q_proj@0.05", "late_mlp": "28.fc_up@0.01"}
 
@@ -50,43 +46,27 @@ def demo(
         output: where to write the report as JSON; the outcomes of each fact go beside it as JSONL.
         picture: where to write the report as SVG.
     """
-    console = Console()
     begin = time.perf_counter()
     if model is not None and plan is None:
         raise ValueError("`--plan` must say what to cut in a model of your own, e.g. --plan 28.fc_up@0.01")
     need_files(facts=facts, text=text)
-    quiet_libraries()
 
     note = ""
     if model is None:
-        model = str(demo_model_folder(console.print))
+        model = str(demo_model_folder(print))
         note = " (weights dequantised from 4 bits)"
     with tempfile.TemporaryDirectory() as folder:
         if facts is None:
             facts = Path(folder) / "world_facts.jsonl"
             write_world_facts(facts)
         module = LaserModule(model, plan=PLANS if plan is None else plan, controls=controls, report=str(output))
-        data = FactsDataModule(
-            facts,
-            module.tokenizer,
-            text=text,
-            limit=limit or None,
-            seed=seed,
-            batch_size=batch_size,
-            masked=module.masked,
-        )
+        data = facts_for(module, facts, text, limit=limit, batch_size=batch_size, seed=seed)
         data.setup()
-        console.print(f"model: {Path(model).name}{note}\nfacts: {facts.name}, {len(data.encoded)} of them\n")
-        trainer = pl.Trainer(
-            accelerator=accelerator_of("auto"),
-            devices=1,
-            logger=False,
-            enable_model_summary=False,
-            enable_checkpointing=False,
-        )
-        trainer.validate(module, data, verbose=False)
+        print(f"model: {Path(model).name}{note}\nfacts: {facts.name}, {len(data.encoded)} of them\n")
+        with quiet_trainer(enable_progress_bar=True) as trainer:
+            trainer.validate(module, data, verbose=False)
     if picture is not None:
         save_picture(module.result, picture)
     examples = output.with_suffix(".examples.jsonl")
-    console.print(f"\nreport: {output}, facts one by one: {examples}; {time.perf_counter() - begin:.0f} s in all")
+    print(f"\nreport: {output}, facts one by one: {examples}; {time.perf_counter() - begin:.0f} s in all")
     return Answer(module.result.to_dict())

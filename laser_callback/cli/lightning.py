@@ -9,51 +9,43 @@ a YAML file, or options. Added are the block ``laser:``, with the arguments of
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any
 
 import lightning.pytorch as pl
-from jsonargparse import capture_parser
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from typing_extensions import override
 
-from laser_callback.cli.command import COMMON_OPTIONS, Answer, finite
-from laser_callback.cli.help_text import PlainHelp
+from laser_callback.cli.command import Answer, json_numbers
 from laser_callback.cli.mistakes import told_plainly
+from laser_callback.cli.options import COMMON_OPTIONS, PlainHelp
 from laser_callback.compare.callback import LaserCallback
 from laser_callback.data.datamodule import FactsDataModule
 from laser_callback.data.lm_eval import is_lm_eval
 from laser_callback.plans.plan import LaserPlan
 from laser_callback.shipping.cleanup import LaserCleanup
 from laser_callback.support.files import need_files
-from laser_callback.support.progress import quiet_libraries
 
 __test__: dict[str, str] = {}  # the command `test` below is none of pytest's
 
-_SUMMARIES = {
-    "validate": "Compare a plan with the original model in trainer.validate() of your own module and data.",
-    "test": "Compare a plan with the original model in trainer.test() of your own module and data.",
-    "fit": "Train your own module, and compare a plan with the original model in each validation.",
-}
-
 
 def validate(arguments: list[str]) -> Answer:
-    """``laser-callback validate``."""
-    return _run("validate", arguments)
+    """Compare a plan with the original model in trainer.validate() of your own module and data."""
+    return _run(validate, arguments)
 
 
 def test(arguments: list[str]) -> Answer:
-    """``laser-callback test``."""
-    return _run("test", arguments)
+    """Compare a plan with the original model in trainer.test() of your own module and data."""
+    return _run(test, arguments)
 
 
 def fit(arguments: list[str]) -> Answer:
-    """``laser-callback fit``."""
-    return _run("fit", arguments)
+    """Train your own module, and compare a plan with the original model in each validation."""
+    return _run(fit, arguments)
 
 
 class LaserBlock(LaserCallback):
@@ -83,12 +75,12 @@ class LaserCLI(LightningCLI):
     """LightningCLI for one subcommand.
 
     Args:
-        command: "validate", "test" or "fit".
+        function: of the command.
         arguments: what follows it on the command line.
     """
 
-    def __init__(self, command: str, arguments: list[str]) -> None:
-        self._command = command
+    def __init__(self, function: Callable[[list[str]], Answer], arguments: list[str]) -> None:
+        self._command = command = function.__name__
         self._options: LightningArgumentParser
         evaluates = command != "fit"
         super().__init__(
@@ -104,7 +96,7 @@ class LaserCLI(LightningCLI):
                 "prog": "laser-callback",
                 "exit_on_error": False,
                 "formatter_class": PlainHelp,  # of the command as well
-                command: {"description": _SUMMARIES[command], "epilog": COMMON_OPTIONS, "exit_on_error": False},
+                command: {"description": function.__doc__, "epilog": COMMON_OPTIONS, "exit_on_error": False},
             },
             # The comparison's own table has all of Lightning's.
             args=[command, *(["--verbose=false"] if evaluates else []), *arguments],
@@ -158,27 +150,12 @@ class LaserCLI(LightningCLI):
         return super().instantiate_trainer(**kwargs)
 
 
-def options_parser(command: str) -> LightningArgumentParser:
-    """The parser of a command's options."""
-    made = []
-
-    class Unrun(LaserCLI):
-        @override
-        def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-            super().add_arguments_to_parser(parser)
-            made.append(parser)
-
-    capture_parser(lambda: Unrun(command, []))
-    return made[0]
-
-
-def _run(command: str, arguments: list[str]) -> Answer:
-    quiet_libraries()
-    trainer = LaserCLI(command, arguments).trainer
+def _run(function: Callable[[list[str]], Answer], arguments: list[str]) -> Answer:
+    trainer = LaserCLI(function, arguments).trainer
     if not trainer.is_global_zero:
         return Answer()
-    answer: dict[str, Any] = {"metrics": finite(trainer.callback_metrics), "laser": _results(trainer)}
-    if command == "fit":
+    answer: dict[str, Any] = {"metrics": json_numbers(trainer.callback_metrics), "laser": _results(trainer)}
+    if function is fit:
         answer["checkpoint"] = getattr(trainer.checkpoint_callback, "best_model_path", "") or None
         cleanups = [callback for callback in trainer.callbacks if isinstance(callback, LaserCleanup)]
         answer["cleanup"] = [cleanup.result.to_dict() for cleanup in cleanups]

@@ -1,38 +1,32 @@
 """A user's mistakes, told in a line or two.
 
 jsonargparse wraps a mistake once for each nested key and each type of a union that it tried, and the text of every
-wrapping repeats all below it. Contract: :func:`told_plainly` follows the chain of these exceptions to the innermost,
-and raises it anew with the path of keys that led there. Nothing here imports torch, so that a mistake is told quickly.
+wrapping repeats all below it: a misspelt parameter of a class takes eight lines, in which nothing says what was meant.
+Contract: :func:`told_plainly` follows the chain of these exceptions to the innermost, and raises it anew with the path
+of keys that led there.
 """
 
 from __future__ import annotations
 
 import pkgutil
 import re
+import sys
 from argparse import ArgumentError
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING
+from traceback import walk_tb
 
+from jsonargparse import ArgumentParser
+
+from laser_callback.cli.command import is_mistake
 from laser_callback.support.suggest import closest
-
-if TYPE_CHECKING:
-    from jsonargparse import ArgumentParser
 
 _KEY = re.compile(r'Parser key "([^"]+)"')
 _CLASS = re.compile(r"Problem with given class_path '([^']+)'")
 _TYPES = re.compile(r"\s*Does not validate against any of the Union subtypes\nSubtypes: \[(.*)\]\n")
 _UNKNOWN = re.compile(r"unrecognized arguments: --([\w.]+)|(?:Subcommand .* o|O)ption '([^']+)'")
+_MISSING = re.compile(r"No (\S+) attribute (\w+)")
 _VALUE = re.compile(r"Expected an? (.+?)\. Got value: (.*)", re.DOTALL)
-
-
-def is_mistake(error: BaseException) -> bool:
-    """Whether the user can mend it. By kind: all of the package's own complaints are of these."""
-    if isinstance(error, (ArgumentError, ValueError, OSError, ModuleNotFoundError)):
-        return True
-    from lightning.pytorch.utilities.exceptions import MisconfigurationException
-
-    return isinstance(error, MisconfigurationException)
 
 
 @contextmanager
@@ -88,6 +82,8 @@ def _tell(error: BaseException, options: Collection[str]) -> tuple[BaseException
         known = _parameters(owner)
         hint = closest(name, known) or (f"; it has {', '.join(known)}" if known else "")
         return error, f"`{'.'.join([*path, name])}` is no parameter of {owner}{hint}"
+    if missing := _MISSING.fullmatch(text):
+        text += closest(missing[2], dir(sys.modules.get(missing[1])))
     if value := _VALUE.fullmatch(text):
         text = f"expected {readable_types(types or value[1])}, got {value[2]}"
     text = _KEY.sub("", text).lstrip(": ") if path else text
@@ -96,8 +92,6 @@ def _tell(error: BaseException, options: Collection[str]) -> tuple[BaseException
 
 def _parameters(class_path: str) -> list[str]:
     """What jsonargparse passes to a class; none if it is not found."""
-    from jsonargparse import ArgumentParser
-
     with suppress(ImportError, AttributeError, ValueError):
         return ArgumentParser().add_class_arguments(pkgutil.resolve_name(class_path), fail_untyped=False)
     return []
@@ -105,7 +99,5 @@ def _parameters(class_path: str) -> list[str]:
 
 def _by_jsonargparse(error: BaseException) -> bool:
     """Whether it was raised there."""
-    trace = error.__traceback__
-    while trace is not None and trace.tb_next is not None:
-        trace = trace.tb_next
-    return trace is not None and trace.tb_frame.f_globals["__name__"].split(".")[0] in ("jsonargparse", "argparse")
+    frames = [frame for frame, _ in walk_tb(error.__traceback__)]
+    return bool(frames) and frames[-1].f_globals["__name__"].split(".")[0] in ("jsonargparse", "argparse")

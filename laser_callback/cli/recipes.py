@@ -68,7 +68,7 @@ def ls() -> Answer:
     return Answer([{"name": n, "command": r.command, "summary": r.summary} for n, r in recipes().items()])
 
 
-def show(name: str, /) -> Answer:
+def show(name: str) -> Answer:
     """Print a recipe.
 
     Args:
@@ -84,7 +84,7 @@ def show(name: str, /) -> Answer:
     return Answer({"name": name, "command": recipe.command, "text": text})
 
 
-def cp(name: str, to: Path, /) -> Answer:
+def cp(name: str, to: Path) -> Answer:
     """Copy a recipe, to change it.
 
     Args:
@@ -97,7 +97,7 @@ def cp(name: str, to: Path, /) -> Answer:
         raise ValueError(f"`to` must be a new file, got {str(target)!r}, which exists")
     write_atomically(target, recipe.path.read_bytes())
     run_by = "python" if recipe.command is None else f"laser-callback {recipe.command} --config"
-    Console(highlight=False).print(f"run it with `{run_by} {target}`", soft_wrap=True, markup=False)
+    print(f"run it with `{run_by} {target}`")
     return Answer({"path": str(target)})
 
 

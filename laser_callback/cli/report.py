@@ -8,8 +8,8 @@ from typing import Any, Literal
 
 from laser_callback.cli.command import Answer
 from laser_callback.reports.page import save_page
-from laser_callback.reports.page_comparison import claim_text
 from laser_callback.reports.pictures import save_figures
+from laser_callback.reports.row_text import claim_text
 from laser_callback.reports.search_terminal import print_search
 from laser_callback.reports.terminal import print_report
 from laser_callback.results.comparison import LaserResult
@@ -20,7 +20,6 @@ from laser_callback.support.files import need_files, read_json
 
 def report(
     result: Path,
-    /,
     html: Path | None = None,
     pictures: Path | None = None,
     format: Literal["png", "svg", "pdf"] = "png",
@@ -31,7 +30,7 @@ def report(
     Args:
         result: the JSON file that the comparison or the search has written.
         html: where to write a page, one file that loads nothing.
-        pictures: a folder for pictures; needs matplotlib (laser-callback[plots]).
+        pictures: a folder for pictures.
         format: of the pictures.
         examples: the outcomes of each example (.examples.jsonl), for the page; by default those beside the result.
     """

@@ -6,11 +6,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import lightning.pytorch as pl
-from rich.console import Console
 
 from laser_callback.cli.command import Answer, Exit
+from laser_callback.cli.subject import facts_for, subject
 from laser_callback.compare.module import LaserModule
-from laser_callback.data.datamodule import FactsDataModule
 from laser_callback.data.lm_eval import file_of
 from laser_callback.data.probes import ProbesDataModule
 from laser_callback.plans.plan import LaserPlan
@@ -20,10 +19,10 @@ from laser_callback.shipping.rollout import StagedRollout, in_steps, one_by_one
 from laser_callback.spectra.delta import BaseWeights
 from laser_callback.spectra.store import Spectra
 from laser_callback.support.files import need_files
-from laser_callback.support.progress import quiet_libraries
 
 
 def rollout(
+    *,
     plan: str,
     gates: str | list[str],
     model: str | None = None,
@@ -76,7 +75,6 @@ def rollout(
         seed: of the sample and the random control.
         output: where to write the result as JSON.
     """
-    quiet_libraries()
     if stages is not None and steps is not None:
         raise ValueError("give `--stages` or `--steps`, not both")
     whole = LaserPlan.of(plan)
@@ -87,31 +85,25 @@ def rollout(
     else:
         declared = one_by_one(whole)
     read_gates(gates)
-    if (model is None) == (module is None) or (facts is None) != (model is None) or (data is None) != (module is None):
-        raise ValueError("give `--model` and `--facts`, or `--module` and `--data`")
-    more = {f"others.{name}": file_of(path) for name, path in (others or {}).items()}
-    need_files(facts=file_of(facts), text=text, probes=probes, **more)
+    need_files(probes=probes, **{f"others.{name}": file_of(path) for name, path in (others or {}).items()})
+    options: dict[str, Any] = {"limit": limit, "batch_size": batch_size, "seed": seed}
+    judged, examples = subject(model, facts, module, data, text, **options)
     sources: dict[str, pl.LightningDataModule] = {}
-    if model is not None and facts is not None:
-        module = LaserModule(model)
-        options: dict[str, Any] = {"batch_size": batch_size, "masked": module.masked, "seed": seed}
-        options["limit"] = limit or None
-        data = FactsDataModule(facts, module.tokenizer, text=text, **options)
-        sources = {name: FactsDataModule(path, module.tokenizer, **options) for name, path in (others or {}).items()}
+    if isinstance(judged, LaserModule) and model is not None:
+        sources = {name: facts_for(judged, path, **options) for name, path in (others or {}).items()}
         if probes is not None:
-            sources["probes"] = ProbesDataModule(probes, module.tokenizer)
-    elif text is not None or probes is not None or others is not None:
-        raise ValueError("`--text`, `--probes` and `--others` go with `--model`")
-    assert module is not None
+            sources["probes"] = ProbesDataModule(probes, judged.tokenizer)
+    elif probes is not None or others is not None:
+        raise ValueError("`--probes` and `--others` go with `--model`")
     staged = StagedRollout(
-        module,
+        judged,
         declared,
         gates,
-        data,
+        examples,
         others=sources,
         gain_at=gain_at,
         controls=controls,
-        spectra=None if base is None else Spectra.default(BaseWeights(base, module)),
+        spectra=None if base is None else Spectra.default(BaseWeights(base, judged)),
         folder=folder,
         resume=resume,
         accelerator=accelerator,
@@ -125,11 +117,11 @@ def rollout(
         raise
     staged.result.to_json(output)
     print_rollout(staged.result)
-    Console().print(f"\nresult: {output}", markup=False, highlight=False)
+    print(f"\nresult: {output}")
     return Answer(staged.result.to_dict(), Exit.DONE if staged.result.complete else Exit.KEPT_ORIGINAL)
 
 
-def gate(plan: str, gates: str | list[str], output: Path = Path("laser-gate.json"), **options: Any) -> Answer:
+def gate(*, plan: str, gates: str | list[str], output: Path = Path("laser-gate.json"), **options: Any) -> Answer:
     """Judge a plan by gates, at once: a rollout of one stage.
 
     The exit code is 0 if the plan is accepted, and 3 if the original is kept.
@@ -141,5 +133,13 @@ def gate(plan: str, gates: str | list[str], output: Path = Path("laser-gate.json
         **options: those of ``rollout``.
     """
     return rollout(
-        plan, gates, stages=[], steps=None, gain_at="each", folder=None, resume=False, output=output, **options
+        plan=plan,
+        gates=gates,
+        stages=[],
+        steps=None,
+        gain_at="each",
+        folder=None,
+        resume=False,
+        output=output,
+        **options,
     )

@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import lightning.pytorch as pl
-from rich.console import Console
 
 from laser_callback.cli.command import Answer, Exit
 from laser_callback.cli.report import read_examples
-from laser_callback.compare.module import LaserModule
-from laser_callback.data.datamodule import FactsDataModule
-from laser_callback.data.lm_eval import ACC, file_of, is_lm_eval
-from laser_callback.plans.targets import RHOS
+from laser_callback.cli.subject import subject
+from laser_callback.data.lm_eval import ACC, is_lm_eval
+from laser_callback.plans.target import RHOS
 from laser_callback.reports.page import save_page
 from laser_callback.reports.search_terminal import print_search
 from laser_callback.results.search import SearchResult
-from laser_callback.search.search import LaserSearch
-from laser_callback.support.files import need_files
-from laser_callback.support.progress import quiet_libraries
+from laser_callback.search.search import LaserSearch, Method
 
 
 def search(
@@ -43,8 +40,7 @@ def search(
     min_gain: float = 0.05,
     limit: int = 0,
     batch_size: int = 64,
-    method: Literal["screened", "exhaustive"] = "screened",
-    spectrum: Literal["exact", "reference"] = "exact",
+    method: Method = "screened",
     controls: bool = True,
     minutes: float | None = None,
     folder: Path | None = None,
@@ -82,8 +78,8 @@ def search(
         min_gain: warn if the examples are too few to confirm a gain of this size.
         limit: use a seeded sample of so many facts, stratified by group; 0 for all.
         batch_size: facts in a batch.
-        method: screened, or exhaustive: all candidates on all race examples.
-        spectrum: exact, or reference: cut as the paper's code does.
+        method: screened; exhaustive, all candidates on all race examples; or paper, all of them as the paper's code
+            cuts and selects.
         controls: confirm beside the plan its matrices zeroed and random matrices cut at the same rho.
         minutes: race only as many candidates as fit into so much time.
         folder: keep each finished step here.
@@ -96,30 +92,13 @@ def search(
         plan: where to write the recommended plan (.yaml, .json or .txt), if there is one.
         quiet: print the verdict only.
     """
-    quiet_libraries()
-    console = Console(stderr=True)
     if judge is not None:
         if facts is not None or not is_lm_eval(judge):
             raise ValueError(f"`--judge` must be lm_eval:TASK, without `--facts`, got {judge!r} and facts {facts}")
         facts, objective = Path(judge), [ACC] if objective is None else objective
-    if (model is None) == (module is None) or (facts is None) != (model is None) or (data is None) != (module is None):
-        raise ValueError("give `--model` and `--facts` or `--judge`, or `--module` and `--data`")
-    need_files(facts=file_of(facts), text=text)
-    if model is not None and facts is not None:
-        module = LaserModule(model)
-        data = FactsDataModule(
-            facts,
-            module.tokenizer,
-            text=text,
-            limit=limit or None,
-            seed=seed,
-            batch_size=batch_size,
-            masked=module.masked,
-        )
-    assert module is not None
+    options: dict[str, Any] = {"limit": limit, "batch_size": batch_size, "seed": seed}
     found = LaserSearch(
-        module,
-        data,
+        *subject(model, facts, module, data, text, facts_from="`--facts` or `--judge`", **options),
         objective=objective,
         direction=direction,
         loss=loss,
@@ -132,7 +111,6 @@ def search(
         max_reductions=max_reductions,
         min_gain=min_gain,
         method=method,
-        spectrum=spectrum,
         controls=controls,
         minutes=minutes,
         folder=folder,
@@ -145,10 +123,10 @@ def search(
     try:
         with warnings.catch_warnings():
             # A reader of the terminal needs the sentence, not where in the code it was said.
-            warnings.showwarning = lambda message, *_: console.print(f"note: {message}", markup=False, highlight=False)
+            warnings.showwarning = lambda message, *_: print(f"note: {message}", file=sys.stderr)
             found.run()
     except KeyboardInterrupt:
-        console.print(f"so far: {found.result.reason}", markup=False)
+        print(f"so far: {found.result.reason}", file=sys.stderr)
         _write(found.result, output, html, folder)
         raise
     _write(found.result, output, html, folder)
@@ -158,7 +136,7 @@ def search(
         print(found.result.verdict)
     else:
         print_search(found.result)
-        Console().print(f"\nresult: {output}{f', page: {html}' if html else ''}", markup=False, highlight=False)
+        print(f"\nresult: {output}{f', page: {html}' if html else ''}")
     return Answer(found.result.to_dict(), Exit.KEPT_ORIGINAL if found.result.plan is None else Exit.DONE)
 
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.filesize import decimal
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedModel
 
 from laser_callback.cli.command import Answer
 from laser_callback.shipping.export import Form, save_reduced
@@ -18,11 +18,11 @@ from laser_callback.spectra.delta import BaseWeights
 from laser_callback.spectra.store import Spectra
 from laser_callback.support.files import appearing, need_files, read_json
 from laser_callback.support.pretrained import load_pretrained, save_dense
-from laser_callback.support.progress import quiet_libraries
 from laser_callback.surgery.recipe import Recipe, recorded
 
 
 def export(
+    *,
     model: str,
     output: Path,
     plan: str | None = None,
@@ -40,7 +40,6 @@ def export(
         result: the JSON file of a search or a comparison of this plan, for the model card.
         base: what the model was fine-tuned from, a folder, hub name or checkpoint: then only the difference is cut.
     """
-    quiet_libraries()
     numbers = None if result is None else read_json(result, "result")
     if plan is None:
         plan = (numbers or {}).get("plan")
@@ -48,13 +47,12 @@ def export(
             reason = f": {numbers['reason']}" if numbers and "reason" in numbers else ""
             raise ValueError(f"`--plan` is missing, and no result recommends one{reason}")
     chosen = Recipe.of(plan)
-    original = load_pretrained(model)
-    spectra = Spectra.default(None if base is None else BaseWeights(base, original))
+    original, spectra = _original(model, base)
     done = save_reduced(original, chosen, output, form, result=numbers, tokenizer=_tokenizer(model), spectra=spectra)
     return _answer(f"wrote {form}", output, done)
 
 
-def apply(model: str, recipe: Path, output: Path, exact: bool = True, base: str | None = None) -> Answer:
+def apply(*, model: str, recipe: Path, output: Path, exact: bool = True, base: str | None = None) -> Answer:
     """Apply a recipe to the model that it was made for, and write the reduced model for transformers.
 
     Args:
@@ -64,20 +62,18 @@ def apply(model: str, recipe: Path, output: Path, exact: bool = True, base: str 
         exact: demand the recorded bits; "false" accepts rounding of another processor or number of threads.
         base: what the model was fine-tuned from, if the recipe cuts the difference to it.
     """
-    quiet_libraries()
     need_files(recipe=recipe)
     plan = Recipe.from_file(recipe)
     if not isinstance(plan, Recipe):
         raise ValueError(f"{recipe} is a plan without hashes, not a recipe: use `laser-callback export --plan`")
-    original = load_pretrained(model)
-    spectra = Spectra.default(None if base is None else BaseWeights(base, original))
+    original, spectra = _original(model, base)
     with _about(recipe), recorded(original, plan, spectra, exact=exact) as (_, here):
         pass  # now `here` has the hashes of what rounding makes here
     done = save_reduced(original, here, output, tokenizer=_tokenizer(model), spectra=spectra)
     return _answer("wrote the reduced model", output, done)
 
 
-def restore(model: str, undo: Path, output: Path) -> Answer:
+def restore(*, model: str, undo: Path, output: Path) -> Answer:
     """Give a cut model its original weights back, bit for bit.
 
     Args:
@@ -85,7 +81,6 @@ def restore(model: str, undo: Path, output: Path) -> Answer:
         undo: as "export --form undo" has written it.
         output: a new folder.
     """
-    quiet_libraries()
     need_files(undo=undo)
     with appearing(output) as folder:
         reduced = load_pretrained(model)
@@ -93,6 +88,12 @@ def restore(model: str, undo: Path, output: Path) -> Answer:
             recipe = restore_model(reduced, undo)
         save_dense(reduced, folder, _tokenizer(model))
     return _answer("wrote the original", output, recipe)
+
+
+def _original(model: str, base: str | None) -> tuple[PreTrainedModel, Spectra]:
+    """The model, and the spectra of its weights, or of their difference to what it was fine-tuned from."""
+    original = load_pretrained(model)
+    return original, Spectra.default(None if base is None else BaseWeights(base, original))
 
 
 @contextmanager
@@ -113,12 +114,12 @@ def _tokenizer(model: str) -> Any:
     try:
         return AutoTokenizer.from_pretrained(model)
     except (OSError, ValueError):
-        Console(stderr=True).print(f"note: {model} has no tokenizer, so none is written", markup=False)
+        print(f"note: {model} has no tokenizer, so none is written", file=sys.stderr)
         return None
 
 
 def _answer(what: str, path: Path, recipe: Recipe) -> Answer:
     files = [path] if path.is_file() else list(path.iterdir())
     size = sum(file.stat().st_size for file in files)
-    Console(highlight=False).print(f"{what}: {path}, {decimal(size)}", markup=False, soft_wrap=True)
+    print(f"{what}: {path}, {decimal(size)}")
     return Answer({"path": str(path), "bytes": size, "recipe": recipe.to_dict()})

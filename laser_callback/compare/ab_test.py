@@ -19,7 +19,8 @@ from laser_callback.data.facts import draw
 from laser_callback.plans.plan import LaserPlan
 from laser_callback.results.ab_test import ABResult
 from laser_callback.results.examples import ORIGINAL
-from laser_callback.stats.paired import Kind, Outcomes, adjust
+from laser_callback.stats.holm import adjust
+from laser_callback.stats.outcomes import Kind, Outcomes
 from laser_callback.stats.unpaired import compare_groups
 from laser_callback.support.processes import gather
 from laser_callback.surgery.swap import reduced

@@ -4,7 +4,7 @@ The user's own pass runs untouched. Everything that a second pass would write to
 taken away again afterwards: Lightning's logged results, bookkeeping and loggers (:class:`Arm`), and whatever the module
 keeps (:class:`~laser_callback.compare.state.ModuleState`).
 
-This file is the one place that knows Lightning's private names; ``tests/test_arms.py`` checks them against the
+This file is the one place that knows Lightning's private names; ``tests/compare/test_arms.py`` checks them against the
 installed version.
 """
 

@@ -25,13 +25,12 @@ from laser_callback.compare import arms
 from laser_callback.compare.controls import random_plan
 from laser_callback.compare.run import ComparisonRun, RunOptions, UpdateFn, warn_early
 from laser_callback.plans.plan import LaserPlan
+from laser_callback.reports.loggers import publish
 from laser_callback.reports.page import save_page
-from laser_callback.reports.pictures import require_matplotlib
-from laser_callback.reports.publish import publish
 from laser_callback.reports.terminal import print_report
 from laser_callback.results.comparison import LaserResult
 from laser_callback.results.examples import DESCRIPTIONS, ORIGINAL
-from laser_callback.spectra.delta import BaseWeights, Source, read_weights
+from laser_callback.spectra.delta import BaseSource, BaseWeights, read_weights
 from laser_callback.spectra.store import Spectra
 
 LOOPS = ("validate", "test", "fit")
@@ -60,8 +59,7 @@ class LaserCallback(pl.Callback):
         report: print the table at the end; a path ending in ``.json`` or ``.html`` also writes :attr:`result` there,
             and with ``.json`` the outcomes of each example beside it (``.examples.jsonl``). Each evaluation replaces
             the files: after ``fit`` they hold the latest validation.
-        publish: send tables and pictures to the trainer's loggers as well (TensorBoard, CSV, Weights & Biases); needs
-            matplotlib (extra ``plots``).
+        publish: send tables and pictures to the trainer's loggers as well (TensorBoard, CSV, Weights & Biases).
         seed: of the random control.
 
     Raises:
@@ -79,7 +77,7 @@ class LaserCallback(pl.Callback):
         self,
         plan: LaserPlan | str | Mapping[str, LaserPlan | str],
         *,
-        base: Source | None = None,
+        base: BaseSource | None = None,
         loops: str | Iterable[str] = ("validate", "test"),
         metrics: MetricCollection | Metric | Mapping[str, Metric] | None = None,
         update: UpdateFn | None = None,
@@ -166,8 +164,6 @@ class LaserCallback(pl.Callback):
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         _check_trainer(trainer, self)
-        if self.publish:
-            require_matplotlib()
         if stage == "predict":
             raise MisconfigurationException(
                 "LaserCallback has nothing to compare in `trainer.predict()`: predictions are not logged. "

@@ -15,7 +15,7 @@ from torch import nn
 from laser_callback.plans.matrices import WeightMatrix, find_matrices
 from laser_callback.plans.plan import LaserPlan
 from laser_callback.plans.reduction import Reduction
-from laser_callback.plans.targets import by_name
+from laser_callback.plans.target import by_name
 
 
 def zeroed_plan(plan: LaserPlan) -> LaserPlan:

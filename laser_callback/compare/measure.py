@@ -7,11 +7,9 @@ objective. A plan that is in place already is the ``base``: candidates are added
 
 from __future__ import annotations
 
-import logging
 import math
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -22,16 +20,18 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
-from laser_callback.compare.callback import LaserCallback, accelerator_of
+from laser_callback.compare.callback import LaserCallback
 from laser_callback.compare.run import ComparisonRun, RunOptions
+from laser_callback.compare.trainer import quiet_trainer
 from laser_callback.plans.matrices import find_matrices, layer_stacks
 from laser_callback.plans.plan import LaserPlan
 from laser_callback.plans.reduction import Reduction
+from laser_callback.plans.target import Target, targets
 from laser_callback.results.candidates import Candidate
 from laser_callback.results.comparison import LaserResult
 from laser_callback.results.examples import ORIGINAL, Logged, PairedExamples
 from laser_callback.spectra.store import Spectra
-from laser_callback.stats.paired import Kind, Outcomes
+from laser_callback.stats.outcomes import Kind, Outcomes
 from laser_callback.surgery.swap import reduced
 
 TENSOR_BYTES = 2**30
@@ -78,8 +78,7 @@ class Lab:
     Args:
         module: any LightningModule.
         spectra: shared by all candidates.
-        accelerator: as in ``Trainer``; "auto" takes CUDA where there is a device, else the CPU.
-        precision, devices: as in ``Trainer``; one device.
+        accelerator, precision: as in ``Trainer``, but "auto" takes CUDA or the CPU, and "cuda:1" names the device.
         on_arm: called after each arm's pass over a batch with the share of the model's layers that it had to compute.
     """
 
@@ -87,7 +86,6 @@ class Lab:
     spectra: Spectra
     accelerator: str = "auto"
     precision: Any = None
-    devices: int | list[int] = 1
     on_arm: Callable[[float], None] = lambda share: None
     logged: dict[str, Logged] = field(default_factory=dict, init=False)  # by the base, in the latest measurement
 
@@ -99,19 +97,8 @@ class Lab:
         self, loaders: Any, *callbacks: pl.Callback, inference_mode: bool = True, limit_batches: int | None = None
     ) -> list[Mapping[str, float]]:
         """``trainer.validate`` on one device, with nothing but the callbacks and what the module brings."""
-        with quiet_trainer():
-            trainer = pl.Trainer(
-                accelerator=accelerator_of(self.accelerator),
-                devices=self.devices,
-                precision=self.precision,
-                callbacks=list(callbacks),
-                logger=False,
-                enable_checkpointing=False,
-                enable_progress_bar=False,
-                enable_model_summary=False,
-                inference_mode=inference_mode,
-                limit_val_batches=limit_batches,
-            )
+        options = {"precision": self.precision, "inference_mode": inference_mode, "limit_val_batches": limit_batches}
+        with quiet_trainer(self.accelerator, callbacks=list(callbacks), **options) as trainer:
             return list(trainer.validate(self.module, loaders, verbose=False))
 
     def measure(
@@ -175,10 +162,15 @@ class Lab:
         base = list(reductions)
         return reduced(self._matrices, LaserPlan(base), self.spectra) if base else nullcontext()
 
+    def targets(self, within: str, without: Iterable[Reduction] = ()) -> list[Target]:
+        """What may be cut ``within`` and not cut yet; in delta mode only what fine-tuning has changed."""
+        found, weights = targets(self.module, within, without), self.spectra.base
+        return found if weights is None else [t for t in found if any(map(weights.changed, t.matrices))]
+
     def alters(self, candidate: Candidate) -> bool:
         """Whether it does more than round: the difference to a base may have a lower rank than a candidate keeps."""
         return self.spectra.base is None or any(
-            not self.spectra.changes_nothing(matrix.read(matrix.parameter.data), reduction, matrix.name)
+            not self.spectra.changes_nothing(matrix.value, reduction, matrix.name)
             for matrix, reduction in LaserPlan([candidate.reduction]).resolve(self._matrices)
         )
 
@@ -192,20 +184,6 @@ class Lab:
         # Stacks without a cut are counted as replayed: an encoder before a decoder.
         computed = sum(self._depth[stack] - layer for stack, layer in first.items())
         return computed / max(sum(self._depth.values()), 1)
-
-
-@contextmanager
-def quiet_trainer() -> Iterator[None]:
-    """Within: Lightning does not introduce itself. A search starts dozens of trainers."""
-    logger = logging.getLogger("lightning.pytorch")
-    level = logger.level
-    logger.setLevel(logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*(does not have many workers|isinstance.treespec, LeafSpec)")
-            yield
-    finally:
-        logger.setLevel(level)
 
 
 class _WithSpectra(LaserCallback):

@@ -7,26 +7,26 @@ is also an ordinary module that trains on the facts' answers.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from typing import Any, cast
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForMaskedLM,
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from typing_extensions import override
 
 from laser_callback.compare.ab_test import ABTest
 from laser_callback.compare.callback import LaserCallback, check_strategy
+from laser_callback.compare.language_model import (
+    context_length,
+    is_masked,
+    load_language_model,
+    logits_at,
+    logits_of,
+    refuse_too_long,
+)
 from laser_callback.data import probes
 from laser_callback.data.row_scores import AnswerScores, Role, RowScores, score_rows
 from laser_callback.data.scoring import METRICS, AnswerMetric, Perplexity, text_nll
@@ -34,8 +34,7 @@ from laser_callback.plans.plan import LaserPlan
 from laser_callback.reports.terminal import print_ab
 from laser_callback.results.ab_test import ABResult
 from laser_callback.results.comparison import LaserResult
-from laser_callback.stats.paired import Outcomes
-from laser_callback.support.pretrained import named
+from laser_callback.stats.outcomes import Outcomes
 
 _SHARES_OF_FACTS = (
     "first_token_accuracy",
@@ -101,9 +100,9 @@ class LaserModule(pl.LightningModule):
             if not isinstance(model, str):
                 raise MisconfigurationException("`tokenizer` must be given when `model` is not a folder or hub name")
             tokenizer = model
-        self.model = _load(model) if isinstance(model, str) else model
+        self.model = load_language_model(model) if isinstance(model, str) else model
         self.tokenizer = AutoTokenizer.from_pretrained(tokenizer) if isinstance(tokenizer, str) else tokenizer
-        self.masked = _is_masked(self.model)
+        self.masked = is_masked(self.model)
         self.plan = plan
         self.primary = primary
         self.controls = controls
@@ -114,7 +113,7 @@ class LaserModule(pl.LightningModule):
         self.metrics = nn.ModuleDict({name: metric() for name, metric in METRICS.items()})
         self.metrics["perplexity"] = Perplexity()
         self.metrics.update({name: probes.ProbeRate() for name in probes.RATES})
-        self._context = _context_length(self.model)
+        self._context = context_length(self.model)
         self._laser: LaserCallback | None = None
         self._ab: ABTest | None = None
         self._ab_result: ABResult | None = None
@@ -275,8 +274,8 @@ class LaserModule(pl.LightningModule):
             raise MisconfigurationException(
                 "perplexity is defined for causal models; leave out `text` for a masked one"
             )
-        self._check_length([batch["attention_mask"]], torch.arange(len(batch["id"])), batch["id"])
-        logits = self._forward(batch["input_ids"], batch["attention_mask"]).logits
+        refuse_too_long(self._context, [batch["attention_mask"]], torch.arange(len(batch["id"])), batch["id"])
+        logits = logits_of(self.model, batch["input_ids"], batch["attention_mask"])
         nll, tokens = text_nll(logits, batch["input_ids"], batch["attention_mask"])
         if count:
             cast("Perplexity", self.metrics["perplexity"]).update(nll, tokens)
@@ -284,7 +283,7 @@ class LaserModule(pl.LightningModule):
 
     def _probes_step(self, batch: dict[str, Any], count: bool = True) -> dict[str, Any]:
         owner, new = torch.arange(len(batch["id"])), batch["rule"]["max_new_tokens"]
-        self._check_length([batch["attention_mask"]], owner, batch["id"], new)
+        refuse_too_long(self._context, [batch["attention_mask"]], owner, batch["id"], new)
         said = probes.continuations(self.model, self.tokenizer, batch)
         outcomes = probes.outcomes(said, batch)
         for name, values in outcomes.items():
@@ -294,33 +293,17 @@ class LaserModule(pl.LightningModule):
         return {"id": batch["id"], "group": batch["group"], "continuation": said, **rates}
 
     def _scores(self, batch: dict[str, Any]) -> AnswerScores:
-        self._check_length([chunk["attention_mask"] for chunk in batch["chunks"]], batch["row_fact"], batch["id"])
+        masks = [chunk["attention_mask"] for chunk in batch["chunks"]]
+        refuse_too_long(self._context, masks, batch["row_fact"], batch["id"])
         return AnswerScores.gather([self._score(chunk) for chunk in batch["chunks"]], batch)
 
     def _score(self, chunk: dict[str, Tensor]) -> RowScores:
         """Score one padded chunk of rows, computing logits at the answers' positions only."""
         mask = chunk["target_mask"]
         rows = torch.arange(len(mask), device=mask.device)[:, None].expand_as(mask)[mask]
-        with _logits_at(self.model, rows, chunk["positions"][mask]):
-            logits = self._forward(chunk["input_ids"], chunk["attention_mask"]).logits
+        with logits_at(self.model, rows, chunk["positions"][mask]):
+            logits = logits_of(self.model, chunk["input_ids"], chunk["attention_mask"])
         return score_rows(logits[0], chunk["targets"], mask)
-
-    def _check_length(self, masks: list[Tensor], owner: Tensor, ids: list[str], new: int = 0) -> None:
-        """Refuse rows, each of the example ``ids[owner[row]]``, that with ``new`` tokens exceed the context."""
-        width = max(mask.shape[1] for mask in masks) + new
-        if self._context is None or width <= self._context:
-            return
-        lengths = (torch.cat([mask.sum(1) for mask in masks]) + new).tolist()
-        long = [ids[i] for i, length in zip(owner.tolist(), lengths, strict=True) if length > self._context]
-        raise ValueError(
-            f"a row is {max(lengths)} tokens long, but the model's context is {self._context}: shorten or leave out "
-            f"{', '.join(dict.fromkeys(long))}"
-        )
-
-    def _forward(self, input_ids: Tensor, attention_mask: Tensor) -> Any:
-        # A key/value cache is of no use in one forward pass.
-        options = {"use_cache": False} if hasattr(self.model.config.get_text_config(), "use_cache") else {}
-        return self.model(input_ids=input_ids, attention_mask=attention_mask, **options)
 
 
 class _OwnCallback(LaserCallback):
@@ -339,51 +322,3 @@ class _OwnCallback(LaserCallback):
     @override
     def is_active(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> bool:
         return pl_module is self._module and super().is_active(trainer, pl_module)
-
-
-@contextmanager
-def _logits_at(model: PreTrainedModel, rows: Tensor, columns: Tensor) -> Iterator[None]:
-    """Within: the model's output layer sees only the hidden states at (rows[i], columns[i]); logits are (1, P, V).
-
-    At the output layer and not by indexing the logits, because the vocabulary is the largest matrix of a small model;
-    and not by calling the inner model, because scaling or capping of logits is the outer model's.
-    """
-    head = model.get_output_embeddings()
-    if head is None:
-        raise MisconfigurationException(f"{type(model).__name__} has no output embeddings: it is no language model")
-
-    def select(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return (inputs[0][rows, columns][None], *inputs[1:])
-
-    handle = head.register_forward_pre_hook(select)
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-def _load(name: str) -> PreTrainedModel:
-    with named(name):
-        config = AutoConfig.from_pretrained(name)
-        masked = any(str(architecture).endswith("MaskedLM") for architecture in config.architectures or ())
-        return (AutoModelForMaskedLM if masked else AutoModelForCausalLM).from_pretrained(name)
-
-
-def _context_length(model: PreTrainedModel) -> int | None:
-    """The most tokens that ``model`` has positions for, if there is a limit."""
-    longest: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    positions = getattr(getattr(model.base_model, "embeddings", None), "position_embeddings", None)
-    padding = getattr(positions, "padding_idx", None)  # RoBERTa-like models count positions from there on
-    return longest if longest is None or padding is None else longest - padding - 1
-
-
-def _is_masked(model: PreTrainedModel) -> bool:
-    name = type(model).__name__
-    if name.endswith("MaskedLM"):
-        return True
-    if name.endswith(("CausalLM", "LMHeadModel")):
-        return False
-    raise MisconfigurationException(
-        f"`model` must be a causal or masked language model, got {name}. Use LaserCallback with a LightningModule of "
-        "your own for other tasks"
-    )

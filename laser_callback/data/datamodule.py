@@ -12,7 +12,7 @@ from typing import Any, cast
 
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader, Dataset
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 from typing_extensions import override
 
 from laser_callback.data.encoding import (
@@ -24,9 +24,10 @@ from laser_callback.data.encoding import (
     special_tokens,
     tokenize,
 )
-from laser_callback.data.facts import DEFAULT_SIZES, Fact, check_rows, read_facts, sample_facts, split_facts
+from laser_callback.data.facts import DEFAULT_SIZES, Fact, records_of, sample_facts, split_facts
 from laser_callback.data.lm_eval import check_borders, is_lm_eval, read_lm_eval
 from laser_callback.support.files import need_files
+from laser_callback.support.pretrained import load_tokenizer
 
 
 class TextWindows(Dataset[dict[str, Any]]):
@@ -144,10 +145,7 @@ class FactsDataModule(LightningDataModule):
             raise ValueError(f"`text` must be None for a masked model, which has no perplexity, got {self.text!r}.")
         if is_lm_eval(self.path) and masked:
             raise ValueError(f"`path` must be facts for a masked model, which lm_eval does not score, got {self.path}.")
-        if isinstance(self.path, (str, Path)):
-            facts = read_lm_eval(self.path) if is_lm_eval(self.path) else read_facts(self.path)
-        else:
-            facts = check_rows(enumerate(self.path), lambda row: row, "`path`", "item", Fact)
+        facts = read_lm_eval(str(self.path)) if is_lm_eval(self.path) else records_of(self.path, Fact)
         if self.split is not None:
             facts = split_facts(facts, self.sizes, self.seed)[self.split]
         if self.limit is not None:
@@ -172,7 +170,7 @@ class FactsDataModule(LightningDataModule):
                 raise ValueError("`tokenizer` must be given where no LaserModule runs that has one, got None.")
             self.masked = getattr(module, "masked", None) if self.masked is None else self.masked
         if isinstance(self.tokenizer, (str, Path)):
-            self.tokenizer = cast("PreTrainedTokenizerBase", AutoTokenizer.from_pretrained(self.tokenizer))
+            self.tokenizer = load_tokenizer(self.tokenizer)
         return self.tokenizer
 
     @override

@@ -74,22 +74,11 @@ def _convert(gguf: Path, folder: Path) -> None:
         raise ModuleNotFoundError(
             f'Converting the demo\'s model needs {" and ".join(missing)}: `pip install "laser-callback[demo]"`.'
         )
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from laser_callback.support.pretrained import load_pretrained, load_tokenizer, save_dense
 
-    source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
-    model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(**source)
-    # The weights are dequantised by now; transformers refuses to save while the model still says it is quantised.
-    del model.config.quantization_config
-    model.hf_quantizer = None
+    model, tokenizer = load_pretrained(gguf), load_tokenizer(gguf)
     tokenizer.model_max_length = model.config.max_position_embeddings  # GGUF does not carry it into the tokenizer
-
-    def save(target: Path) -> None:
-        model.save_pretrained(target)
-        tokenizer.save_pretrained(target)
-
-    _publish(folder, save)
+    _publish(folder, lambda target: save_dense(model, target, tokenizer))
 
 
 def _publish(folder: Path, save: Callable[[Path], None]) -> None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -206,9 +206,9 @@ class FactCollator:
         }
 
 
-def pad(rows: Sequence[tuple[int, ...]], value: int) -> Tensor:
-    """Rows of tokens as one tensor, padded on the right."""
-    return pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=value)
+def pad(rows: Sequence[tuple[int, ...]], value: int, side: Literal["left", "right"] = "right") -> Tensor:
+    """Rows of tokens as one tensor."""
+    return pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=value, padding_side=side)
 
 
 def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:

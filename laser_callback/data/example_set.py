@@ -112,7 +112,10 @@ def indivisible(loader: Loader) -> str:
 
 
 def taken_apart(loader: Loader, groups: Sequence[str] | None, subjects: Sequence[Hashable] | None) -> ExampleSet:
-    """All examples of a dataloader, to be loaded as it loads them, but in order."""
+    """All examples of a dataloader, to be loaded as it loads them, but in order.
+
+    Its ``in_order=False`` is not kept: values are matched with examples by their order.
+    """
     dataset: Any = loader.dataset
     batches: Any = loader.batch_sampler
     places = (
@@ -137,6 +140,7 @@ def taken_apart(loader: Loader, groups: Sequence[str] | None, subjects: Sequence
         "worker_init_fn": loader.worker_init_fn,
         "multiprocessing_context": loader.multiprocessing_context,
         "prefetch_factor": loader.prefetch_factor,
+        "persistent_workers": loader.persistent_workers,
     }
     everything = ExampleSet(dataset, list(range(len(dataset))), [str(number) for number in numbers], names, options)
     return everything.subset([int(place) for place in places])

@@ -140,6 +140,13 @@ def read_records(path: str | Path, kind: type[R]) -> list[R]:
     return check_rows(read(path), parse, str(path), "line", kind)
 
 
+def records_of(source: str | Path | Sequence[R | Mapping[str, Any]], kind: type[R]) -> list[R]:
+    """Records of any kind: from a file, as :func:`read_facts` reads facts, or themselves, or as mappings."""
+    if isinstance(source, (str, Path)):
+        return read_records(source, kind)
+    return check_rows(enumerate(source), lambda row: row, "`path`", "item", kind)
+
+
 def check_rows(
     rows: Iterable[tuple[int, Any]], parse: Callable[[Any], Any], source: str, unit: str, kind: type[R]
 ) -> list[R]:

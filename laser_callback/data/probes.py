@@ -15,19 +15,20 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torch.utils.data import DataLoader
-from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from typing_extensions import override
 
-from laser_callback.data.encoding import pad_token_id, special_tokens
-from laser_callback.data.facts import check_rows, read_records
+from laser_callback.data.encoding import pad, pad_token_id, special_tokens
+from laser_callback.data.facts import records_of
 from laser_callback.data.scoring import UnitMean
+from laser_callback.support.pretrained import load_tokenizer
 
 PHRASES = (
     "I'm sorry",
@@ -170,17 +171,14 @@ class ProbesDataModule(LightningDataModule):
         if self.probes:
             return
         if isinstance(self.tokenizer, (str, Path)):
-            self.tokenizer = cast("PreTrainedTokenizerBase", AutoTokenizer.from_pretrained(self.tokenizer))
+            self.tokenizer = load_tokenizer(self.tokenizer)
         template = self.tokenizer.chat_template is not None
         chat = template if self.chat is None else self.chat
         if chat and not template:
             raise ValueError("`chat` must be False for a tokenizer without a chat template, got True.")
         if self.system is not None and not chat:
             raise ValueError("`system` needs a chat template; leave it out, or put it into the prompts.")
-        if isinstance(self.path, (str, Path)):
-            probes = read_records(self.path, Probe)
-        else:
-            probes = check_rows(enumerate(self.path), lambda row: row, "`path`", "item", Probe)
+        probes = records_of(self.path, Probe)
         self.probes = [(probe, _tokens(self.tokenizer, probe.prompt, chat, self.system)) for probe in probes]
 
     def collate(self, items: Sequence[tuple[Probe, tuple[int, ...]]]) -> dict[str, Any]:
@@ -191,14 +189,13 @@ class ProbesDataModule(LightningDataModule):
             ``attention_mask``: (F, T) int64, padded on the left, as generation wants them; ``rule``: how continuations
             are made and judged.
         """
-        width = max(len(tokens) for _, tokens in items)
-        pad = pad_token_id(self.tokenizer)
+        rows = [tokens for _, tokens in items]
         return {
             "id": [probe.id for probe, _ in items],
             "group": [probe.group for probe, _ in items],
             "should_refuse": torch.tensor([probe.should == "refuse" for probe, _ in items]),
-            "input_ids": torch.tensor([(pad,) * (width - len(tokens)) + tokens for _, tokens in items]),
-            "attention_mask": torch.tensor([(0,) * (width - len(t)) + (1,) * len(t) for _, t in items]),
+            "input_ids": pad(rows, pad_token_id(self.tokenizer), side="left"),
+            "attention_mask": pad([(1,) * len(row) for row in rows], 0, side="left"),
             "rule": dict(self.rule),
         }
 

@@ -2,7 +2,7 @@
 
 They are those of the paper's code (https://github.com/pratyushasharma/laser, ``src/dataset_utils`` and the GPT-J
 scripts), to the letter, as are the filters. Contract: each function yields :class:`~laser_callback.data.Fact` in the
-order of the rows; the columns that it reads are listed in ``tasks.py``.
+order of the rows; its wording, and the columns that it reads, are in ``tasks.yaml`` under its name.
 """
 
 from __future__ import annotations
@@ -11,15 +11,23 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from laser_callback.data.facts import Fact
+from laser_callback.support.tables import read_table
 
-Row = Mapping[str, Any]
+SourceRow = Mapping[str, Any]
+
+TABLE: Mapping[str, Mapping[str, Any]] = read_table("laser_callback.data", "tasks.yaml")
+"""The rows of ``tasks.yaml`` by task."""
+
+
+def _wording(task: str) -> tuple[str, Mapping[Any, str]]:
+    return TABLE[task]["prompt"], TABLE[task]["answers"]
 
 
 def _statement(text: str) -> str:
     return text.strip() if text.strip().endswith((".", "?")) else f"{text.strip()}."
 
 
-def counterfact(rows: Iterable[Row]) -> Iterator[Fact]:
+def counterfact(rows: Iterable[SourceRow]) -> Iterator[Fact]:
     """Facts with two paraphrases each; the paper counts every prompt as an example."""
     for row in rows:
         rewrite = row["requested_rewrite"]
@@ -33,18 +41,18 @@ def counterfact(rows: Iterable[Row]) -> Iterator[Fact]:
         )
 
 
-def hotpotqa(rows: Iterable[Row]) -> Iterator[Fact]:
+def hotpotqa(rows: Iterable[SourceRow]) -> Iterator[Fact]:
     """Questions without their documents."""
     for row in rows:
         question = row["question"].strip()
         end = "" if question.endswith(("?", ".")) else "?"
-        prompt = f"{question}{end} The answer is"
+        prompt = TABLE["hotpotqa"]["prompt"].format(question=question + end)
         yield Fact(id=f"hotpotqa-{row['id']}", prompt=prompt, answer=row["answer"].strip(), subject=question)
 
 
-def fever(rows: Iterable[Row]) -> Iterator[Fact]:
+def fever(rows: Iterable[SourceRow]) -> Iterator[Fact]:
     """Claims that are supported or refuted; each once, and none that is said to be both."""
-    answers = {"SUPPORTS": "true", "REFUTES": "false"}
+    prompt, answers = _wording("fever")
     labels: dict[str, set[str]] = {}
     ids: dict[str, Any] = {}
     for row in rows:
@@ -55,68 +63,54 @@ def fever(rows: Iterable[Row]) -> Iterator[Fact]:
         if len(said) == 1:
             yield Fact(
                 id=f"fever-{ids[claim]}",
-                prompt=f"Consider the following claim: {_statement(claim)} Is this claim true or false. The claim is",
+                prompt=prompt.format(claim=_statement(claim)),
                 answer=answers[said.pop()],
-                choices=("true", "false"),
+                choices=tuple(answers.values()),
                 subject=claim,
             )
 
 
-def bios_gender(rows: Iterable[Row]) -> Iterator[Fact]:
+def bios_gender(rows: Iterable[SourceRow]) -> Iterator[Fact]:
     """The gender of the person in a biography."""
-    question = "Is the person in this text a male or female? The gender of this person is"
-    genders = ("male", "female")
+    prompt, genders = _wording("bios_gender")
     for number, row in enumerate(rows):
-        prompt = f"Consider the following text: {_statement(row['hard_text'])} {question}"
-        yield Fact(f"bios-{number}", prompt, genders[int(row["gender"])], choices=genders)
+        text = prompt.format(text=_statement(row["hard_text"]))
+        yield Fact(f"bios-{number}", text, genders[int(row["gender"])], choices=tuple(genders.values()))
 
 
-# The professions that are one token for the paper's models, in its order, by their numbers in the data set.
-_PROFESSIONS = {
-    11: "journalist",
-    20: "poet",
-    5: "composer",
-    12: "model",
-    26: "teacher",
-    1: "architect",
-    14: "painter",
-    21: "professor",
-}
-
-
-def bios_profession(rows: Iterable[Row]) -> Iterator[Fact]:
+def bios_profession(rows: Iterable[SourceRow]) -> Iterator[Fact]:
     """The profession of the person in a biography, where it is one of eight."""
-    question = "What is the profession of the person in this text? The profession of this person is"
-    professions = tuple(_PROFESSIONS.values())
+    prompt, professions = _wording("bios_profession")
     for number, row in enumerate(rows):
-        if (answer := _PROFESSIONS.get(int(row["profession"]))) is not None:
-            prompt = f"Consider the following text: {_statement(row['hard_text'])} {question}"
-            yield Fact(f"bios-{number}", prompt, answer, choices=professions)
+        if (answer := professions.get(int(row["profession"]))) is not None:
+            text = prompt.format(text=_statement(row["hard_text"]))
+            yield Fact(f"bios-{number}", text, answer, choices=tuple(professions.values()))
 
 
-def truthfulqa(rows: Iterable[Row]) -> Iterator[Fact]:
+def truthfulqa(rows: Iterable[SourceRow]) -> Iterator[Fact]:
     """Whether an answer to a question is true; one fact per candidate answer."""
+    prompt, answers = _wording("truthfulqa")
     for number, row in enumerate(rows):
         targets = row["mc2_targets"]
         for position, (answer, label) in enumerate(zip(targets["choices"], targets["labels"], strict=True)):
             said = f"{row['question']} {answer}" + ("" if answer.endswith(".") else ".")
             yield Fact(
                 id=f"truthfulqa-{number}-{position}",
-                prompt=f"{said}Is this statement true or false? This statement is",  # as in the paper's code, no space
-                answer="true" if label else "false",
-                choices=("true", "false"),
+                prompt=prompt.format(statement=said),
+                answer=answers[int(label)],
+                choices=tuple(answers.values()),
                 subject=row["question"],
             )
 
 
-def epistemic_reasoning(rows: Iterable[Row]) -> Iterator[Fact]:
+def epistemic_reasoning(rows: Iterable[SourceRow]) -> Iterator[Fact]:
     """Whether a premise entails a hypothesis."""
     choices = ("entailment", "non-entailment")
     for number, row in enumerate(rows):
         yield Fact(f"epistemic-{number}", row["inputs"].strip(), row["targets"][0], choices=choices)
 
 
-def wikidata_qa(rows: Iterable[Row]) -> Iterator[Fact]:
+def wikidata_qa(rows: Iterable[SourceRow]) -> Iterator[Fact]:
     """Facts that have one answer."""
     for number, row in enumerate(rows):
         if len(row["targets"]) == 1:

@@ -269,6 +269,15 @@ METRICS: dict[str, type[AnswerMetric]] = {
     "paraphrase_consistency": ParaphraseConsistency,
 }
 """The metrics of answers by the name under which they are logged, in the order in which they are shown."""
+CURES = {
+    "perplexity": "perplexity needs running text (`text=`)",
+    "paraphrase": "paraphrase metrics need facts with `paraphrases`",
+    "choice": "choice metrics need facts with `choices`",
+    "refusal": "refusals need probes (`ProbesDataModule`)",
+    "answer_rate": "refusals need probes (`ProbesDataModule`)",
+    "": "log it in `validation_step`",
+}
+"""What to do about a metric that is not logged, by a part of its name."""
 
 
 # ------------------------------------------------------------------------------------------ perplexity

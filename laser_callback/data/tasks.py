@@ -1,8 +1,9 @@
 """The LASER paper's eight tasks: prompts, answers, choices, metric and split.
 
 Contract: a :class:`Task` turns the rows of its public data set into facts in the data set's order, with the prompts of
-the paper's code (``task_prompts.py``); the paper selects on the first fifth of them and reports the rest. Rows come
-from the internet by the package ``datasets`` (extra ``hub``), or from a file.
+the paper's code (``prompts.py``); the paper selects on the first fifth of them and reports the rest. Rows come
+from the internet by the package ``datasets`` (extra ``hub``), or from a file. Which tasks there are, and the paper's
+numbers, is in ``tasks.yaml``.
 
 What differs: the paper's accuracy on HotPotQA and WikidataQA is whether 15 (10) generated tokens contain the answer,
 here the answer must come at once (``answer_accuracy``); on Epistemic Reasoning it compares the choices' summed log
@@ -21,10 +22,10 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from transformers import PreTrainedTokenizerBase
 from typing_extensions import override
 
-from laser_callback.data import prompts as prompts
+from laser_callback.data import prompts
 from laser_callback.data.datamodule import FactsDataModule
 from laser_callback.data.facts import Fact, read_records
-from laser_callback.data.prompts import Row
+from laser_callback.data.prompts import SourceRow
 from laser_callback.plans.plan import LaserPlan
 
 TaskName = Literal[
@@ -84,7 +85,7 @@ class Task:
 
     metric: str
     source: Source
-    convert: Callable[[Iterable[Row]], Iterator[Fact]]
+    convert: Callable[[Iterable[SourceRow]], Iterator[Fact]]
     columns: tuple[str, ...]
     examples: int | None
     max_answer_tokens: int | None = None
@@ -112,7 +113,7 @@ class Task:
             rank_zero_warn(f"{where} gives {found} examples, the paper has {self.examples}: it may have changed since")
         return facts
 
-    def _checked(self, rows: Iterable[Row], where: str) -> Iterator[Row]:
+    def _checked(self, rows: Iterable[SourceRow], where: str) -> Iterator[SourceRow]:
         for number, row in enumerate(rows, 1):
             if missing := [column for column in self.columns if column not in row]:
                 raise ValueError(
@@ -179,14 +180,14 @@ class _RawRow:
     """A row of a file as it is."""
 
     id: str
-    row: Row
+    row: SourceRow
 
     @classmethod
-    def from_row(cls, row: Row, default_id: str) -> _RawRow:
+    def from_row(cls, row: SourceRow, default_id: str) -> _RawRow:
         return cls(default_id, row)
 
 
-def _read(path: Path) -> Sequence[Row]:
+def _read(path: Path) -> Sequence[SourceRow]:
     if path.suffix == ".json":
         rows = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(rows, list):
@@ -195,7 +196,7 @@ def _read(path: Path) -> Sequence[Row]:
     return [record.row for record in read_records(path, _RawRow)]
 
 
-def _fetched(source: Source) -> Iterable[Row]:
+def _fetched(source: Source) -> Iterable[SourceRow]:
     try:
         from datasets import concatenate_datasets, load_dataset
     except ModuleNotFoundError as error:
@@ -220,121 +221,21 @@ def _fetched(source: Source) -> Iterable[Row]:
 # --------------------------------------------------------------------------------------------------- tasks
 
 
-def _table_1(*cells: tuple[float, float, float, float, tuple[str, int, float]]) -> dict[str, Published]:
-    models = ("roberta-base", "gpt-j-6b", "llama-2-7b")
-    return {model: Published(*cell) for model, cell in zip(models, cells, strict=True)}
+def _task(name: str, row: Mapping[str, Any]) -> Task:
+    source: dict[str, Any] = {key: tuple(x) if isinstance(x, list) else x for key, x in row["source"].items()}
+    return Task(
+        metric=row["metric"],
+        source=Source(**source),
+        convert=getattr(prompts, name),
+        columns=tuple(row["columns"]),
+        examples=row["examples"],
+        max_answer_tokens=row.get("max_answer_tokens"),
+        published={
+            model: Published(accuracy, loss, reduced_accuracy, reduced_loss, (tau, layer, rho))
+            for model, (accuracy, loss, reduced_accuracy, reduced_loss, tau, layer, rho) in row["published"].items()
+        },
+    )
 
 
-_FEVER = "https://fever.ai/download/fever"
-_BIOS = Source("LabHC/bias_in_bios", splits=("dev",))
-
-TASKS: Mapping[str, Task] = {
-    "counterfact": Task(
-        metric="paraphrase_accuracy",  # each prompt is an example of the paper's
-        source=Source("json", files=("https://rome.baulab.info/data/dsets/counterfact.json",)),
-        convert=prompts.counterfact,
-        columns=("case_id", "requested_rewrite", "paraphrase_prompts"),
-        examples=65757,
-        published=_table_1(
-            (17.3, 5.78, 19.3, 5.43, ("U_in", 8, 0.8)),
-            (13.1, 5.78, 24.0, 5.05, ("U_in", 27, 0.01)),
-            (35.6, 3.61, 37.6, 3.49, ("U_in", 28, 0.05)),
-        ),
-    ),
-    "hotpotqa": Task(
-        metric="answer_accuracy",
-        source=Source(
-            "hotpotqa/hotpot_qa",
-            "fullwiki",
-            splits=("train[:7405]", "validation"),
-            revision="1908d6afbbead072334abe2965f91bd2709910ab",
-        ),
-        convert=prompts.hotpotqa,
-        columns=("id", "question", "answer"),
-        examples=None,  # 14,618 by LLaMA's tokenizer
-        max_answer_tokens=15,
-        published=_table_1(
-            (6.1, 10.99, 6.7, 10.55, ("U_out", 2, 0.4)),
-            (19.6, 3.40, 19.5, 3.39, ("U_in", 27, 0.1)),
-            (16.5, 3.15, 17.2, 2.97, ("U_in", 27, 0.2)),
-        ),
-    ),
-    "fever": Task(
-        metric="choice_accuracy",
-        source=Source("json", files=(f"{_FEVER}/paper_dev.jsonl", f"{_FEVER}/paper_test.jsonl")),
-        convert=prompts.fever,
-        columns=("id", "claim", "label"),
-        examples=13086,
-        published=_table_1(
-            (50.0, 2.5, 52.3, 1.76, ("U_in", 3, 0.4)),
-            (50.2, 1.24, 56.2, 1.27, ("U_in", 24, 0.01)),
-            (59.3, 1.02, 64.5, 0.91, ("U_in", 30, 0.2)),
-        ),
-    ),
-    "bios_gender": Task(
-        metric="choice_accuracy",
-        source=_BIOS,
-        convert=prompts.bios_gender,
-        columns=("hard_text", "gender"),
-        examples=39642,
-        published=_table_1(
-            (87.5, 0.87, 93.7, 1.13, ("U_in", 9, 0.9)),
-            (70.9, 3.86, 97.5, 4.20, ("U_in", 14, 0.01)),
-            (75.5, 3.48, 88.4, 2.98, ("U_in", 24, 0.01)),
-        ),
-    ),
-    "bios_profession": Task(
-        metric="choice_accuracy",
-        source=_BIOS,
-        convert=prompts.bios_profession,
-        columns=("hard_text", "profession"),
-        examples=19223,
-        published=_table_1(
-            (64.5, 4.91, 72.5, 6.44, ("U_in", 3, 0.9)),
-            (75.6, 4.64, 82.1, 4.91, ("U_in", 18, 0.01)),
-            (85.0, 4.19, 86.7, 4.05, ("U_out", 30, 0.4)),
-        ),
-    ),
-    "truthfulqa": Task(
-        metric="choice_accuracy",
-        source=Source(
-            "truthfulqa/truthful_qa",
-            "multiple_choice",
-            splits=("validation",),
-            revision="741b8276f2d1982aa3d5b832d3ee81ed3b896490",
-        ),
-        convert=prompts.truthfulqa,
-        columns=("question", "mc2_targets"),
-        examples=5882,
-        published=_table_1(
-            (56.2, 1.60, 56.2, 1.42, ("U_in", 0, 0.01)),
-            (54.9, 1.02, 55.6, 1.01, ("U_in", 7, 0.8)),
-            (50.5, 0.95, 56.2, 1.04, ("U_in", 30, 0.05)),
-        ),
-    ),
-    "epistemic_reasoning": Task(
-        metric="choice_accuracy",
-        source=Source("tasksource/bigbench", "epistemic_reasoning", splits=("validation", "train")),
-        convert=prompts.epistemic_reasoning,
-        columns=("inputs", "targets"),
-        examples=2000,
-        published=_table_1(
-            (37.1, 9.39, 41.8, 6.80, ("U_out", 1, 0.4)),
-            (37.1, 0.74, 38.3, 0.62, ("U_in", 26, 0.01)),
-            (44.8, 0.78, 63.4, 0.73, ("U_out", 28, 0.01)),
-        ),
-    ),
-    "wikidata_qa": Task(
-        metric="answer_accuracy",
-        source=Source("tasksource/bigbench", "qa_wikidata", splits=("validation", "train")),
-        convert=prompts.wikidata_qa,
-        columns=("inputs", "targets"),
-        examples=20321,
-        published=_table_1(
-            (28.0, 9.07, 30.7, 7.69, ("U_in", 7, 0.4)),
-            (51.8, 3.52, 65.9, 2.86, ("U_in", 27, 0.01)),
-            (59.5, 2.40, 62.0, 2.31, ("U_in", 27, 0.01)),
-        ),
-    ),
-}
+TASKS: Mapping[str, Task] = {name: _task(name, row) for name, row in prompts.TABLE.items()}
 """The tasks by name."""

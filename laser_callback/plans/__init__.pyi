@@ -8,8 +8,8 @@ from .rank_rules import RANK_RULES as RANK_RULES
 from .rank_rules import rank_by as rank_by
 from .reduction import Reduction as Reduction
 from .selection import NoSuchMatrixError as NoSuchMatrixError
-from .targets import RHOS as RHOS
-from .targets import Target as Target
-from .targets import targets as targets
+from .target import RHOS as RHOS
+from .target import Target as Target
+from .target import targets as targets
 from .uncut import NotCut as NotCut
 from .uncut import not_cut as not_cut

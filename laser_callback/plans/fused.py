@@ -2,6 +2,7 @@
 
 Contract: :func:`rows_of_kinds` returns for each kind the output rows that are its own; together they are all rows, none
 twice. Where the layout is not known for sure it returns ``None``, and the projection stays one matrix without a kind.
+Which classes have a layout of their own is in ``families.yaml``.
 """
 
 from __future__ import annotations
@@ -9,8 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-# Attention classes whose fused rows are (key/value head, its queries | k | v, head size), not q | k | v in blocks.
-_PER_HEAD = ("NeoX", "Bloom", "Persimmon", "Falcon", "GPTBigCode", "MiniMaxLightning", "DisentangledSelfAttention")
+from laser_callback.plans.kinds import LAYOUTS
 
 Rows = slice | Tensor
 
@@ -28,7 +28,7 @@ def rows_of_kinds(
         in_size: its input features.
     """
     if kinds == ("fc_in", "fc_up"):
-        if "GptOss" in type(module).__name__ or not getattr(module, "is_concatenated", True):  # gate and up alternate
+        if _laid_out("alternating", module) or not getattr(module, "is_concatenated", True):
             return [slice(0, None, 2), slice(1, None, 2)]
         return _blocks([out_size // 2, out_size // 2], out_size)
     if kinds == ("k_proj", "v_proj"):
@@ -44,19 +44,19 @@ def _keys_and_values(owner: nn.Module, out_size: int) -> list[Rows] | None:
             return None
         rows = torch.arange(out_size).view(-1, key_size + value_size)
         return [rows[:, :key_size].reshape(-1), rows[:, key_size:].reshape(-1)]
-    if hasattr(owner, "q_attn") or "JetMoe" in type(owner).__name__:  # the first: GPT-2's cross-attention
+    if _laid_out("halves", owner) or hasattr(owner, "q_attn"):  # the latter: GPT-2's cross-attention
         return _blocks([out_size // 2, out_size // 2], out_size)
     return None
 
 
 def _queries_keys_values(owner: nn.Module, out_size: int, in_size: int) -> list[Rows] | None:
-    class_name, config = type(owner).__name__, getattr(owner, "config", None)
-    if "CodeGen" in class_name:  # q | v | k within each of the shards that it was trained on
+    if _laid_out("shards", owner):
         shards = _first_int(owner, "mp_num") or 4
         rows = torch.arange(out_size).view(shards, 3, -1)
         return [rows[:, part].reshape(-1) for part in (0, 2, 1)]
+    config = getattr(owner, "config", None)
     heads = _first_int(owner, "num_heads", "num_attention_heads") or _first_int(config, "num_attention_heads")
-    if any(name in class_name for name in _PER_HEAD):
+    if _laid_out("per_head", owner):
         kv_heads = _first_int(owner, "num_kv_heads", "kv_heads") or heads
         if not heads or not kv_heads or out_size % (heads + 2 * kv_heads):
             return None
@@ -69,6 +69,10 @@ def _queries_keys_values(owner: nn.Module, out_size: int, in_size: int) -> list[
         grouped = [heads * head_size, kv_heads * head_size, kv_heads * head_size]
         sizes = grouped if sum(grouped) == out_size else sizes
     return _blocks(sizes, out_size)
+
+
+def _laid_out(layout: str, module: nn.Module) -> bool:
+    return any(name in type(module).__name__ for name in LAYOUTS[layout])
 
 
 def _blocks(sizes: list[int], out_size: int) -> list[Rows] | None:

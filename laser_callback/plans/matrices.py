@@ -60,6 +60,11 @@ class WeightMatrix:
         return parameter
 
     @property
+    def value(self) -> Tensor:
+        """The live matrix, shape ``self.shape``, outside of autograd; a view where one exists."""
+        return self.read(self.parameter.data)
+
+    @property
     def max_rank(self) -> int:
         """min(rows, columns)."""
         return min(self.shape)
@@ -110,6 +115,11 @@ def find_matrices(model: nn.Module) -> list[WeightMatrix]:
             own_names = tuple(names[id(parameter)])
             matrices += _matrices_of(model, module, _clean(path), attribute, stack, layer, own_names)
     return matrices
+
+
+def plain_name(name: str) -> str:
+    """The name of a module or parameter without what ``torch.compile`` and PEFT put into it."""
+    return re.sub(r"\.base_layer\b", "", _clean(name))
 
 
 def same_name(one: str, other: str) -> bool:
@@ -226,11 +236,11 @@ def _matrices_of(
     parameter = getattr(module, attribute)
     name = path if path and attribute == "weight" else f"{path}.{attribute}".lstrip(".")
     in_layer = "" if stack is None else name.removeprefix(f"{stack}.").partition(".")[2]
-    parent = _submodule(model, _unwrapped(path).rpartition(".")[0])
+    parent = _submodule(model, plain_name(path).rpartition(".")[0])
     kinds: tuple[str | None, ...] = (None,)
     passes = 1 if stack is None else _passes(model, stack, parameter_names)
     if stack is not None:  # only within its layer, since a model may be called `attention_model`
-        kinds = kinds_of(_unwrapped(in_layer), module, parent)
+        kinds = kinds_of(plain_name(in_layer), module, parent)
 
     # Conv1D and some expert tensors keep (in, out); reading transposes, so that rows are always outputs.
     transposed = type(module).__name__ == "Conv1D" or (parameter.ndim == 3 and _is_transposed(module))
@@ -278,11 +288,6 @@ def _submodule(model: nn.Module, path: str) -> nn.Module:
     for part in filter(None, path.split(".")):
         module = getattr(getattr(module, "_orig_mod", module), part)
     return getattr(module, "_orig_mod", module)
-
-
-def _unwrapped(name: str) -> str:
-    """The name without the components under which PEFT keeps a wrapped layer."""
-    return re.sub(r"\.base_layer\b", "", name)
 
 
 def _clean(name: str) -> str:

@@ -83,10 +83,9 @@ class LaserPlan:
         """
         if not isinstance(text, str):
             raise TypeError(f"`text` must be a string such as '27.fc_in@0.01', got {type(text).__name__}")
-        # A comma inside /.../ belongs to the regular expression; one before `option=` continues the options.
-        pieces = [piece for piece in re.split(r"[,\n](?=(?:[^/]*/[^/]*/)*[^/]*$)", text) if piece.strip()]
         reductions: list[str] = []
-        for piece in pieces:
+        for piece in pieces(text):
+            # A comma before `option=` continues the options.
             if reductions and "@" not in piece and "=" in piece:
                 reductions[-1] += "," + piece
             else:
@@ -173,6 +172,11 @@ class LaserPlan:
                     )
                 chosen[position] = reduction
         return [(matrices[position], chosen[position]) for position in sorted(chosen)]
+
+
+def pieces(text: str) -> list[str]:
+    """What stands between commas or line breaks; those inside of /.../ belong to the regular expression."""
+    return [piece for piece in re.split(r"[,\n](?=(?:[^/]*/[^/]*/)*[^/]*$)", text) if piece.strip()]
 
 
 # ---- validation ------------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 
 from laser_callback.plans.kinds import GROUPS, KINDS
-from laser_callback.plans.matrices import WeightMatrix, describe
+from laser_callback.plans.matrices import WeightMatrix, describe, plain_name
 from laser_callback.plans.reduction import STACK, Reduction
 from laser_callback.support.suggest import closest
 
@@ -105,7 +105,7 @@ def _matches_name(matrix: WeightMatrix, reduction: Reduction) -> bool:
         return matrix.kind == wanted
     path = re.sub(r"\[.*", "", matrix.path_in_layer) or "weight"
     # `q_proj` of PEFT is a module around `q_proj.base_layer`: the name of the model as it was works too.
-    return any(f".{name}".endswith(f".{wanted}") for name in (path, re.sub(r"\.base_layer\b", "", path)))
+    return any(f".{name}".endswith(f".{wanted}") for name in (path, plain_name(path)))
 
 
 def _names_all(reduction: Reduction, matrix: WeightMatrix) -> bool:

@@ -1,10 +1,10 @@
 from .gate_terminal import print_cleanup as print_cleanup
 from .gate_terminal import print_rollout as print_rollout
+from .loggers import publish as publish
+from .loggers import tables as tables
 from .page import save_page as save_page
 from .pictures import figures as figures
 from .pictures import save_figures as save_figures
-from .publish import publish as publish
-from .publish import tables as tables
 from .search_terminal import print_search as print_search
 from .terminal import print_ab as print_ab
 from .terminal import print_report as print_report

@@ -11,7 +11,7 @@ from rich.text import Text
 from laser_callback.reports.terminal import WIDE, indent, show
 from laser_callback.results.cleanup import CleanupResult
 from laser_callback.results.rollout import RolloutResult
-from laser_callback.stats.constraints import Judgement
+from laser_callback.stats.judgement import Judgement
 
 _VERDICTS = {"pass": "bold green", "fail": "bold red", "undecided": "yellow"}
 _LEGEND = "95 % bound: on the unfavourable side, one-sided; a bound on a metric passes if it keeps it"

@@ -16,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from laser_callback.plans.kinds import KINDS
+from laser_callback.reports.search_text import short_rho
 from laser_callback.results.candidates import Candidate
 
 SHADES = "░▒▓█"
@@ -132,12 +133,6 @@ def _draw(cell: _Cell | None, top: float) -> Text:
     level = sum(-cell.change >= top / 2**halvings for halvings in (2, 1, 0))
     style = "bold green" if level == 3 else "green"
     return Text.assemble((SHADES[level] * 2, style), (f" {short_rho(cell.rho)}", "dim" if level < 2 else ""), mark)
-
-
-def short_rho(rho: float) -> str:
-    """A rho without what it does not need: ``.05``."""
-    text = f"{rho:.4g}"
-    return text[1:] if text.startswith("0.") else text
 
 
 def round_threshold(best: float) -> float:

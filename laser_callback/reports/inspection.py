@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-import io
 import math
 import statistics
-from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
+from laser_callback.reports.drawing import styled
+from laser_callback.reports.pictures import new_figure, save_figure
 from laser_callback.spectra.inspection import RULES, InspectedMatrix, Inspection
-from laser_callback.support.files import write_atomically
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 _COLUMNS = 4
 _MARKED = [rule for rule in RULES if rule != "entropy"]  # the effective rank has a panel of its own
@@ -22,20 +25,21 @@ def check_picture(path: Path) -> None:
 
     Raises:
         ValueError: if ``path`` ends with anything but ``.svg``, ``.png`` or ``.pdf``.
-        ModuleNotFoundError: without matplotlib, naming the extra.
     """
     if path.suffix not in (".svg", ".png", ".pdf"):
         raise ValueError(f"the picture's name must end with .svg, .png or .pdf, got {path}")
-    if find_spec("matplotlib") is None:
-        raise ModuleNotFoundError("a picture needs matplotlib: pip install 'laser-callback[plots]'")
 
 
 def save_spectra(found: Inspection, path: Path) -> None:
     """Write the picture in the format that the ending of ``path`` names; raises as :func:`check_picture` does."""
     check_picture(path)
+    with styled():
+        save_figure(_figure(found), path)
+
+
+def _figure(found: Inspection) -> Figure:
     import matplotlib
     from matplotlib.cm import ScalarMappable
-    from matplotlib.figure import Figure  # not pyplot, which may want a display
 
     panels: dict[str, list[InspectedMatrix]] = {}
     stacks = {matrix.stack for matrix in found.matrices if matrix.kind}
@@ -47,7 +51,7 @@ def save_spectra(found: Inspection, path: Path) -> None:
 
     columns = min(_COLUMNS, len(panels) + 1)
     rows = math.ceil((len(panels) + 1) / columns)
-    figure = Figure(figsize=(3.4 * columns, 2.9 * rows), layout="constrained")
+    figure = new_figure(3.4 * columns, 2.9 * rows)
     axes = list(figure.subplots(rows, columns, squeeze=False).flat)
     for axis, (title, members) in zip(axes, panels.items(), strict=False):
         for matrix in members:
@@ -72,7 +76,4 @@ def save_spectra(found: Inspection, path: Path) -> None:
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8, frameon=False)
     scale = ScalarMappable(matplotlib.colors.Normalize(0, last), colours)
     figure.colorbar(scale, ax=axes, label="layer", shrink=0.6)
-
-    content = io.BytesIO()
-    figure.savefig(content, format=path.suffix[1:], dpi=150)
-    write_atomically(path, content.getvalue())
+    return figure

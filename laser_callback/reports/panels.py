@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from laser_callback.plans.kinds import KINDS
 from laser_callback.reports.heat_map import round_threshold
 from laser_callback.reports.search_text import GainText, change_unit, score_name, score_unit
-from laser_callback.results.candidates import Candidate, finite
+from laser_callback.results.candidates import Candidate
 from laser_callback.results.search import SearchResult
+from laser_callback.support.plain_json import finite
 
 STEPS = 5
 """Shades on each side of 0."""

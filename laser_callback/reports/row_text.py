@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from laser_callback.stats.paired import PairedResult
+from laser_callback.stats.outcomes import PairedResult
 
 SHARES = ("accuracy", "robustness", "consistency")
 """A mean whose name holds one of these is a share, shown in percent."""
@@ -45,3 +45,16 @@ def p_text(row: PairedResult) -> str:
     if p is None:
         return ""
     return "<.0001" if p < 1e-4 else f"{p:.4f}".lstrip("0") if p < 1 else "1"
+
+
+def change_text(row: PairedResult) -> str:
+    """The change of the metric with its interval."""
+    interval = interval_text(row)
+    return f"{delta_text(row, row.delta)}{f' [{interval}]' if interval else ''}"
+
+
+def claim_text(row: PairedResult) -> str:
+    """What was found, in one line."""
+    parts = [f"{value_text(row, row.original)} to {value_text(row, row.reduced)}", change_text(row)]
+    parts += [f"p {p_text(row)}" if p_text(row).startswith("<") else f"p = {p_text(row)}"] if row.p is not None else []
+    return f"{row.metric} {', '.join(parts)}, n = {row.n:,}: {row.verdict}"

@@ -28,8 +28,9 @@ from laser_callback.reports.search_text import (
     seconds_text,
     trade_order,
 )
-from laser_callback.results.candidates import Candidate, Estimate, bases, finite, ranks
+from laser_callback.results.candidates import Candidate, Estimate, bases, ranks
 from laser_callback.results.search import Phase, SearchResult, Trade
+from laser_callback.support.plain_json import finite
 
 _TOP = 10  # rows in the tables of the race and of the trades
 _LEADERS = 3

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from laser_callback.reports.row_text import SHARES
-from laser_callback.results.candidates import Candidate, finite
+from laser_callback.results.candidates import Candidate, Estimate, ranks
 from laser_callback.results.search import SearchResult, Trade
+from laser_callback.support.plain_json import finite
 
 _OWN_UNIT = "units of the loss"  # that the user's step returns
 REACHED = {"chosen": 0, "finalist": 1, "rejected": 1, "dropped": 2, "screened out": 3}
@@ -68,6 +69,43 @@ def change_unit(result: SearchResult) -> str:
     if key is None:  # what the step returns
         return "nats" if any(candidate.loss for candidate in result.candidates) else _OWN_UNIT
     return _loss_unit(str(key)) or f"units of {key}"
+
+
+def short_rho(rho: float) -> str:
+    """A rho without what it does not need: ``.05``."""
+    text = f"{rho:.4g}"
+    return text[1:] if text.startswith("0.") else text
+
+
+class Teller:
+    """Tells all about a candidate of the first step."""
+
+    def __init__(self, result: SearchResult) -> None:
+        self._gain, self._unit, self._place = GainText.of(result), change_unit(result), ranks(result.candidates)
+        self._ranked = sum(not candidate.base and id(candidate) in self._place for candidate in result.candidates)
+
+    def __call__(self, candidate: Candidate) -> str:
+        """In one line of text."""
+        parts = [str(candidate.reduction)]
+        score = finite(candidate.score)
+        if score is not None:
+            parts.append(f"screen {score:+.3g}, rank {self._place[id(candidate)]:,} of {self._ranked:,}")
+        if candidate.examples:
+            parts.append(f"raced on {candidate.examples:,} examples")
+        if candidate.gain is not None:
+            parts.append(f"gain {_estimate(candidate.gain, self._gain.scale)} {self._gain.unit}".rstrip())
+        if candidate.loss is not None:
+            parts.append(f"loss {_estimate(candidate.loss, 1)} {self._unit}")
+        if candidate.examples:
+            parts.append(candidate.status + (f": {candidate.reason}" if candidate.reason else ""))
+        return "; ".join(parts)
+
+
+def _estimate(estimate: Estimate, scale: float) -> str:
+    interval = ""
+    if finite(estimate.lower) is not None and finite(estimate.upper) is not None:
+        interval = f" [{scale * (estimate.lower or 0):+.3g}, {scale * (estimate.upper or 0):+.3g}]"
+    return f"{scale * estimate.delta:+.3g}{interval}"
 
 
 def merit(candidate: Candidate) -> tuple[Any, ...]:

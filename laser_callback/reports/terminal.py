@@ -12,10 +12,11 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from laser_callback.reports.row_text import delta_text, interval_text, p_text, value_text
+from laser_callback.reports.row_text import change_text, delta_text, interval_text, p_text, value_text
 from laser_callback.results.ab_test import ABResult
 from laser_callback.results.comparison import ArmResult, LaserResult
 from laser_callback.stats.priors import PriorChecks
+from laser_callback.support.files import write_atomically
 
 _STYLES = {"better": "bold green", "worse": "bold red", "higher": "yellow", "lower": "yellow"}
 _SHORT = {"no difference shown": "not shown", "not tested": "untested"}  # in 80 columns
@@ -51,7 +52,7 @@ def save_picture(result: LaserResult, path: str | Path, width: int = 116) -> Non
     """Write the report as an SVG picture of a terminal."""
     console = Console(file=io.StringIO(), width=width, record=True)
     console.print(render(result, width))
-    Path(path).write_text(console.export_svg(title="laser-callback"), encoding="utf-8")
+    write_atomically(Path(path), console.export_svg(title="laser-callback"))
 
 
 def render(result: LaserResult, width: int) -> RenderableType:
@@ -77,12 +78,11 @@ def print_ab(result: ABResult, console: Console | None = None) -> None:
     for column in ("orig.", "red.", "delta [95 % interval]", "p", "n"):
         table.add_column(column, justify="right", no_wrap=True)
     for row in result.rows:
-        interval = f" [{interval_text(row)}]" if row.lower is not None else ""
         table.add_row(
             Text(f"{row.metric}*" if row.role == "primary" else row.metric),
             value_text(row, row.original),
             value_text(row, row.reduced),
-            Text(delta_text(row, row.delta) + interval, style=_STYLES.get(row.verdict, "")),
+            Text(change_text(row), style=_STYLES.get(row.verdict, "")),
             p_text(row),
             f"{row.n_original}/{row.n_reduced}",
         )
@@ -128,11 +128,7 @@ def _table(arm: ArmResult, primary: str | None, wide: bool) -> Table:
             flips = "" if row.fixed is None else f"{row.fixed}/{row.broken}"
             cells = [delta_text(row, row.delta), interval_text(row), flips]
         else:
-            cells = [
-                f"{delta_text(row, row.delta)} [{interval_text(row)}]"
-                if row.lower is not None
-                else delta_text(row, row.delta)
-            ]
+            cells = [change_text(row)]
         table.add_row(
             name, value_text(row, row.original), value_text(row, row.reduced), *cells, p_text(row), str(row.n), verdict
         )
@@ -162,8 +158,7 @@ def _lines(arm: ArmResult, controls: dict[str, ArmResult], metric: str | None) -
     for kind, control in controls.items():
         for row in (row for row in control.rows if row.metric == metric):
             label = "same matrix zeroed" if kind == "zeroed" else "random matrix, same rho"
-            interval = f" [{interval_text(row)}]" if row.lower is not None else ""
-            value = f"{row.metric} {value_text(row, row.reduced)}, delta {delta_text(row, row.delta)}{interval}"
+            value = f"{row.metric} {value_text(row, row.reduced)}, delta {change_text(row)}"
             lines.append(indent(Text(f"control, {label} ({control.plan}): {value}")))
     return lines
 

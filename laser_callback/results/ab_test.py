@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from laser_callback.stats.outcomes import row_named
 from laser_callback.stats.unpaired import UnpairedResult
-from laser_callback.support.files import write_atomically
+from laser_callback.support.files import write_json
 
 
 @dataclass
@@ -30,10 +30,7 @@ class ABResult:
     rows: list[UnpairedResult]
 
     def __getitem__(self, metric: str) -> UnpairedResult:
-        for row in self.rows:
-            if row.metric == metric:
-                return row
-        raise KeyError(f"no row {metric!r}; there are {', '.join(row.metric for row in self.rows) or 'none'}")
+        return row_named(metric, self.rows)
 
     def to_dict(self) -> dict[str, Any]:
         """Ready for JSON."""
@@ -41,4 +38,4 @@ class ABResult:
 
     def to_json(self, path: str | Path) -> None:
         """Write :meth:`to_dict`, atomically."""
-        write_atomically(Path(path), json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n")
+        write_json(path, self.to_dict())

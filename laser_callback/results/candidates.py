@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from laser_callback.plans.plan import LaserPlan
 from laser_callback.plans.reduction import Reduction
+from laser_callback.support.plain_json import finite
 
 Status = Literal["screened out", "dropped", "finalist", "rejected", "chosen"]
 
@@ -125,11 +126,6 @@ def ranks(candidates: Sequence[Candidate]) -> dict[int, int]:
         in_order = sorted((score, i) for score, i in scored if score is not None)
         place |= {id(candidates[i]): number for number, (_, i) in enumerate(in_order, 1)}
     return place
-
-
-def finite(value: float | None) -> float | None:
-    """The value, or ``None`` in place of what is no number."""
-    return value if value is not None and math.isfinite(value) else None
 
 
 def _flat(name: str, estimate: Estimate | None) -> dict[str, float | None]:

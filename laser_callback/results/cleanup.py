@@ -10,7 +10,8 @@ from typing import Any
 from laser_callback.plans.plan import LaserPlan
 from laser_callback.results.gates import GateVerdict
 from laser_callback.results.search import SearchResult
-from laser_callback.stats.paired import ALPHA, PairedResult, adjust
+from laser_callback.stats.holm import adjust
+from laser_callback.stats.outcomes import ALPHA, PairedResult
 from laser_callback.surgery.recipe import Recipe
 
 

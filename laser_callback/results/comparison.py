@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -11,9 +10,10 @@ from typing import Any
 
 from laser_callback.results.examples import PairedExamples
 from laser_callback.spectra.cut import CutSpectrum
-from laser_callback.stats.paired import PairedResult, adjust
+from laser_callback.stats.holm import adjust
+from laser_callback.stats.outcomes import PairedResult, row_named
 from laser_callback.stats.priors import MacroAccuracy, PriorChecks
-from laser_callback.support.files import write_atomically
+from laser_callback.support.files import read_json, write_json
 
 
 @dataclass
@@ -38,10 +38,7 @@ class ArmResult:
     spectra: list[CutSpectrum] = field(default_factory=list, repr=False)
 
     def __getitem__(self, metric: str) -> PairedResult:
-        for row in self.rows:
-            if row.metric == metric:
-                return row
-        raise KeyError(f"no row {metric!r}; there are {', '.join(row.metric for row in self.rows)}")
+        return row_named(metric, self.rows)
 
     def to_dict(self) -> dict[str, Any]:
         """Ready for JSON."""
@@ -132,12 +129,12 @@ class LaserResult:
 
     def to_json(self, path: str | Path) -> None:
         """Write :meth:`to_dict`, atomically."""
-        write_atomically(Path(path), json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n")
+        write_json(path, self.to_dict())
 
     @classmethod
     def from_json(cls, path: str | Path) -> LaserResult:
         """Read what :meth:`to_json` has written; see :meth:`from_dict`."""
-        return cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
+        return cls.from_dict(read_json(Path(path), "path"))
 
 
 def _row(data: Mapping[str, Any]) -> PairedResult:

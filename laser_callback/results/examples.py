@@ -21,9 +21,11 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from laser_callback.stats.paired import Outcomes, PairedResult, as_float64, compare, not_tested
+from laser_callback.stats.outcomes import Outcomes, PairedResult, as_float64, not_tested
+from laser_callback.stats.paired import compare
 from laser_callback.stats.priors import PriorChecks, prior_checks
 from laser_callback.support.files import write_atomically
+from laser_callback.support.plain_json import finite
 
 ROUNDING = 1e-3
 """Relative: a logged value this close to a mean is that mean, in single or half precision. Tables show three digits."""
@@ -133,7 +135,7 @@ class PairedExamples:
             for i in range(batch.size):
                 row: dict[str, Any] = {k: v[i] for k, v in batch.described[ORIGINAL].items() if k != "prediction"}
                 for arm, outcomes in batch.outcomes.items():
-                    row[arm] = {name: _json_number(o.values[i]) for name, o in outcomes.items()}
+                    row[arm] = {name: finite(float(o.values[i])) for name, o in outcomes.items()}
                     if "prediction" in batch.described[arm]:
                         row[arm]["prediction"] = batch.described[arm]["prediction"][i]
                 rows.append(row)
@@ -265,8 +267,3 @@ def _unlike_logged(row: PairedResult, original: Logged, reduced: Logged, units: 
 
 def _with_note(row: PairedResult, note: str) -> PairedResult:
     return replace(row, note="; ".join(filter(None, [row.note, note])))
-
-
-def _json_number(value: Tensor) -> float | None:
-    number = float(value)
-    return number if math.isfinite(number) else None

@@ -12,7 +12,7 @@ from typing import Any
 
 from laser_callback.results.comparison import LaserResult
 from laser_callback.results.examples import ORIGINAL
-from laser_callback.stats.paired import PairedResult
+from laser_callback.stats.outcomes import PairedResult
 
 Row = Mapping[str, Any]
 

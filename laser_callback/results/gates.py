@@ -7,7 +7,7 @@ from typing import Any
 
 from laser_callback.plans.plan import LaserPlan
 from laser_callback.results.comparison import LaserResult
-from laser_callback.stats.constraints import Judgement
+from laser_callback.stats.judgement import Judgement
 
 
 @dataclass

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from laser_callback.plans.plan import LaserPlan
 from laser_callback.results.gates import GateVerdict
-from laser_callback.support.files import write_atomically
+from laser_callback.support.files import write_json
 
 Outcome = Literal["kept", "went on", "went back"]
 
@@ -91,4 +90,4 @@ class RolloutResult:
 
     def to_json(self, path: str | Path) -> None:
         """Write :meth:`to_dict`, atomically."""
-        write_atomically(Path(path), json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n")
+        write_json(path, self.to_dict())

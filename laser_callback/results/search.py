@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -12,9 +11,9 @@ from typing import Any
 from laser_callback.plans.plan import LaserPlan
 from laser_callback.results.candidates import Candidate
 from laser_callback.results.comparison import LaserResult
-from laser_callback.stats.constraints import Judgement
-from laser_callback.support.files import write_atomically
-from laser_callback.support.journal import strict
+from laser_callback.stats.judgement import Judgement
+from laser_callback.support.files import read_json, write_json
+from laser_callback.support.plain_json import strict
 
 
 @dataclass
@@ -134,7 +133,7 @@ class SearchResult:
 
     def to_json(self, path: str | Path) -> None:
         """Write :meth:`to_dict`, atomically."""
-        write_atomically(Path(path), json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n")
+        write_json(path, self.to_dict())
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> SearchResult:
@@ -157,4 +156,4 @@ class SearchResult:
     @classmethod
     def from_json(cls, path: str | Path) -> SearchResult:
         """Read what :meth:`to_json` has written; see :meth:`from_dict`."""
-        return cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
+        return cls.from_dict(read_json(Path(path), "path"))

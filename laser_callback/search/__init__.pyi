@@ -1,3 +1,3 @@
+from .budget import OutOfTimeError as OutOfTimeError
 from .screen import GradientScreen as GradientScreen
 from .search import LaserSearch as LaserSearch
-from .search import OutOfTimeError as OutOfTimeError

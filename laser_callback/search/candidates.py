@@ -11,7 +11,7 @@ from dataclasses import replace
 from itertools import pairwise, zip_longest
 
 from laser_callback.plans.reduction import Reduction
-from laser_callback.plans.targets import Target
+from laser_callback.plans.target import Target
 from laser_callback.results.candidates import Candidate
 from laser_callback.spectra.folder import size_for
 

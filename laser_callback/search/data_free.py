@@ -15,7 +15,7 @@ from typing import Literal
 from laser_callback.plans.kinds import MLP_KINDS
 from laser_callback.plans.rank_rules import rank_by
 from laser_callback.plans.reduction import Reduction
-from laser_callback.plans.targets import Target
+from laser_callback.plans.target import Target
 from laser_callback.search.candidates import grid
 from laser_callback.spectra.spectrum import Spectrum
 from laser_callback.spectra.store import Spectra
@@ -67,7 +67,7 @@ def spectrum_screen(kind: Literal["gavish-donoho", "entropy", "laser-rmt-snr"]) 
         for target in targets:
             judged = []
             for matrix in target.matrices:
-                weight = matrix.read(matrix.parameter.data)
+                weight = matrix.value
                 judged.append(_judge(kind, spectra.of(weight, matrix.name)))
             rank = sum(rank for rank, _ in judged) / len(judged)
             preference = sum(preference for _, preference in judged) / len(judged)

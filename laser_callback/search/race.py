@@ -16,18 +16,21 @@ AISTATS 2016 (sequential halving).
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from scipy.stats import rankdata
 from torch import Tensor
 
 from laser_callback.compare.measure import Table, Values
 from laser_callback.results.candidates import Estimate
 from laser_callback.results.examples import ORIGINAL
-from laser_callback.stats.paired import Outcomes, PairedResult, compare
+from laser_callback.stats.intervals import standard_error
+from laser_callback.stats.outcomes import Outcomes, PairedResult
+from laser_callback.stats.paired import compare
 
 SMALLEST_RUNG = 24
 """Fewer examples than this eliminate nobody."""
@@ -130,9 +133,11 @@ def order(objective: Objective, table: Table, arms: Sequence[str]) -> list[str]:
     Last come those that gave a value that is not finite where the original's is.
     """
     gains, losses = _means(objective, table, arms)
-    by_gain, by_loss = _ranks({arm: -gain for arm, gain in gains.items()}), _ranks(losses)
-    best = {arm: min(by_gain[arm], by_loss[arm]) if objective.loss else by_gain[arm] for arm in arms}
-    return sorted(arms, key=lambda arm: (best[arm], losses[arm], -gains[arm]))
+    best = rankdata([-gains[arm] for arm in arms], method="min")
+    if objective.loss is not None:
+        best = np.minimum(best, rankdata([losses[arm] for arm in arms], method="min"))
+    place = dict(zip(arms, best, strict=True))
+    return sorted(arms, key=lambda arm: (place[arm], losses[arm], -gains[arm]))
 
 
 def choose(objective: Objective, table: Table, arms: Sequence[str]) -> str:
@@ -198,8 +203,7 @@ def _standard_error(change: Values) -> float:
     values, weights = _present(change)
     if len(values) < 2:
         return math.inf
-    mean = np.average(values, weights=weights)
-    return float(np.sqrt(((weights * (values - mean)) ** 2).sum() * len(values) / (len(values) - 1)) / weights.sum())
+    return standard_error(values, weights, float(np.average(values, weights=weights)))
 
 
 def _present(change: Values) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
@@ -214,13 +218,6 @@ def _broken(table: Table, arm: str) -> bool:
         bool((~torch.isfinite(values.values) & torch.isfinite(table[ORIGINAL][key].values)).any())
         for key, values in table[arm].items()
     )
-
-
-def _ranks(values: Mapping[str, float]) -> dict[str, int]:
-    """Rank of each, 0 for the lowest; equal values share the better rank."""
-    ordered = sorted(values.values())
-    first = {value: rank for rank, value in reversed(list(enumerate(ordered)))}
-    return {name: first[value] for name, value in values.items()}
 
 
 def _tensor(values: NDArray[np.float64]) -> Tensor:

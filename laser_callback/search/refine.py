@@ -12,11 +12,12 @@ from dataclasses import dataclass, replace
 
 from laser_callback.compare.measure import Table
 from laser_callback.plans.reduction import Reduction
-from laser_callback.plans.targets import Target
+from laser_callback.plans.target import Target
 from laser_callback.results.candidates import Candidate
 from laser_callback.search.candidates import neighbours, partners
 from laser_callback.search.race import choose, order
-from laser_callback.search.steps import Steps, joined
+from laser_callback.search.steps import Steps
+from laser_callback.search.tables import joined
 
 REFINED = 3
 """So many matrices, those of the best candidates, try other rhos."""
@@ -35,7 +36,6 @@ class Refinement:
         candidates: each target at each rho of the grid.
         added: candidates between the grid's rhos are added here.
         rhos: the grid.
-        base: reductions in place.
     """
 
     steps: Steps
@@ -43,7 +43,6 @@ class Refinement:
     candidates: Sequence[Candidate]
     added: list[Candidate]
     rhos: Sequence[float]
-    base: Sequence[Reduction]
 
     def __call__(
         self, step: str, alive: dict[str, Candidate], table: Table, seen: Sequence[Sequence[int]], keep: int
@@ -59,7 +58,7 @@ class Refinement:
             for number, positions in enumerate(seen):  # the same batches as in the race, for pairs may be batches
                 loader = self.steps.sets.loader("race", positions)
                 cuts = [candidate.reduction for candidate in found]
-                fresh = self.steps.measure(f"{name}-{number}", "refine", cuts, loader, self.base)
+                fresh = self.steps.measure(f"{name}-{number}", "refine", cuts, loader)
                 values = joined(values, fresh)
             for candidate in found:
                 arm = str(candidate.reduction)

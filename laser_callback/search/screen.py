@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
@@ -27,13 +27,13 @@ from typing_extensions import override
 from laser_callback.compare.state import copy_data
 from laser_callback.plans.matrices import WeightMatrix
 from laser_callback.plans.reduction import Reduction
-from laser_callback.plans.targets import Target
+from laser_callback.plans.target import Target
 from laser_callback.results.examples import example_count
 from laser_callback.search.candidates import grid
 from laser_callback.spectra.folder import size_for
 from laser_callback.spectra.spectrum import Spectrum
 from laser_callback.spectra.store import Spectra
-from laser_callback.stats.paired import Outcomes
+from laser_callback.stats.outcomes import Outcomes
 
 LossFn = Callable[[pl.LightningModule, Any], Tensor]
 
@@ -93,7 +93,7 @@ class GradientScreen(pl.Callback):
         self._spectra = spectra
         self._loss = loss
         self._key = key
-        self._undo = _Undo()
+        self._undo: list[Callable[[], Any]] = []  # what puts back, the latest change last
         self._grad_mode = False
 
     @override
@@ -104,9 +104,9 @@ class GradientScreen(pl.Callback):
             raise MisconfigurationException(
                 f"GradientScreen runs on one device, got {trainer.world_size}: use Trainer(devices=1)"
             )
-        self._undo.run()
+        self._put_back()
         # Now, since Lightning clears the gradients ahead of its loop.
-        self._undo.gradients = [(p, p.grad) for p in pl_module.parameters() if p.grad is not None]
+        self._undo += [partial(_set_gradient, p, p.grad) for p in pl_module.parameters() if p.grad is not None]
 
     @override
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -128,15 +128,15 @@ class GradientScreen(pl.Callback):
                 self._places.setdefault(id(matrix.parameter), []).append((part, matrix))
                 parameters[id(matrix.parameter)] = matrix.parameter
         wanted = [matrix for places in self._places.values() for _, matrix in places]
-        self._spectra.ahead([(matrix.read(matrix.parameter.data), matrix.name) for matrix in wanted])
+        self._spectra.ahead([(matrix.value, matrix.name) for matrix in wanted])
         # No weight changes here: what memory has room for is not looked up by its content again in every batch.
         self._found: dict[str, Spectrum] = {}
         self._keeps = sum(size_for(matrix.shape) for matrix in wanted) <= self._spectra.memory_bytes
         for parameter in pl_module.parameters():
-            self._undo.flags.append((parameter, parameter.requires_grad))
+            self._undo.append(partial(_set_flag, parameter, parameter.requires_grad))
             parameter.requires_grad_(id(parameter) in parameters)
         for parameter in parameters.values():
-            self._undo.hooks.append(parameter.register_post_accumulate_grad_hook(self._collect))
+            self._undo.append(parameter.register_post_accumulate_grad_hook(self._collect).remove)
 
     @override
     def on_validation_batch_start(
@@ -173,7 +173,7 @@ class GradientScreen(pl.Callback):
 
     @override
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._undo.run()
+        self._put_back()
         self._found.clear()
         mean, error = self._estimate()
         self.scores = dict(zip(self._reductions, mean.tolist(), strict=True))
@@ -189,13 +189,19 @@ class GradientScreen(pl.Callback):
 
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        self._undo.run()
+        self._put_back()
 
     @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        self._undo.run()
+        self._put_back()
 
     # ---- details ----------------------------------------------------------------------------------------------------
+
+    def _put_back(self) -> None:
+        """Put everything back. Each is forgotten only when it is done, so an interrupt loses none for the next call."""
+        while self._undo:
+            self._undo[-1]()
+            self._undo.pop()
 
     def _zeros(self) -> Tensor:
         return torch.zeros(len(self._reductions), dtype=torch.float64)
@@ -312,25 +318,11 @@ def _mean_loss(value: Any, source: str) -> tuple[Tensor, float | None]:
     return (value * weights).sum() / weights.sum(), float(weights.detach().sum())
 
 
-@dataclass
-class _Undo:
-    """What to put back. Can be run again, also where an interrupt stopped it."""
+def _set_flag(parameter: nn.Parameter, requires_grad: bool) -> None:
+    parameter.grad = None  # of a backward pass that was interrupted
+    parameter.requires_grad_(requires_grad)
 
-    hooks: list[Any] = field(default_factory=list)
-    flags: list[tuple[nn.Parameter, bool]] = field(default_factory=list)
-    gradients: list[tuple[nn.Parameter, Tensor]] = field(default_factory=list)
 
-    def run(self) -> None:
-        while self.hooks:
-            self.hooks[-1].remove()
-            self.hooks.pop()
-        while self.flags:
-            parameter, requires_grad = self.flags[-1]
-            parameter.grad = None  # of a backward pass that was interrupted
-            parameter.requires_grad_(requires_grad)
-            self.flags.pop()
-        while self.gradients:
-            parameter, gradient = self.gradients[-1]
-            gradient.data = gradient.data.to(parameter.device)  # where Lightning has moved the module
-            parameter.grad = gradient
-            self.gradients.pop()
+def _set_gradient(parameter: nn.Parameter, gradient: Tensor) -> None:
+    gradient.data = gradient.data.to(parameter.device)  # where Lightning has moved the module
+    parameter.grad = gradient

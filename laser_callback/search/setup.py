@@ -1,35 +1,30 @@
-"""What a search must know before it works: the objective and its direction, the constraints, what all depends on.
+"""What a search must know before it works: the objective and its direction, the constraints, whether examples suffice.
 
 Contract: whatever is wrong with the arguments and can be seen from one small batch is an error here, with its cure.
 """
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import lightning.pytorch as pl
-import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from torch import Tensor
-from torch.utils import _pytree as pytree
 
-from laser_callback.compare.measure import Table
 from laser_callback.compare.module import LaserModule
 from laser_callback.data.encoding import EncodedFact
 from laser_callback.data.sets import ExampleSets
-from laser_callback.results.examples import ORIGINAL, Logged
+from laser_callback.results.examples import Logged
 from laser_callback.search.race import Objective
-from laser_callback.spectra.folder import content_hash
-from laser_callback.stats.constraints import Constraint
-from laser_callback.stats.paired import Outcomes, PairedResult, compare
+from laser_callback.stats.constraint import Constraint
 from laser_callback.stats.power import detectable_gain, examples_needed
 
 FLUENCY = "perplexity"
 """The metric of running text."""
+
+POWER = 0.8
+"""With what probability the confirm set should show the gain that is asked for."""
 
 _ROBUSTNESS = "paraphrase_robustness"
 _OF_FIRST_TOKEN = frozenset({"first_token_accuracy", "paraphrase_accuracy", _ROBUSTNESS})
@@ -109,51 +104,22 @@ def constraints_of(
     return constraints
 
 
-def power_warnings(sets: ExampleSets, min_gain: float, power: float) -> list[str]:
+def power_warnings(sets: ExampleSets, min_gain: float) -> list[str]:
     """What to say about the size of the confirm set; nothing if it suffices."""
-    have, need = sets.sizes["confirm"], examples_needed(min_gain, power=power)
+    have, need = sets.sizes["confirm"], examples_needed(min_gain, power=POWER)
     if have >= need:
         return []
-    shown = detectable_gain(have, power=power)
+    shown = detectable_gain(have, power=POWER)
     gains = f"gains from {shown:.1%} on" if math.isfinite(shown) else "no gain at all"
     return [
         f"the confirm set has {have} example{'s' * (have != 1)}: a gain of {min_gain:.1%} is confirmed with less than "
-        f"{power:.0%} probability. That takes {need}; {have} suffice for {gains}. Give more examples, or a larger "
+        f"{POWER:.0%} probability. That takes {need}; {have} suffice for {gains}. Give more examples, or a larger "
         "share of them to `confirm`"
     ]
 
 
-def fingerprint(leaves: Iterable[Any]) -> str:
-    """A hash of tensors and plain values."""
-    digest = hashlib.sha256()
-    for leaf in leaves:
-        if isinstance(leaf, Tensor):
-            leaf = content_hash(f"{leaf.dtype} {tuple(leaf.shape)}", leaf.detach().contiguous())
-        digest.update(repr(leaf).encode())
-    return digest.hexdigest()[:16]
-
-
-def fingerprints(module: pl.LightningModule, sets: ExampleSets) -> dict[str, str]:
-    """Hashes of the weights and of each set: what a search that goes on must find unchanged.
-
-    Of facts, which are small, all of a set; of other data its first batch.
-    """
-    found = {"weights": fingerprint(module.parameters())}
-    for name in sets.sizes:
-        batches = iter(sets.loader(name))
-        seen = list(batches) if isinstance(module, LaserModule) else [next(batches)]
-        found[name] = fingerprint(pytree.tree_leaves(seen))
-    return found
-
-
 def _names(logged: Mapping[str, Logged]) -> str:
     return ", ".join(logged) or "nothing"
-
-
-def row_of(key: str, table: Table, arm: str) -> PairedResult:
-    """A row of an arm against the base, from measured values."""
-    pair = (table[name][key] for name in (ORIGINAL, arm))
-    return compare(key, *(Outcomes(values.values, values.weights, values.kind) for values in pair))
 
 
 def probe_positions(module: pl.LightningModule, sets: ExampleSets, most: int) -> list[int]:
@@ -164,24 +130,6 @@ def probe_positions(module: pl.LightningModule, sets: ExampleSets, most: int) ->
         told = [isinstance(data[i], EncodedFact) and bool(data[i].fact.paraphrases) for i in positions]
         return sorted(positions, key=lambda i: not told[i])[:most]
     return list(positions[:most])
-
-
-def rows_of(keys: Iterable[str], table: Table, arm: str) -> dict[str, PairedResult]:
-    """Those of the keys of which arm and base share a unit."""
-    shared = {k: ~(torch.isnan(table[arm][k].values) | torch.isnan(table[ORIGINAL][k].values)) for k in keys}
-    return {key: row_of(key, table, arm) for key, present in shared.items() if bool(present.any())}
-
-
-def from_original(row: PairedResult, change: float) -> PairedResult:
-    """A row against a base as one against the original, from which the base has changed by ``change``."""
-    lower, upper = (None if end is None else end + change for end in (row.lower, row.upper))
-    return replace(row, original=row.original - change, delta=row.delta + change, lower=lower, upper=upper)
-
-
-def keeps(bound: Constraint, row: PairedResult) -> bool:
-    """Whether the estimate, whatever its error, is within the margin."""
-    change = bound.judge(row).change
-    return change <= bound.margin if bound.op == "<=" else change >= bound.margin
 
 
 def plain(value: Any) -> Any:

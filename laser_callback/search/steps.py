@@ -1,6 +1,6 @@
 """The steps of a search: screen, race, refine, accept, compare. Each is kept in the journal and counted in its phase.
 
-:class:`Steps` holds what they share; the order in which they run, and what follows from them, is ``search.py``'s.
+:class:`Steps` holds what they share; the order in which they run, and what follows from them, is ``course.py``'s.
 """
 
 from __future__ import annotations
@@ -12,26 +12,25 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 
-from laser_callback.compare.measure import Lab, Table, Values
+from laser_callback.compare.measure import Lab, Table
 from laser_callback.data.sets import ExampleSets
 from laser_callback.plans.plan import LaserPlan
 from laser_callback.plans.reduction import Reduction
-from laser_callback.plans.targets import Target
+from laser_callback.plans.target import Target
 from laser_callback.reports.search_terminal import leaders
 from laser_callback.results.candidates import Candidate
 from laser_callback.results.comparison import LaserResult
 from laser_callback.results.examples import ORIGINAL
 from laser_callback.results.search import Phase
 from laser_callback.search.candidates import Score, in_parts
-from laser_callback.search.race import Objective, Rung, choose, order, paired, schedule
+from laser_callback.search.race import Objective, Rung, choose, order, paired
 from laser_callback.search.screen import GradientScreen, LossFn
 from laser_callback.search.setup import FLUENCY
-from laser_callback.spectra.store import Spectra
-from laser_callback.stats.paired import ALPHA, adjust
+from laser_callback.search.tables import joined, to_step, to_table, twins_of
+from laser_callback.stats.holm import adjust
+from laser_callback.stats.outcomes import ALPHA
 from laser_callback.support.journal import Journal, Step
 from laser_callback.support.progress import PhaseProgress
 
@@ -57,6 +56,9 @@ class Steps:
 
     Attributes:
         keys: metrics that candidates are measured by: those of the objective, and of constraints on the same examples.
+        seed: of the random control.
+        folder: where each example's outcomes are kept, if anywhere.
+        base: reductions in place, which candidates are added to.
         phases: time and passes so far.
     """
 
@@ -66,6 +68,9 @@ class Steps:
     progress: PhaseProgress
     objective: Objective
     keys: tuple[str, ...]
+    seed: int = 0
+    folder: str | Path | None = None
+    base: list[Reduction] = field(default_factory=list)
     phases: dict[str, Phase] = field(default_factory=dict)
 
     def timed(
@@ -88,13 +93,13 @@ class Steps:
         return data["data"], tensors
 
     def screen(
-        self, number: int, found: Sequence[Target], rhos: Sequence[float], base: Sequence[Reduction], screen: Screen
+        self, number: int, found: Sequence[Target], rhos: Sequence[float], screen: Screen
     ) -> dict[str, tuple[float, float]]:
         """Each candidate's estimated change of the loss and its standard error, by its text."""
         loader = self.sets.loader("screen", batches=SCREEN_BATCHES)
 
         def compute() -> Step:
-            with self.lab.base(base):
+            with self.lab.base(self.base):
                 scores = screen(found, rhos, loader)
             return {str(r): score if isinstance(score, tuple) else (score, 0.0) for r, score in scores.items()}, {}
 
@@ -103,12 +108,13 @@ class Steps:
         data, _ = self.timed(f"{number}-screen", "screen", what, compute, examples, 3.0 * examples)
         return {name: (math.nan if score is None else score, error) for name, (score, error) in data.items()}
 
-    def gradient_screen(self, spectra: Spectra, loss: LossFn | None) -> Screen:
+    def gradient_screen(self, loss: LossFn | None) -> Screen:
         """The screen by a backward pass; ``loss`` as for :class:`GradientScreen`.
 
         Where the spectra of all targets are more than can be kept from one batch to the next, part of the model after
         part is screened: passes over a hundred examples are cheaper than to factorise again for every batch.
         """
+        spectra = self.lab.spectra
 
         def screen(found: Sequence[Target], rhos: Sequence[float], loader: DataLoader[Any]) -> dict[Reduction, Score]:
             scores: dict[Reduction, Score] = {}
@@ -122,52 +128,45 @@ class Steps:
 
         return screen
 
-    def measure(
+    def measure(self, name: str, phase: str, reductions: Iterable[Reduction], loader: DataLoader[Any]) -> Table:
+        """Values of all keys for the base and for each reduction added to it."""
+        plans = {str(reduction): LaserPlan([reduction]) for reduction in reductions}
+        what = f"{phase}: {len(plans)} candidates on {_length(loader)} examples"
+        return self._measure(name, phase, what, plans, loader, self.keys, self.base)
+
+    def fluency(self, step: str, plans: Sequence[LaserPlan], loader: DataLoader[Any]) -> Table:
+        """Perplexity of the original and of each whole plan, by its text, on a few windows of running text."""
+        windows = _length(loader)
+        few = Subset(loader.dataset, range(0, windows, math.ceil(windows / FLUENCY_WINDOWS)))
+        loader = DataLoader(few, loader.batch_size, collate_fn=loader.collate_fn)
+        what = f"fluency: {len(plans)} finalists on {len(few)} windows of text"
+        by_text = {str(plan): plan for plan in plans}
+        return self._measure(f"{step}-fluency", "fluency", what, by_text, loader, (FLUENCY,), [])
+
+    def _measure(
         self,
         name: str,
         phase: str,
-        reductions: Iterable[Reduction],
+        what: str,
+        plans: Mapping[str, LaserPlan],
         loader: DataLoader[Any],
-        base: Sequence[Reduction] = (),
-        what: str = "",
+        keys: Sequence[str],
+        base: Sequence[Reduction],
     ) -> Table:
-        """Values of all keys for the base and for each reduction added to it."""
-        plans = {str(reduction): LaserPlan([reduction]) for reduction in reductions}
         examples = _length(loader)
-        whole = examples * (1 + sum(self.lab.share(plan) for plan in plans.values()))
+        whole = examples * (1 + sum(map(self.lab.share, plans.values())))
         per_batch = examples / max(len(loader), 1)
         self.lab.on_arm = lambda share: self.progress.advance(share * per_batch)
 
         def compute() -> Step:
-            table = self.lab.measure(plans, loader, self.keys, base)
-            return _to_step(table)
+            return to_step(self.lab.measure(plans, loader, keys, base))
 
-        what = what or f"{phase}: {len(plans)} candidates on {examples} examples"
-        data, tensors = self.timed(name, phase, what, compute, examples * (1 + len(plans)), whole)
-        return _to_table(data, tensors)
-
-    def fluency(self, step: str, plans: Sequence[LaserPlan], loader: DataLoader[Any]) -> Table:
-        """Perplexity of the original and of each whole plan, by its text, on a few windows of running text."""
-        by_name = {str(plan): plan for plan in plans}
-        windows = _length(loader)
-        few = Subset(loader.dataset, range(0, windows, math.ceil(windows / FLUENCY_WINDOWS)))
-        loader = DataLoader(few, loader.batch_size, collate_fn=loader.collate_fn)
-        whole = len(few) * (1 + sum(self.lab.share(plan) for plan in plans))
-        self.lab.on_arm = lambda share: self.progress.advance(share * len(few) / len(loader))
-
-        def compute() -> Step:
-            table = self.lab.measure(by_name, loader, (FLUENCY,))
-            return _to_step(table)
-
-        what = f"fluency: {len(plans)} finalists on {len(few)} windows of text"
-        data, tensors = self.timed(f"{step}-fluency", "fluency", what, compute, len(few) * (1 + len(plans)), whole)
-        return _to_table(data, tensors)
+        return to_table(*self.timed(name, phase, what, compute, examples * (1 + len(plans)), whole))
 
     def race(
         self,
         step: str,
         candidates: Sequence[Candidate],
-        base: Sequence[Reduction],
         positions: Sequence[int],
         rungs: Sequence[Rung],
         refine: Refine | None = None,
@@ -177,7 +176,6 @@ class Steps:
         Args:
             step: its name in the journal.
             candidates: at the start.
-            base: reductions in place.
             positions: race examples, in the order in which they are used.
             rungs: how many examples, and how many go on.
             refine: what lets others in ahead of the last rung.
@@ -197,14 +195,14 @@ class Steps:
             names = list(alive)
             for chunk, first in enumerate(range(0, len(names), ARMS)):
                 reductions = [alive[name].reduction for name in names[first : first + ARMS]]
-                fresh |= self.measure(f"{step}-race-{number_of_rung}-{chunk}", "race", reductions, loader, base)
+                fresh |= self.measure(f"{step}-race-{number_of_rung}-{chunk}", "race", reductions, loader)
             table = joined(table, fresh)
             ranked = order(self.objective, table, names)
             for name, candidate in alive.items():
                 candidate.examples = begin
                 candidate.gain, candidate.loss = self.objective.estimates(table, name)
             # Right and wrong alone are often the same for models that differ.
-            twins = _twins(table, ranked) if self.objective.loss is not None else {}
+            twins = twins_of(table, ranked) if self.objective.loss is not None else {}
             for name, twin in twins.items():
                 alive[name].status, alive[name].reason = "dropped", f"does the same as {twin}"
             ranked = [name for name in ranked if name not in twins]
@@ -219,47 +217,8 @@ class Steps:
                 alive = refine(step, alive, table, seen, rung.keep)
         return table, list(alive.values())
 
-    def affordable(
-        self, step: str, ranked: Sequence[Candidate], examples: int, finalists: int, passes: float, near: int
-    ) -> tuple[int, float]:
-        """How many of the ranked candidates can race and the winner be confirmed, and the passes that takes.
-
-        Args:
-            step: its name in the journal. That there is time for none is not kept: a resumed search may have more.
-            ranked: in the order in which they would race.
-            examples: race examples.
-            finalists: candidates that see all of them.
-            passes: of one example through the whole model, for which there is time.
-            near: candidates that enter ahead of the last rung, about.
-        """
-        needed = math.inf
-
-        def compute() -> Step:
-            nonlocal needed
-            for many in range(len(ranked), 0, -1):
-                share = sum(self.lab.share(c.plan) for c in ranked[:many]) / many
-                needed, alive = 4.0 * self.sets.sizes["confirm"], many  # the original, the plan and its two controls
-                needed += near * share * examples / 2
-                for rung in schedule(examples, many, finalists):
-                    needed += rung.examples * (1 + share * alive)
-                    alive = rung.keep
-                if needed <= passes:
-                    return {"count": many}, {}
-            raise _NoTimeError
-
-        try:
-            data, _ = self.journal.step(f"{step}-budget", compute)
-        except _NoTimeError:
-            return 0, needed
-        return int(data["count"]), needed
-
     def accept(
-        self,
-        number: int,
-        finalists: Sequence[Candidate],
-        base: Sequence[Reduction],
-        positions: Sequence[int],
-        table: Table,
+        self, number: int, finalists: Sequence[Candidate], positions: Sequence[int], table: Table
     ) -> Candidate | None:
         """The finalist that improves on the base also on fresh examples, Holm-corrected for all finalists; or none.
 
@@ -267,7 +226,7 @@ class Steps:
         not be negative.
         """
         loader = self.sets.loader("race", positions)
-        fresh = self.measure(f"{number}-accept", "accept", [c.reduction for c in finalists], loader, base)
+        fresh = self.measure(f"{number}-accept", "accept", [c.reduction for c in finalists], loader)
         rows = []
         for candidate in finalists:
             name = str(candidate.reduction)
@@ -283,31 +242,21 @@ class Steps:
                 accepted.append(row.metric)
         for candidate in finalists:
             if str(candidate.reduction) not in accepted:
-                candidate.status, candidate.reason = (
-                    "rejected",
-                    f"no better than without it on {len(positions)} fresh examples",
-                )
+                candidate.status = "rejected"
+                candidate.reason = f"no better than without it on {len(positions)} fresh examples"
         if not accepted:
             return None
         chosen = choose(self.objective, table, accepted)
         return next(candidate for candidate in finalists if str(candidate.reduction) == chosen)
 
     def compare(
-        self,
-        name: str,
-        plan: LaserPlan,
-        loaders: Sequence[DataLoader[Any]],
-        primary: str | None,
-        *,
-        controls: bool,
-        seed: int,
-        folder: str | Path | None,
+        self, name: str, plan: LaserPlan, loaders: Sequence[DataLoader[Any]], primary: str | None, controls: bool
     ) -> LaserResult:
-        """The original against ``plan`` with all statistics; each example's outcomes are also kept in ``folder``."""
+        """The original against ``plan`` with all statistics; each example's outcomes are also kept in the folder."""
         live: list[LaserResult] = []
 
         def compute() -> Step:
-            live.append(self.lab.compare(plan, list(loaders), primary=primary, controls=controls, seed=seed))
+            live.append(self.lab.compare(plan, list(loaders), primary=primary, controls=controls, seed=self.seed))
             return live[0].to_dict(), {}
 
         examples = sum(map(_length, loaders))
@@ -317,51 +266,9 @@ class Steps:
         result = LaserResult.from_dict(data)
         if live:
             result.examples = live[0].examples
-            if folder is not None:
-                result.examples.write(Path(folder) / f"{name}.examples.jsonl")
+            if self.folder is not None:
+                result.examples.write(Path(self.folder) / f"{name}.examples.jsonl")
         return result
-
-
-class _NoTimeError(Exception):
-    """There is no time for even one candidate."""
-
-
-def _twins(table: Table, ranked: Sequence[str]) -> dict[str, str]:
-    """Arms with the very values of one that ranks higher: zero queries or zero keys, say, make the same model."""
-    first: dict[tuple[bytes, ...], str] = {}
-    twins = {}
-    for name in ranked:
-        values = tuple(v.values.numpy().tobytes() for v in table[name].values())
-        if values in first:
-            twins[name] = first[values]
-        first.setdefault(values, name)
-    return twins
-
-
-def joined(seen: Table, fresh: Table) -> Table:
-    """The values of the arms of ``seen``, and then those of ``fresh``; all of ``fresh`` where nothing was seen."""
-    if not seen:
-        return fresh
-    return {
-        arm: {key: Values.join([seen[arm][key], fresh[arm][key]]) for key in seen[arm]} for arm in fresh if arm in seen
-    }
-
-
-def _to_step(table: Table) -> Step:
-    first = next(iter(table.values()))
-    keys = list(first)
-    tensors = {f"values/{key}": torch.stack([arm[key].values for arm in table.values()]) for key in keys}
-    data = {"arms": list(table), "kinds": {key: first[key].kind for key in keys}}
-    return data, tensors | {f"weights/{key}": torch.stack([arm[key].weights for arm in table.values()]) for key in keys}
-
-
-def _to_table(data: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Table:
-    return {
-        arm: {
-            k: Values(tensors[f"values/{k}"][i], tensors[f"weights/{k}"][i], kind) for k, kind in data["kinds"].items()
-        }
-        for i, arm in enumerate(data["arms"])
-    }
 
 
 def _length(loader: DataLoader[Any]) -> int:

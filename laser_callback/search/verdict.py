@@ -1,11 +1,38 @@
-"""The last step of a search: recommend the confirmed plan, or the original, and say why."""
+"""The last step of a search: confirm the found plan, recommend it or the original, and say why."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
+from laser_callback.compare.controls import random_plan
 from laser_callback.results.search import SearchResult
-from laser_callback.stats.constraints import Gain
+from laser_callback.search.steps import Steps
+from laser_callback.stats.constraint import Constraint
+from laser_callback.stats.gain import Gain
+from laser_callback.stats.gates import judge_all
+
+
+def confirm(steps: Steps, result: SearchResult, bounds: Sequence[Constraint], controls: bool) -> None:
+    """Run the found plan, if there is one, against the original on what nothing has seen; then :func:`decide`."""
+    if result.found is None:
+        return
+    if controls:
+        try:
+            weights = steps.lab.spectra.base
+            random_plan(steps.lab.module, result.found, steps.seed, weights.changed if weights else lambda matrix: True)
+        except ValueError as error:
+            controls = False
+            result.warnings.append(f"without controls: {error}")
+    loaders, primary = [steps.sets.loader("confirm")], steps.objective.keys[0]
+    result.confirmed = steps.compare("confirm", result.found, loaders, primary, controls)
+    if bounds:
+        text = steps.sets.text("guard")
+        guard = [steps.sets.loader("guard")] if steps.sets.sizes.get("guard") else []
+        guard += [] if text is None else [text]
+        result.guard = steps.compare("guard", result.found, guard, None, controls=False)
+        result.judgements = judge_all(bounds, result.guard["laser"].rows)
+    decide(result, steps.objective.signs[0])
 
 
 def decide(result: SearchResult, sign: int) -> None:

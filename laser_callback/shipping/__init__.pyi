@@ -1,11 +1,11 @@
 from .cleanup import LaserCleanup as LaserCleanup
 from .export import save_reduced as save_reduced
-from .factored import FactoredLinear as FactoredLinear
-from .factored import factored as factored
 from .factored_file import load_factored as load_factored
 from .gates import Gates as Gates
 from .gates import read_gates as read_gates
 from .rollout import StagedRollout as StagedRollout
 from .rollout import in_steps as in_steps
 from .rollout import one_by_one as one_by_one
+from .thin import FactoredLinear as FactoredLinear
+from .thin import factored as factored
 from .undo import restore as restore

@@ -16,8 +16,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from laser_callback.compare.language_model import kind_of
 from laser_callback.plans.plan import LaserPlan
-from laser_callback.shipping.factored import gains_of, thin_factors, why_not_thin
+from laser_callback.shipping.thin import gains_of, thin_factors, why_not_thin
 from laser_callback.spectra.store import Spectra
 
 Factors = Mapping[str, tuple[Tensor, Tensor]]
@@ -40,7 +41,7 @@ def difference_of(model: PreTrainedModel, plan: LaserPlan, spectra: Spectra) -> 
         )
     factors: dict[str, tuple[Tensor, Tensor]] = {}
     for matrix, reduction in planned:
-        weight = matrix.read(matrix.parameter.data).detach()
+        weight = matrix.value
         if base is None and spectra.changes_nothing(weight, reduction, matrix.name):
             continue
         if why := why_not_thin(matrix, reduction, spectra):
@@ -86,7 +87,7 @@ def save_adapter(model: PreTrainedModel, factors: Factors, folder: Path, base_na
     ranks = {name: len(down) for name, (_, down) in factors.items()}
     most = max(ranks.values())
     different = {name: rank for name, rank in ranks.items() if rank != most}
-    options: dict[str, Any] = {"task_type": "CAUSAL_LM"} if type(model).__name__.endswith("CausalLM") else {}
+    options: dict[str, Any] = {"task_type": "CAUSAL_LM"} if kind_of(type(model).__name__) == "causal" else {}
     folder.mkdir(parents=True, exist_ok=True)
     LoraConfig(
         r=most,

@@ -1,25 +1,19 @@
 """LaserCleanup: after training, find out whether a cut makes the model better, and if so put it beside the checkpoints.
 
 Contract: when ``trainer.fit`` has ended well, the weights that training gave are searched twice, in full mode and in
-delta mode (the difference to the base alone). Both were declared beforehand, so both are confirmed on the same examples
-and share one level by Holm's procedure. What is accepted becomes a checkpoint of its own, with the numbers; the user's
-checkpoints stay untouched, and so does the module, unless ``apply`` asks for the cut. Trainer, module and process group
-are left as they were found.
+delta mode (the difference to the base alone). What is accepted becomes a checkpoint of its own, with the numbers; the
+user's checkpoints stay untouched, and so does the module, unless ``apply`` asks for the cut. Trainer, module and
+process group are left as they were found.
 """
 
 from __future__ import annotations
 
-import copy
-import json
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal
 
 import lightning.pytorch as pl
-import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
@@ -29,32 +23,26 @@ from typing_extensions import override
 from laser_callback.compare.callback import check_strategy
 from laser_callback.compare.measure import Lab
 from laser_callback.compare.module import LaserModule
-from laser_callback.compare.state import RandomState
 from laser_callback.data.datamodule import FactsDataModule
-from laser_callback.data.facts import DEFAULT_SIZES
 from laser_callback.data.sets import ExampleSets
 from laser_callback.plans.plan import LaserPlan
-from laser_callback.plans.targets import targets
 from laser_callback.reports.gate_terminal import print_cleanup
 from laser_callback.results.cleanup import CleanupResult
 from laser_callback.results.evidence import numbers_of
 from laser_callback.search.screen import returned_loss
-from laser_callback.search.search import LaserSearch, OutOfTimeError
+from laser_callback.search.search import LaserSearch
 from laser_callback.shipping.gates import Gates
-from laser_callback.spectra.delta import BaseWeights, Source, read_weights
+from laser_callback.shipping.modes import MODES, accept, search_modes, spectra_of
+from laser_callback.shipping.trained import as_found, device_of, free_path, save_cleaned, weights_to_clean
+from laser_callback.spectra.delta import BaseSource, BaseWeights, read_weights
 from laser_callback.spectra.store import Spectra
-from laser_callback.support.files import appearing, write_atomically
-from laser_callback.support.merging import adapted_layers, merged, put_effective, refuse_other_than_lora
+from laser_callback.support.files import write_json
+from laser_callback.support.merging import adapted_layers, merged, refuse_other_than_lora
 from laser_callback.support.processes import on_first_rank, share_weights, waiting_group
 from laser_callback.surgery.recipe import recorded
 
-MODES = ("full", "delta")
-
-_OWN = {"module", "data", "base", "folder", "resume", "spectra", "accelerator", "precision", "devices", "progress"}
+_OWN = {"module", "data", "base", "folder", "resume", "spectra", "accelerator", "precision", "progress"}
 """Arguments of the search that are not the user's here."""
-
-_TRAINING_STATE = ("callbacks", "optimizer_states", "lr_schedulers")
-"""Parts of a checkpoint that belong to the weights before the cut."""
 
 
 class LaserCleanup(pl.Callback):
@@ -62,8 +50,8 @@ class LaserCleanup(pl.Callback):
 
     Args:
         data: examples that training has not seen, as :class:`LaserSearch` takes them; by default the validation data.
-            They are dealt to the sets of a search. That training has chosen a checkpoint by them does no harm: it
-            favours the model as it is.
+            They are dealt to the sets of a search; ``ExampleSets.of(data, sizes=...)`` deals them otherwise. That
+            training has chosen a checkpoint by them does no harm: it favours the model as it is.
         base: what the model was fine-tuned from, as :class:`~laser_callback.spectra.BaseWeights` takes it. For a model
             with LoRA by default the weights under it.
         modes: ``"full"`` cuts the weights, ``"delta"`` what fine-tuning has changed.
@@ -72,7 +60,7 @@ class LaserCleanup(pl.Callback):
         folder: where the cleaned checkpoint and its report go; by default beside the checkpoints.
         apply: also put the cleaned weights into the module, on all processes.
         minutes: for both searches together; see :class:`LaserSearch`. A mode that they do not suffice for is left out.
-        sizes, seed: of the sets; see :class:`LaserSearch`.
+        seed: see :class:`LaserSearch`.
         report: print a table at the end.
         search: all other arguments of :class:`LaserSearch`, such as ``objective``, ``direction`` and ``constraints``.
 
@@ -96,14 +84,13 @@ class LaserCleanup(pl.Callback):
         self,
         data: pl.LightningDataModule | DataLoader[Any] | Mapping[str, DataLoader[Any]] | ExampleSets | None = None,
         *,
-        base: Source | None = None,
+        base: BaseSource | None = None,
         modes: Sequence[str] = MODES,
         gates: Gates | None = None,
         weights: Literal["best", "last"] = "best",
         folder: str | Path | None = None,
         apply: bool = False,
         minutes: float | None = None,
-        sizes: Mapping[str, int | float] | None = None,
         seed: int = 0,
         report: bool = True,
         **search: Any,
@@ -123,8 +110,8 @@ class LaserCleanup(pl.Callback):
                 f"{', '.join(possible)}"
             )
         self.data, self.base, self.gates, self.weights, self.folder = data, base, gates, weights, folder
-        self.apply, self.minutes, self.sizes, self.seed, self.report = apply, minutes, sizes, seed, report
-        self.search = search
+        self.apply, self.minutes, self.seed, self.report = apply, minutes, seed, report
+        self.search = search  # alone: jsonargparse looks for it, and where it goes to
         self._sets: ExampleSets | None = None
         self._result: CleanupResult | None = None
 
@@ -189,7 +176,7 @@ class LaserCleanup(pl.Callback):
                 "checkpoint or model); without one clean in one mode, modes='full'"
             )
         for mode in self.modes:
-            self._search(trainer, pl_module, mode, None if mode == "full" else {}, None)
+            self._search(trainer, pl_module, mode, {})
         if self.base is not None and trainer.is_global_zero:
             with merged(pl_module):
                 BaseWeights(self.base, pl_module)
@@ -215,11 +202,7 @@ class LaserCleanup(pl.Callback):
             )
         if isinstance(data, pl.LightningDataModule) and data.trainer is None:
             data.trainer = trainer  # as for the trainer's own data: a FactsDataModule takes the tokenizer from there
-        return (
-            data
-            if isinstance(data, ExampleSets)
-            else ExampleSets.of(data, sizes=self.sizes or DEFAULT_SIZES, seed=self.seed)
-        )
+        return data if isinstance(data, ExampleSets) else ExampleSets.of(data, seed=self.seed)
 
     # ---- after training ---------------------------------------------------------------------------------------------
 
@@ -239,21 +222,14 @@ class LaserCleanup(pl.Callback):
 
     def _clean(self, trainer: pl.Trainer, module: pl.LightningModule) -> CleanupResult:
         """All of the work, in one process."""
-        with _as_found(trainer, module), self._weights_to_clean(trainer, module) as (checkpoint, source):
+        with as_found(trainer, module), weights_to_clean(trainer, module, self.weights) as (checkpoint, source):
             result, weights = self._effective(trainer, module, source)
-            path = _free(self._folder(trainer) / f"{Path(source).stem}.cleaned.ckpt")
+            path = free_path(self._folder(trainer) / f"{Path(source).stem}.cleaned.ckpt")
             if result.recipe is not None:
                 result.checkpoint = path
-                state = module.state_dict()
-                put_effective(state, module, weights)
-                checkpoint["state_dict"] = state
-                checkpoint["laser"] = result.recipe.to_dict()
-                for name in _TRAINING_STATE:
-                    checkpoint.pop(name, None)
-                with appearing(path) as whole:
-                    torch.save(checkpoint, whole)
+                save_cleaned(checkpoint, module, weights, result.recipe, path)
             result.report = path.with_suffix(".json")
-            write_atomically(result.report, json.dumps(result.to_dict(), indent=2, ensure_ascii=False) + "\n")
+            write_json(result.report, result.to_dict())
         return result
 
     def _effective(
@@ -264,62 +240,44 @@ class LaserCleanup(pl.Callback):
         base = under if self.base is None else read_weights(self.base)
         with merged(module):
             result = self._judge(trainer, module, base, source)
-            if result.plan is None:
+            if result.mode is None or result.plan is None:
                 return result, {}
-            spectra = self._spectra(module, result.mode, base)
+            spectra = spectra_of(result.mode, module, base)
             digest = None if spectra.base is None else spectra.base.digest
-            numbers = numbers_of(result.searches[str(result.mode)], result.plan, digest)
+            numbers = numbers_of(result.searches[result.mode], result.plan, digest)
             with recorded(module, result.plan, spectra, numbers=numbers) as (cut, result.recipe):
                 planned = {id(matrix.parameter) for matrix, _ in cut.matrices}
                 named = module.named_parameters(remove_duplicate=False)
                 return result, {name: p.data for name, p in named if id(p) in planned}
 
-    def _judge(self, trainer: pl.Trainer, module: pl.LightningModule, base: Source, source: str) -> CleanupResult:
+    def _judge(self, trainer: pl.Trainer, module: pl.LightningModule, base: BaseSource, source: str) -> CleanupResult:
         """Search in each mode, then accept the best of what passes everything, or nothing."""
-        lab = Lab(module, Spectra.default(), **_device(trainer))
-        if self.gates is not None:
-            self.gates.prepare(lab, LaserPlan([targets(module, self.search.get("within", "*.all"))[0].at(0.0)]))
-        result, start = CleanupResult(source, {}), time.perf_counter()
-        for place, mode in enumerate(self.modes):
-            left = None
-            if self.minutes is not None:
-                left = (self.minutes - (time.perf_counter() - start) / 60) / (len(self.modes) - place)
-            search = self._search(trainer, module, mode, None if mode == "full" else base, left)
-            try:
-                result.searches[mode] = search.run()
-            except OutOfTimeError as error:  # no reason to lose what the other mode has found
-                search.result.reason = str(error)
-                result.searches[mode] = search.result
-        result.adjust()
-        for mode in result.candidates():
-            plan = result.searches[mode].plan
-            assert plan is not None
-            if self.gates is not None:
-                lab.spectra = self._spectra(module, mode, base)
-                verdict = result.gates[mode] = self.gates.verdict(plan, self.gates.measure(lab, plan))
-                if not verdict.accepted:
-                    continue
-            result.mode, result.plan = mode, plan
-            break
+        lab = Lab(module, Spectra.default(), **device_of(trainer))
+        if self.gates is not None:  # ahead of hours of search
+            self.gates.prepare(lab, LaserPlan([lab.targets(self.search.get("within", "*.all"))[0].at(0.0)]))
+
+        def search_in(mode: str, minutes: float | None) -> LaserSearch:
+            return self._search(trainer, module, mode, base, minutes)
+
+        result = CleanupResult(source, {})
+        search_modes(result, self.modes, search_in, self.minutes)
+        accept(result, lab, self.gates, base)
         return result
 
-    # ---- details ----------------------------------------------------------------------------------------------------
-
     def _search(
-        self, trainer: pl.Trainer, module: pl.LightningModule, mode: str, base: Source | None, minutes: float | None
+        self, trainer: pl.Trainer, module: pl.LightningModule, mode: str, base: BaseSource, minutes: float | None = None
     ) -> LaserSearch:
         assert self._sets is not None
-        device = _device(trainer)
+        device = device_of(trainer)
         # All arguments that are not `self.search`, one by one: the rest is what a config file may say (jsonargparse).
         return LaserSearch(
             module,
             self._sets,
-            base=base,
+            base=base if mode == "delta" else None,
             minutes=minutes,
             seed=self.seed,
             progress=self.report and trainer.progress_bar_callback is not None,
             accelerator=device["accelerator"],
-            devices=device["devices"],
             precision=device["precision"],
             spectra=None,
             folder=None,
@@ -327,56 +285,6 @@ class LaserCleanup(pl.Callback):
             **self.search,
         )
 
-    def _spectra(self, module: pl.LightningModule, mode: str | None, base: Source) -> Spectra:
-        return Spectra.default(BaseWeights(base, module) if mode == "delta" else None)
-
     def _folder(self, trainer: pl.Trainer) -> Path:
         beside = getattr(trainer.checkpoint_callback, "dirpath", None)
         return Path(self.folder or beside or trainer.default_root_dir)
-
-    @contextmanager
-    def _weights_to_clean(
-        self, trainer: pl.Trainer, module: pl.LightningModule
-    ) -> Iterator[tuple[dict[str, Any], str]]:
-        """Within: the module has the weights to clean. Yields the checkpoint that they are of, and its name."""
-        if self.weights == "last":
-            yield trainer._checkpoint_connector.dump_checkpoint(weights_only=True), "last"
-            return
-        path = str(getattr(trainer.checkpoint_callback, "best_model_path", ""))
-        if not path:
-            raise MisconfigurationException("there is no best checkpoint to clean: ModelCheckpoint has saved none")
-        checkpoint = trainer.strategy.load_checkpoint(path)
-        trained = copy.deepcopy(module.state_dict())
-        module.on_load_checkpoint(checkpoint)
-        try:
-            trainer.strategy.load_model_state_dict(checkpoint, strict=module.strict_loading)
-            yield checkpoint, path
-        finally:
-            module.load_state_dict(trained, strict=module.strict_loading)
-
-
-def _device(trainer: pl.Trainer) -> dict[str, Any]:
-    """Where and how this process trained, as a Trainer of its own is told."""
-    device = trainer.strategy.root_device
-    devices = 1 if device.index is None else [device.index]
-    return {"accelerator": device.type, "devices": devices, "precision": trainer.precision}
-
-
-@contextmanager
-def _as_found(trainer: pl.Trainer, module: pl.LightningModule) -> Iterator[None]:
-    """After: the module belongs to its trainer again, and the random generators stand where they stood."""
-    state = RandomState.now()
-    try:
-        yield
-    finally:
-        module.trainer = trainer
-        state.set()
-
-
-def _free(path: Path) -> Path:
-    """``path``, or where that is taken with a number, as ModelCheckpoint does it."""
-    number, found = 0, path
-    while found.exists() or found.with_suffix(".json").exists():
-        number += 1
-        found = path.with_stem(f"{path.stem}-v{number}")
-    return found

@@ -16,15 +16,15 @@ from torch import nn
 from transformers import PreTrainedModel
 from typing_extensions import override
 
-from laser_callback.compare.measure import quiet_trainer
+from laser_callback.compare.trainer import quiet_trainer
 from laser_callback.plans.plan import LaserPlan
 from laser_callback.reports.model_card import hub_name, model_card
 from laser_callback.results.comparison import LaserResult
 from laser_callback.results.evidence import numbers_of
 from laser_callback.results.search import SearchResult
 from laser_callback.shipping.adapter import difference_of, save_adapter
-from laser_callback.shipping.factored import Factored, factored
 from laser_callback.shipping.factored_file import RANKS, WEIGHTS, save_factored_weights
+from laser_callback.shipping.thin import Factored, factored
 from laser_callback.shipping.undo import save_undo
 from laser_callback.spectra.store import Spectra
 from laser_callback.support.files import appearing
@@ -167,8 +167,7 @@ def _check_thin(thin: Factored) -> None:
 
 def _document(folder: Path, model: PreTrainedModel, recipe: Recipe, **card: Any) -> None:
     recipe.to_file(folder / RECIPE)
-    text = model_card(recipe, base=hub_name(model.name_or_path), **card)
-    (folder / "README.md").write_text(text, encoding="utf-8")
+    model_card(recipe, base=hub_name(model.name_or_path), **card).save(folder / "README.md")
 
 
 # ---- checkpoints -----------------------------------------------------------------------------------------------------
@@ -205,15 +204,6 @@ def _save_factored_checkpoint(
 
 def _save_checkpoint(module: pl.LightningModule, file: Path, more: Mapping[str, Any]) -> None:
     """As Lightning does it, but for the state of the training, which was of other weights."""
-    with quiet_trainer():
-        trainer = pl.Trainer(
-            accelerator="cpu",
-            devices=1,
-            plugins=[_With(more)],
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-        )
-    trainer.strategy.connect(module)
-    trainer.save_checkpoint(file, weights_only=True)
+    with quiet_trainer("cpu", plugins=[_With(more)]) as trainer:
+        trainer.strategy.connect(module)
+        trainer.save_checkpoint(file, weights_only=True)

@@ -18,7 +18,7 @@ from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
-from laser_callback.shipping.factored import make_room
+from laser_callback.shipping.thin import make_room
 from laser_callback.support.pretrained import model_class
 
 WEIGHTS = "factored.safetensors"

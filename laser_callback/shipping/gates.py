@@ -3,7 +3,7 @@
 A short list of demands, declared beforehand and each judged on its own data: a gain that must be shown, and bounds on
 how much worse the rest may become. Contract: a plan is accepted if every gate passes. A gate that fails, or that the
 data cannot decide, keeps the original model, with the reason. A gate that nothing can be judged by is an error before
-the work. The demands themselves are :mod:`laser_callback.stats.constraints`.
+the work. The demands themselves are :mod:`laser_callback.stats.gates`.
 """
 
 from __future__ import annotations
@@ -19,11 +19,13 @@ from torch.utils.data import DataLoader, Dataset
 from laser_callback.compare.measure import Lab
 from laser_callback.data.datamodule import FactsDataModule
 from laser_callback.data.probes import ProbesDataModule
+from laser_callback.data.scoring import CURES
 from laser_callback.plans.plan import LaserPlan
 from laser_callback.results.comparison import LaserResult
 from laser_callback.results.gates import GateVerdict
-from laser_callback.stats.constraints import Gain, Gate, judge_all, parse_gate
-from laser_callback.stats.paired import PairedResult
+from laser_callback.stats.gain import Gain
+from laser_callback.stats.gates import Gate, judge_all, parse_gate
+from laser_callback.stats.outcomes import PairedResult
 
 
 def read_gates(gates: Any) -> list[Gate]:
@@ -99,7 +101,7 @@ class Gates:
                     raise ValueError(f"two of the data have a metric {row.metric!r}: give `others` other names")
                 self._home[row.metric] = name
                 rows.append(row)
-        judge_all(self.gates, rows)
+        judge_all(self.gates, rows, cures=CURES)
         not_means = {row.metric: row.note for row in rows if row.kind is None}
         for gate in self.gates:
             if gate.key in not_means:

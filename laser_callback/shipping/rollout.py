@@ -16,7 +16,6 @@ from typing import Any, Literal
 
 import lightning.pytorch as pl
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from torch.utils import _pytree as pytree
 
 from laser_callback.compare.measure import Lab
 from laser_callback.compare.module import LaserModule
@@ -24,10 +23,10 @@ from laser_callback.plans.plan import LaserPlan
 from laser_callback.plans.reduction import Reduction
 from laser_callback.results.comparison import LaserResult
 from laser_callback.results.rollout import Outcome, RolloutResult, Stage
-from laser_callback.search.setup import fingerprint
+from laser_callback.search.fingerprints import fingerprints
 from laser_callback.shipping.gates import Gates
 from laser_callback.spectra.store import Spectra
-from laser_callback.stats.constraints import Gain
+from laser_callback.stats.gain import Gain
 from laser_callback.support.journal import Journal, Step
 from laser_callback.support.progress import PhaseProgress
 from laser_callback.support.provenance import versions
@@ -84,7 +83,8 @@ class StagedRollout:
         controls: run the two controls beside each stage.
         folder: keep each finished stage here; with ``resume`` go on from them.
         spectra: the store of factorisations; by default on this machine's disk.
-        accelerator, precision: as in ``Trainer``, but "auto" takes CUDA or the CPU. It runs on one device.
+        accelerator, precision: as in ``Trainer``, but "auto" takes CUDA or the CPU, and "cuda:1" names the device: it
+            runs on one.
         progress: show progress on standard error.
         seed: of the random control.
 
@@ -161,10 +161,8 @@ class StagedRollout:
         if lab.spectra.base is not None:
             self.result.settings["base"] = lab.spectra.base.digest
         if self.folder is not None:
-            whole = isinstance(self.module, LaserModule)  # facts are few; of other data the first batches
-            prints = {name or "data": _fingerprint(data, whole) for name, data in self._gates.data.items()}
-            prints["weights"] = fingerprint(self.module.parameters())
-            self.result.settings["fingerprints"] = prints
+            parts = {name or "data": _loaders(data) for name, data in self._gates.data.items()}
+            self.result.settings["fingerprints"] = fingerprints(self.module, parts)
         self._journal = Journal(self.folder, self.result.settings, self.resume)
         self._lab = lab
 
@@ -236,12 +234,10 @@ class StagedRollout:
             self.result.to_json(Path(self.folder) / "result.json")
 
 
-def _fingerprint(data: Any, whole: bool) -> str:
-    """A hash of what is compared on: of all batches, or of the first of each dataloader."""
+def _loaders(data: Any) -> Sequence[Any]:
+    """The dataloaders that ``trainer.validate`` would run."""
     if isinstance(data, pl.LightningDataModule):
         data.prepare_data()
         data.setup("validate")
         data = data.val_dataloader()
-    loaders = data if isinstance(data, (list, tuple)) else [data]
-    seen = [list(loader) if whole else next(iter(loader)) for loader in loaders]
-    return fingerprint(pytree.tree_leaves(seen))
+    return data if isinstance(data, (list, tuple)) else [data]

@@ -55,7 +55,7 @@ def save_undo(
     """
     with appearing(Path(path)) as file:
         found = Recipe.of(plan).resolve(model)
-        originals = {matrix.name: _pack(matrix.read(matrix.parameter.data)) for matrix, _ in found}
+        originals = {matrix.name: _pack(matrix.value) for matrix, _ in found}
         with recorded(model, plan, spectra, numbers=numbers) as (_, recipe):
             save_file(originals, file, {"format": _FORMAT, "recipe": json.dumps(recipe.to_dict())})
     return recipe

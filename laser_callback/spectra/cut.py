@@ -72,7 +72,7 @@ def cut_spectra(matrices: list[tuple[WeightMatrix, Reduction]], spectra: Spectra
     if spectra.method == "reference":
         return []
     return [
-        CutSpectrum.of(spectra.of(matrix.read(matrix.parameter.data), matrix.name), matrix.name, reduction)
+        CutSpectrum.of(spectra.of(matrix.value, matrix.name), matrix.name, reduction)
         for matrix, reduction in matrices
         if reduction.of == "rank" and reduction.blocks == 1
     ]

@@ -19,13 +19,13 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from laser_callback.plans.matrices import WeightMatrix, find_matrices, same_name
+from laser_callback.plans.matrices import WeightMatrix, find_matrices, plain_name, same_name
 from laser_callback.spectra.folder import content_hash
 from laser_callback.spectra.spectrum import as_double
 from laser_callback.support.merging import adapted_layers
 from laser_callback.support.pretrained import load_pretrained
 
-Source: TypeAlias = "nn.Module | Mapping[str, Tensor] | str | Path"
+BaseSource: TypeAlias = "nn.Module | Mapping[str, Tensor] | str | Path"
 
 UNRELATED = 1.0
 """A difference as large as the base itself. Independent weights differ by the square root of 2 of their size,
@@ -57,7 +57,7 @@ class BaseWeights:
         with reduced(module, "27.fc_in@0.01", Spectra(base=base)): ...
     """
 
-    def __init__(self, source: Source, model: nn.Module) -> None:
+    def __init__(self, source: BaseSource, model: nn.Module) -> None:
         unmerged = [name for name, layer in adapted_layers(model) if not layer.merged]
         if unmerged:
             raise ValueError(
@@ -75,9 +75,9 @@ class BaseWeights:
         parameters = {id(tensor): tensor for _, tensor in (self._pairs[m.name] for m in known)}  # fused ones once
         self.digest = content_hash("base", *(tensor.contiguous() for tensor in parameters.values()))[:16]
         self._changed = [
-            _plain(name)
+            plain_name(name)
             for name, parameter in model.named_parameters()
-            if not parameter.is_meta and not _same(parameter.data, weights.of(_plain(name)))
+            if not parameter.is_meta and not _same(parameter.data, weights.of(plain_name(name)))
         ]
 
     def matrix(self, name: str, like: Tensor) -> Tensor:
@@ -110,18 +110,18 @@ class BaseWeights:
 
     def changed_besides(self, matrices: Sequence[WeightMatrix]) -> list[str]:
         """Names of the parameters that fine-tuning has changed and none of ``matrices`` is in."""
-        names = [_plain(name) for matrix in matrices for name in matrix.parameter_names]
+        names = [plain_name(name) for matrix in matrices for name in matrix.parameter_names]
         return [name for name in self._changed if not any(same_name(name, other) for other in names)]
 
     def _relative_change(self, matrix: WeightMatrix) -> float:
         """||W - W_base|| / ||W_base||, in Frobenius norms."""
-        weight = matrix.read(matrix.parameter.data).detach().float()
+        weight = matrix.value.float()
         base = self.matrix(matrix.name, matrix.parameter.data).float()
         change, size = float((weight - base).norm()), float(base.norm())
         return change / size if size else change
 
 
-def read_weights(source: Source) -> Mapping[str, Tensor]:
+def read_weights(source: BaseSource) -> Mapping[str, Tensor]:
     """Weights by name, from whatever :class:`BaseWeights` takes.
 
     Raises:
@@ -160,14 +160,14 @@ class _Weights:
     """
 
     def __init__(self, weights: Mapping[str, Tensor], matrices: Sequence[WeightMatrix]) -> None:
-        self._by_name = {_plain(name): tensor for name, tensor in weights.items()}
+        self._by_name = {plain_name(name): tensor for name, tensor in weights.items()}
         by_end: dict[str, list[str]] = {}
         for name in self._by_name:
             for end in _ends(name):
                 by_end.setdefault(end, []).append(name)
         votes: Counter[tuple[str, str]] = Counter()
         for matrix in matrices:
-            own = _plain(matrix.parameter_names[0])
+            own = plain_name(matrix.parameter_names[0])
             shared = next((end for end in _ends(own) if end in by_end), None)
             if shared is not None:
                 votes.update((own.removesuffix(shared), found.removesuffix(shared)) for found in by_end[shared])
@@ -183,7 +183,7 @@ class _Weights:
         """Each matrix of the model with the base's parameter that holds its counterpart."""
         found: dict[str, tuple[WeightMatrix, Tensor]] = {}
         for matrix in matrices:
-            for name in map(_plain, matrix.parameter_names):
+            for name in map(plain_name, matrix.parameter_names):
                 tensor = self.of(name)
                 if tensor is not None:
                     found.setdefault(matrix.name, (matrix, tensor))
@@ -221,11 +221,6 @@ def _same(parameter: Tensor, base: Tensor | None) -> bool:
     if base is None or base.shape != parameter.shape:
         return False
     return torch.equal(parameter, base.to(parameter.device, parameter.dtype))
-
-
-def _plain(name: str) -> str:
-    """A parameter's name without what ``torch.compile`` and PEFT put into it."""
-    return name.replace("_orig_mod.", "").replace(".base_layer.", ".")
 
 
 def _ends(name: str) -> list[str]:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from laser_callback.plans.rank_rules import rank_by
 from laser_callback.plans.reduction import part_of
-from laser_callback.plans.targets import RHOS, targets
+from laser_callback.plans.target import RHOS, targets
 from laser_callback.plans.uncut import NotCut, not_cut
 from laser_callback.spectra.store import SIDE_BY_SIDE, Spectra
 from laser_callback.support.progress import PhaseProgress
@@ -122,8 +122,8 @@ def inspect_model(
     with progress.phase(f"factorising {len(found)} matrices", sum(work)):
         for i, (matrix, amount) in enumerate(zip(found, work, strict=True)):
             if i % SIDE_BY_SIDE == 0:
-                spectra.ahead([(m.read(m.parameter.data), m.name) for m in found[i : i + SIDE_BY_SIDE]])
-            values = spectra.of(matrix.read(matrix.parameter.data), matrix.name).values.cpu()
+                spectra.ahead([(m.value, m.name) for m in found[i : i + SIDE_BY_SIDE]])
+            values = spectra.of(matrix.value, matrix.name).values.cpu()
             ranks = {rule: rank_by(rule, values, matrix.shape) for rule in RULES}
             place = (matrix.name, matrix.stack, matrix.layer, matrix.kind, matrix.expert, matrix.shape)
             inspected.append(InspectedMatrix(*place, values, ranks))

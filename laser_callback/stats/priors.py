@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from laser_callback.stats.paired import Array, Outcomes, PairedResult, as_float64, compare
+from laser_callback.stats.outcomes import Array, Outcomes, PairedResult, as_float64
+from laser_callback.stats.paired import compare
 
 MACRO_MIN_UNITS = 5  # gold answers with fewer units are too noisy to average over
 

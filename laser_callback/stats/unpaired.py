@@ -5,10 +5,8 @@ them. The delta is reduced minus original, with a two-sided 95 % interval; compu
 
 Sources:
     Fisher's exact test.
-    Newcombe, R. G. (1998). Interval estimation for the difference between independent proportions: comparison of eleven
-    methods. Statistics in Medicine 17, 873-890: method 10.
     Welch, B. L. (1947). Biometrika 34, 28-35.
-    Cochran, W. G. (1977). Sampling Techniques, 3rd ed., chapter 6 (linearised variance of a ratio).
+    Those of the intervals stand in :mod:`laser_callback.stats.intervals`.
 """
 
 from __future__ import annotations
@@ -19,8 +17,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 from scipy import stats
 
-from laser_callback.stats.intervals import Floats
-from laser_callback.stats.paired import ALPHA, Outcomes, PairedResult, as_float64
+from laser_callback.stats.intervals import Floats, joined_wilson, standard_error
+from laser_callback.stats.outcomes import ALPHA, Outcomes, PairedResult, as_float64
 
 
 @dataclass(frozen=True)
@@ -67,8 +65,8 @@ def compare_groups(
     """
     if original.kind != reduced.kind:
         raise ValueError(f"`reduced` must have the kind of `original`, {original.kind!r}, got {reduced.kind!r}")
-    groups = [_present(outcomes) for outcomes in (original, reduced)]
-    sizes = [len(values) for values, _ in groups]
+    groups = _present(original), _present(reduced)
+    sizes = len(groups[0][0]), len(groups[1][0])
     log_ratio = original.kind == "log_ratio"
     if higher_is_better is None and original.kind != "mean":
         higher_is_better = original.kind == "binary"
@@ -89,12 +87,12 @@ def compare_groups(
     if min(sizes) < (1 if original.kind == "binary" else 2):
         return replace(row, note=f"{sizes[0]} and {sizes[1]} units are too few")
     if original.kind == "binary":
-        ones = [round(float(values.sum())) for values, _ in groups]
+        ones = round(float(groups[0][0].sum())), round(float(groups[1][0].sum()))
         table = np.array([[one, size - one] for one, size in zip(ones, sizes, strict=True)])
-        ends = [_newcombe(ones, sizes, level) for level in (1 - ALPHA, 1 - 2 * ALPHA)]
+        ends = [joined_wilson(ones, sizes, level) for level in (1 - ALPHA, 1 - 2 * ALPHA)]
         row = replace(row, p=float(stats.fisher_exact(table).pvalue), test="Fisher's exact")
     else:
-        errors = [_variance(values, weights, mean) for (values, weights), mean in zip(groups, means, strict=True)]
+        errors = [standard_error(*group, mean) ** 2 for group, mean in zip(groups, means, strict=True)]
         if not 0 < sum(errors) < math.inf:
             return replace(row, note="no variance" if sum(errors) == 0 else "infinite outcomes have no difference")
         df = sum(errors) ** 2 / sum(error**2 / (size - 1) for error, size in zip(errors, sizes, strict=True))
@@ -118,21 +116,3 @@ def _present(outcomes: Outcomes) -> tuple[Floats, Floats]:
     kept = ~np.isnan(values)
     weights = np.ones(len(values)) if outcomes.weights is None else as_float64(outcomes.weights)
     return values[kept], weights[kept]
-
-
-def _newcombe(ones: list[int], sizes: list[int], level: float) -> tuple[float, float]:
-    """The second share minus the first: each end is that of the two Wilson intervals, joined as independent errors."""
-    p, q = (one / size for one, size in zip(ones, sizes, strict=True))
-    wilson = [
-        stats.binomtest(one, size).proportion_ci(level, method="wilson") for one, size in zip(ones, sizes, strict=True)
-    ]
-    lower = q - p - math.hypot(q - wilson[1].low, wilson[0].high - p)
-    upper = q - p + math.hypot(wilson[1].high - q, p - wilson[0].low)
-    return lower, upper
-
-
-def _variance(values: Floats, weights: Floats, mean: float) -> float:
-    """Of a group's mean; NaN where values are not finite."""
-    n = len(values)
-    with np.errstate(invalid="ignore"):
-        return n / (n - 1) * float(((weights * (values - mean)) ** 2).sum()) / float(weights.sum()) ** 2

@@ -3,10 +3,12 @@ from .files import appearing as appearing
 from .files import need_files as need_files
 from .files import read_json as read_json
 from .files import write_atomically as write_atomically
+from .files import write_json as write_json
 from .journal import Journal as Journal
 from .merging import adapted_layers as adapted_layers
 from .merging import merged as merged
 from .pretrained import load_pretrained as load_pretrained
+from .pretrained import load_tokenizer as load_tokenizer
 from .pretrained import pretrained_in as pretrained_in
 from .pretrained import save_dense as save_dense
 from .processes import gather as gather

@@ -20,6 +20,11 @@ def write_atomically(path: Path, content: str | bytes) -> None:
         os.replace(whole, path)
 
 
+def write_json(path: str | Path, data: Any) -> None:
+    """Write plain data as JSON, as :func:`write_atomically` does."""
+    write_atomically(Path(path), json.dumps(data, indent=2, ensure_ascii=False) + "\n")
+
+
 def need_files(**paths: str | Path | None) -> None:
     """Look for files before something long begins.
 

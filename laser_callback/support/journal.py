@@ -8,7 +8,6 @@ ended. Files appear wholly or not at all.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,8 @@ from typing import Any
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from laser_callback.support.files import write_atomically
+from laser_callback.support.files import write_atomically, write_json
+from laser_callback.support.plain_json import strict
 
 Step = tuple[dict[str, Any], dict[str, Tensor]]
 """Plain data and tensors."""
@@ -54,7 +54,7 @@ class Journal:
                 shown = ", ".join(f"{key} ({saved.get(key)!r} then, {current.get(key)!r} now)" for key in different)
                 raise ValueError(f"the run in {str(self._folder)!r} was made with other settings: {shown}")
         else:
-            write_atomically(state, json.dumps(current, indent=2) + "\n")
+            write_json(state, current)
 
     def step(self, name: str, compute: Callable[[], Step]) -> Step:
         """The outcome of a step: read back, or computed and kept; either way as JSON gives it back."""
@@ -67,18 +67,9 @@ class Journal:
         data, tensors = _as_read(compute())
         # The tensors first: a step counts as finished when its JSON is there.
         write_atomically(tensor_file, save({key: value.contiguous() for key, value in tensors.items()}))
-        write_atomically(data_file, json.dumps(data, indent=1, ensure_ascii=False) + "\n")
+        write_json(data_file, data)
         return data, tensors
 
 
 def _as_read(step: Step) -> Step:
     return json.loads(json.dumps(strict(step[0]))), step[1]
-
-
-def strict(data: Any) -> Any:
-    """Plain data with ``None`` for numbers that JSON has no word for, and lists for tuples."""
-    if isinstance(data, dict):
-        return {key: strict(value) for key, value in data.items()}
-    if isinstance(data, (list, tuple)):
-        return [strict(value) for value in data]
-    return None if isinstance(data, float) and not math.isfinite(data) else data

@@ -10,7 +10,14 @@ from typing import Any
 
 import transformers
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from laser_callback.support.files import need_files
 from laser_callback.support.merging import adapted_layers
@@ -25,10 +32,25 @@ def load_pretrained(name: str | Path) -> PreTrainedModel:
     """
     if str(name).endswith(".gguf"):
         need_files(model=name)
-        path = Path(name)
-        return AutoModelForCausalLM.from_pretrained(str(path.parent), gguf_file=path.name)
+        return AutoModelForCausalLM.from_pretrained(**_place(name))
     with named(name):
         return model_class(AutoConfig.from_pretrained(name)).from_pretrained(name)
+
+
+def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a folder, of a hub name, or of a ``.gguf`` file.
+
+    Raises:
+        OSError, ValueError: if there is none.
+    """
+    return AutoTokenizer.from_pretrained(**_place(name))
+
+
+def _place(name: str | Path) -> dict[str, Any]:
+    """What ``from_pretrained`` takes for ``name``."""
+    if str(name).endswith(".gguf"):
+        return {"pretrained_model_name_or_path": str(Path(name).parent), "gguf_file": Path(name).name}
+    return {"pretrained_model_name_or_path": name}
 
 
 @contextmanager

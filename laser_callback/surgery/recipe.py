@@ -201,7 +201,7 @@ def recorded(
         cut = reduced(model, plan, spectra)
     except NoSuchMatrixError as error:
         raise error if expected is None else ValueError(f"the recipe was made for another model: {error}") from error
-    before = [matrix_hash(_live(matrix)) for matrix, _ in cut.matrices]
+    before = [matrix_hash(matrix.value) for matrix, _ in cut.matrices]
     if expected is not None:
         _check_before(expected, [matrix for matrix, _ in cut.matrices], before)
     with cut:
@@ -212,8 +212,8 @@ def recorded(
                 matrix.shape,
                 str(matrix.parameter.dtype).removeprefix("torch."),
                 was,
-                matrix_hash(_live(matrix)),
-                float(torch.linalg.vector_norm(_live(matrix), dtype=torch.float64)),
+                matrix_hash(matrix.value),
+                float(torch.linalg.vector_norm(matrix.value, dtype=torch.float64)),
             )
             for (matrix, reduction), was in zip(cut.matrices, before, strict=True)
         ]
@@ -231,10 +231,6 @@ def spectra_for(plan: LaserPlan) -> Spectra:
 def matrix_hash(matrix: Tensor) -> str:
     """64 hexadecimal digits that stand for the dtype, the shape and the elements of ``matrix``, wherever it lies."""
     return content_hash(f"{matrix.dtype} {tuple(matrix.shape)}", matrix.contiguous())
-
-
-def _live(matrix: WeightMatrix) -> Tensor:
-    return matrix.read(matrix.parameter.data)
 
 
 def _digest(spectra: Spectra) -> str | None:

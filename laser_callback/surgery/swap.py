@@ -131,7 +131,7 @@ def _reduced_parameters(
         # Normal tensors also inside of inference mode, since a later `fit` may run autograd while one is in place; for
         # a parameter that was itself made in inference mode, again such a tensor: torch cannot mix the two.
         with torch.inference_mode(parameter.is_inference()):
-            original = matrix.read(parameter.data)
+            original = matrix.value
             if spectra.changes_nothing(original, reduction, matrix.name):
                 continue
             if id(parameter) not in tensors:
@@ -142,7 +142,7 @@ def _reduced_parameters(
 
 def _factorised_whole(matrices: list[tuple[WeightMatrix, Reduction]]) -> list[tuple[Tensor, str]]:
     return [
-        (matrix.read(matrix.parameter.data), matrix.name)
+        (matrix.value, matrix.name)
         for matrix, reduction in matrices
         if reduction.of == "rank" and reduction.blocks == 1 and 1 not in (reduction.rho, reduction.scale)
     ]

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from laser_callback.data.demo_model import demo_model_folder
-from laser_callback.shipping.factored import MAX_SHARE, FactoredLinear, factored
+from laser_callback.shipping.thin import MAX_SHARE, FactoredLinear, factored
 from laser_callback.support.pretrained import load_pretrained
 
 SHAPES = [(576, 192), (576, 576), (1536, 576), (4096, 1024), (2048, 2048), (8192, 2048), (4096, 11008)]

@@ -34,7 +34,7 @@ def of_matrices(model: nn.Module, layers: list[int]) -> None:
     for dtype in DTYPES:
         rows: dict[float, list[tuple[float, float, int, int]]] = {rho: [] for rho in RHOS}
         for matrix in matrices:
-            weight = matrix.read(matrix.parameter.data).to(dtype)
+            weight = matrix.value.to(dtype)
             spectrum = Spectrum.of(weight)
             for rho, row in rows.items():
                 rank = int(rho * matrix.max_rank)

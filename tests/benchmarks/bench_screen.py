@@ -36,7 +36,7 @@ from laser_callback.data.demo_model import demo_model_folder
 from laser_callback.data.encoding import FactCollator, encode_facts
 from laser_callback.plans.plan import LaserPlan
 from laser_callback.plans.reduction import Reduction
-from laser_callback.plans.targets import RHOS, Target, targets
+from laser_callback.plans.target import RHOS, Target, targets
 from laser_callback.results.candidates import Candidate
 from laser_callback.search.candidates import CAUTION, shortlist
 from laser_callback.search.data_free import late_mlp_screen, random_screen, spectrum_screen

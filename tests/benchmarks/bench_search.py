@@ -38,7 +38,8 @@ from laser_callback.data.facts import Fact, read_facts, sample_facts, split_fact
 from laser_callback.data.sets import ExampleSets
 from laser_callback.data.worldfacts import world_facts
 from laser_callback.spectra.store import Spectra
-from laser_callback.stats.paired import Outcomes, compare
+from laser_callback.stats.outcomes import Outcomes
+from laser_callback.stats.paired import compare
 
 RATES = (1, 2, 4, 6, 8, 9, 9.5, 9.9, 9.95)
 PROTOTYPE = {
@@ -97,9 +98,9 @@ def speed(folder: Path, sample: int, seed: int) -> None:
     with tempfile.TemporaryDirectory() as cache:
         for state in ("cold", "warm"):
             data = FactsDataModule(facts, module.tokenizer, batch_size=64)
-            search = LaserSearch(module, data, sizes=SIZES, spectra=Spectra(cache), progress=False, seed=seed)
             begin = time.perf_counter()
-            result = search.run()
+            sets = ExampleSets.of(data, sizes=SIZES, seed=seed)
+            result = LaserSearch(module, sets, spectra=Spectra(cache), progress=False, seed=seed).run()
             seconds = time.perf_counter() - begin
             parts = ", ".join(f"{phase.name} {phase.seconds:.1f}" for phase in result.phases)
             print(f"(c) this search, {state} cache: {seconds:.1f} s ({parts})")
@@ -110,7 +111,7 @@ def speed(folder: Path, sample: int, seed: int) -> None:
             print(
                 f"    screen + race + confirm: {single:.1f} s, (a) {a[0] / single:,.0f} x, (b) {b[0] / single:,.0f} x"
             )
-        measured = against(module, data, result.found, PROTOTYPE["pararel"], SIZES, seed)
+        measured = against(module, sets, result.found, PROTOTYPE["pararel"])
         print(f"    {measured}")
 
 
@@ -170,9 +171,8 @@ def quality(folder: Path, only: str, seed: int, paraphrases: bool, reductions: i
         data = FactsDataModule(facts, module.tokenizer, batch_size=64)
         sizes = {**SIZES, "confirm": len(facts) - 400} if name in PROTOTYPE else SIZES
         begin = time.perf_counter()
-        search = LaserSearch(
-            module, data, sizes=sizes, progress=False, seed=seed, constraints=[], max_reductions=reductions
-        )
+        sets = ExampleSets.of(data, sizes=sizes, seed=seed)
+        search = LaserSearch(module, sets, progress=False, seed=seed, constraints=[], max_reductions=reductions)
         result = search.run()
         seconds = time.perf_counter() - begin
         cells = [name]
@@ -189,17 +189,14 @@ def quality(folder: Path, only: str, seed: int, paraphrases: bool, reductions: i
                 (f"{rest.original:.1%} -> {rest.reduced:.1%}" if rest else "none left")
                 + (" (flagged)" if arm.prior_checks.prior_shift else ""),
                 f"{zeroed.reduced:.1%}",
-                against(module, data, result.found, PROTOTYPE[name], sizes, seed) if name in PROTOTYPE else "",
+                against(module, sets, result.found, PROTOTYPE[name]) if name in PROTOTYPE else "",
             ]
         print(f"| {' | '.join(cells)} |", flush=True)
         print(f"<!-- {seconds:.0f} s; {result.reason} -->", flush=True)
 
 
-def against(
-    module: LaserModule, data: FactsDataModule, found: LaserPlan, prototype: str, sizes: dict[str, int], seed: int
-) -> str:
+def against(module: LaserModule, sets: ExampleSets, found: LaserPlan, prototype: str) -> str:
     """Found minus prototype on the confirm set: the difference of accuracies and whether it is inferior by a point."""
-    sets = ExampleSets.of(data, sizes=sizes, seed=seed)
     plans = {"found": found, "prototype": LaserPlan.parse(prototype)}
     table = Lab(module, Spectra.default()).measure(plans, sets.loader("confirm"), ("first_token_accuracy",))
     before, after = (
@@ -235,18 +232,10 @@ def one(folder: Path, layers: int, examples: int, candidates: int, seed: int) ->
         module.model(input_ids=torch.ones(1, 8, dtype=torch.long))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with tempfile.TemporaryDirectory() as cache:
-        search = LaserSearch(
-            module,
-            data,
-            sizes=sizes,
-            spectra=Spectra(cache),
-            candidates=candidates,
-            progress=False,
-            seed=seed,
-            controls=False,
-        )
         begin = time.perf_counter()
-        result = search.run()
+        sets = ExampleSets.of(data, sizes=sizes, seed=seed)
+        options = {"spectra": Spectra(cache), "candidates": candidates, "controls": False}
+        result = LaserSearch(module, sets, progress=False, seed=seed, **options).run()
         seconds = time.perf_counter() - begin
     peak = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
     phase = {p.name: f"{p.seconds:.1f}" for p in result.phases}

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from laser_callback.plans.reduction import Reduction
-from laser_callback.plans.targets import Target, targets
+from laser_callback.plans.target import Target, targets
 from laser_callback.spectra.spectrum import Spectrum
 
 SUBJECTS, RELATIONS, OBJECTS, FILLER = 64, 4, 32, 28  # tokens of each sort

@@ -1,0 +1,51 @@
+"""What a command examines: a language model on facts, or a LightningModule on data of one's own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import lightning.pytorch as pl
+
+from laser_callback.compare.module import LaserModule
+from laser_callback.data.datamodule import FactsDataModule
+from laser_callback.data.lm_eval import file_of
+from laser_callback.support.files import need_files
+
+
+def subject(
+    model: str | None,
+    facts: Path | None,
+    module: pl.LightningModule | None,
+    data: pl.LightningDataModule | None,
+    text: Path | None,
+    *,
+    limit: int,
+    batch_size: int,
+    seed: int,
+    facts_from: str = "`--facts`",
+) -> tuple[pl.LightningModule, pl.LightningDataModule]:
+    """What the options of a command ask for; files are looked for before a model is loaded."""
+    if model is not None and facts is not None and module is None and data is None:
+        need_files(facts=file_of(facts), text=text)
+        language_model = LaserModule(model)
+        return language_model, facts_for(language_model, facts, text, limit=limit, batch_size=batch_size, seed=seed)
+    if model is None and facts is None and module is not None and data is not None:
+        if text is not None:
+            raise ValueError("`--text` goes with `--model`")
+        return module, data
+    raise ValueError(f"give `--model` and {facts_from}, or `--module` and `--data`")
+
+
+def facts_for(
+    module: LaserModule, facts: Path, text: Path | None = None, *, limit: int, batch_size: int, seed: int
+) -> FactsDataModule:
+    """Facts as the model reads them; a limit of 0 is none."""
+    return FactsDataModule(
+        facts,
+        module.tokenizer,
+        text=text,
+        limit=limit or None,
+        seed=seed,
+        batch_size=batch_size,
+        masked=module.masked,
+    )

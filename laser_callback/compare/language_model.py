@@ -1,0 +1,109 @@
+"""A language model that transformers has made: its kind, its context, and its logits where they are wanted.
+
+Contract: nothing here knows facts or metrics, and no model is changed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Literal
+
+import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedModel
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+)
+
+from laser_callback.support.pretrained import named
+
+
+def load_language_model(name: str) -> PreTrainedModel:
+    """The masked or causal model of a folder or hub name; causal where its config does not say."""
+    with named(name):
+        architectures = AutoConfig.from_pretrained(name).architectures or ()
+        masked = any(kind_of(str(architecture)) == "masked" for architecture in architectures)
+        return (AutoModelForMaskedLM if masked else AutoModelForCausalLM).from_pretrained(name)
+
+
+def kind_of(name: str) -> Literal["masked", "causal"] | None:
+    """What a class of this name models; ``None`` if no language.
+
+    Not all classes are among transformers' own: PEFT wraps them, and a model may bring its code. Those tell by suffix.
+    """
+    # Masked first: XLM's class is both.
+    if name in MODEL_FOR_MASKED_LM_MAPPING_NAMES.values() or name.endswith("MaskedLM"):
+        return "masked"
+    causal = name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() or name.endswith(("CausalLM", "LMHeadModel"))
+    return "causal" if causal else None
+
+
+def is_masked(model: PreTrainedModel) -> bool:
+    """Whether it is a masked language model, and not a causal one.
+
+    Raises:
+        MisconfigurationException: if it is neither.
+    """
+    kind = kind_of(name := type(model).__name__)
+    if kind is None:
+        raise MisconfigurationException(
+            f"`model` must be a causal or masked language model, got {name}. Use LaserCallback with a LightningModule "
+            "of your own for other tasks"
+        )
+    return kind == "masked"
+
+
+def context_length(model: PreTrainedModel) -> int | None:
+    """The most tokens that ``model`` has positions for, if there is a limit."""
+    longest: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    positions = getattr(getattr(model.base_model, "embeddings", None), "position_embeddings", None)
+    padding = getattr(positions, "padding_idx", None)  # RoBERTa-like models count positions from there on
+    return longest if longest is None or padding is None else longest - padding - 1
+
+
+def refuse_too_long(
+    context: int | None, masks: Sequence[Tensor], owner: Tensor, ids: Sequence[str], new: int = 0
+) -> None:
+    """Refuse rows, each of the example ``ids[owner[row]]``, that with ``new`` tokens exceed the context."""
+    width = max(mask.shape[1] for mask in masks) + new
+    if context is None or width <= context:
+        return
+    lengths = (torch.cat([mask.sum(1) for mask in masks]) + new).tolist()
+    long = [ids[i] for i, length in zip(owner.tolist(), lengths, strict=True) if length > context]
+    raise ValueError(
+        f"a row is {max(lengths)} tokens long, but the model's context is {context}: shorten or leave out "
+        f"{', '.join(dict.fromkeys(long))}"
+    )
+
+
+def logits_of(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    """Logits of one pass, which has no use for a key/value cache."""
+    options = {"use_cache": False} if hasattr(model.config.get_text_config(), "use_cache") else {}
+    return model(input_ids=input_ids, attention_mask=attention_mask, **options).logits
+
+
+@contextmanager
+def logits_at(model: PreTrainedModel, rows: Tensor, columns: Tensor) -> Iterator[None]:
+    """Within: the model's output layer sees only the hidden states at (rows[i], columns[i]); logits are (1, P, V).
+
+    At the output layer and not by indexing the logits, because the vocabulary is the largest matrix of a small model;
+    and not by calling the inner model, because scaling or capping of logits is the outer model's.
+
+    Raises:
+        MisconfigurationException: if the model has no output layer.
+    """
+    head = model.get_output_embeddings()
+    if head is None:
+        raise MisconfigurationException(f"{type(model).__name__} has no output embeddings: it is no language model")
+
+    def select(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return (inputs[0][rows, columns][None], *inputs[1:])
+
+    handle = head.register_forward_pre_hook(select)
+    try:
+        yield
+    finally:
+        handle.remove()

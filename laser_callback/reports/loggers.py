@@ -1,0 +1,102 @@
+"""A result's tables and pictures for the experiment loggers of a Trainer: TensorBoard, CSV files, Weights & Biases.
+
+The numbers themselves are logged by :class:`~laser_callback.compare.LaserCallback` as any other metric is; here is
+what no scalar can hold.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+
+from laser_callback.reports.pictures import figures, save_figures
+from laser_callback.results.candidates import to_rows
+from laser_callback.results.comparison import LaserResult
+from laser_callback.results.search import SearchResult
+from laser_callback.support.files import write_atomically
+
+Table = list[dict[str, Any]]
+_COLUMNS = (
+    *("metric", "original", "reduced", "delta", "lower", "upper", "fixed", "broken"),
+    *("p", "p_adjusted", "n", "test", "role", "verdict", "note"),
+)
+
+
+def publish(
+    result: LaserResult | SearchResult, loggers: Logger | Iterable[Logger], step: int = 0, prefix: str = "laser"
+) -> None:
+    """Send tables and pictures of ``result`` to ``loggers``, on the first rank.
+
+    TensorBoard gets the tables as text; a CSVLogger's folder gets a CSV file per table and a PNG file per picture.
+
+    Args:
+        result: of a comparison or a search.
+        loggers: such as ``trainer.loggers``. One of a kind that is not known is warned about and left out.
+        step: such as ``trainer.global_step``.
+        prefix: of the names.
+    """
+    found = tables(result)
+    for logger in [loggers] if isinstance(loggers, Logger) else loggers:
+        if isinstance(logger, TensorBoardLogger):
+            for name, table in found.items():
+                logger.experiment.add_text(f"{prefix}/{name}", _markdown(table), step)
+            for name, figure in figures(result).items():
+                logger.experiment.add_figure(f"{prefix}/{name}", figure, step, close=False)
+        elif isinstance(logger, WandbLogger):
+            for name, table in found.items():
+                logger.log_table(f"{prefix}/{name}", list(table[0]), [list(row.values()) for row in table], step=step)
+            for name, figure in figures(result).items():
+                logger.log_image(f"{prefix}/pictures/{name}", [figure], step=step)
+        elif isinstance(logger, CSVLogger):
+            folder = Path(logger.log_dir) / f"{prefix}-{step}"
+            for name, table in found.items():
+                write_atomically(folder / f"{name}.csv", _csv(table))
+            save_figures(result, folder)
+        else:
+            kinds = "TensorBoard, CSV and Weights & Biases"
+            rank_zero_warn(f"{type(logger).__name__} gets no tables and pictures, only the scalars: they go to {kinds}")
+
+
+def tables(result: LaserResult | SearchResult) -> dict[str, Table]:
+    """Flat tables by name, none of them empty: ``comparison``, and of a search also ``candidates``."""
+    compared = result.confirmed if isinstance(result, SearchResult) else result
+    found = {"comparison": [] if compared is None else _comparison(compared)}
+    if isinstance(result, SearchResult):
+        found["candidates"] = to_rows(result.candidates)
+    return {name: table for name, table in found.items() if table}
+
+
+def _comparison(result: LaserResult) -> Table:
+    """One row per plan or control, and metric."""
+    arms = [(name, "", arm) for name, arm in result.arms.items()]
+    arms += [(name, kind, arm) for name, controls in result.controls.items() for kind, arm in controls.items()]
+    return [
+        {"name": name, "control": control, "plan": arm.plan, **{column: row.to_dict()[column] for column in _COLUMNS}}
+        for name, control, arm in arms
+        for row in arm.rows
+    ]
+
+
+def _csv(table: Table) -> str:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(table[0]))
+    writer.writeheader()
+    writer.writerows(table)
+    return text.getvalue()
+
+
+def _markdown(table: Table) -> str:
+    lines = [list(table[0]), ["---"] * len(table[0]), *([_text(cell) for cell in row.values()] for row in table)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _text(cell: Any) -> str:
+    """A cell that no markdown and no HTML is read from."""
+    text = "" if cell is None else f"{cell:.6g}" if isinstance(cell, float) else str(cell)
+    return " ".join(text.translate({ord(mark): f"&#{ord(mark)};" for mark in r"\`*_{}[]<>|#&"}).split())

@@ -1,0 +1,146 @@
+"""The tables of a page: cells by the heads of their columns, text still unescaped unless it is Markup."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, TypeAlias
+
+from markupsafe import Markup
+
+from laser_callback.reports.drawing import visible
+from laser_callback.reports.row_text import delta_text, interval_text, p_text, value_text
+from laser_callback.reports.search_text import seconds_text
+from laser_callback.reports.svg import printable
+from laser_callback.results.comparison import ArmResult, LaserResult
+from laser_callback.results.flips import Row, claim_row, flip_metric, flips
+from laser_callback.results.search import Phase
+from laser_callback.stats.judgement import Judgement
+from laser_callback.stats.outcomes import PairedResult
+
+Columns: TypeAlias = dict[str, list[Any]]
+
+FOR_TEMPLATES = (
+    "change",
+    "comparison_columns",
+    "constraint_columns",
+    "control_columns",
+    "flip_columns",
+    "phase_columns",
+)
+EXAMPLES = 1000
+"""At most so many examples are listed."""
+_STYLES = dict.fromkeys(("better", "pass", "fixed"), "better") | dict.fromkeys(("worse", "fail", "broken"), "worse")
+
+
+def foreign(text: str) -> Markup:
+    """Text of somebody else, in whatever direction it is written, without effect on its surroundings."""
+    return Markup("<bdi>{}</bdi>").format(printable(text))
+
+
+def code(text: str) -> Markup:
+    """A plan, or the name of a matrix."""
+    return Markup("<code>{}</code>").format(printable(text))
+
+
+def verdict(text: str) -> Markup:
+    """A verdict in its colour."""
+    return Markup('<span class="{}">{}</span>').format(_STYLES.get(text, "unsure"), text)
+
+
+def with_interval(number: str, interval: str) -> Markup:
+    """A number with its interval, if it has one."""
+    pale = Markup('<span class="interval"> [{}]</span>').format(interval) if interval else ""
+    return Markup("{}{}").format(number, pale)
+
+
+def change(row: PairedResult) -> Markup:
+    """The change of a metric with its interval."""
+    return with_interval(delta_text(row, row.delta), interval_text(row))
+
+
+def comparison_columns(arm: ArmResult, primary: str | None) -> Columns:
+    """A plan against the original."""
+    names = [foreign(row.metric) for row in arm.rows]
+    starred = Markup("<strong>{}*</strong>")
+    return {
+        "metric": [starred.format(n) if r.metric == primary else n for n, r in zip(names, arm.rows, strict=True)],
+        "original": [value_text(row, row.original) for row in arm.rows],
+        "reduced": [value_text(row, row.reduced) for row in arm.rows],
+        "change [95 % interval]": [change(row) for row in arm.rows],
+        "fixed / broken": ["" if row.fixed is None else f"{row.fixed:,} / {row.broken:,}" for row in arm.rows],
+        "p": [p_text(row) for row in arm.rows],
+        "n": [f"{row.n:,}" for row in arm.rows],
+        "verdict": [verdict(row.verdict) for row in arm.rows],
+    }
+
+
+def control_columns(result: LaserResult, name: str) -> Columns:
+    """The claim beside that of each control; empty without controls."""
+    claim = claim_row(result, name)
+    if claim is None:
+        return {}
+    labels = {"zeroed": "same matrix zeroed", "random": "random matrix, same rho"}
+    found = [("this cut", result[name].plan, claim)]
+    for kind, control in result.controls.get(name, {}).items():
+        found += [(labels[kind], control.plan, row) for row in control.rows if row.metric == claim.metric]
+    return (
+        {}
+        if len(found) == 1
+        else {
+            "": [label for label, _, _ in found],
+            "plan": [code(plan) for _, plan, _ in found],
+            claim.metric: [value_text(row, row.reduced) for _, _, row in found],
+            "change [95 % interval]": [change(row) for _, _, row in found],
+        }
+    )
+
+
+def flip_columns(result: LaserResult, name: str, examples: Sequence[Row]) -> dict[str, Any] | None:
+    """The examples fixed and broken, with a caption; ``None`` if there are none to show."""
+    row = flip_metric(result, name)
+    found = flips(examples, name, row) if row is not None else []
+    if row is None or not found:
+        return None
+    fixed = sum(flip.fixed for flip in found)
+    shown = found[:EXAMPLES]
+    columns: Columns = {"outcome": [verdict("fixed" if flip.fixed else "broken") for flip in shown]}
+    said = {"answer": "right answer", "before": "original said", "after": "reduced said"}
+    for field, head in {"prompt": "prompt", **said, "group": "group", "id": "id"}.items():
+        texts = [getattr(flip, field) for flip in shown]
+        if any(texts):  # what the step has returned for no example is left out
+            columns[head] = [foreign(visible(text) if text and field in said else text) for text in texts]
+    caption = f"By {row.metric}: {fixed:,} fixed, {len(found) - fixed:,} broken"
+    return {"caption": caption, "columns": columns, "more": len(found) > EXAMPLES}
+
+
+def constraint_columns(judgements: Sequence[Judgement]) -> Columns:
+    """The gates on the guard set."""
+    columns: Columns = {
+        "constraint": [foreign(j.gate) for j in judgements],
+        "change": [j.amount(j.change) for j in judgements],
+        "95 % bound": [j.amount(j.bound) for j in judgements],
+        "n": [f"{j.n:,}" for j in judgements],
+        "verdict": [verdict(j.verdict) for j in judgements],
+    }
+    return columns | ({"note": [j.note for j in judgements]} if any(j.note for j in judgements) else {})
+
+
+def phase_columns(phases: Sequence[Phase]) -> Columns:
+    """Where time went."""
+    return {
+        "phase": [foreign(phase.name) for phase in phases],
+        "time": [seconds_text(phase.seconds) for phase in phases],
+        "passes": [f"{phase.passes:,}" for phase in phases],
+        "whole passes": [f"{phase.whole_passes:,.0f}" for phase in phases],
+    }
+
+
+def flat(settings: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
+    """Nested settings as lines."""
+    for key, value in settings.items():
+        if isinstance(value, Mapping):
+            yield key, ", ".join(f"{name} {item}" for name, item in value.items())
+        elif isinstance(value, list):
+            yield key, ", ".join(map(str, value)) or "none"
+        else:
+            yield key, "none" if value is None else str(value)

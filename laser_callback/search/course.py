@@ -1,0 +1,197 @@
+"""The course of one search up to the plan that is confirmed: screen, race, compose.
+
+Contract: it chooses, on screen and race examples, and claims nothing. What every step found is in the result as soon
+as it is known, for an interruption to leave it there.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from laser_callback.compare.measure import Table
+from laser_callback.plans.plan import LaserPlan
+from laser_callback.plans.target import Target
+from laser_callback.results.candidates import Candidate
+from laser_callback.results.search import SearchResult, Trade, mark_efficient
+from laser_callback.search.budget import Budget, OutOfTimeError
+from laser_callback.search.candidates import grid, shortlist
+from laser_callback.search.race import Rung, choose, schedule
+from laser_callback.search.refine import NEAR, Refinement
+from laser_callback.search.setup import FLUENCY
+from laser_callback.search.steps import Screen, Steps
+from laser_callback.search.tables import from_original, keeps, row_of, rows_of
+from laser_callback.stats.constraint import Constraint
+
+FINALISTS = 6
+FRESH_SHARE = 0.2
+"""Share of the race examples that each further reduction is accepted on."""
+ROUNDS = 3
+"""So often the screen's next candidates race, while every finalist breaks a constraint."""
+
+
+@dataclass
+class Course:
+    """One search that runs.
+
+    Attributes:
+        steps: what it does, and on what.
+        result: what it has found so far.
+        bounds: constraints, which finalists must keep as far as the race can tell.
+        budget: the time that there is.
+        screen: what ranks the candidates; without one, all of them race on all examples.
+        paper: choose as the paper's code does, among the grid's candidates only.
+        within, rhos, candidates, max_reductions: as of :class:`LaserSearch`.
+    """
+
+    steps: Steps
+    result: SearchResult
+    bounds: Sequence[Constraint]
+    budget: Budget
+    screen: Screen | None
+    paper: bool
+    within: str
+    rhos: Sequence[float]
+    candidates: int
+    max_reductions: int
+    # Of the reductions in place, each as estimated when it was added.
+    _base_gain: float = field(default=0.0, init=False)
+    _base_changes: dict[str, float] = field(default_factory=dict, init=False)
+
+    def run(self) -> None:
+        """Leave the plan to confirm in the result, or the reason why there is none."""
+        race, *fresh = self._race_parts()
+        for number in range(1, self.max_reductions + 1):
+            table, finalists = self._one_step(number, race)
+            if not finalists:
+                break
+            if number == 1:
+                self._check_positive(table)
+                better = [candidate for candidate in finalists if candidate.helps]
+                if not better:
+                    self.result.reason = "no candidate was better than the original in the race"
+                    break
+                winner = self._choose(table, better)
+            else:
+                accepted = self.steps.accept(number, finalists, fresh[number - 2], table)
+                if accepted is None:
+                    break
+                winner = accepted
+            self._put_in_place(winner, table)
+        mark_efficient(self.result.trades)
+        for trade in self.result.trades:
+            trade.chosen = self.result.found is not None and trade.plan == str(self.result.found)
+
+    def _race_parts(self) -> list[list[int]]:
+        """Positions to race on, and fresh ones for each further reduction."""
+        sets = self.steps.sets
+        if self.paper:
+            return [list(range(sets.sizes["race"]))]
+        fresh = [FRESH_SHARE] * (self.max_reductions - 1)
+        if sum(fresh) > 0.6:
+            fresh = [0.6 / len(fresh)] * len(fresh)
+        return sets.deal("race", [1.0 - sum(fresh), *fresh])  # shares, not numbers
+
+    def _one_step(self, number: int, positions: list[int]) -> tuple[Table, list[Candidate]]:
+        """Screen, race and refine with the base in place: the finalists and their values."""
+        found = self.steps.lab.targets(self.within, self.steps.base)
+        if not found:
+            return {}, []
+        candidates = grid(found, self.rhos, base=", ".join(map(str, self.steps.base)))
+        self.result.candidates += candidates
+        ranked = self._ranked(number, found, candidates)
+        refine = None
+        if not self.paper:
+            refine = Refinement(self.steps, found, candidates, self.result.candidates, self.rhos)
+        table: Table = {}
+        finalists: list[Candidate] = []
+        for round_ in range(1 if self.screen is None else ROUNDS):
+            step = f"{number}" if round_ == 0 else f"{number}.{round_ + 1}"
+            racers = [c for c in ranked if not c.examples]  # what a round before raced, near its leaders too, is out
+            if self.screen is not None and racers:
+                racers = self._affordable(step, racers[: self.candidates], len(positions))
+            if not racers:
+                break
+            all_on_all = [Rung(len(positions), FINALISTS)]
+            rungs = all_on_all if self.screen is None else schedule(len(positions), len(racers), FINALISTS)
+            table, finalists = self.steps.race(step, racers, positions, rungs, refine)
+            finalists = self._fluent(step, finalists, table)
+            if finalists:
+                break
+        return table, finalists
+
+    def _ranked(self, number: int, found: Sequence[Target], candidates: Sequence[Candidate]) -> list[Candidate]:
+        """Candidates in the order in which they race; their scores are written into them."""
+        alters = self.steps.lab.alters
+        if self.screen is None:
+            return list(filter(alters, candidates))
+        scores = self.steps.screen(number, found, self.rhos, self.screen)
+        for candidate in candidates:
+            candidate.score, candidate.error = scores.get(str(candidate.reduction), (None, 0.0))
+        scored = [c for c in candidates if c.score is not None and not math.isnan(c.score)]
+        return shortlist(filter(alters, scored))
+
+    def _affordable(self, step: str, ranked: list[Candidate], examples: int) -> list[Candidate]:
+        """Those of the ranked candidates for which there is time."""
+        try:
+            count = self.budget.affordable(self.steps, step, ranked, examples, FINALISTS, NEAR)
+        except OutOfTimeError:
+            if step == "1":
+                raise
+            count = 0
+        if count < len(ranked):
+            note = f"only {count} of {len(ranked)} candidates raced, to keep within the time given"
+            self.result.warnings.append(note)
+        return ranked[:count]
+
+    def _fluent(self, step: str, finalists: list[Candidate], table: Table) -> list[Candidate]:
+        """The finalists that keep the constraints as far as the race can tell; all enter the trade-off table."""
+        text, fluency = self.steps.sets.text("race"), None
+        if text is not None and finalists:
+            fluency = self.steps.fluency(step, [c.plan for c in finalists], text)
+        kept = []
+        for candidate in finalists:
+            arm, plan = str(candidate.reduction), str(candidate.plan)
+            rows = {
+                key: from_original(row, self._base_changes.get(key, 0.0))
+                for key, row in rows_of(self.steps.keys, table, arm).items()
+            }
+            if fluency is not None:
+                rows[FLUENCY] = row_of(FLUENCY, fluency, plan)
+            broken = [str(bound) for bound in self.bounds if bound.key in rows and not keeps(bound, rows[bound.key])]
+            if broken:
+                candidate.status, candidate.reason = "rejected", f"breaks {', '.join(broken)} on the race examples"
+            else:
+                kept.append(candidate)
+            gain = self._base_gain + (candidate.gain.delta if candidate.gain else math.nan)
+            self.result.trades.append(Trade(plan, gain, rows[FLUENCY].delta if FLUENCY in rows else None))
+        if finalists and not kept:
+            self.result.reason = "every finalist breaks a constraint in the race"
+        return kept
+
+    def _choose(self, table: Table, finalists: Sequence[Candidate]) -> Candidate:
+        if self.paper:
+            return max(finalists, key=lambda c: (c.gain.delta if c.gain else 0.0, -(c.loss.delta if c.loss else 0.0)))
+        by_name = {str(candidate.reduction): candidate for candidate in finalists}
+        return by_name[choose(self.steps.objective, table, list(by_name))]
+
+    def _put_in_place(self, winner: Candidate, table: Table) -> None:
+        """From here on candidates are added to the winner."""
+        winner.status, winner.reason = "chosen", ""
+        self._base_gain += winner.gain.delta if winner.gain else 0.0
+        for key, row in rows_of(self.steps.keys, table, str(winner.reduction)).items():
+            self._base_changes[key] = self._base_changes.get(key, 0.0) + row.delta
+        self.steps.base.append(winner.reduction)
+        self.result.found = LaserPlan(self.steps.base)
+        self.result.reason = f"{self.result.found} was the best in the race; it is not confirmed"
+
+    def _check_positive(self, table: Table) -> None:
+        """Say so where nothing is ever right, since then only the loss has chosen."""
+        objective = self.steps.objective
+        key = objective.keys[0]
+        values = [arm[key].values for arm in table.values()]
+        if objective.signs[0] > 0 and not any(bool((value > 0).any()) for value in values):
+            note = f"{key} is 0 on all race examples for the original and every finalist: "
+            alone = f"only {objective.loss} told them apart; " if objective.loss else ""
+            self.result.warnings.append(f"{note}{alone}give easier examples, or another objective")

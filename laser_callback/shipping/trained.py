@@ -1,0 +1,83 @@
+"""What training has made, in and out: the weights to clean, the checkpoint of the cleaned ones, all else as it was."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor
+
+from laser_callback.compare.state import RandomState
+from laser_callback.support.files import appearing
+from laser_callback.support.merging import put_effective
+from laser_callback.surgery.recipe import Recipe
+
+_TRAINING_STATE = ("callbacks", "optimizer_states", "lr_schedulers")
+"""Parts of a checkpoint that belong to the weights before the cut."""
+
+
+def device_of(trainer: pl.Trainer) -> dict[str, Any]:
+    """Where and how this process trained, as a Trainer of its own is told."""
+    return {"accelerator": str(trainer.strategy.root_device), "precision": trainer.precision}
+
+
+@contextmanager
+def as_found(trainer: pl.Trainer, module: pl.LightningModule) -> Iterator[None]:
+    """After: the module belongs to its trainer again, and the random generators stand where they stood."""
+    state = RandomState.now()
+    try:
+        yield
+    finally:
+        module.trainer = trainer
+        state.set()
+
+
+@contextmanager
+def weights_to_clean(
+    trainer: pl.Trainer, module: pl.LightningModule, which: str
+) -> Iterator[tuple[dict[str, Any], str]]:
+    """Within: the module has the ``"best"`` or ``"last"`` weights. Yields their checkpoint, and its name.
+
+    Raises:
+        MisconfigurationException: if there is no best checkpoint.
+    """
+    if which == "last":
+        yield trainer._checkpoint_connector.dump_checkpoint(weights_only=True), "last"
+        return
+    path = str(getattr(trainer.checkpoint_callback, "best_model_path", ""))
+    if not path:
+        raise MisconfigurationException("there is no best checkpoint to clean: ModelCheckpoint has saved none")
+    checkpoint = trainer.strategy.load_checkpoint(path)
+    trained = copy.deepcopy(module.state_dict())
+    module.on_load_checkpoint(checkpoint)
+    try:
+        trainer.strategy.load_model_state_dict(checkpoint, strict=module.strict_loading)
+        yield checkpoint, path
+    finally:
+        module.load_state_dict(trained, strict=module.strict_loading)
+
+
+def save_cleaned(
+    checkpoint: dict[str, Any], module: pl.LightningModule, weights: Mapping[str, Tensor], recipe: Recipe, path: Path
+) -> None:
+    """Write ``checkpoint`` with the cleaned weights of the planned parameters, and with what was done."""
+    state = module.state_dict()
+    put_effective(state, module, weights)
+    whole = {key: value for key, value in checkpoint.items() if key not in _TRAINING_STATE}
+    with appearing(path) as file:
+        torch.save({**whole, "state_dict": state, "laser": recipe.to_dict()}, file)
+
+
+def free_path(path: Path) -> Path:
+    """``path``, or where that is taken with a number, as ModelCheckpoint does it."""
+    number, found = 0, path
+    while found.exists() or found.with_suffix(".json").exists():
+        number += 1
+        found = path.with_stem(f"{path.stem}-v{number}")
+    return found

@@ -1,0 +1,87 @@
+"""What is said of a demand on a metric: passed, failed or undecided, and how many examples would decide."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
+
+from laser_callback.stats.outcomes import PairedResult, plain_fields
+
+Verdict: TypeAlias = Literal["pass", "fail", "undecided"]
+
+MOST_TIMES = 1000
+"""More than so many times as many examples nobody will collect."""
+NUMBER = r"(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?"
+"""A number without a sign, in the text of a gate."""
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """Whether a gate is passed.
+
+    Attributes:
+        gate: its text.
+        key: the metric.
+        n: independent units behind the row.
+        change: estimated change from original to reduced, relative where the margin is.
+        bound: bound of the change on the unfavourable side, on the same scale: one-sided 95 % for a constraint, the end
+            of the 95 % interval for a gain; ``None`` without a test.
+        verdict: "pass" (shown to be as demanded), "fail" (shown not to be) or "undecided".
+        note: what a reader must know, such as how many examples would decide.
+        p: of a gain, two-sided.
+        relative: ``change`` and ``bound`` are fractions of the original's value; else they are in units of the metric.
+    """
+
+    gate: str
+    key: str
+    n: int
+    change: float
+    bound: float | None
+    verdict: Verdict
+    note: str = ""
+    p: float | None = None
+    relative: bool = False
+
+    def amount(self, value: float | None) -> str:
+        """The change or the bound in words."""
+        if value is None or math.isnan(value):
+            return "-"
+        return f"{value:+.1%}" if self.relative else f"{value:+.3f}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields, ready for strict JSON: a number that is not finite becomes ``None``."""
+        return plain_fields(self)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Judgement:
+        """The inverse of :meth:`to_dict`, but for what was infinite, which becomes NaN."""
+        return cls(**{**data, "change": math.nan if data["change"] is None else data["change"]})
+
+
+def check_key(key: str) -> None:
+    """Refuse what is no name of a metric."""
+    if not key or key != key.strip():
+        raise ValueError(f"`key` must be the name of a metric, got {key!r}")
+
+
+def check_row(key: str, row: PairedResult) -> None:
+    """Refuse the row of another metric."""
+    if row.metric != key:
+        raise ValueError(f"`row` must be of {key!r}, got {row.metric!r}")
+
+
+def extrapolate(n: int, width: float, distance: float) -> int | None:
+    """Units at which half the interval's ``width`` has shrunk to ``distance``: it does with the root of their number.
+
+    Rounded up to two digits; ``None`` where there is no such number, or more than anyone would collect.
+    """
+    times = (width / distance) ** 2 if distance else math.inf
+    return two_digits(n * times, n + 1) if times < MOST_TIMES else None
+
+
+def two_digits(number: float, least: int = 0) -> int:
+    """Rounded up."""
+    step = 10 ** max(math.floor(math.log10(max(number, 1))) - 1, 0)
+    return max(math.ceil(number / step) * step, least)

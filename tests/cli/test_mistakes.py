@@ -1,0 +1,202 @@
+"""What a user gets wrong on the command line is told in a line or two, with the cure; and files get their names."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import lightning.pytorch as pl
+import pytest
+from jsonargparse import ArgumentParser
+from safetensors.torch import save_file
+from tiny import tiny_causal_lm, tiny_tokenizer
+from torch import nn, zeros
+
+from laser_callback.cli.commands import main
+from laser_callback.cli.mistakes import told_plainly
+from laser_callback.cli.options import parser_of
+from laser_callback.cli.rollout import gate, rollout
+from laser_callback.cli.search import search
+from laser_callback.data.datamodule import TextWindows
+from laser_callback.data.facts import read_facts
+from laser_callback.plans.plan import LaserPlan
+from laser_callback.support.files import appearing
+
+
+@pytest.fixture
+def lm(lm):
+    """Options of `validate`."""
+    return [*lm, "--laser.plan", "28.fc_up@0.5"]
+
+
+def error_of(capsys, *arguments: object) -> str:
+    """What a command says, which fails for a mistake of the user."""
+    assert main([*map(str, arguments)]) == 2
+    return capsys.readouterr().err.rstrip("\n").split("error: ", 1)[1]
+
+
+# ---- options that do not exist, or do not fit ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("block", "error"),
+    [
+        ({"laser": {"contrls": True}}, "`laser.contrls` is not an option, did you mean `laser.controls`?"),
+        (
+            {"data": {"class_path": "laser_callback.FactsDataModule", "init_args": {"pathh": "x"}}},
+            "`data.pathh` is no parameter of laser_callback.FactsDataModule, did you mean `path`?",
+        ),
+        (
+            {"data": {"class_path": "laser_callback.FactsDataModule", "init_args": {"path": "x", "limit": "few"}}},
+            "`data.limit`: expected int | null, got few",
+        ),
+        (
+            {"model": {"class_path": "laser_callback.LaserModule", "init_args": {"model": "no/such"}}},
+            "'no/such' is neither a folder here nor found on the hub: ",
+        ),
+        (
+            {"model": {"class_path": "laser_callback.LaserModul"}},
+            "`model`: No laser_callback attribute LaserModul, did you mean `LaserModule`?",
+        ),
+        ({"trainer": {"max_steps": "many"}}, "`trainer.max_steps`: expected int, got many"),
+    ],
+)
+def test_the_innermost_cause_is_told(lm, capsys, block, error):
+    Path("block.yaml").write_text(json.dumps(block))
+    said = error_of(capsys, "validate", *lm, "--config", "block.yaml")
+    assert said.startswith(error)
+    assert "\n" not in said
+    assert "Namespace" not in said
+
+
+class Broken(pl.LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        {}["a bug"]
+
+
+def test_a_bug_in_a_class_of_ones_own_is_none_of_the_command_line():
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--model", type=Broken | None)
+    with pytest.raises(KeyError, match="a bug"), told_plainly(parser):
+        parser.instantiate(parser.parse_args(["--model", f"{__name__}.Broken"]))
+
+
+def test_one_text_stands_for_a_list_of_one():
+    parser = parser_of(search, "search")
+    given = parser.parse_args(["--objective", "val_acc", "--constraints", "perplexity <= +2 %", "--rhos", "0.5"])
+    assert (given.objective, given.constraints, given.rhos) == ("val_acc", "perplexity <= +2 %", 0.5)
+    given = parser.parse_args(["--constraints", '["perplexity <= +2 %", "log_loss <= 0"]', "--rhos", "[0, 0.5]"])
+    assert (given.constraints, given.rhos) == (["perplexity <= +2 %", "log_loss <= 0"], [0, 0.5])
+    for command in (rollout, gate):
+        given = parser_of(command, "c").parse_args(["--plan", "1.fc_in@0.1", "--gates", "accuracy: gain"])
+        assert given.gates == "accuracy: gain"
+    given = parser_of(rollout, "c").parse_args(["--plan", "p", "--gates", "g", "--stages", "1.mlp@0.5", "--steps", "1"])
+    assert (given.stages, given.steps) == ("1.mlp@0.5", 1.0)
+
+
+def test_types_in_help_are_readable():
+    shown = " ".join(parser_of(search, "search").format_help().split())
+    assert "(type: str | list[str] | null, default: null)" in shown
+    assert "(type: Path, default: laser-search.json)" in shown
+    assert "<class" not in shown
+    assert "Optional[" not in shown
+
+
+# ---- files and models that are not there -----------------------------------------------------------------------------
+
+
+def test_missing_files_are_named_by_option_before_a_model_is_loaded(lm, deep_lm, capsys):
+    plan, model, facts = ("--plan", "28.fc_up@0.5"), ("--model", "no/such"), ("--facts", deep_lm / "facts.jsonl")
+    for option, arguments in (
+        ("facts", ("search", *model, "--facts", "gone")),
+        ("text", ("search", *model, *facts, "--text", "gone")),
+        ("facts", ("gate", *plan, *model, "--gates", "log_loss <= +0.1", "--facts", "gone")),
+        ("plan", ("gate", "--plan", "gone.yaml", *model, *facts, "--gates", "log_loss <= +0.1")),
+        ("plan", ("export", "--plan", "gone.yaml", *model, "--output", "out")),
+        ("result", ("export", *plan, *model, "--output", "out", "--result", "gone")),
+        ("recipe", ("apply", "--recipe", "gone", *model, "--output", "out")),
+        ("undo", ("restore", "--undo", "gone", *model, "--output", "out")),
+        ("facts", ("demo", *plan, *model, "--facts", "gone")),
+        ("result", ("report", "gone")),
+        ("data.text", ("validate", *lm, "--model.model", "no/such", "--data.text", "gone")),
+        ("data.path", ("validate", *lm, "--model.model", "no/such", "--data.path", "gone")),
+    ):
+        assert error_of(capsys, *arguments).startswith(f"`{option}`: there is no file 'gone"), arguments
+    assert error_of(capsys, "validate", *lm, "--model.model", "no/such", "--laser.plan", "1.mlp@2").startswith("`rho`")
+    for arguments in (("inspect", "no/such"), ("export", *plan, *model, "--output", "out")):
+        assert error_of(capsys, *arguments).startswith("'no/such' is neither a folder here nor found on the hub: ")
+    assert f"{deep_lm / 'facts.jsonl'} is no JSON file" in error_of(capsys, "report", deep_lm / "facts.jsonl")
+
+
+def test_missing_files_are_named_in_python_too():
+    with pytest.raises(FileNotFoundError, match=r"`text`: there is no file 'gone\.txt'"):
+        TextWindows("gone.txt", tiny_tokenizer())
+    with pytest.raises(FileNotFoundError, match=r"`path`: there is no file 'gone\.jsonl'"):
+        read_facts("gone.jsonl")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", [["--config", "gone.yaml"], ["--config=gone.yaml"], ["-c", "gone.yaml"]])
+def test_a_missing_config_is_told_before_torch_is_imported(config, tmp_path):
+    code = (
+        f"import sys; from laser_callback.cli.commands import main; assert main(['validate', *{config}]) == 2; "
+        "assert 'torch' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, cwd=tmp_path)
+    assert done.stderr == "laser-callback validate: error: `config`: there is no file 'gone.yaml'\n"
+
+
+# ---- reductions that match nothing -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("plan", "wrong"),
+    [
+        ("4.fc_in@0.1", "layer 4: there are 0..3 with fc_in"),
+        ("1.fc_inn@0.1", "none is called fc_inn, did you mean `fc_in`"),
+        ("encoder.1.fc_in@0.1", "fc_in is not in encoder"),
+        ("1.lm_head@0.1", "lm_head is outside of all layers"),
+        ("1.fc_in[0]@0.1", "expert 0: there are none"),
+    ],
+)
+def test_the_part_that_is_wrong_is_named(plan, wrong):
+    with pytest.raises(ValueError, match="matches no matrix of the model") as error:
+        LaserPlan.parse(plan).resolve(tiny_causal_lm())
+    assert f": {wrong}. It has:\n" in str(error.value)
+
+
+def test_matrices_without_a_kind_are_cut_by_the_name_that_the_error_gives():
+    blocks = nn.ModuleList(nn.ModuleDict({"mlp": nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))}) for _ in range(3))
+    with pytest.raises(ValueError, match=r"cut by name, e\.g\. 0\.mlp\.0@0\.1\. It has:"):
+        LaserPlan.parse("2.mlp@0.1").resolve(blocks)
+    assert [matrix.name for matrix, _ in LaserPlan.parse("0.mlp.0@0.1").resolve(blocks)] == ["0.mlp.0"]
+
+
+def test_line_breaks_of_a_message_are_kept(deep_lm, tmp_path, capsys):
+    said = error_of(capsys, "export", "--model", deep_lm, "--plan", "99.fc_up@0.1", "--output", tmp_path / "out")
+    assert said.splitlines()[1].startswith("outside of the layers: ")
+    assert said.splitlines()[2].startswith("model.layers: layers 0..29")
+
+
+# ---- files that appear -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])
+def test_files_that_appear_have_the_mode_of_the_umask(tmp_path, umask, mode):
+    before = os.umask(umask)
+    try:
+        with appearing(tmp_path / "file") as file:
+            save_file({"x": zeros(1)}, file)
+        with appearing(tmp_path / "folder") as made:
+            made.mkdir()
+            save_file({"x": zeros(1)}, made / "model.safetensors")
+    finally:
+        os.umask(before)
+    files = tmp_path / "file", tmp_path / "folder" / "model.safetensors"
+    assert [stat.S_IMODE(file.stat().st_mode) for file in files] == [mode, mode]
+    assert sorted(os.listdir(tmp_path)) == ["file", "folder"]

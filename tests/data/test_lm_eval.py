@@ -1,0 +1,228 @@
+"""Tasks of lm-evaluation-harness as facts: the same prompts, log-likelihoods and acc as by its own evaluator."""
+
+from __future__ import annotations
+
+import builtins
+import json
+import sys
+
+import pytest
+import torch
+import yaml
+from tiny import save_deep_lm, tiny_causal_lm, tiny_tokenizer
+from tokenizers import normalizers
+from trainers import quiet_trainer
+
+from laser_callback import FactsDataModule, LaserModule
+from laser_callback.cli.commands import main
+from laser_callback.data.facts import Fact
+from laser_callback.data.lm_eval import ACC, check_borders, read_lm_eval
+from laser_callback.data.row_scores import Role
+
+PLACES = ["France", "Italy", "Japan", "Brazil", "Australia", "Rome", "Paris", "Canberra"]
+CHOICES = ["Rome", "the capital city of Australia", "Paris and Canberra", "yen"]
+ROWS = [
+    {"question": f"{kind} of {place} {i}", "choices": CHOICES[i % 4 :] + CHOICES[: i % 4], "label": i // 3 % 4}
+    for i, (kind, place) in enumerate((kind, place) for kind in ("capital", "currency", "claim") for place in PLACES)
+]
+TASK = {
+    "task": "places",
+    "dataset_path": "json",
+    "validation_split": "validation",
+    "fewshot_split": "train",
+    "output_type": "multiple_choice",
+    "doc_to_text": "Question: {{question}}\nAnswer:",
+    "doc_to_choice": "choices",
+    "doc_to_target": "label",
+    "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
+}
+
+
+@pytest.fixture
+def write(tmp_path, monkeypatch):
+    """Write a task, changed in some keys, and its rows; returns the task's source."""
+    pytest.importorskip("lm_eval", reason='needs lm_eval: pip install "laser-callback[lm-eval]"')
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+
+    def written(rows=ROWS, **changes):
+        config = TASK | changes
+        name = config["task"]
+        files = {}
+        for split, part in {"train": ROWS[:6], "validation": rows, "test": rows[:3]}.items():
+            (path := tmp_path / f"{name}.{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
+            files[split] = str(path)
+        config["dataset_kwargs"] = {"data_files": files}
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(config))
+        return f"lm_eval:{name}?include_path={tmp_path}"
+
+    return written
+
+
+def by_lm_eval(model, tokenizer, folder, **options):
+    """What its evaluator says: acc, and per document the log-likelihood of each choice and whether it counts."""
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
+    manager = TaskManager(include_path=str(folder), include_defaults=False)
+    found = simple_evaluate(
+        HFLM(pretrained=model, tokenizer=tokenizer, batch_size=4), tasks=["places"], task_manager=manager, **options
+    )
+    samples = sorted(found["samples"]["places"], key=lambda sample: sample["doc_id"])
+    lls = [[float(ll[0]) for ll in sample["filtered_resps"]] for sample in samples]
+    return found["results"]["places"]["acc,none"], lls, [sample["acc"] for sample in samples], samples
+
+
+def predicted(module, data):
+    trainer = quiet_trainer()
+    return trainer.predict(module, data), trainer.validate(module, data, verbose=False)[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bos", [False, True])
+@pytest.mark.parametrize("shots", [0, 2])
+def test_acc_is_that_of_lm_eval_to_the_example(write, tmp_path, bos, shots):
+    source, model, tokenizer = write(), tiny_causal_lm(), tiny_tokenizer(bos=bos)
+    module = LaserModule(model, tokenizer)
+    data = FactsDataModule(f"{source}&num_fewshot={shots}", tokenizer, batch_size=5)
+    batches, metrics = predicted(module, data)
+    acc, lls, each, samples = by_lm_eval(model, tokenizer, tmp_path, num_fewshot=shots)
+
+    assert [f"places-{sample['doc_id']}" for sample in samples] == [i for batch in batches for i in batch["id"]]
+    assert torch.cat([batch[ACC] for batch in batches]).tolist() == each
+    assert metrics[ACC] == pytest.approx(acc, abs=1e-12)
+    assert 0 < acc < 1
+    means = torch.cat([batch["choice_accuracy"] for batch in batches]).tolist()
+    assert means != each  # else the choices' lengths would not tell sum from mean
+    facts = [item.fact for item in data.encoded]
+    assert [fact.prompt for fact in facts] == [sample["arguments"][0][0] for sample in samples]
+    assert all(fact.prompt.count("Question:") == shots + 1 for fact in facts)
+    one_by_one = [
+        Fact(f"{fact.id} {i}", fact.prompt, choice) for fact in facts for i, choice in enumerate(fact.choices)
+    ]
+    singly = FactsDataModule(one_by_one, tokenizer, batch_size=len(one_by_one))
+    singly.setup()
+    with torch.inference_mode():
+        scores = module._scores(next(iter(singly.val_dataloader())))
+    assert set(scores.role.tolist()) == {Role.PROMPT}
+    ours = scores.log_prob[scores.fact.argsort()].tolist()
+    assert ours == pytest.approx([ll for document in lls for ll in document], abs=1e-4)
+
+
+def test_facts_of_a_task(write):
+    with pytest.warns(UserWarning, match="lm_eval:places: 24 documents of the validation split, 0 examples"):
+        facts = read_lm_eval(write())
+    assert facts[5].id == "places-5"
+    assert facts[5].prompt == "Question: capital of Rome 5\nAnswer:"
+    assert (facts[5].choices, facts[5].answer) == (tuple(ROWS[5]["choices"]), ROWS[5]["choices"][ROWS[5]["label"]])
+    assert {fact.group for fact in facts} == {"places"}
+    assert [fact.subject for fact in read_lm_eval(write() + "&num_fewshot=1")] == [fact.prompt for fact in facts]
+
+
+def test_the_test_split_comes_first_as_in_lm_eval(write):
+    with pytest.warns(UserWarning, match="3 documents of the test split"):
+        assert len(read_lm_eval(write(test_split="test"))) == 3
+
+
+def test_a_yaml_file_and_a_group(write, tmp_path):
+    write()
+    write(task="others", rows=ROWS[:4])
+    assert len(read_lm_eval(f"lm_eval:{tmp_path / 'others.yaml'}?include_path={tmp_path}")) == 4
+    (tmp_path / "both.yaml").write_text(yaml.safe_dump({"group": "both", "task": ["places", "others"]}))
+    groups = [fact.group for fact in read_lm_eval(f"lm_eval:both?include_path={tmp_path}")]
+    assert (groups.count("places"), groups.count("others")) == (24, 4)
+
+
+LETTERS = {"doc_to_choice": ["A", "B", "C", "D"]}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"output_type": "generate_until", "doc_to_target": "question"}, "is of the type generate_until"),
+        ({"doc_to_text": "label", "doc_to_target": "question"}, "has a prompt for each choice"),
+        ({"doc_to_target": "[0, 1]"}, "has several right answers"),
+        ({"metric_list": [{"metric": "acc_norm", "aggregation": "mean", "higher_is_better": True}]}, "no metric acc"),
+        ({"target_delimiter": ""}, "after one space"),
+        ({"target_delimiter": "\n"}, "after one space"),
+        ({"doc_to_text": "{{question}}\n\n "}, "must not end in white space"),
+        (LETTERS | {"doc_to_target": "question"}, "right answer must be one of"),
+        ({"num_fewshot": 0}, "`num_fewshot` must be 0"),
+        ({"dataset_path": "no/such/data_set"}, "needs internet"),
+    ],
+)
+def test_what_is_no_fact_is_refused(write, changes, message):
+    with pytest.raises(ValueError, match=message):
+        read_lm_eval(write(**changes) + "&num_fewshot=1")
+
+
+def test_a_label_out_of_range_is_refused(write):
+    with pytest.raises(ValueError, match=r"document 1: the right answer must be one of .*got -1"):
+        read_lm_eval(write(rows=[ROWS[0], ROWS[1] | {"label": -1}]))
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        # It reads the harness's own tasks, all of them.
+        pytest.param("lm_eval:no_such_task?include_path=.", "got 'no_such_task'", marks=pytest.mark.slow),
+        ("lm_eval:places?shots=5", r"options are num_fewshot, include_path.*\['shots'\]"),
+        ("lm_eval:places?5", "options are"),
+        ("lm_eval:places?num_fewshot=few", "whole number, got 'few'"),
+    ],
+)
+def test_mistakes_in_the_source(write, source, message):
+    with pytest.raises(ValueError, match=message):
+        read_lm_eval(source)
+
+
+def test_without_lm_eval_the_error_names_the_extra(monkeypatch):
+    for name in [name for name in sys.modules if name.partition(".")[0] == "lm_eval"]:
+        monkeypatch.delitem(sys.modules, name)
+    real = builtins.__import__
+
+    def missing(name, *args, **options):
+        if name.partition(".")[0] == "lm_eval":
+            raise ModuleNotFoundError(name)
+        return real(name, *args, **options)
+
+    monkeypatch.setattr(builtins, "__import__", missing)
+    with pytest.raises(ModuleNotFoundError, match=r'pip install "laser-callback\[lm-eval\]"'):
+        read_lm_eval("lm_eval:arc_easy")
+
+
+def test_a_masked_model_is_refused():
+    with pytest.raises(ValueError, match="masked model, which lm_eval does not score"):
+        FactsDataModule("lm_eval:arc_easy", tiny_tokenizer(masked=True)).setup()
+
+
+def test_a_tokenizer_that_joins_prompt_and_answer_is_told(recwarn):
+    facts = [Fact("1", "The capital of Italy is", "Rome", choices=("Rome", "Paris"))]
+    check_borders(facts, tiny_tokenizer())
+    assert not recwarn
+    joining = tiny_tokenizer()
+    # As LLaMA 2 does: every text is given a space in front, so that " Rome" alone has two.
+    joining.backend_tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]
+    )
+    with pytest.warns(UserWarning, match="2 of 2 choices are others.*'The capital of Italy is Rome'"):
+        check_borders(facts, joining)
+
+
+@pytest.mark.slow
+def test_search_and_gate(write, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("LASER_CALLBACK_CACHE", str(tmp_path / "spectra"))
+    monkeypatch.chdir(tmp_path)
+    source, lm = write(), save_deep_lm(tmp_path)
+    options = ["--model", str(lm), "--accelerator", "cpu", "--batch_size", "8"]
+    searched = ["search", "--judge", source, "--within", "28-29.fc_up", "--candidates", "2", "--controls", "false"]
+    assert main([*searched, *options, "--json"]) in (0, 3)
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["objective"] == [ACC]
+    assert sum(answer["sets"].values()) == len(ROWS)
+    gate = ["gate", "--plan", "28.fc_up@0.5", "--gates", f'["{ACC} >= -0.99"]', "--facts", source]
+    assert main([*gate, *options, "--json"]) == 0
+    (stage,) = json.loads(capsys.readouterr().out)["stages"]
+    assert ACC in json.dumps(stage)
+    assert main(["search", "--judge", source, "--facts", "facts.jsonl", *options]) == 2
+    assert "without `--facts`" in capsys.readouterr().err

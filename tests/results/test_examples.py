@@ -1,0 +1,439 @@
+"""Pairs, rows, priors, files and the report: from what a step returned to what a reader sees."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections import UserDict
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+from scipy import stats
+from torch import Tensor
+
+from laser_callback.reports.row_text import delta_text, interval_text
+from laser_callback.reports.terminal import plain, print_report, quoted
+from laser_callback.results.comparison import ArmResult, LaserResult, adjust_together
+from laser_callback.results.examples import ORIGINAL, Logged, PairedExamples, example_count
+from laser_callback.stats.outcomes import Outcomes, PairedResult
+from laser_callback.stats.paired import compare
+
+
+def log(value: float, name: str, dataloader_idx: int | None = None, better: bool | None = None) -> Logged:
+    return Logged(torch.tensor(value), name, dataloader_idx, None, True, False, better)
+
+
+def bools(text: str) -> Tensor:
+    return torch.tensor([c == "1" for c in text])
+
+
+def pair(before: dict[str, Any], after: dict[str, Any], size: int, index: int | None = None) -> PairedExamples:
+    examples = PairedExamples()
+    examples.add({ORIGINAL: before, "laser": after}, size, index)
+    return examples
+
+
+def together(*parts: PairedExamples) -> PairedExamples:
+    joined = PairedExamples()
+    for part in parts:
+        joined.batches += part.batches
+        joined.means += part.means
+    return joined
+
+
+# ---- pairs -----------------------------------------------------------------------------------------------------------
+
+
+def test_flips_by_hand():
+    examples = together(
+        pair({"acc": bools("0011")}, {"acc": bools("1101")}, 4),  # fixed, fixed, broken, same
+        pair({"acc": bools("100")}, {"acc": bools("010")}, 3),  # broken, fixed, same
+    )
+    (row,) = examples.rows("laser", {"acc": log(3 / 7, "acc")}, {"acc": log(4 / 7, "acc")})
+    assert (row.n, row.fixed, row.broken, row.test) == (7, 3, 2, "exact McNemar")
+    assert (row.original, row.reduced) == pytest.approx((3 / 7, 4 / 7))
+    assert row.p == pytest.approx(stats.binomtest(3, 5).pvalue)
+    assert row.higher_is_better
+
+
+def test_pairs_are_found_by_name_and_dataloader():
+    first = pair(
+        {"acc": bools("01"), "loss": torch.tensor([1.0, 2.0])}, {"acc": bools("11"), "loss": torch.ones(2)}, 2, 0
+    )
+    second = pair({"acc": bools("111")}, {"acc": bools("100")}, 3, 1)
+    examples = together(first, second)
+    keys = {
+        "acc/dataloader_idx_0": log(0.5, "acc", 0),
+        "acc/dataloader_idx_1": log(1.0, "acc", 1),
+        "acc": log(0.8, "acc"),  # over both
+        "loss/dataloader_idx_0": log(1.5, "loss", 0),
+        "other": log(3.0, "other"),
+        "only_original": log(3.0, "only_original"),
+    }
+    reduced = {key: value for key, value in keys.items() if key != "only_original"}
+    rows = {row.metric: row for row in examples.rows("laser", keys, reduced)}
+    assert set(rows) == set(reduced)
+    assert (rows["acc/dataloader_idx_0"].n, rows["acc/dataloader_idx_0"].fixed) == (2, 1)
+    assert (rows["acc/dataloader_idx_1"].n, rows["acc/dataloader_idx_1"].broken) == (3, 2)
+    assert (rows["acc"].n, rows["acc"].fixed, rows["acc"].broken) == (5, 1, 2)
+    assert rows["loss/dataloader_idx_0"].test == "paired t"
+    assert rows["other"].test == "not tested"
+
+
+def test_what_counts_as_an_outcome():
+    output = {
+        "wrong_length": torch.ones(3),
+        "integers": torch.tensor([1, 0]),  # labels as well as outcomes
+        "matrix": torch.ones(2, 2),
+        "scalar": torch.tensor(1.0),
+        "half": torch.tensor([1.5, 2.5], dtype=torch.bfloat16),
+        "weighted": Outcomes(torch.tensor([1.0, 2.0]), torch.tensor([3, 1])),
+        "id": torch.tensor([7, 8]),
+        "cluster": ["x", "x"],
+        "group": "no list",
+    }
+    (batch,) = pair(output, output, 2).batches
+    assert set(batch.outcomes[ORIGINAL]) == {"half", "weighted"}
+    assert batch.outcomes[ORIGINAL]["half"].values.tolist() == [1.5, 2.5]
+    assert batch.described[ORIGINAL] == {"id": [7, 8], "cluster": ["x", "x"]}
+    for nothing in (None, torch.tensor(1.0), [torch.ones(2)]):
+        assert pair(nothing, nothing, 2).batches[0].outcomes == {ORIGINAL: {}, "laser": {}}
+    # A mapping that is no dict, as transformers returns them.
+    assert "half" in pair(UserDict(output), UserDict(output), 2).batches[0].outcomes[ORIGINAL]
+
+
+def test_outcomes_are_copies():
+    kept, used = torch.tensor([1.0, 2.0]), Outcomes(torch.tensor([1.0, 2.0]), torch.tensor([1.0, 1.0]))
+    examples = pair({"a": kept, "b": used}, {"a": kept, "b": used}, 2)
+    kept.zero_()
+    used.values.zero_()
+    assert used.weights is not None
+    used.weights.zero_()
+    for outcomes in examples.batches[0].outcomes[ORIGINAL].values():
+        assert outcomes.values.tolist() == [1.0, 2.0]
+        assert outcomes.weights is None or outcomes.weights.tolist() == [1.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    "ids",
+    [["b", "c"], ("b", "c"), torch.tensor([2, 3]), np.array([2, 3]), np.array(["b", "c"]), list(torch.tensor([2, 3]))],
+)
+def test_duplicates_by_id(ids):
+    other = [2, 1] if not isinstance(ids[0], str) else ["b", "a"]
+    first = pair({"id": ids, "acc": bools("10")}, {"acc": bools("01")}, 2)
+    second = pair({"id": other, "acc": bools("11")}, {"acc": bools("10")}, 2)  # its first was seen on the first rank
+    merged = PairedExamples().merge([first, second])
+    assert merged.duplicates == 1
+    (row,) = merged.rows("laser", {"acc": log(0.0, "acc")}, {"acc": log(0.0, "acc")})
+    assert (row.n, row.fixed, row.broken) == (3, 1, 2)
+    assert [b.size for b in merged.batches] == [2, 1]
+    json.dumps([b.described for b in merged.batches])  # plain values
+
+
+def test_one_id_in_two_dataloaders_is_two_examples():
+    parts = [pair({"id": ["a"], "acc": bools("1")}, {"acc": bools("1")}, 1, index) for index in (0, 1)]
+    assert PairedExamples().merge(parts).duplicates == 0
+
+
+def test_without_ids_nothing_is_removed():
+    parts = [pair({"acc": bools("10")}, {"acc": bools("10")}, 2) for _ in range(2)]
+    merged = PairedExamples().merge(parts)
+    assert (merged.duplicates, sum(b.size for b in merged.batches)) == (0, 4)
+
+
+def test_a_batch_of_duplicates_only():
+    part = pair({"id": ["a", "b"], "acc": bools("10")}, {"acc": bools("11")}, 2)
+    merged = PairedExamples().merge([part, part])
+    (row,) = merged.rows("laser", {"acc": log(0.0, "acc")}, {"acc": log(0.0, "acc")})
+    assert (row.n, merged.duplicates) == (2, 2)
+
+
+def test_clusters():
+    examples = together(
+        pair({"acc": bools("0011"), "cluster": list("aabb")}, {"acc": bools("1011")}, 4),
+        pair({"acc": bools("10"), "cluster": list("bc")}, {"acc": bools("01")}, 2),
+    )
+    (row,) = examples.rows("laser", {"acc": log(1 / 3, "acc")}, {"acc": log(13 / 18, "acc")})
+    expected = compare("acc", Outcomes.of(bools("001110")), Outcomes.of(bools("101101")), clusters=list("aabbbc"))
+    assert row == expected
+    assert row.n == 3
+    assert "6 units in 3 clusters" in row.note
+
+
+@pytest.mark.parametrize(
+    ("output", "batch", "expected"),
+    [
+        ({"id": ["a", "b"]}, torch.ones(5, 2), 2),
+        ({"id": torch.tensor([1, 2, 3])}, None, 3),
+        ({"id": np.array([1, 2, 3])}, torch.ones(5, 2), 3),
+        (None, (torch.ones(5, 2), torch.ones(3)), 5),
+        (None, {"scalar": torch.tensor(1.0), "x": [torch.ones(4)]}, 4),
+        (None, UserDict({"x": torch.ones(6, 1)}), 6),
+        (None, ["text"], 1),
+    ],
+)
+def test_example_count(output, batch, expected):
+    assert example_count(output, batch) == expected
+
+
+# ---- the unit is the batch -------------------------------------------------------------------------------------------
+
+
+def test_batch_means_are_weighted_by_their_size():
+    examples = PairedExamples()
+    before, after, sizes = [1.0, 2.0, 4.0], [0.5, 2.5, 1.0], [4, 4, 1]
+    for b, a, size in zip(before, after, sizes, strict=True):
+        examples.add({ORIGINAL: None, "laser": None}, size, None)
+        examples.means.append({ORIGINAL: {"loss": (b * size, size)}, "laser": {"loss": (a * size, size)}})
+    (row,) = examples.rows("laser", {"loss": log(16 / 9, "loss")}, {"loss": log(13 / 9, "loss")})
+    assert row.note == "unit: the batch"
+    assert (row.n, row.test) == (3, "cluster-robust t")
+    assert (row.original, row.reduced) == pytest.approx((16 / 9, 13 / 9))
+    # Cochran's ratio estimator by hand.
+    w, d = np.array(sizes, float), np.array(after) - np.array(before)
+    ratio = (w * d).sum() / w.sum()
+    error = np.sqrt(3 / 2 * ((w * (d - ratio)) ** 2).sum()) / w.sum()
+    assert row.delta == pytest.approx(ratio)
+    assert row.p == pytest.approx(2 * stats.t.sf(abs(ratio) / error, 2))
+    assert row.lower == pytest.approx(ratio - stats.t.ppf(0.975, 2) * error)
+
+
+def test_batches_that_cannot_be_paired_are_left_out():
+    examples = PairedExamples()
+    for means in (
+        {ORIGINAL: {"loss": (4.0, 4)}, "laser": {"loss": (2.0, 4)}},
+        {ORIGINAL: {"loss": (9.0, 3)}, "laser": {"loss": (4.0, 2)}},  # not the same examples
+        {ORIGINAL: {"loss": (0.0, 0)}, "laser": {"loss": (0.0, 0)}},  # not logged in this batch
+        {ORIGINAL: {}, "laser": {"loss": (4.0, 2)}},
+        {ORIGINAL: {"loss": (1.0, 1)}, "laser": {}},
+        {ORIGINAL: {"loss": (2.0, 4)}, "laser": {"loss": (2.0, 4)}},
+    ):
+        examples.add({ORIGINAL: None, "laser": None}, 4, None)
+        examples.means.append(means)
+    (row,) = examples.rows("laser", {"loss": log(1.0, "loss")}, {"loss": log(1.0, "loss")})
+    assert (row.n, row.original, row.reduced) == (2, 0.75, 0.5)
+    assert row.note == "3 of 5 batches left out: logged in one arm only; unit: the batch"
+
+
+def test_not_a_mean():
+    examples = pair({"x": torch.ones(3)}, {"x": torch.ones(3)}, 3)
+    examples.means.append({ORIGINAL: {}, "laser": {}})
+    (row,) = examples.rows("laser", {"f1": log(0.5, "f1", better=True)}, {"f1": log(0.75, "f1")})
+    assert (row.test, row.verdict, row.n, row.delta) == ("not tested", "not tested", 3, 0.25)
+    assert (row.p, row.lower, row.kind) == (None, None, None)
+    assert row.note == "not an average over examples"
+    assert row.higher_is_better
+
+
+def test_a_key_that_is_logged_as_something_else():
+    """Beyond rounding, and in either arm; weights count as they do in the row."""
+    weights = torch.tensor([3, 1])
+    before, after = (Outcomes(torch.tensor(values), weights) for values in ([1.0, 4.0], [2.0, 5.5]))  # 1.75, 2.875
+    examples = pair({"x": before}, {"x": after}, 2)
+
+    def note(original: float, reduced: float) -> str:
+        (row,) = examples.rows("laser", {"x": log(original, "x")}, {"x": log(reduced, "x")})
+        return row.note
+
+    assert note(1.75, 2.875) == note(1.7501, 2.8749) == ""
+    assert note(2.5, 3.5) == "logged as 2.5 and 3.5 (reduced): not the mean over these examples"
+    assert note(1.75, 3.5) == "logged as 1.75 and 3.5 (reduced): not the mean over these examples"
+    assert note(float("nan"), 2.875) == "logged as nan and 2.875 (reduced): not the mean over these examples"
+
+
+def test_outcomes_absent_everywhere_fall_back():
+    nothing = torch.full((2,), float("nan"))
+    examples = pair({"x": nothing}, {"x": nothing}, 2)
+    examples.means.append({ORIGINAL: {"x": (4.0, 2)}, "laser": {"x": (2.0, 2)}})
+    (row,) = examples.rows("laser", {"x": log(2.0, "x")}, {"x": log(1.0, "x")})
+    assert row.note.endswith("unit: the batch")
+
+
+# ---- priors ----------------------------------------------------------------------------------------------------------
+
+
+def described(answer: list[str], said: list[str], **more: list[str]) -> dict[str, Any]:
+    return {"answer": answer, "prediction": said, **more}
+
+
+def test_priors():
+    examples = together(
+        pair(described(["yes", "no"], ["no", "no"], group=["g", "h"]), described([], ["yes", "yes"]), 2),
+        pair(described(["yes", "no"], ["no", "no"], group=["g", "g"]), described([], ["yes", "no"]), 2),
+        pair({"acc": bools("1")}, {"acc": bools("1")}, 1),  # a batch of another kind
+    )
+    checks = examples.priors("laser")
+    assert checks is not None
+    assert (checks.n, checks.delta) == (4, 0.25)  # 2 of 4, then 3 of 4
+    assert checks.top_predictions == {"original": [("no", 4)], "reduced": [("yes", 3), ("no", 1)]}
+    assert checks.constant_answer == 0.75  # "yes" in g (2 of 3), "no" in h (1 of 1)
+    assert pair({"acc": bools("1")}, {"acc": bools("1")}, 1).priors("laser") is None
+
+
+# ---- files -----------------------------------------------------------------------------------------------------------
+
+
+def test_write_jsonl(tmp_path):
+    examples = PairedExamples()
+    outputs = {
+        ORIGINAL: {
+            "id": ["ä", "b"], "answer": ["x", "y"], "prediction": ["x", "é"],
+            "acc": bools("10"), "loss": torch.tensor([0.5, float("nan")]),
+        },
+        "a": {"prediction": ["x", "y"], "acc": bools("11"), "loss": torch.tensor([0.25, float("inf")])},
+        "a.zeroed": {"acc": bools("00"), "loss": torch.tensor([1.0, float("-inf")])},
+    }  # fmt: skip
+    examples.add(outputs, 2, None)
+    examples.add({arm: {"acc": bools("1")} for arm in outputs}, 1, None)
+    path = tmp_path / "deep" / "examples.jsonl"
+    examples.write(path)
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is not JSON")
+
+    lines = [json.loads(line, parse_constant=refuse) for line in path.read_text(encoding="utf-8").splitlines()]
+    assert lines[0] == {
+        "id": "ä",
+        "answer": "x",
+        "original": {"acc": 1.0, "loss": 0.5, "prediction": "x"},
+        "a": {"acc": 1.0, "loss": 0.25, "prediction": "x"},
+        "a.zeroed": {"acc": 0.0, "loss": 1.0},
+    }
+    assert lines[1]["original"] == {"acc": 0.0, "loss": None, "prediction": "é"}
+    assert lines[1]["a"]["loss"] is None
+    assert lines[2] == {arm: {"acc": 1.0} for arm in outputs}
+    assert [p.name for p in path.parent.iterdir()] == ["examples.jsonl"]
+
+
+# ---- results ---------------------------------------------------------------------------------------------------------
+
+
+def arm(flips: dict[str, tuple[str, str]], plan: str = "1.mlp@0.1") -> ArmResult:
+    rows = [compare(name, Outcomes.of(bools(b)), Outcomes.of(bools(a))) for name, (b, a) in flips.items()]
+    return ArmResult(plan, rows, None, "off", 1.0, 0.1)
+
+
+WORSE = ("1" * 10, "1" + "0" * 9)
+BETTER = ("0" * 10, "1" * 8 + "00")
+SAME = ("01" * 5, "01" * 5)
+
+
+def test_one_plan_keeps_its_primary():
+    (one,) = arms = [arm({"acc": BETTER, "top5": WORSE, "top10": SAME})]
+    adjust_together(arms, "acc")
+    assert (one["acc"].role, one["acc"].p_adjusted, one["acc"].verdict) == ("primary", None, "better")
+    assert one["top5"].p_adjusted == pytest.approx(2 * stats.binomtest(9, 9).pvalue)
+    assert one["top10"].p_adjusted == 1.0
+    with pytest.raises(KeyError, match="no row 'top1'; there are acc, top5, top10"):
+        _ = one["top1"]
+
+
+def test_two_plans_are_one_family():
+    a, b = arms = [arm({"acc": BETTER, "top5": WORSE}), arm({"acc": WORSE, "top5": SAME})]
+    adjust_together(arms, "acc")
+    p_better, p_worse = stats.binomtest(8, 8).pvalue, stats.binomtest(9, 9).pvalue
+    # The primaries among each other: the smaller p times two, then the larger, not below it.
+    assert b["acc"].p_adjusted == pytest.approx(2 * p_worse)
+    assert a["acc"].p_adjusted == pytest.approx(max(p_better, 2 * p_worse))
+    assert (a["acc"].verdict, b["acc"].verdict) == ("better", "worse")
+    # The others in a family of their own.
+    assert a["top5"].p_adjusted == pytest.approx(2 * p_worse)
+    assert b["top5"].p_adjusted == 1.0
+    assert {row.metric for row in a.rows} == {"acc", "top5"}
+    with pytest.raises(ValueError, match="primary"):
+        adjust_together(arms, "nothing")
+
+
+def test_two_plans_without_primary():
+    arms = [arm({"acc": BETTER}), arm({"acc": WORSE})]
+    adjust_together(arms, None)
+    assert {row.role for one in arms for row in one.rows} == {"holm"}
+    assert arms[0]["acc"].p_adjusted == pytest.approx(stats.binomtest(8, 8).pvalue)
+    assert arms[1]["acc"].p_adjusted == pytest.approx(2 * stats.binomtest(9, 9).pvalue)
+
+
+LONG = "paraphrase_consistency/dataloader_idx_0"
+
+
+def result(primary: str | None = "acc") -> LaserResult:
+    examples = together(pair(described(["x", "y"] * 5, ["y", "y"] * 5), described([], ["x"] * 10), 10))
+    examples.duplicates = 2
+    arms = {
+        "a": arm({"acc": BETTER, "first_token_accuracy": WORSE, LONG: SAME}, plan=", ".join(["27.fc_in@0.01"] * 40)),
+        "b": arm({"acc": WORSE, "first_token_accuracy": SAME, LONG: SAME}),
+    }
+    ratio = Outcomes(torch.tensor([2.0, 3.0, 2.5]), torch.tensor([10, 20, 30]), "log_ratio")
+    better = Outcomes(ratio.values - torch.tensor([0.5, 0.4, 0.3]), ratio.weights, "log_ratio")
+    infinite = Outcomes(torch.tensor([1.0, float("inf"), 1.0]))
+    for one in arms.values():
+        one.rows += [
+            compare("perplexity", ratio, better),
+            compare("infinite", infinite, Outcomes(torch.zeros(3))),
+            compare("[bold]odd[/]name", Outcomes(torch.rand(3)), Outcomes(torch.rand(3))),
+        ]
+        one.prior_checks = examples.priors("laser")
+    adjust_together(list(arms.values()), primary)
+    controls = {"a": {"zeroed": arm({"acc": SAME}), "random": arm({"acc": WORSE})}}
+    return LaserResult(arms, controls, primary, 1.5, {"step_loss": "logged per step only"}, examples)
+
+
+@pytest.mark.parametrize("primary", ["acc", None])
+@pytest.mark.parametrize("width", [80, 100, 112, 116, 140])
+def test_the_report_names_everything_at_any_width(width, primary):
+    shown = result(primary)
+    text = plain(shown, width)
+    lines = text.splitlines()
+    assert max(map(len, lines)) <= width
+    names = "".join(line.split(" ")[0] for line in lines)
+    for row in shown["a"].rows:
+        assert names.count(row.metric) >= 2, row.metric  # once for each plan; long names go on in the next line
+    for word in ("step_loss", "logged per step only", "2 duplicates"):
+        assert word in " ".join(text.split()), word
+    assert "…" not in text
+
+
+def test_the_report_as_it_is_printed(capsys):
+    shown = result()
+    print_report(shown)
+    assert "first_token_accuracy" in capsys.readouterr().out
+    console = Console(width=140, file=io.StringIO())
+    print_report(shown, console)
+    assert capsys.readouterr().out == ""
+    assert console.file.getvalue() == plain(shown, 140)
+
+
+@pytest.mark.parametrize("primary", ["acc", None])
+def test_the_report_says_what_is_adjusted(primary):
+    assert "Holm-adjusted, the intervals are not" in " ".join(plain(result(primary), 80).split())
+
+
+def test_answers_are_quoted():
+    """An answer may be a quotation mark, or only a space."""
+    assert [quoted(text) for text in ('"', " the", "'", " ")] == ["'\"'", "'the'", '"\'"', "' '"]
+    text = " ".join(plain(result(), 120).split())
+    assert "original says most: 'y' 10 (entropy 0.00 nats)" in text
+
+
+def test_zero_has_no_sign():
+    row = PairedResult("acc", "binary", 10, 0.5, 0.4999, -0.0001, lower=-0.0004, upper=0.25)
+    assert (delta_text(row, row.delta), interval_text(row)) == ("0.0%", "0.0, +25.0")
+    row = PairedResult("loss", "mean", 10, 0.5, 0.5, -0.0, lower=-0.0004, upper=0.0)
+    assert (delta_text(row, row.delta), interval_text(row)) == ("0", "-0.0004, 0")
+    assert interval_text(replace(row, lower=float("-inf"))) == "-inf, 0"
+
+
+def test_the_result_is_strict_json(tmp_path):
+    shown = result()
+    text = json.dumps(shown.to_dict(), allow_nan=False)
+    shown.to_json(tmp_path / "new" / "result.json")
+    assert json.loads((tmp_path / "new" / "result.json").read_text(encoding="utf-8")) == json.loads(text)
+    assert shown.to_dict()["duplicates_removed"] == 2
+    before = (tmp_path / "new" / "result.json").read_text()
+    shown.not_compared["bad"] = object()  # type: ignore[assignment]
+    with pytest.raises(TypeError):
+        shown.to_json(tmp_path / "new" / "result.json")
+    assert (tmp_path / "new" / "result.json").read_text() == before

@@ -1,0 +1,42 @@
+"""A language model, or one of images, that says its loss per example, and a pass of the screen over it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from trainers import quiet_trainer
+
+from laser_callback.search.screen import GradientScreen
+
+
+class Steps(pl.LightningModule):
+    """One loss per example; ``returns`` says what the step makes of them."""
+
+    def __init__(self, model: nn.Module, returns: Callable[[Tensor], Any] = Tensor.mean) -> None:
+        super().__init__()
+        self.model, self.returns = model, returns
+
+    def losses(self, batch: Any) -> Tensor:
+        if isinstance(batch, dict):  # images
+            return F.cross_entropy(self.model(batch["x"]), batch["y"], reduction="none")
+        kwargs = {"decoder_input_ids": batch.flip(1)} if self.model.config.is_encoder_decoder else {}
+        logits = self.model(input_ids=batch, **kwargs).logits
+        return F.cross_entropy(logits[:, :-1].mT, batch[:, 1:], reduction="none").mean(1)
+
+    def validation_step(self, batch: Any, batch_idx: int) -> Any:
+        return self.returns(self.losses(batch))
+
+
+def run(screen: GradientScreen, module: pl.LightningModule, data: Any, size: int = 100, *, others=(), **kwargs) -> None:
+    trainer = quiet_trainer(*others, screen, **{"inference_mode": False, **kwargs})
+    trainer.validate(module, DataLoader(data, batch_size=size), verbose=False)
+
+
+def ids(count: int = 7, vocabulary: int = 60) -> Tensor:
+    return torch.randint(3, vocabulary, (count, 8), generator=torch.Generator().manual_seed(0))

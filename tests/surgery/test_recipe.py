@@ -1,0 +1,180 @@
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+import transformers as hf
+from small_models import IDS, PLAN, Wrapped, gpt2, mixtral
+from tiny import tiny_causal_lm
+from weights import same, weights
+
+from laser_callback.plans.plan import LaserPlan
+from laser_callback.spectra.store import Spectra
+from laser_callback.surgery.recipe import Recipe, apply, matrix_hash
+from laser_callback.surgery.swap import reduced
+
+# ---- applying --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("make", "plan"),
+    [
+        (tiny_causal_lm, PLAN),
+        (gpt2, "1.q_proj@0.25, 1.v_proj@0.5, 2.fc_in@0.1"),
+        (mixtral, "1.fc_in[2]@0.1, 0.fc_out@0.2, 0.q_proj@0.5"),
+    ],
+)
+def test_applied_for_good_are_the_weights_of_the_block(make, plan):
+    model = make()
+    with reduced(model, plan):
+        expected = weights(model)
+    parameters = list(model.parameters())
+    recipe = apply(model, plan)
+    assert same(model, expected)
+    assert all(one is other for one, other in zip(model.parameters(), parameters, strict=True))
+    assert recipe == LaserPlan.parse(plan)
+    assert not torch.equal(make()(IDS).logits, model(IDS).logits)
+
+
+def test_a_recipe_makes_the_same_bits_of_the_same_model_in_another_module(tmp_path):
+    model, other = tiny_causal_lm(), Wrapped()
+    apply(model, PLAN).to_file(tmp_path / "laser.json")
+    recipe = Recipe.from_file(tmp_path / "laser.json")
+    assert isinstance(recipe, Recipe)
+    done = apply(other, recipe)
+    assert same(other.net, weights(model))
+    assert [m.after for m in done.matrices] == [m.after for m in recipe.matrices]
+    assert done.matrices[0].name == f"net.{recipe.matrices[0].name}"
+    apply(tiny_causal_lm(), done)  # and out of a module again
+
+
+def test_training_goes_on_from_the_cut_weights():
+    model = tiny_causal_lm()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    model(IDS, labels=IDS).loss.backward()
+    optimizer.step()
+    apply(model, "1.fc_in@0.1")
+    cut = model.model.layers[1].mlp.gate_proj.weight
+    before = cut.detach().clone()
+    assert torch.linalg.matrix_rank(before) == 3
+    model(IDS, labels=IDS).loss.backward()
+    optimizer.step()
+    assert not torch.equal(cut, before)
+
+
+def test_hashes_are_of_the_matrices_in_the_model():
+    model = gpt2()
+    before = model.transformer.h[1].attn.c_attn.weight[:, :16].T.clone()
+    (matrix,) = apply(model, "1.q_proj@0.25").matrices
+    after = model.transformer.h[1].attn.c_attn.weight[:, :16].T
+    assert (matrix.name, matrix.shape, matrix.dtype) == ("transformer.h.1.attn.c_attn[q_proj]", (16, 16), "float32")
+    assert (matrix.before, matrix.after) == (matrix_hash(before), matrix_hash(after))
+    assert matrix.before != matrix.after
+    assert matrix.norm == pytest.approx(float(after.double().norm()))
+    assert matrix_hash(before) != matrix_hash(before.T) != matrix_hash(before.T.bfloat16())
+
+
+def test_a_refused_model_is_as_it_was():
+    recipe = apply(tiny_causal_lm(), PLAN)
+    model = tiny_causal_lm()
+    with torch.no_grad():
+        model.model.layers[3].mlp.up_proj.weight[1, 2] += 1e-3  # the last of the planned matrices
+    before, pointers = weights(model), [p.data_ptr() for p in model.parameters()]
+    with pytest.raises(ValueError, match=r"the weights of `model\.layers\.3\.mlp\.up_proj` are others"):
+        apply(model, recipe)
+    assert same(model, before)
+    assert [p.data_ptr() for p in model.parameters()] == pointers
+
+
+# ---- other models ----------------------------------------------------------------------------------------------------
+
+
+def test_what_differs_is_named():
+    recipe = apply(tiny_causal_lm(), "1.fc_in@0.1")
+    applied = tiny_causal_lm()
+    apply(applied, recipe)
+    with pytest.raises(
+        ValueError, match=r"`model\.layers\.1\.mlp\.gate_proj` is already what .* make of it: there is nothing to do"
+    ):
+        apply(applied, recipe)
+    with pytest.raises(ValueError, match=r"is bfloat16, but the recipe is for float32: load the model with dtype"):
+        apply(tiny_causal_lm().bfloat16(), recipe)
+    config = hf.LlamaConfig(**{**tiny_causal_lm().config.to_dict(), "intermediate_size": 48})
+    with pytest.raises(ValueError, match=r"another model: `model\.layers\.1\.mlp\.gate_proj` is 48 x 32, not 64 x 32"):
+        apply(hf.LlamaForCausalLM(config), recipe)
+    with pytest.raises(
+        ValueError, match=r"another model: this has `transformer\.h\.1\.mlp\.c_fc` where it had `model\.layers"
+    ):
+        apply(gpt2(), recipe)
+    config.num_hidden_layers = 1
+    with pytest.raises(
+        ValueError,
+        match=r"made for another model: the reduction 1.fc_in@0.1 matches no .*: layer 1: there are 0 with",
+    ):
+        apply(hf.LlamaForCausalLM(config), recipe)
+    every = apply(tiny_causal_lm(), "*.fc_in@0.1")
+    with pytest.raises(ValueError, match="cuts 1 matrices of this one, not 4"):
+        apply(hf.LlamaForCausalLM(config), every)
+
+
+def test_another_result_is_refused_and_rounding_only_on_demand():
+    recipe = apply(tiny_causal_lm(), "1.fc_in@0.1")
+    (matrix,) = recipe.matrices
+    elsewhere = Recipe(recipe, [replace(matrix, after="0" * 64, norm=matrix.norm * (1 + 1e-8))])
+    model = tiny_causal_lm()
+    before = weights(model)
+    with pytest.raises(ValueError, match=r"differs from the recipe by rounding .* exact=False"):
+        apply(model, elsewhere)
+    assert same(model, before)
+    assert apply(model, elsewhere, exact=False).matrices == recipe.matrices
+    other = Recipe(LaserPlan.parse("1.fc_in@0.2"), recipe.matrices)
+    for exact in (True, False):
+        model = tiny_causal_lm()
+        with pytest.raises(
+            ValueError, match=r"after the cut `model\.layers\.1\.mlp\.gate_proj` is not what the recipe"
+        ):
+            apply(model, other, exact=exact)
+        assert same(model, before)
+
+
+def test_the_method_is_part_of_the_recipe():
+    recipe = apply(tiny_causal_lm(), "1.fc_in@0.1", spectra=Spectra(method="reference"))
+    assert recipe.method == "reference"
+    again = tiny_causal_lm()
+    assert apply(again, recipe).matrices == recipe.matrices
+    assert apply(tiny_causal_lm(), "1.fc_in@0.1").matrices != recipe.matrices
+    with pytest.raises(ValueError, match="the recipe cuts by the method 'reference', `spectra` by 'exact'"):
+        apply(tiny_causal_lm(), recipe, spectra=Spectra())
+
+
+# ---- files -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["laser.json", "laser.yaml"])
+def test_files_hold_all_of_a_recipe(name, tmp_path):
+    done = apply(tiny_causal_lm(), PLAN)
+    recipe = Recipe(done, done.matrices, done.method, None, {"seed": 3}, done.versions)
+    recipe.to_file(tmp_path / name)
+    read = Recipe.from_file(tmp_path / name)
+    assert isinstance(read, Recipe)
+    assert (read, read.to_dict()) == (recipe, recipe.to_dict())
+    assert read.numbers == {"seed": 3}
+    assert (tmp_path / name).stat().st_size < 10_000
+    assert "torch" in read.versions
+
+
+def test_what_is_no_recipe_is_said(tmp_path):
+    recipe = apply(tiny_causal_lm(), "1.fc_in@0.1")
+    with pytest.raises(ValueError, match=r"must end in .json or .yaml"):
+        recipe.to_file(tmp_path / "laser.txt")
+    data = recipe.to_dict()
+    for change, message in (
+        ({"more": 1}, "a recipe has the keys .* got .*more"),
+        ({"method": "magic"}, "must be one of exact, reference, got 'magic'"),
+        ({"matrices": [{"name": "x", "shape": [1, 2]}]}, "has the fields of CutMatrix"),
+    ):
+        (tmp_path / "laser.json").write_text(json.dumps({**data, **change}))
+        with pytest.raises(ValueError, match=message):
+            Recipe.from_file(tmp_path / "laser.json")
