@@ -19,8 +19,8 @@ sys.path[:0] = [str(HERE), str(HERE.parent)]
 import notebook  # noqa: E402 - beside this file
 
 import laser_callback  # noqa: E402
-from laser_callback.cli.command import parser_of  # noqa: E402
 from laser_callback.cli.commands import COMMANDS, READ_THEIR_OWN_ARGUMENTS, function_of  # noqa: E402
+from laser_callback.cli.options import parser_of  # noqa: E402
 
 ROOMS = [path.parent.name for path in (HERE.parent / "laser_callback").glob("*/__init__.pyi")]
 
@@ -46,7 +46,7 @@ add_module_names = False
 
 # Whatever is not ours is not linked: a build must not need the internet. Links to our own names are checked.
 nitpick_ignore_regex = [(r"py:.*", r"(?!laser_callback).*")]
-nitpick_ignore = [("py:class", "laser_callback.stats.paired.Row")]  # a type variable
+nitpick_ignore = [("py:class", "laser_callback.stats.outcomes.ResultRow")]  # a type variable
 ROOM_OF = {name: room for room in ROOMS for name in import_module(f"laser_callback.{room}").__all__}
 
 (HERE / "_build").mkdir(exist_ok=True)

@@ -26,7 +26,7 @@ def main() -> None:
     """Factorise one matrix of the demo's model, and draw."""
     plan = LaserPlan.parse(REDUCTION)
     ((matrix, reduction),) = plan.resolve(AutoModelForCausalLM.from_pretrained(demo_model_folder()))
-    weight = matrix.read(matrix.parameter.data).detach()
+    weight = matrix.value
     sigma = Spectrum.of(weight).values.tolist()
     k, n = reduction.rank(matrix.max_rank), matrix.max_rank
     energy = sum(s * s for s in sigma[:k]) / sum(s * s for s in sigma)
