@@ -19,7 +19,7 @@ from laser_callback.cli.recipes import recipes
 
 
 def completion(shell: Literal["bash", "zsh", "tcsh"]) -> Answer:
-    """Print a completion script. Making it takes seconds, so write it to a file that new shells read: for bash,
+    """Print a completion script. It takes seconds: write it to a file that new shells read, with bash-completion by
     laser-callback completion bash > ~/.local/share/bash-completion/completions/laser-callback
 
     Args:
