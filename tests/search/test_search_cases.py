@@ -33,6 +33,8 @@ from laser_callback.stats.outcomes import Outcomes
 from laser_callback.support.journal import Journal
 from laser_callback.support.progress import PhaseProgress
 
+pytestmark = pytest.mark.slow
+
 
 class Means(Recall):
     """Logs means of batches, and returns the loss only."""
