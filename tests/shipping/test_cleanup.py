@@ -32,7 +32,7 @@ from laser_callback.stats.outcomes import PairedResult
 from laser_callback.support.processes import on_first_rank, share_weights, waiting_group
 
 peft = pytest.importorskip("peft")
-pytestmark = pytest.mark.usefixtures("own_cache")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("own_cache")]
 SEARCH = {**AIM, "report": False}
 
 

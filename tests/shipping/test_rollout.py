@@ -20,7 +20,7 @@ from laser_callback.cli.commands import main
 from laser_callback.shipping.gates import read_gates
 from laser_callback.shipping.rollout import in_steps, one_by_one
 
-pytestmark = pytest.mark.usefixtures("own_cache")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("own_cache")]
 GAIN = "val_acc: gain"
 GUARD = "val_loss: delta < 0.3"
 
