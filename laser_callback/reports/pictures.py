@@ -16,7 +16,7 @@ from laser_callback.reports import drawing
 from laser_callback.reports.panels import STEPS, panels, shading
 from laser_callback.reports.row_text import is_share
 from laser_callback.reports.search_text import GainText, Teller, pictured
-from laser_callback.reports.svg import SHADES, standalone
+from laser_callback.reports.svg import SHADES, printable, standalone
 from laser_callback.results.comparison import LaserResult
 from laser_callback.results.flips import Row, label_counts
 from laser_callback.results.search import SearchResult
@@ -125,7 +125,12 @@ def _unit(row: PairedResult) -> tuple[str, float]:
 
 
 def _spectra(result: LaserResult) -> Figure | None:
-    shown = [spectrum for arm in result.arms.values() for spectrum in arm.spectra if spectrum.values[0] > 0][:SPECTRA]
+    shown = [
+        spectrum
+        for arm in result.arms.values()
+        for spectrum in arm.spectra
+        if any(value > 0 for value in spectrum.values)
+    ][:SPECTRA]
     if not shown:
         return None
     columns = min(3, len(shown))
@@ -134,7 +139,8 @@ def _spectra(result: LaserResult) -> Figure | None:
     axes = list(figure.subplots(rows, columns, squeeze=False).flat)
     for axis, spectrum in zip(axes, shown, strict=False):
         drawing.spectrum(axis, spectrum)
-        axis.set_title(f"{spectrum.matrix}\n{drawing.kept_text(spectrum)}".replace(", ", ",\n"), fontsize=7)
+        title = f"{spectrum.matrix}\n{drawing.kept_text(spectrum)}"
+        axis.set_title(printable(title).replace(", ", ",\n"), fontsize=7)
     for axis in axes[len(shown) :]:
         axis.set_axis_off()
     return figure
@@ -150,7 +156,7 @@ def _labels(result: LaserResult, examples: Sequence[Row]) -> Figure | None:
     axes = figure.subplots(len(counted), 1, squeeze=False, height_ratios=sizes)[:, 0]
     for axis, (name, counts) in zip(axes, counted.items(), strict=True):
         drawing.labels(axis, counts)
-        axis.set_title(result[name].plan)
+        axis.set_title(printable(result[name].plan))
     axes[0].legend(frameon=False)
     return figure
 
@@ -187,4 +193,5 @@ def trades(result: SearchResult) -> Figure | None:
 
 
 def _title(figure: Figure, text: str, plans: Sequence[str]) -> None:
-    figure.suptitle("\n".join([text, *(plan if len(plan) < 90 else f"{plan[:87]}..." for plan in plans)]), fontsize=9)
+    lines = [text, *(plan if len(plan) < 90 else f"{plan[:87]}..." for plan in plans)]
+    figure.suptitle("\n".join(map(printable, lines)), fontsize=9)
