@@ -24,7 +24,8 @@ from torchmetrics import MetricCollection
 
 from laser_callback.compare import arms
 from laser_callback.compare.controls import random_plan, zeroed_plan
-from laser_callback.compare.state import RandomState, copy_data
+from laser_callback.compare.copies import copy_data
+from laser_callback.compare.state import RandomState
 from laser_callback.plans.matrices import find_matrices
 from laser_callback.plans.plan import LaserPlan
 from laser_callback.results.comparison import ArmResult, LaserResult, adjust_together

@@ -1,6 +1,6 @@
 """Everything that an evaluation step may write to, kept apart for two passes over one batch.
 
-:func:`copy_data` copies batches, :class:`RandomState` holds the global generators, :class:`ModuleState` one arm's own
+:class:`RandomState` holds the global generators, :class:`ModuleState` one arm's own
 values of whatever the user's module keeps. What a pass writes elsewhere (files, globals, attributes of foreign objects
 that hold more than plain values) cannot be told apart.
 
@@ -9,114 +9,23 @@ This file knows torch and torchmetrics, but nothing of Lightning's loops.
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import operator
-import random
-from collections import UserDict, deque
+from collections import UserDict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
-import numpy as np
-import torch
 from lightning.fabric.utilities.seed import _collect_rng_states, _set_rng_states
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, Sampler
 from torchmetrics import Metric
 
-_Containers = (dict, UserDict, list, tuple, set, frozenset, deque)
-_Generators = (torch.Generator, random.Random, np.random.Generator, np.random.RandomState)
-_Values = (Tensor, np.ndarray, np.generic, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
-_UNCHANGING = {int, float, complex, bool, str, bytes, type(None), torch.dtype, torch.device}
-_PLAIN = (*_Containers, *_Generators, *_Values)
+from laser_callback.compare.copies import CONTAINERS, PLAIN, VALUES, copy_data, is_record
 
 # A tensor in an ordinary submodule with more elements than this is a constant (packed weights, masks, tables), which is
 # not worth a copy per arm.
 _LARGEST_STATE = 2**20
-
-
-# ---- copies ----------------------------------------------------------------------------------------------------------
-
-
-def copy_data(value: Any, memo: dict[int, Any] | None = None) -> Any:
-    """Copy containers, tensors and objects that hold nothing else; anything else is kept by reference.
-
-    Not ``copy.deepcopy``: that would also copy a model or tokenizer held in a list, and whole storages behind views.
-    Aliases stay aliases within one ``memo``.
-    """
-    if type(value) in _UNCHANGING:
-        return value
-    memo = {} if memo is None else memo
-    if id(value) in memo:
-        return memo[id(value)][1]
-    new: Any
-    if isinstance(value, Tensor):
-        new = value if isinstance(value, nn.Parameter) else _copy_tensor(value)
-    elif isinstance(value, np.ndarray):
-        new = value.copy()
-    elif isinstance(value, torch.Generator):
-        new = torch.Generator(value.device).set_state(value.get_state())
-    elif isinstance(value, _Generators):
-        new = copy.deepcopy(value)
-    elif isinstance(value, dict):
-        new = copy.copy(value)  # keeps the class, and a defaultdict's factory
-        memo[id(value)] = (value, new)
-        for key, item in value.items():
-            dict.__setitem__(new, key, copy_data(item, memo))
-        _copy_attributes(new, memo)  # a ModelOutput holds each value as an attribute, too
-    elif isinstance(value, UserDict):  # transformers' BatchEncoding
-        new = copy.copy(value)
-        memo[id(value)] = (value, new)
-        new.data = copy_data(value.data, memo)
-    elif isinstance(value, list):
-        new = copy.copy(value)
-        memo[id(value)] = (value, new)
-        new[:] = [copy_data(item, memo) for item in value]
-        _copy_attributes(new, memo)
-    elif isinstance(value, tuple):
-        items = [copy_data(item, memo) for item in value]
-        new = type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
-    elif isinstance(value, deque):
-        new = copy.copy(value)
-        new.clear()
-        new.extend(copy_data(item, memo) for item in value)
-    elif isinstance(value, set):
-        new = copy.copy(value)
-    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
-        new = copy.copy(value)
-        memo[id(value)] = (value, new)
-        for item in dataclasses.fields(value):
-            if hasattr(value, item.name):
-                object.__setattr__(new, item.name, copy_data(getattr(value, item.name), memo))
-    elif not isinstance(value, nn.Module) and callable(getattr(value, "clone", None)):  # batches of graph libraries
-        new = value.clone()
-    elif is_record(value):
-        new = copy.copy(value)
-        memo[id(value)] = (value, new)
-        _copy_attributes(new, memo)
-    else:
-        return value
-    memo[id(value)] = (value, new)  # the original is kept alive, so that its id stays its own
-    return new
-
-
-def is_record(value: Any) -> bool:
-    """Whether ``value`` is an object that holds plain values and nothing else, such as a hand-written meter."""
-    if isinstance(value, (type, nn.Module, Dataset, DataLoader, Sampler, *_PLAIN)) or not hasattr(value, "__dict__"):
-        return False
-    return bool(vars(value)) and all(isinstance(item, _PLAIN) or is_record(item) for item in vars(value).values())
-
-
-def _copy_tensor(value: Tensor) -> Tensor:
-    new = value.detach().clone()
-    return new.requires_grad_() if value.requires_grad else new
-
-
-def _copy_attributes(new: Any, memo: dict[int, Any]) -> None:
-    for name, item in getattr(new, "__dict__", {}).items():
-        vars(new)[name] = copy_data(item, memo)
 
 
 class RandomState(NamedTuple):
@@ -162,7 +71,7 @@ class _State:
         attributes = {
             name: value
             for name, value in vars(owner).items()
-            if name not in _INTERNAL and (not callable(value) or isinstance(value, _PLAIN))
+            if name not in _INTERNAL and (not callable(value) or isinstance(value, PLAIN))
         }
         hooks = {name: dict(vars(owner)[name]) for name in _HOOKS if vars(owner)[name]}
         return cls(owner, attributes, dict(owner._buffers), dict(owner._modules), hooks)
@@ -265,10 +174,10 @@ def _outside_of_the_tree(module: nn.Module) -> list[Any]:
     pending: list[Any] = [value for child in inside for value in _State.of(child).attributes.values()]
     while pending:
         value = pending.pop()
-        if isinstance(value, _Values) or id(value) in seen:
+        if isinstance(value, VALUES) or id(value) in seen:
             continue
         seen.add(id(value))
-        if isinstance(value, _Containers):
+        if isinstance(value, CONTAINERS):
             pending.extend(value.values() if isinstance(value, (dict, UserDict)) else value)
         elif isinstance(value, nn.Module):
             if value not in inside and any(isinstance(child, Metric) for child in value.modules()):
