@@ -78,10 +78,11 @@ def add_to_trainers(mode: str) -> None:
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--laser", choices=MODES, default="nothing", help="which callback to add to each Trainer")
     parser.addoption("--outcomes", type=Path, help="a JSON-lines file for each test's outcome")
-    parser.addoption("--seconds", type=int, default=60, help="after so many seconds a test has failed")
+    parser.addoption("--seconds", type=int, default=120, help="after so many seconds a test has failed")
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "flaky: of pytest-rerunfailures, which need not be installed")
     add_to_trainers(config.getoption("--laser"))
     config.pluginmanager.register(Outcomes(config.getoption("--outcomes"), config.getoption("--seconds")))
 
@@ -113,6 +114,8 @@ class Outcomes:
             return
         crash = getattr(report.longrepr, "reprcrash", None)
         reason = "" if crash is None else f"{Path(crash.path).name}:{crash.lineno}: {crash.message}"
+        if "Process " in reason:  # what a child process raised stands at the end
+            reason = reason.strip().rpartition("\n")[2]
         with self.path.open("a", encoding="utf-8") as file:
             line = {"test": report.nodeid, "outcome": report.outcome, "reason": reason[:2000]}
             file.write(json.dumps(line) + "\n")
