@@ -13,49 +13,18 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cached_property
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.loggers.logger import DummyLogger, Logger
+from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.trainer.connectors.logger_connector.logger_connector import _LoggerConnector
 from lightning.pytorch.trainer.connectors.logger_connector.result import _ResultCollection
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
-from typing_extensions import override
 
+from laser_callback.compare.silent import silent
 from laser_callback.compare.state import ModuleState
 from laser_callback.results.examples import Logged
-
-
-class _SilentLogger(DummyLogger):
-    """Takes the place of one of the user's loggers: hears everything, tells nobody, has a folder of its own."""
-
-    def __init__(self, logger: Logger) -> None:
-        super().__init__()
-        self._logger = logger
-
-    @property
-    @override
-    def name(self) -> Any:
-        return self._logger.name
-
-    @property
-    @override
-    def version(self) -> Any:
-        return self._logger.version
-
-    @cached_property
-    def _folder(self) -> TemporaryDirectory[str]:
-        return TemporaryDirectory(prefix="laser-", ignore_cleanup_errors=True)
-
-    @property
-    @override
-    def save_dir(self) -> str:
-        return self._folder.name
-
-    root_dir = log_dir = save_dir
 
 
 class Arm:
@@ -73,7 +42,7 @@ class Arm:
         self._stage = stage
         self._state = ModuleState(module)
         self._dataloader_idx: int | None = None
-        self._loggers: list[Logger] = [_SilentLogger(logger) for logger in trainer.loggers]
+        self._loggers: list[Logger] = [silent(logger) for logger in trainer.loggers]
         self.results = _ResultCollection(training=False)
         self._connector = _LoggerConnector(trainer)
         for name in ("_callback_metrics", "_logged_metrics", "_progress_bar_metrics"):

@@ -16,7 +16,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torchmetrics import Metric, MetricCollection
 from typing_extensions import override
@@ -118,6 +118,7 @@ class LaserCallback(pl.Callback):
         self._result: LaserResult | None = None
         self._run: ComparisonRun | None = None
         self._unprinted = False
+        self._told_of_predict = False
 
     @property
     def _options(self) -> RunOptions:
@@ -163,11 +164,13 @@ class LaserCallback(pl.Callback):
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        _check_trainer(trainer, self)
-        if stage == "predict":
-            raise MisconfigurationException(
-                "LaserCallback has nothing to compare in `trainer.predict()`: predictions are not logged. "
-                "Use `validate` or `test`, or wrap `predict` in `with laser_callback.reduced(module, plan)`."
+        if stage != "predict":
+            _check_trainer(trainer, self)
+        elif not self._told_of_predict:
+            self._told_of_predict = True
+            rank_zero_info(
+                "LaserCallback compares nothing in `trainer.predict()`, where nothing is logged: these predictions are "
+                "the original's. For the reduced model's, wrap it in `with laser_callback.reduced(module, plan)`."
             )
 
     @override

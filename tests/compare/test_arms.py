@@ -12,7 +12,6 @@ import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.loops.evaluation_loop import _EvaluationLoop
 from lightning.pytorch.trainer.connectors.logger_connector.logger_connector import _LoggerConnector
 from lightning.pytorch.trainer.connectors.logger_connector.result import _ResultCollection, _ResultMetric
@@ -256,7 +255,6 @@ def test_an_arm_that_fails_keeps_what_it_has_done_and_gives_back_the_rest() -> N
         (_ResultCollection, "_get_cache _forked_name reset"),
         (_EvaluationLoop, "_build_kwargs _build_step_args_from_hook_kwargs _is_sequential num_dataloaders"),
         (pl.Trainer, "loggers sanity_checking _evaluation_loop _results"),
-        (DummyLogger, "name version experiment log_metrics"),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )

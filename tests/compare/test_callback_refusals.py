@@ -58,14 +58,6 @@ def test_two_callbacks_with_one_prefix(trainer):
         evaluate(trainer, Toy(), LaserCallback(PLAN), LaserCallback(OTHER))
 
 
-def test_predict_is_refused_and_says_what_to_do(trainer):
-    module = Toy()
-    before = snapshot(module)
-    with pytest.raises(MisconfigurationException, match=r"trainer\.predict.*with laser_callback\.reduced"):
-        trainer(LaserCallback(PLAN)).predict(module, make_data())
-    assert_untouched(module, before)
-
-
 @pytest.mark.parametrize("watcher", [ModelCheckpoint, EarlyStopping])
 def test_monitor_without_fit_loop(trainer, watcher):
     module = Toy()

@@ -39,6 +39,25 @@ def test_inference_mode_off(trainer):
     assert_untouched(module, before)
 
 
+def test_one_trainer_evaluates_fits_and_predicts(trainer, monkeypatch):
+    """Predictions are the original's, whatever else the trainer does, and this is said once."""
+    said: list[str] = []
+    monkeypatch.setattr("laser_callback.compare.callback.rank_zero_info", said.append)
+    module, plain = Toy(), trainer().predict(Toy(), make_data())
+    laser = LaserCallback(PLAN, loops=("validate", "test", "fit"), report=False)
+    run = trainer(laser)
+    assert all(map(torch.equal, run.predict(module, make_data()), plain))
+    logged = run.validate(module, make_data(), verbose=False)[0]
+    result = laser.result
+    assert all(map(torch.equal, run.predict(module, make_data()), plain))
+    assert laser.result is result  # still that of the evaluation
+    assert logged["laser/loss"] == run.test(module, make_data(), verbose=False)[0]["laser/loss"]
+    run.fit(module, make_data(), make_data())
+    assert not all(map(torch.equal, run.predict(module, make_data()), plain))
+    (message,) = said
+    assert "LaserCallback compares nothing in `trainer.predict()`" in message
+
+
 @pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
 def test_precision(trainer, precision):
     module = Toy()
