@@ -2,7 +2,7 @@
 
 The user's own pass runs untouched. Everything that a second pass would write to is given to it as a copy of its own and
 taken away again afterwards: Lightning's logged results, bookkeeping and loggers (:class:`Arm`), and whatever the module
-keeps (:class:`~laser_callback.compare.state.ModuleState`).
+keeps (:class:`~laser_callback.compare.state.Own`).
 
 This file is the one place that knows Lightning's private names; ``tests/compare/test_arms.py`` checks them against the
 installed version.
@@ -11,20 +11,66 @@ installed version.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Generator
+from contextlib import AbstractContextManager
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.trainer.connectors.logger_connector.logger_connector import _LoggerConnector
 from lightning.pytorch.trainer.connectors.logger_connector.result import _ResultCollection
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 
 from laser_callback.compare.silent import silent
-from laser_callback.compare.state import ModuleState
+from laser_callback.compare.state import Own, Start
 from laser_callback.results.examples import Logged
+from laser_callback.support.interrupts import catch_up, closed, opened, undisturbed, whole
+
+
+class _OfLightning(AbstractContextManager[None]):
+    """What one arm has instead of the trainer's own: its results, its bookkeeping, and loggers that tell nobody."""
+
+    def __init__(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        self._trainer = trainer
+        self._module = module
+        self.results = _ResultCollection(training=False)
+        self.connector = _LoggerConnector(trainer)
+        for name in ("_callback_metrics", "_logged_metrics", "_progress_bar_metrics"):
+            setattr(self.connector, name, dict(getattr(trainer._logger_connector, name)))
+        self._mine: tuple[Any, ...] = self.connector, self.results, [silent(logger) for logger in trainer.loggers], None
+        self._before: tuple[Any, ...] | None = None
+
+    @undisturbed
+    def __enter__(self) -> None:
+        trainer = self._trainer
+        before = trainer._logger_connector, trainer._evaluation_loop._results, trainer.loggers
+        self._before = *before, self._module._current_fx_name
+        opened(self)
+        self._put(self._mine)
+        catch_up()
+
+    @undisturbed
+    def __exit__(self, *_: object) -> None:
+        if self._before is not None:
+            self._put(self._before)
+        self._before = None
+        closed(self)
+
+    @undisturbed
+    def suspend(self) -> None:
+        """Make room for a signal handler."""
+        if self._before is not None:
+            self._mine = (*self._mine[:3], self._module._current_fx_name)
+            self._put(self._before)
+
+    @undisturbed
+    def resume(self) -> None:
+        """End what :meth:`suspend` began."""
+        self._put(self._mine)
+
+    def _put(self, values: tuple[Any, ...]) -> None:
+        trainer = self._trainer
+        trainer._logger_connector, trainer._evaluation_loop._results, trainer.loggers = values[:3]
+        self._module._current_fx_name = values[3]
 
 
 class Arm:
@@ -34,54 +80,59 @@ class Arm:
         trainer: with an evaluation loop that has just started.
         module: the user's module.
         stage: ``"validation"`` or ``"test"``, as in the names of the hooks.
+        start: what the arm's steps may write to.
     """
 
-    def __init__(self, trainer: pl.Trainer, module: pl.LightningModule, stage: str) -> None:
+    def __init__(self, trainer: pl.Trainer, module: pl.LightningModule, stage: str, start: Start) -> None:
         self._trainer = trainer
         self._module = module
         self._stage = stage
-        self._state = ModuleState(module)
+        self._own = Own(start)
+        self._lightning = _OfLightning(trainer, module)
         self._dataloader_idx: int | None = None
-        self._loggers: list[Logger] = [silent(logger) for logger in trainer.loggers]
-        self.results = _ResultCollection(training=False)
-        self._connector = _LoggerConnector(trainer)
-        for name in ("_callback_metrics", "_logged_metrics", "_progress_bar_metrics"):
-            setattr(self._connector, name, dict(getattr(trainer._logger_connector, name)))
+        self.results = self._lightning.results
+        self._connector = self._lightning.connector
+
+    def twin(self) -> Arm:
+        """Within :meth:`active`: an arm inside of this one, which starts where this one is, and leaves it there."""
+        twin = Arm(self._trainer, self._module, self._stage, self._own.start.again())
+        twin._dataloader_idx = self._dataloader_idx
+        return twin
+
+    @whole
+    def active(self) -> Generator[None, None, None]:
+        """Within: the module and the trainer hold what is this arm's."""
+        with self._own, self._lightning:
+            yield
 
     def start(self) -> None:
-        """The module's hooks at the start of an evaluation."""
-        hooks = [f"on_{self._stage}_start", f"on_{self._stage}_epoch_start"]
-        if not any(is_overridden(hook, self._module) for hook in hooks):
-            return
-        with self._active():
-            for hook in hooks:
-                self._hook(hook)
+        """The module's hooks at the start of an evaluation. This and what follows: within :meth:`active`."""
+        for hook in (f"on_{self._stage}_start", f"on_{self._stage}_epoch_start"):
+            self._hook(hook)
 
     def step(self, batch: Any, batch_idx: int, dataloader_idx: int | None) -> Any:
         """The module's hooks and its step on one batch, through the strategy (autocast and wrappers apply)."""
         loop = self._trainer._evaluation_loop
         kwargs = loop._build_kwargs(batch, batch_idx, dataloader_idx)
-        with self._active():
-            if self._dataloader_idx is not None and dataloader_idx != self._dataloader_idx:
-                self._close_dataloader()
-            self._dataloader_idx = dataloader_idx
-            self._connector.on_batch_start(batch, dataloader_idx)
-            self._hook(f"on_{self._stage}_batch_start", *kwargs.values())
-            name = f"{self._stage}_step"
-            self._module._current_fx_name = name
-            output = getattr(self._trainer.strategy, name)(*loop._build_step_args_from_hook_kwargs(kwargs, name))
-            self._hook(f"on_{self._stage}_batch_end", output, *kwargs.values())
-            self._connector.on_batch_end()
+        if self._dataloader_idx is not None and dataloader_idx != self._dataloader_idx:
+            self._close_dataloader()
+        self._dataloader_idx = dataloader_idx
+        self._connector.on_batch_start(batch, dataloader_idx)
+        self._hook(f"on_{self._stage}_batch_start", *kwargs.values())
+        name = f"{self._stage}_step"
+        self._module._current_fx_name = name
+        output = getattr(self._trainer.strategy, name)(*loop._build_step_args_from_hook_kwargs(kwargs, name))
+        self._hook(f"on_{self._stage}_batch_end", output, *kwargs.values())
+        self._connector.on_batch_end()
         return output
 
     def end(self) -> dict[str, Logged]:
         """The module's hook at the end of the epoch. Returns what this arm logged per epoch."""
-        with self._active():
-            self._close_dataloader()
-            self._connector._evaluation_epoch_end()
-            self._hook(f"on_{self._stage}_epoch_end")
-            self._connector.on_epoch_end()
-            return logged(self.results)
+        self._close_dataloader()
+        self._connector._evaluation_epoch_end()
+        self._hook(f"on_{self._stage}_epoch_end")
+        self._connector.on_epoch_end()
+        return logged(self.results)
 
     def _close_dataloader(self) -> None:
         self._connector.epoch_end_reached()
@@ -91,31 +142,34 @@ class Arm:
         self._module._current_fx_name = name
         getattr(self._module, name)(*args)
 
-    @contextmanager
-    def _active(self) -> Iterator[None]:
-        trainer, module, loop = self._trainer, self._module, self._trainer._evaluation_loop
-        before = trainer._logger_connector, loop._results, trainer.loggers, module._current_fx_name
-        with self._state.active():
-            try:
-                trainer._logger_connector = self._connector
-                loop._results = self.results
-                trainer.loggers = self._loggers
-                yield
-            finally:
-                trainer._logger_connector, loop._results, trainer.loggers, module._current_fx_name = before
 
+def _by_key(results: _ResultCollection) -> dict[str, Any]:
+    """What has been logged per epoch so far, under the key that ``trainer.validate()`` returns it.
 
-def logged(results: _ResultCollection) -> dict[str, Logged]:
-    """Everything in ``results`` that was logged per epoch, under the key that ``trainer.validate()`` returns it."""
-    values: dict[str, Logged] = {}
+    Each dataloader has a dictionary of its own there, so that two of them may share a key: here the later one has its
+    index behind it.
+    """
+    items: dict[str, Any] = {}
     for item in results.values():
         if item.has_reset or not item.meta.on_epoch:
             continue
+        _, key = results._forked_name(item, on_step=False)
+        index = item.meta.dataloader_idx
+        if key in items and index is not None and items[key].meta.dataloader_idx not in (None, index):
+            key += results.DATALOADER_SUFFIX.format(index)
+        items[key] = item
+    return items
+
+
+def logged(results: _ResultCollection) -> dict[str, Logged]:
+    """Everything in ``results`` that was logged per epoch, by key."""
+    values: dict[str, Logged] = {}
+    for key, item in _by_key(results).items():
         value = results._get_cache(item, on_step=False)
         if isinstance(value, Tensor):
-            short, key = results._forked_name(item, on_step=False)
+            short, long = results._forked_name(item, on_step=False)
             meta = item.meta
-            also = short if short != key else None
+            also = short if short != long else None
             better = None if item.is_tensor else item.value.higher_is_better
             values[key] = Logged(
                 value.detach().clone(), meta.name, meta.dataloader_idx, also, meta.logger, meta.prog_bar, better
@@ -130,19 +184,16 @@ def logged_on_step_only(results: _ResultCollection) -> list[str]:
 
 def logged_keys(results: _ResultCollection) -> list[str]:
     """The keys of what has been logged per epoch so far, each once; nothing is computed for it."""
-    items = [item for item in results.values() if not item.has_reset and item.meta.on_epoch]
-    return list(dict.fromkeys(results._forked_name(item, on_step=False)[1] for item in items))
+    return list(_by_key(results))
 
 
 def running_means(results: _ResultCollection) -> dict[str, tuple[float, float]]:
     """(weighted sum, weight) so far of each value that Lightning averages over batches, by key."""
-    means: dict[str, tuple[float, float]] = {}
-    for item in results.values():
-        if item.has_reset or not item.is_tensor or not item.meta.on_epoch or not item.meta.is_mean_reduction:
-            continue
-        _, key = results._forked_name(item, on_step=False)
-        means[key] = float(item.value), float(item.cumulated_batch_size)
-    return means
+    return {
+        key: (float(item.value), float(item.cumulated_batch_size))
+        for key, item in _by_key(results).items()
+        if item.is_tensor and item.meta.is_mean_reduction
+    }
 
 
 def publish(trainer: pl.Trainer, module: pl.LightningModule, name: str, value: Tensor, like: str, meta: Logged) -> None:
@@ -151,6 +202,8 @@ def publish(trainer: pl.Trainer, module: pl.LightningModule, name: str, value: T
     Lightning has closed each dataloader's results by then and would put a late key into every dataloader's dictionary;
     a key that belongs to one dataloader is therefore added beside the user's own.
     """
+    if trainer.barebones:  # keeps nothing that is logged
+        return
     connector = trainer._logger_connector
     if meta.also is not None:
         connector._callback_metrics[name.removesuffix(like) + meta.also] = value
@@ -167,9 +220,12 @@ def publish(trainer: pl.Trainer, module: pl.LightningModule, name: str, value: T
     connector._callback_metrics[name] = value
     if meta.logger:
         connector._logged_metrics[name] = value
-        for outputs in trainer._evaluation_loop._logged_outputs:
+        shared = like.removesuffix(_ResultCollection.DATALOADER_SUFFIX.format(meta.dataloader_idx))
+        for index, outputs in enumerate(trainer._evaluation_loop._logged_outputs):
             if like in outputs:
                 outputs[name] = value
+            elif shared in outputs and index == meta.dataloader_idx:
+                outputs[name.removesuffix(like) + shared] = value
 
 
 def uses_dataloader_iter(trainer: pl.Trainer) -> bool:
@@ -183,27 +239,36 @@ def sequential_dataloader_idx(trainer: pl.Trainer, dataloader_idx: int) -> int |
     return dataloader_idx if loop._is_sequential and loop.num_dataloaders > 1 else None
 
 
-def call_after_hook(module: pl.LightningModule, name: str, then: Callable[[], None]) -> Callable[[], None]:
-    """Call ``then`` once, right after the module's own hook ``name`` has run. Returns a function that undoes this.
+class AfterHook:
+    """Call ``then`` once, right after the module's own hook ``name`` has run.
 
     Callbacks run before the module's hook of the same name, so this is how to see what that hook logs, while logging is
     still allowed.
     """
-    before = vars(module).get(name)
-    hook = getattr(module, name)
 
-    def undo() -> None:
-        if vars(module).get(name) is wrapped:
-            if before is None:
-                del vars(module)[name]
-            else:
-                vars(module)[name] = before
+    def __init__(self, module: pl.LightningModule, name: str, then: Callable[[], None]) -> None:
+        self._module = module
+        self._name = name
+        self._then = then
+        self._before = vars(module).get(name)
+        self._hook = getattr(module, name)
+        self._wrapped = self._call  # one object, to be known again
 
-    def wrapped(*args: Any, **kwargs: Any) -> Any:
-        undo()
-        result = hook(*args, **kwargs)
-        then()
+    def install(self) -> None:
+        """From now on. :meth:`remove` undoes it at any time, also where an interrupt has come in between."""
+        vars(self._module)[self._name] = self._wrapped
+
+    def remove(self) -> None:
+        """Put back what was there, unless that has been done."""
+        if vars(self._module).get(self._name) is not self._wrapped:
+            return
+        if self._before is None:
+            del vars(self._module)[self._name]
+        else:
+            vars(self._module)[self._name] = self._before
+
+    def _call(self, *args: Any, **kwargs: Any) -> Any:
+        self.remove()
+        result = self._hook(*args, **kwargs)
+        self._then()
         return result
-
-    vars(module)[name] = wrapped
-    return undo

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -225,18 +226,15 @@ class LaserCallback(pl.Callback):
 
     @override
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        run = self._run
-        if run is None:
-            return
-        if not run.has_data:
-            rank_zero_warn("LaserCallback compared nothing: the evaluation had no batches")
-            return
-
-        run.before_epoch_end(lambda: self._finish(run, trainer))
+        if self._run is not None:
+            self._run.before_epoch_end(partial(self._finish, self._run, trainer))
 
     def _finish(self, run: ComparisonRun, trainer: pl.Trainer) -> None:
         """What is made of a run that has seen all batches."""
         self._result = run.finish()
+        if self._result is None:
+            rank_zero_warn("LaserCallback compared nothing: the evaluation had no batches")
+            return
         self._unprinted = True
         if isinstance(self.report, (str, Path)) and trainer.is_global_zero:
             _write(self._result, Path(self.report))

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,17 +20,19 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
+from torch.utils import _pytree as pytree
 from torchmetrics import MetricCollection
 
 from laser_callback.compare import arms
 from laser_callback.compare.controls import random_plan, zeroed_plan
 from laser_callback.compare.copies import copy_data
-from laser_callback.compare.state import RandomState
+from laser_callback.compare.reduced_arm import ReducedArm
+from laser_callback.compare.state import RandomState, Start
 from laser_callback.plans.matrices import find_matrices
 from laser_callback.plans.plan import LaserPlan
 from laser_callback.results.comparison import ArmResult, LaserResult, adjust_together
 from laser_callback.results.examples import ORIGINAL, Logged, PairedExamples, example_count
-from laser_callback.spectra.cut import CutSpectrum, cut_spectra
+from laser_callback.spectra.cut import cut_spectra
 from laser_callback.spectra.store import Spectra
 from laser_callback.support.processes import gather
 from laser_callback.support.provenance import provenance
@@ -56,24 +58,10 @@ class RunOptions:
     tensor_bytes: float = math.inf  # hold so much of reduced tensors, rebuild the others from their spectra
     with_spectra: bool = True  # put the spectra of what the plans cut into the result
     on_arm: Callable[[str], None] | None = None  # hears the name of each reduced arm that has finished a batch
-
-
-class _Reduction:
-    """One reduced arm in a run: its plan, its cut, Lightning's state for it, and its clock."""
-
-    def __init__(self, name: str, control: str, cut: reduced, arm: arms.Arm) -> None:
-        self.name = name  # of the plan
-        self.control = control  # "", "zeroed" or "random"
-        self.cut = cut
-        self.arm = arm
-        self.metrics: MetricCollection | None = None
-        self.seconds = 0.0
-        self.factorise_seconds = 0.0
-        self.spectra: list[CutSpectrum] = []
-
-    @property
-    def key(self) -> str:
-        return f"{self.name}.{self.control}" if self.control else self.name
+    on_failure: Callable[[str, Exception], None] | None = None  # hears of arms that fail, which then rest
+    isolate: tuple[str, ...] = ()
+    skip_isolation: bool = False
+    watched: bool = True  # see that the passes use the reduced weights
 
 
 class ComparisonRun:
@@ -88,22 +76,26 @@ class ComparisonRun:
         self.trainer = trainer
         self.module = module
         self.stage = stage
-        self.has_data = False
         self._start_rng = RandomState.now()
         matrices = find_matrices(module)
         self._spectra = options.spectra or Spectra()
+        self._start = Start(module, _around(trainer), options.isolate, options.skip_isolation)
         self._reductions = [
-            _Reduction(name, control, reduced(matrices, plan, self._spectra), arms.Arm(trainer, module, stage))
+            ReducedArm(
+                name, control, reduced(matrices, plan, self._spectra), arms.Arm(trainer, module, stage, self._start)
+            )
             for name, base in options.plans.items()
             for control, plan in self._with_controls(base)
         ]
         self.examples = PairedExamples()
         self._original_seconds = 0.0
-        self._held: dict[_Reduction, int] = {}
+        self._held: dict[ReducedArm, int] = {}
+        self._failed: list[ReducedArm] = []
         self._original_means: dict[str, tuple[float, float]] = {}
         self._metrics = self._new_metrics()
-        self._recording = ExitStack()
-        self._undo_hook: Callable[[], None] | None = None
+        self._recording: Any = None
+        self._after_hook: arms.AfterHook | None = None
+        self._begun = False
 
     def _with_controls(self, plan: LaserPlan) -> Iterable[tuple[str, LaserPlan]]:
         yield "", plan
@@ -120,9 +112,14 @@ class ComparisonRun:
         metrics.reset()
         return metrics
 
-    def _first_batch(self) -> None:
-        """Factorise. Not earlier: a checkpoint or weight averaging may change the weights after `setup`."""
-        self.has_data = True
+    def _begin_arms(self) -> None:
+        """Factorise, on every rank, also on one that gets no batch.
+
+        Not before the first batch: a checkpoint or weight averaging may change the weights after `setup`.
+        """
+        if self._begun:
+            return
+        self._begun = True
         for reduction in self._reductions:
             begin = time.perf_counter()
             for tensor in reduction.cut.prepare():
@@ -140,77 +137,125 @@ class ComparisonRun:
             self._replay: LayerReplay | None = LayerReplay(self.module, cuts)
         else:
             self._replay = None
+        self._start.first_batch()
+        if not any(is_overridden(f"on_{self.stage}_{hook}", self.module) for hook in ("start", "epoch_start")):
+            return
         rng = RandomState.now()
-        for reduction in self._reductions:
+        for reduction in self._running():
             self._start_rng.set()
             try:
-                with reduction.cut, LayerReplay.paused():
-                    reduction.arm.start()
-                self._hold(reduction)
+                with self._failing(reduction, "at the start"):
+                    with reduction.cut, LayerReplay.paused(), reduction.arm.active():
+                        reduction.arm.start()
+                    self._hold(reduction)
             finally:
                 rng.set()
 
     def before_step(self, batch: Any) -> None:
         """Ahead of the user's pass."""
-        if not self.has_data:
-            self._first_batch()
-        else:
-            self._close_means()
-            if len(self.examples.batches) == 1:
-                self._look_for_primary()
+        self._begin_arms()
+        self._close_means()
+        if len(self.examples.batches) == 1:
+            self._look_for_primary()
         self._batch = copy_data(batch)
         self._rng = RandomState.now()
         if self._replay is not None:
-            self._recording.enter_context(self._replay.record())
+            self._recording = self._replay.record()  # known before it begins: an interrupt may come in between
+            self._recording.__enter__()
         self._begin = time.perf_counter()
 
     def after_step(self, outputs: Any, batch_idx: int, dataloader_idx: int) -> None:
         """After the user's pass: the reduced passes on copies of the same batch."""
         self._original_seconds += time.perf_counter() - self._begin
-        self._recording.close()
+        if self._recording is not None:
+            self._recording.close()
+        if not self.examples.batches:
+            self._start.after_first_pass()
         index = arms.sequential_dataloader_idx(self.trainer, dataloader_idx)
         collected = {ORIGINAL: outputs}
-        means: dict[str, dict[str, tuple[float, float]]] = {}
+        means: dict[str, Any] = {}
         after = RandomState.now()
         self._update_own(self._metrics, outputs)
         try:
-            for reduction in self._reductions:
+            for reduction in self._running():
                 begin = time.perf_counter()
-                before = arms.running_means(reduction.arm.results)
                 self._rng.set()
-                with ExitStack() as stack:
-                    stack.enter_context(reduction.cut)
-                    stack.enter_context(LayerReplay.paused())
-                    if self._replay is not None:
-                        stack.enter_context(self._replay.replay(reduction.key))
-                    output = reduction.arm.step(copy_data(self._batch), batch_idx, index)
-                reduction.seconds += time.perf_counter() - begin
-                self._update_own(reduction.metrics, output)
-                collected[reduction.key] = output
-                self._hold(reduction)
-                if self.options.on_arm is not None:
-                    self.options.on_arm(reduction.key)
-                means[reduction.key] = _growth(before, arms.running_means(reduction.arm.results))
+                with self._failing(reduction, f"on batch {batch_idx}"):
+                    twin = reduction.twin() if self.options.watched else None
+                    output = self._pass(reduction, batch_idx, index)
+                    reduction.seconds += time.perf_counter() - begin
+                    self._update_own(reduction.metrics, output)
+                    collected[reduction.key] = output
+                    self._hold(reduction)
+                    if self.options.on_arm is not None:
+                        self.options.on_arm(reduction.key)
+                    means[reduction.key] = reduction.growth
+                    self._look_for_difference(reduction, twin, outputs, output, batch_idx, index)
         finally:
             after.set()
             if self._replay is not None:
                 self._replay.forget()
+        self._start.check()
         size = example_count(outputs, self._batch)
         self.examples.add(collected, size, index)
         self.examples.means.append(means)
         self._batch = None
 
+    def _pass(self, reduction: ReducedArm, batch_idx: int, index: int | None) -> Any:
+        """One reduced pass on a copy of the batch."""
+        replay = self._replay
+        replaying = replay.replay(reduction.key) if replay is not None else nullcontext()
+        before = arms.running_means(reduction.arm.results)
+        output = reduction.run(copy_data(self._batch), batch_idx, index, replaying)
+        reduction.growth = _growth(before, arms.running_means(reduction.arm.results))
+        return output
+
+    def _look_for_difference(
+        self, reduction: ReducedArm, twin: arms.Arm | None, outputs: Any, output: Any, batch_idx: int, index: int | None
+    ) -> None:
+        original = _growth(self._original_means, arms.running_means(self._results))
+        if reduction.compare(original, outputs, output) and twin is not None:
+            self._rng.set()
+            reduction.probe(twin, copy_data(self._batch), batch_idx, index)
+
+    def _running(self) -> list[ReducedArm]:
+        return [reduction for reduction in self._reductions if reduction not in self._failed]
+
+    @contextmanager
+    def _failing(self, reduction: ReducedArm, where: str) -> Iterator[None]:
+        """Around what an arm runs: its exceptions name the plan, and stop the arm or the run."""
+        try:
+            yield
+        except Exception as error:
+            named = reduction.named(error, where)
+            if self.options.on_failure is None:
+                raise named from error
+            self._failed.append(reduction)
+            self.options.on_failure(reduction.key, named)
+
     def before_epoch_end(self, finish: Callable[[], None]) -> None:
         """Ahead of the module's own hook; ``finish`` follows it."""
+        self._begin_arms()
         self._close_means()
         self._rng = RandomState.now()
-        self._undo_hook = arms.call_after_hook(self.module, f"on_{self.stage}_epoch_end", finish)
+        self._after_hook = arms.AfterHook(self.module, f"on_{self.stage}_epoch_end", finish)
+        self._after_hook.install()
 
-    def finish(self) -> LaserResult:
-        """After the module's own hook: end the reduced arms, publish their keys, compare."""
+    def finish(self) -> LaserResult | None:
+        """After the module's own hook: end the reduced arms, publish their keys, compare.
+
+        Returns ``None`` if no rank had a batch.
+        """
         original, logged = self.end()
+        ranks = gather((self.examples, original, logged))
+        examples = self.examples.merge(rank[0] for rank in ranks)
+        if not examples.batches:
+            return None
         self._publish(original, logged)
-        return self._compare(original, logged)
+        for _, others_original, others_logged in ranks:  # a rank without batches has logged nothing
+            original = others_original | original
+            logged = {key: others_logged[key] | value for key, value in logged.items()}
+        return self._compare(examples, original, logged)
 
     def end(self) -> tuple[dict[str, Logged], dict[str, dict[str, Logged]]]:
         """After the module's own hook: end the reduced arms. Returns what the original and each arm logged."""
@@ -221,12 +266,15 @@ class ComparisonRun:
                 raise MisconfigurationException(f"`metrics` has the name {key!r}, which the module logs itself")
         after = RandomState.now()
         logged: dict[str, dict[str, Logged]] = {}
-        for reduction in self._reductions:
+        for reduction in self._running():
             self._rng.set()
             try:
-                with reduction.cut:
-                    logged[reduction.key] = reduction.arm.end() | self._own_logged(reduction.metrics)
-                self._hold(reduction)
+                with self._failing(reduction, "at the end"):
+                    with reduction.cut, reduction.arm.active():
+                        logged[reduction.key] = reduction.arm.end()
+                    logged[reduction.key] |= self._own_logged(reduction.metrics)
+                    self._hold(reduction)
+                    reduction.check_use()
             finally:
                 after.set()
         for key, value in own.items():
@@ -239,9 +287,10 @@ class ComparisonRun:
 
     def close(self) -> None:
         """Leave nothing behind, whatever state the run is in."""
-        self._recording.close()
-        if self._undo_hook is not None:
-            self._undo_hook()
+        if self._recording is not None:
+            self._recording.close()
+        if self._after_hook is not None:
+            self._after_hook.remove()
         for reduction in self._reductions:
             reduction.cut.restore()
 
@@ -251,7 +300,7 @@ class ComparisonRun:
 
     # ---- details ----------------------------------------------------------------------------------------------------
 
-    def _hold(self, reduction: _Reduction) -> None:
+    def _hold(self, reduction: ReducedArm) -> None:
         """Of many arms keep the reduced tensors that were used last, as far as there is room."""
         if math.isinf(self.options.tensor_bytes):
             return
@@ -264,6 +313,8 @@ class ComparisonRun:
 
     def _close_means(self) -> None:
         """The previous batch's share of the original's running means (its last hook has only now run)."""
+        if not self.examples.means:
+            return
         now = arms.running_means(self._results)
         self.examples.means[-1][ORIGINAL] = _growth(self._original_means, now)
         self._original_means = now
@@ -321,8 +372,9 @@ class ComparisonRun:
         for item in published:
             arms.publish(self.trainer, self.module, *item)
 
-    def _compare(self, original: dict[str, Logged], logged: dict[str, dict[str, Logged]]) -> LaserResult:
-        examples = self.gathered()
+    def _compare(
+        self, examples: PairedExamples, original: dict[str, Logged], logged: dict[str, dict[str, Logged]]
+    ) -> LaserResult:
         results: dict[str, ArmResult] = {}
         for reduction in self._reductions:
             results[reduction.key] = ArmResult(
@@ -377,3 +429,10 @@ def _growth(
 ) -> dict[str, tuple[float, float]]:
     zero = (0.0, 0.0)
     return {key: (s - before.get(key, zero)[0], w - before.get(key, zero)[1]) for key, (s, w) in after.items()}
+
+
+def _around(trainer: pl.Trainer) -> dict[str, Any]:
+    """What a step can reach beside the module."""
+    others = [other for other in trainer.callbacks if not hasattr(other, "key_prefix")]  # all but LaserCallbacks
+    loaders = pytree.tree_leaves([trainer.val_dataloaders, trainer.test_dataloaders])
+    return {"trainer.datamodule": trainer.datamodule, "trainer.callbacks": others, "the dataloaders": loaders}

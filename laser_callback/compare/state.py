@@ -1,31 +1,30 @@
 """Everything that an evaluation step may write to, kept apart for two passes over one batch.
 
-:class:`RandomState` holds the global generators, :class:`ModuleState` one arm's own
-values of whatever the user's module keeps. What a pass writes elsewhere (files, globals, attributes of foreign objects
-that hold more than plain values) cannot be told apart.
+:class:`RandomState` holds the global generators. :class:`Start` is what the evaluation could reach and write to when it
+began, and :class:`Own` one arm's own contents of that. What a pass writes elsewhere (files, other processes, globals,
+what a C library keeps) cannot be told apart.
 
-This file knows torch and torchmetrics, but nothing of Lightning's loops.
+This file knows torch, but nothing of Lightning's loops.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import operator
-from collections import UserDict
-from collections.abc import Iterator
-from contextlib import contextmanager
+import copy
+from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
+import torch
 from lightning.fabric.utilities.seed import _collect_rng_states, _set_rng_states
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torchmetrics import Metric
 
-from laser_callback.compare.copies import CONTAINERS, PLAIN, VALUES, copy_data, is_record
-
-# A tensor in an ordinary submodule with more elements than this is a constant (packed weights, masks, tables), which is
-# not worth a copy per arm.
-_LARGEST_STATE = 2**20
+from laser_callback.compare.places import Attributes, Place, Submodules, TensorValues, Values, tensor_version
+from laser_callback.compare.reach import reachable
+from laser_callback.support.interrupts import catch_up, closed, opened, undisturbed
 
 
 class RandomState(NamedTuple):
@@ -43,148 +42,222 @@ class RandomState(NamedTuple):
         _set_rng_states(self.states)
 
 
-# ---- the module's own state ------------------------------------------------------------------------------------------
+class Start:
+    """What the module and what surrounds it hold when an evaluation begins: where each arm starts from.
 
-# What LightningModule and nn.Module keep about themselves is not the user's state. The cache of metric names is: it
-# holds the identities of metrics that one arm may have created and the other not.
-_INTERNAL = set(vars(pl.LightningModule())) - {"_metric_attributes"}
-_INTERNAL |= {"_hparams", "_hparams_initial", "_hparams_name", "_log_hyperparams", "_trainer"}
-
-_HOOKS = [f"_forward_{kind}" for kind in ("hooks", "hooks_with_kwargs", "hooks_always_called")]
-_HOOKS += [f"_forward_{kind}" for kind in ("pre_hooks", "pre_hooks_with_kwargs")]
-
-
-@dataclasses.dataclass
-class _State:
-    """What one owner holds: a module, or an object of plain values that a module refers to."""
-
-    owner: Any
-    attributes: dict[str, Any]
-    buffers: dict[str, Any]
-    children: dict[str, nn.Module | None]
-    hooks: dict[str, dict[int, Any]]
-
-    @classmethod
-    def of(cls, owner: Any) -> _State:
-        if not isinstance(owner, nn.Module):
-            return cls(owner, dict(vars(owner)), {}, {}, {})
-        attributes = {
-            name: value
-            for name, value in vars(owner).items()
-            if name not in _INTERNAL and (not callable(value) or isinstance(value, PLAIN))
-        }
-        hooks = {name: dict(vars(owner)[name]) for name in _HOOKS if vars(owner)[name]}
-        return cls(owner, attributes, dict(owner._buffers), dict(owner._modules), hooks)
-
-    def copy(self, memo: dict[int, Any]) -> _State:
-        whole = not isinstance(self.owner, nn.Module) or isinstance(self.owner, (pl.LightningModule, Metric))
-
-        def copy_value(value: Any) -> Any:
-            constant = isinstance(value, Tensor) and value.numel() > _LARGEST_STATE and not whole
-            return value if constant else copy_data(value, memo)
-
-        attributes = {name: copy_value(value) for name, value in self.attributes.items()}
-        buffers = {name: copy_value(value) for name, value in self.buffers.items()}
-        return _State(self.owner, attributes, buffers, self.children, self.hooks)
-
-    def put(self, now: _State) -> None:
-        """Make this the owner's state, which is ``now``."""
-        if not _same_objects(self.attributes, now.attributes):
-            vars(self.owner).update(self.attributes)
-            for name in now.attributes.keys() - self.attributes.keys():
-                del vars(self.owner)[name]
-        if not _same_objects(self.buffers, now.buffers):
-            self.owner._buffers.clear()
-            self.owner._buffers.update(self.buffers)
-        if self.hooks or now.hooks:
-            for name in _HOOKS:
-                registered = getattr(self.owner, name)  # stays the same object: a hook's handle refers to it
-                registered.clear()
-                registered.update(self.hooks.get(name, {}))
-        if not _same_objects(self.children, now.children):
-            # A metric that the other arm has created is its own; any other module belongs to both.
-            shared = {k: v for k, v in now.children.items() if k not in self.children and not _holds_metrics(v)}
-            self.owner._modules.clear()
-            self.owner._modules.update(self.children | shared)
-
-
-def _same_objects(a: dict[str, Any], b: dict[str, Any]) -> bool:
-    # Not `a == b`: tensors and metrics are compared element by element, or into a new metric.
-    return len(a) == len(b) and all(map(operator.is_, a.values(), b.values())) and a.keys() == b.keys()
-
-
-class ModuleState:
-    """One arm's own values of everything in ``module`` that an evaluation step may write to.
-
-    These are the attributes, buffers and forward hooks of all its modules, the states of torchmetrics, also of those
-    kept in plain containers, and the generators and meters that a module owns. Values are swapped, not objects: a
-    metric that is also an alias, a member of a collection, or captured in a closure stays the same object. A metric
-    that an arm creates is that arm's own.
+    Memory: one copy, for all arms, of what an evaluation could write to; of tensors and arrays of more than 2^20
+    elements only until the first batch has shown that they stay as they are.
 
     Args:
-        module: the user's module. Its present state is copied as the state from which this arm starts.
+        module: the user's module.
+        others: what else its steps can reach, by name: the datamodule, datasets, callbacks.
+        isolate: attributes of the module of which each arm gets a deep copy of its own, such as ``"evaluator"``.
+        trusting: go on where the two passes cannot be kept apart.
+
+    Raises:
+        MisconfigurationException: for a name in ``isolate`` that the module does not have.
     """
 
-    def __init__(self, module: pl.LightningModule) -> None:
-        self._module = module
-        self._apart = _outside_of_the_tree(module)
-        memo: dict[int, Any] = {id(owner): (owner, owner) for owner in self._apart}  # swapped, not copied
-        self._mine = {key: state.copy(memo) for key, state in self._take().items()}
+    def __init__(
+        self,
+        module: pl.LightningModule,
+        others: Mapping[str, Any] | None = None,
+        isolate: Iterable[str] = (),
+        trusting: bool = False,
+    ) -> None:
+        self.module = module
+        self.isolate = tuple(isolate)
+        self.trusting = trusting
+        self._others = others or {}
+        self.places = reachable({"module": module, **self._others})
+        for name in self.isolate:
+            try:
+                attrgetter(name)(module)
+            except AttributeError as error:
+                raise MisconfigurationException(f"`isolate` names {name!r}, which the module does not have") from error
+        apart = tuple(f"module.{name}" for name in self.isolate)
+        self._large = [place for place in self.places if isinstance(place, Values) and place.is_large]
+        self._large = [place for place in self._large if not place.name.startswith(apart)] if apart else self._large
+        large = set(self._large)
+        self.places = [place for place in self.places if place not in large]
+        for place in self.places:
+            place.begin()
+        self._fixed: list[_Fixed] = []
 
-    @contextmanager
-    def active(self) -> Iterator[None]:
-        """Within: the module holds this arm's values. Afterwards it holds what it held before."""
-        outside = self._take()
+    def again(self) -> Start:
+        """The same from what all of it holds now."""
+        again = Start(self.module, self._others, (), self.trusting)
+        movers = {id(place.owner) for place in self.places if isinstance(place, Values) and place.is_large}
+        for place in again._large:
+            if id(place.owner) in movers:
+                place.begin()
+                again.places.append(place)
+        return again
+
+    def first_batch(self) -> None:
+        """Ahead of the first batch, after all hooks that come before it."""
+        # By now callbacks may have exchanged the model, buffers and all (weight averaging).
+        models = [child for child in self.module.modules() if not isinstance(child, (pl.LightningModule, Metric))]
+        buffers = {id(buffer) for child in models for buffer in child.buffers(recurse=False)}
+        for place in self.places:
+            if isinstance(place, TensorValues) and id(place.owner) in buffers:
+                place.begin()
+        for place in self._large:
+            if place.name.startswith("module"):
+                place.begin()
+                self.places.append(place)
+        for name, parameter in self.module.named_parameters():
+            if type(parameter) is nn.Parameter and not name.startswith(self.isolate or "."):
+                self._fixed.append(_Fixed(name, parameter, f"the parameter `{name}`"))
+
+    def after_first_pass(self) -> None:
+        """After the user's own pass over the first batch: what is large and stays as it is, is forgotten.
+
+        Raises:
+            MisconfigurationException: if the step trains.
+        """
+        for place in [place for place in self.places if isinstance(place, Values)]:
+            unseen = not place.is_as_at_first()
+            place.moves = unseen and place.holds(place.start)  # written to behind torch's back
+            if place.is_large and not unseen:
+                self.places.remove(place)
+                place.start = None
+        mover = {id(place.owner) for place in self.places}
+        for place in self._large:
+            if isinstance(place, TensorValues) and id(place.owner) not in mover:
+                self._fixed.append(
+                    _Fixed(place.name, place.owner, f"`{place.name}` of {place.owner.numel():,} elements")
+                )
+        self.check()
+
+    def check(self) -> None:
+        """Whether something has moved that cannot be put back.
+
+        Raises:
+            MisconfigurationException: names it, and the cure.
+        """
+        moved = [] if self.trusting else [fixed for fixed in self._fixed if fixed.has_moved()]
+        if moved:
+            more = f" and {len(moved) - 1} more" if moved[1:] else ""
+            name = moved[0].name.removeprefix("module.").split(".")[0].split("[")[0]
+            raise MisconfigurationException(
+                f"the evaluation step changes {moved[0].text}{more}: the original's pass and the reduced one would "
+                f"both write there. With `isolate=[{name!r}]` each has a copy of that attribute of its own. Or set "
+                "`skip_isolation=True`, if the passes may see each other's changes"
+            )
+
+
+class _Fixed:
+    """A tensor that no pass should change, and what tells cheaply whether one has: its version, and some elements."""
+
+    def __init__(self, name: str, tensor: Tensor, text: str) -> None:
+        self.name = name
+        self.text = text
+        self._tensor = tensor
+        self._version = tensor_version(tensor)
+        self._some = _some(tensor)
+
+    def has_moved(self) -> bool:
+        version = tensor_version(self._tensor)
+        if version is not None and version == self._version and self._looked:
+            return False
+        self._version = version
+        self._looked = True
+        some = _some(self._tensor)
+        return some.device == self._some.device and not torch.equal(some, self._some)
+
+    _looked = False
+
+
+def _some(tensor: Tensor) -> Tensor:
+    if tensor.is_meta or tensor.layout is not torch.strided or not tensor.numel():
+        return torch.zeros(0)
+    flat = tensor.detach().reshape(-1) if tensor.is_contiguous() else tensor.detach()[:1].reshape(-1)
+    return flat[:: max(1, flat.numel() // 256)].clone().view(torch.uint8)
+
+
+class Own(AbstractContextManager["Own"]):
+    """One arm's own contents of everything that it could write to. Within the block they are in place.
+
+    What is put in place is what each thing holds, not the thing: a metric that is also an alias, a member of a
+    collection, or captured in a closure stays the same object. What the arm makes itself, such as a new metric, is
+    reached from there, and gone with it.
+
+    Args:
+        start: where it starts from. Its places are shared by all arms.
+    """
+
+    def __init__(self, start: Start) -> None:
+        self.start = start
+        self._mine: dict[Place, Any] = {}
+        self._outside: list[tuple[Place, Any]] | None = None
+        for name in start.isolate:
+            self._isolate(name)
+
+    def _isolate(self, name: str) -> None:
+        path, _, attribute = name.rpartition(".")
+        owner = attrgetter(path)(self.start.module) if path else self.start.module
+        memo = {id(shared): shared for shared in (self.start.module, self.start.module._trainer)}
+        new = copy.deepcopy(getattr(owner, attribute), memo)
+        for place in self.start.places:
+            keeper = owner if isinstance(place, Attributes) else getattr(owner, "_modules", None)
+            if isinstance(place, (Attributes, Submodules)) and place.owner is keeper and attribute in place.start:
+                self._mine[place] = {**self._mine.get(place, place.start), attribute: new}
+
+    @undisturbed
+    def __enter__(self) -> Own:
         try:
-            _swap(self._mine, outside)
-            yield
+            opened(self)
+            self._put_in()
+            catch_up()
+            return self
+        except BaseException:
+            self._put_back()
+            closed(self)
+            raise
+
+    @undisturbed
+    def __exit__(self, *_: object) -> None:
+        try:
+            if self._outside is not None:
+                self._take()
         finally:
-            self._mine = self._take()
-            _swap(outside, self._mine)
+            try:
+                self._put_back()
+            finally:
+                closed(self)
 
-    def _take(self) -> dict[int, _State]:
-        owners: dict[int, Any] = {id(owner): owner for owner in (self._module, *self._apart)}
-        pending = list(owners.values())
-        for owner in pending:  # as `Module.modules()`, which is ten times slower
-            if isinstance(owner, nn.Module):
-                new = [child for child in owner._modules.values() if child is not None and id(child) not in owners]
-                owners.update((id(child), child) for child in new)
-                pending += new
-        return {key: _State.of(owner) for key, owner in owners.items()}
+    def _put_in(self) -> None:
+        self._outside = []
+        for place in self.start.places:  # all are read before any is written: views share their elements
+            mine = self._mine.get(place, place.start)
+            self._outside.append((place, mine if place.holds(mine) else place.read()))
+        for place, _ in self._outside:
+            mine = self._mine.get(place, place.start)
+            if not place.holds(mine):
+                place.write(mine)
 
+    def _take(self) -> None:
+        for place, _ in self._outside or []:
+            if not place.holds(self._mine.get(place, place.start)):
+                self._mine[place] = place.read()
 
-def _swap(new: dict[int, _State], now: dict[int, _State]) -> None:
-    """Put ``new`` in place; owners that it does not know are unreachable from it, or shared."""
-    for key, state in new.items():
-        # An owner that only the other arm has replaced is not in `now`: nothing has changed it, or it would be.
-        state.put(now[key] if key in now else _State.of(state.owner))
+    def _put_back(self) -> None:
+        for place, outside in self._outside or []:
+            if not place.holds(outside):
+                place.write(outside)
+        self._outside = None
 
+    @undisturbed
+    def suspend(self) -> None:
+        """Make room for a signal handler."""
+        self._take()
+        for place, outside in self._outside or []:
+            if not place.holds(outside):
+                place.write(outside)
 
-def _holds_metrics(child: nn.Module | None) -> bool:
-    if isinstance(child, (nn.ModuleList, nn.ModuleDict)):  # MetricCollection and MetricTracker are such containers
-        return any(_holds_metrics(grandchild) for grandchild in child._modules.values())
-    return isinstance(child, Metric)
-
-
-def _outside_of_the_tree(module: nn.Module) -> list[Any]:
-    """The metrics and records that modules keep in plain attributes and containers, at any depth."""
-    inside = set(module.modules())
-    found: dict[int, Any] = {}
-    seen: set[int] = set()
-    pending: list[Any] = [value for child in inside for value in _State.of(child).attributes.values()]
-    while pending:
-        value = pending.pop()
-        if isinstance(value, VALUES) or id(value) in seen:
-            continue
-        seen.add(id(value))
-        if isinstance(value, CONTAINERS):
-            pending.extend(value.values() if isinstance(value, (dict, UserDict)) else value)
-        elif isinstance(value, nn.Module):
-            if value not in inside and any(isinstance(child, Metric) for child in value.modules()):
-                for child in value.modules():
-                    found[id(child)] = child
-                    pending.extend(_State.of(child).attributes.values())
-        elif is_record(value):
-            found[id(value)] = value
-            pending.extend(vars(value).values())
-    return list(found.values())
+    @undisturbed
+    def resume(self) -> None:
+        """End what :meth:`suspend` began; what the handler has changed outside stays changed there."""
+        if self._outside is not None:
+            self._put_in()

@@ -15,8 +15,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,6 +23,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from laser_callback.plans.matrices import WeightMatrix, layer_stacks
+from laser_callback.support.interrupts import whole
 from laser_callback.surgery.replayable import (
     CacheEntry,
     OwnState,
@@ -95,8 +95,8 @@ class LayerReplay:
     _paused = 0  # of all objects: several callbacks may record at once
 
     @classmethod
-    @contextmanager
-    def paused(cls) -> Iterator[None]:
+    @whole
+    def paused(cls) -> Generator[None, None, None]:
         """Within: calls are recorded by nobody. For whatever runs the model while another callback may be recording."""
         cls._paused += 1
         try:
@@ -104,8 +104,8 @@ class LayerReplay:
         finally:
             cls._paused -= 1
 
-    @contextmanager
-    def record(self) -> Iterator[None]:
+    @whole
+    def record(self) -> Generator[None, None, None]:
         """Within: calls of the layers before the last arm's first cut are recorded, replacing an earlier record."""
         self._calls = {}
         recorder = _Recorder(self._calls, watch=self._watch is not False)
@@ -121,8 +121,8 @@ class LayerReplay:
             for layer, calls in self._calls.items():
                 self._calls[layer] = [call if isinstance(call, str) else "random numbers are drawn" for call in calls]
 
-    @contextmanager
-    def replay(self, arm: str) -> Iterator[None]:
+    @whole
+    def replay(self, arm: str) -> Generator[None, None, None]:
         """Within: calls that match the record return its outputs."""
         position: Counter[nn.Module] = Counter()
         report = self.reports[arm]
@@ -292,11 +292,11 @@ def _layers_before(stacks: Mapping[str, list[nn.Module]], matrices: Sequence[Wei
     return layers
 
 
-@contextmanager
+@whole
 def _patched(
     layers: Iterable[nn.Module],
     wrap: Callable[[nn.Module, Callable[..., Any]], Callable[..., Any]],
-) -> Iterator[None]:
+) -> Generator[None, None, None]:
     """Replace ``forward`` (not ``__call__``: the layer's own hooks still fire) and put the attribute back exactly."""
     patches: list[_Patch] = []
     try:

@@ -23,7 +23,7 @@ from transformers import BatchEncoding
 from transformers.modeling_outputs import CausalLMOutput
 
 from laser_callback.compare.copies import copy_data, is_record
-from laser_callback.compare.state import ModuleState
+from laser_callback.compare.state import Own, Start
 
 # ---- copies ----------------------------------------------------------------------------------------------------------
 
@@ -173,7 +173,7 @@ class Keeper(pl.LightningModule):
 
 def test_compute_groups_share_their_states_in_each_arm() -> None:
     module, user, arm = Keeper(), Keeper(), Keeper()  # the last two are what each arm would be alone
-    state = ModuleState(module)
+    state = Own(Start(module))
 
     def update(keeper: Keeper, target: Tensor) -> tuple[bool, Any]:
         keeper.metrics.update(torch.ones(4), target.int())
@@ -185,7 +185,7 @@ def test_compute_groups_share_their_states_in_each_arm() -> None:
     for _ in range(3):
         got = update(module, torch.ones(4))
         assert got == update(user, torch.ones(4))
-        with state.active():
+        with state:
             got_of_arm = update(module, torch.tensor([0, 0, 1, 0]))
         assert got_of_arm == update(arm, torch.tensor([0, 0, 1, 0]))
         shared += [got[0], got_of_arm[0]]
@@ -195,8 +195,8 @@ def test_compute_groups_share_their_states_in_each_arm() -> None:
 
 def test_what_an_arm_creates_or_deletes_is_its_own() -> None:
     module = Keeper()
-    state = ModuleState(module)
-    with state.active():
+    state = Own(Start(module))
+    with state:
         module.total = SumMetric()
         module.body.seen = SumMetric()
         module.note = object()
@@ -209,7 +209,7 @@ def test_what_an_arm_creates_or_deletes_is_its_own() -> None:
     assert not hasattr(module.body, "count")
     assert (module.n, module.outputs) == (0, [])
     assert list(module._modules) == ["metrics", "body"]
-    with state.active():
+    with state:
         assert (module.outputs, module.body.count.item()) == ([1], 1)
         assert not hasattr(module, "n")
         module.total.update(2.0)
@@ -218,26 +218,26 @@ def test_what_an_arm_creates_or_deletes_is_its_own() -> None:
 
 def test_layers_keep_their_order_and_are_shared() -> None:
     module = Keeper()
-    state = ModuleState(module)
+    state = Own(Start(module))
     module.body.append(nn.ReLU())  # by the user's pass
-    with state.active():
+    with state:
         assert [type(layer).__name__ for layer in module.body] == ["Linear", "ReLU"]
     assert [type(layer).__name__ for layer in module.body] == ["Linear", "ReLU"]
 
 
 def test_an_arm_that_fails_keeps_what_it_has_done_and_gives_back_the_rest() -> None:
     module = Keeper()
-    state = ModuleState(module)
+    state = Own(Start(module))
 
     def interrupted() -> None:
-        with state.active():
+        with state:
             module.outputs.append(1)
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         interrupted()
     assert module.outputs == []
-    with state.active():
+    with state:
         assert module.outputs == [1]
 
 

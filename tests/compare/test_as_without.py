@@ -99,7 +99,6 @@ class SpelledOut(TwoLoaders):
         return self._evaluate(batch)
 
 
-@pytest.mark.xfail(strict=True, reason="to be fixed in arms.py: what is logged is kept by key, and the second loader's")
 @pytest.mark.parametrize(("kind", "key"), [(InTwoHooks, "same"), (SpelledOut, "same/dataloader_idx_0")])
 def test_a_key_that_two_loaders_log_apart_is_compared_in_each(kind: Any, key: str) -> None:
     loaders = [make_data(), make_data()]
@@ -126,7 +125,6 @@ def test_barebones(verb: str) -> None:
         assert list(laser.result.arms["laser"].rows) == []
 
 
-@pytest.mark.xfail(strict=True, reason="to be fixed in arms.py: publish looks for a key that log() has not kept")
 def test_barebones_with_metrics_of_ones_own() -> None:
     laser = LaserCallback(PLAN, metrics=MeanMetric(), update=update_mean, report=False)
     run = quiet_trainer(laser, barebones=True, logger=None, enable_progress_bar=None, enable_model_summary=None)

@@ -16,7 +16,7 @@ import torch
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 from toy import CLASSES, OTHER, PLAN, Net, evaluate
 from trainers import quiet_trainer
@@ -105,6 +105,8 @@ class Fit(pl.Callback):
     def teardown(self, trainer, pl_module, stage):
         os.environ.update(LOCAL_RANK=str(trainer.local_rank), NODE_RANK="0")  # this process is there: start no others
         fit_on_unequal_ranks(self.folder)
+        for rank in (0, 1):
+            validate_with_a_rank_without_batches(self.folder, rank)
 
 
 def fit_on_unequal_ranks(folder: Any) -> None:
@@ -125,6 +127,50 @@ def fit_on_unequal_ranks(folder: Any) -> None:
             expected = float((module(data.x).argmax(1) == data.y).double().mean())
         assert float(metrics[f"{prefix}/acc"]) == pytest.approx(expected, rel=PARITY)
     assert not [layer for layer in module.net.modules() if "forward" in vars(layer)]
+
+
+class Shard(IterableDataset):
+    """The whole data on one rank, nothing on the other."""
+
+    def __init__(self, rank: int) -> None:
+        self.rank = rank
+
+    def __iter__(self):
+        return iter(Examples() if torch.distributed.get_rank() == self.rank else ())
+
+
+class Unsynced(Synced):
+    """Logs in the step what the ranks need not agree on, and synchronises at the end, where all ranks come by."""
+
+    def validation_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
+        logits, y = self(batch["x"]), batch["y"]
+        self.log("local", F.cross_entropy(logits, y), batch_size=len(y))
+        self.acc.update(logits, y)
+        return {"id": batch["id"], "acc": logits.argmax(1) == y}
+
+    def on_validation_epoch_end(self) -> None:
+        self.log("acc", self.acc.compute())
+        self.acc.reset()
+
+
+def validate_with_a_rank_without_batches(folder: Any, rank: int) -> None:
+    module, data = Unsynced(), DataLoader(Shard(rank), 2)
+    plain = ddp(folder, DDPStrategy(process_group_backend="gloo")).validate(module, data, verbose=False)[0]
+    laser = LaserCallback(PLAN, report=False)
+    run = ddp(folder, DDPStrategy(process_group_backend="gloo"), laser)
+    logged = run.validate(module, data, verbose=False)[0]
+    assert {key: logged[key] for key in plain} == plain
+    assert set(logged) == {prefix + key for key in plain for prefix in ("", "laser/", "laser/delta/")}
+    assert ("local" in plain) == (run.global_rank == rank)
+    x, y = Examples().x, Examples().y
+    with torch.no_grad(), reduced(module, PLAN):
+        expected = float((module(x).argmax(1) == y).double().mean())
+    assert logged["laser/acc"] == pytest.approx(expected, rel=PARITY)
+    rows = laser.result.arms["laser"]
+    assert (rows["acc"].n, rows["local"].n) == (N, (N + 1) // 2)  # examples, batches
+    everyone: list[Any] = [None, None]
+    torch.distributed.all_gather_object(everyone, comparable(laser.result))
+    assert everyone[0] == everyone[1]
 
 
 class CheckInChild(pl.Callback):

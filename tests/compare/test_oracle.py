@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import csv
+import itertools
 import math
 import random
 from pathlib import Path
@@ -26,6 +27,7 @@ from torchmetrics import Metric
 from trainers import quiet_trainer
 
 from laser_callback import LaserCallback, reduced
+from laser_callback.compare.reduced_arm import ReducedPassError
 
 Results = list[dict[str, float]]
 
@@ -447,14 +449,13 @@ def test_two_callbacks_do_not_see_each_other(tmp_path: Any) -> None:
 
 
 def test_an_exception_in_the_reduced_arm_leaves_the_users_state(tmp_path: Any) -> None:
-    class Breaks(OutputsInHooks):
-        calls = 0
+    calls = itertools.count(1)  # of both arms: what a module, class or closure holds is kept apart
 
+    class Breaks(OutputsInHooks):
         def validation_step(self, batch: Any, batch_idx: int) -> Any:
-            Breaks.calls += 1
             output = super().validation_step(batch, batch_idx)
             self.events["steps"] += 1
-            if Breaks.calls == 4:  # the reduced arm's second
+            if next(calls) == 4:  # the reduced arm's second
                 raise ValueError("in the reduced arm")
             return output
 
@@ -465,7 +466,8 @@ def test_an_exception_in_the_reduced_arm_leaves_the_users_state(tmp_path: Any) -
 
     module, plain = Breaks(), OutputsInHooks()
     weights, logger = bits(module), CountingLogger(tmp_path / "a")
-    with pytest.raises(ValueError, match="reduced arm"):
+    told = "reduced pass of the plan .* fails on batch 1, where the original's does not: ValueError: in the reduced arm"
+    with pytest.raises(ReducedPassError, match=told):
         evaluate(trainer_for(tmp_path, laser(module), logger=logger), module)
     with pytest.raises(ValueError, match="second step"):
         evaluate(trainer_for(tmp_path, Stops()), plain)
@@ -475,26 +477,33 @@ def test_an_exception_in_the_reduced_arm_leaves_the_users_state(tmp_path: Any) -
     assert module.trainer.loggers == [logger]
 
 
-def test_large_tensors_of_submodules_are_not_copied(tmp_path: Any) -> None:
-    """Packed weights and tables of a model are buffers, too."""
-    module = Outputs()
-    module.model.register_buffer("table", torch.zeros(2**20 + 1), persistent=False)
-    module.model.register_buffer("small", torch.zeros(4), persistent=False)
-    module.queue = torch.zeros(2**20 + 1)  # the LightningModule's own state is
-    seen: list[tuple[int, ...]] = []
+def test_large_tensors_are_kept_apart_where_they_move_and_not_copied_where_they_do_not(tmp_path: Any) -> None:
+    """Memory banks are written in place; packed weights and tables of a model are buffers, too."""
 
-    step = module.validation_step
+    class Bank(Style):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model.register_buffer("table", torch.zeros(2**20 + 1), persistent=False)
+            self.model.register_buffer("bank", torch.zeros(2**20 + 1), persistent=False)
+            self.behind = np.zeros(2**20 + 1)
 
-    def look(*args: Any) -> Any:
-        seen.append(tuple(t.data_ptr() for t in (module.model.table, module.model.small, module.queue)))
-        return step(*args)
+        def validation_step(self, batch: Any, batch_idx: int) -> Any:
+            logits = self.logits(batch)
+            self.model.bank[batch_idx] += logits.sum()
+            self.behind[batch_idx] += float(logits.sum())
+            self.log("bank", self.model.bank.sum())
+            self.log("behind", float(self.behind.sum()))
+            self.log("loss", logits.norm())
 
-    module.validation_step = look
-    evaluate(trainer_for(tmp_path, laser(module)), module)
-    original, arm = seen[:2]
-    assert original[0] == arm[0]
-    assert original[1] != arm[1]
-    assert original[2] != arm[2]
+    module, alone, twin = Bank(), Bank(), Bank()
+    callback = laser(module)
+    (got,) = evaluate(trainer_for(tmp_path, callback), module)
+    (plain,) = evaluate(trainer_for(tmp_path), alone)
+    with reduced(twin, module.plan):
+        (expected,) = evaluate(trainer_for(tmp_path), twin)
+    assert_exactly(without_laser(got), plain)
+    assert_close(of_laser(got), expected)
+    assert torch.equal(module.model.bank, alone.model.bank)
 
 
 def test_random_numbers_go_on_as_without_the_callback(tmp_path: Any) -> None:

@@ -1,0 +1,410 @@
+"""The places that a pass may write to: each can be looked at, and put back.
+
+A place is one mutable thing and what it holds: the attributes of an object, the items of a list, the elements of a
+tensor. What it *holds* is swapped, never the thing itself, so that every alias (a metric in a collection, a list in a
+closure, a view of a tensor) sees the same. Contents are shallow: what they refer to has a place of its own.
+"""
+
+from __future__ import annotations
+
+import operator
+import random
+from collections import OrderedDict, deque
+from collections.abc import Collection, Iterator
+from itertools import islice
+from types import CellType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import increment_version
+from torchmetrics import Metric
+from typing_extensions import override
+
+GENERATORS = (torch.Generator, random.Random, np.random.Generator, np.random.RandomState)
+
+# A tensor or array of more elements is copied ahead of time only for the first batch, and from then on if it moves.
+LARGE = 2**20
+
+_VERY_MANY = 10_000
+
+
+class Place:
+    """One mutable thing. ``name`` says where it is found.
+
+    Attributes:
+        start: what it held when the evaluation began.
+    """
+
+    def __init__(self, owner: Any, name: str) -> None:
+        self.owner = owner
+        self.name = name
+        self.start: Any = None
+
+    def begin(self) -> None:
+        """Remember what it holds now as the start."""
+        self.start = self.read()
+
+    def read(self) -> Any:
+        """What it holds, as a value that later writes do not change."""
+        raise NotImplementedError
+
+    def holds(self, content: Any) -> bool:
+        """Whether it holds just that. False where this cannot be seen."""
+        raise NotImplementedError
+
+    def write(self, content: Any) -> None:
+        """Make it hold that again."""
+        raise NotImplementedError
+
+
+def _same(a: dict[Any, Any], b: dict[Any, Any]) -> bool:
+    # Not `a == b`: tensors and metrics are compared element by element, or into a new metric.
+    return len(a) == len(b) and all(map(operator.is_, a.values(), b.values())) and a.keys() == b.keys()
+
+
+def _looked_at(items: Collection[Any]) -> Iterator[Any]:
+    """All of them, or of very many (a vocabulary, an index) the first: to look at all takes longer than a layer."""
+    return islice(items, None if len(items) <= _VERY_MANY else _VERY_MANY // 100)
+
+
+class Attributes(Place):
+    """The ``__dict__`` of an object."""
+
+    @override
+    def read(self) -> Any:
+        return dict(vars(self.owner))
+
+    @override
+    def holds(self, content: Any) -> bool:
+        return _same(vars(self.owner), content)
+
+    @override
+    def write(self, content: Any) -> None:
+        now = vars(self.owner)
+        for name in now.keys() - content.keys():
+            del now[name]
+        now.update(content)
+
+
+class ClassAttributes(Place):
+    """What a class holds beside its methods."""
+
+    @override
+    def read(self) -> Any:
+        return {name: value for name, value in vars(self.owner).items() if is_data(name, value)}
+
+    @override
+    def holds(self, content: Any) -> bool:
+        return _same(self.read(), content)
+
+    @override
+    def write(self, content: Any) -> None:
+        for name in self.read().keys() - content.keys():
+            delattr(self.owner, name)
+        for name, value in content.items():
+            if vars(self.owner).get(name, self) is not value:
+                setattr(self.owner, name, value)
+
+
+def is_data(name: str, value: Any) -> bool:
+    """Whether a class attribute is no method, property, nested class, or Python's own."""
+    hidden = (name.startswith("__") and name.endswith("__")) or name == "_abc_impl"
+    return not (hidden or isinstance(value, type) or hasattr(type(value), "__get__"))
+
+
+class Slots(Place):
+    """The ``__slots__`` of an object."""
+
+    @override
+    def read(self) -> Any:
+        names = [name for kind in type(self.owner).__mro__ for name in _slots(kind)]
+        return {name: getattr(self.owner, name) for name in names if hasattr(self.owner, name)}
+
+    @override
+    def holds(self, content: Any) -> bool:
+        return _same(self.read(), content)
+
+    @override
+    def write(self, content: Any) -> None:
+        for name in self.read().keys() - content.keys():
+            object.__delattr__(self.owner, name)
+        for name, value in content.items():
+            object.__setattr__(self.owner, name, value)
+
+
+def _slots(kind: type) -> list[str]:
+    names = vars(kind).get("__slots__", ())
+    names = [names] if isinstance(names, str) else list(names)
+    # A name with two underscores in front is kept under another one.
+    return [f"_{kind.__name__.lstrip('_')}{n}" if n.startswith("__") and not n.endswith("__") else n for n in names]
+
+
+class Items(Place):
+    """The items of a dict, by the methods of the class that keeps them: subclasses may do more than to store."""
+
+    def __init__(self, owner: Any, name: str) -> None:
+        self._kind: Any = OrderedDict if isinstance(owner, OrderedDict) else dict
+        super().__init__(owner, name)
+
+    @override
+    def read(self) -> Any:
+        return dict(self._kind.items(self.owner))
+
+    @override
+    def holds(self, content: Any) -> bool:
+        if len(self.owner) != len(content):
+            return False
+        pairs = zip(_looked_at(self._kind.items(self.owner)), _looked_at(content.items()), strict=True)
+        return all(a is b and x is y for (a, x), (b, y) in pairs)
+
+    @override
+    def write(self, content: Any) -> None:
+        self._kind.clear(self.owner)
+        for key, value in content.items():
+            self._kind.__setitem__(self.owner, key, value)
+
+
+class Submodules(Items):
+    """A module's children. A metric that one arm creates is its own; any other module belongs to all."""
+
+    @override
+    def write(self, content: Any) -> None:
+        new = {k: v for k, v in self.owner.items() if k not in content and not _holds_metrics(v)}
+        super().write(content | new)
+
+
+def _holds_metrics(child: nn.Module | None) -> bool:
+    if isinstance(child, (nn.ModuleList, nn.ModuleDict)):  # MetricCollection and MetricTracker are such containers
+        return any(_holds_metrics(grandchild) for grandchild in child._modules.values())
+    return isinstance(child, Metric)
+
+
+class Elements(Place):
+    """The elements of a list, deque, set or bytearray."""
+
+    @override
+    def read(self) -> Any:
+        return list(self.owner)
+
+    @override
+    def holds(self, content: Any) -> bool:
+        same = map(operator.is_, _looked_at(self.owner), _looked_at(content))
+        return len(self.owner) == len(content) and all(same)
+
+    @override
+    def write(self, content: Any) -> None:
+        owner = self.owner
+        if isinstance(owner, list):
+            list.__setitem__(owner, slice(None), content)
+        elif isinstance(owner, bytearray):
+            owner[:] = bytes(content)
+        else:
+            kind: Any = deque if isinstance(owner, deque) else set
+            kind.clear(owner)
+            (kind.extend if kind is deque else kind.update)(owner, content)
+
+
+class Cell(Place):
+    """A variable that a function shares with the one around it."""
+
+    _EMPTY = object()
+
+    @override
+    def read(self) -> Any:
+        try:
+            return self.owner.cell_contents
+        except ValueError:
+            return self._EMPTY
+
+    @override
+    def holds(self, content: Any) -> bool:
+        return self.read() is content
+
+    @override
+    def write(self, content: Any) -> None:
+        if content is self._EMPTY:
+            del self.owner.cell_contents
+        else:
+            self.owner.cell_contents = content
+
+
+class Hooks(Place):
+    """A module's forward hooks. The dicts stay the same objects: a hook's handle refers to them."""
+
+    NAMES = (
+        "_forward_hooks",
+        "_forward_hooks_with_kwargs",
+        "_forward_hooks_always_called",
+        "_forward_pre_hooks",
+        "_forward_pre_hooks_with_kwargs",
+    )
+
+    @override
+    def read(self) -> Any:
+        held = vars(self.owner)
+        return [dict(held[name]) for name in self.NAMES] if any(map(held.__getitem__, self.NAMES)) else None
+
+    @override
+    def holds(self, content: Any) -> bool:
+        now = self.read()
+        return now is content if now is None or content is None else all(map(_same, now, content))
+
+    @override
+    def write(self, content: Any) -> None:
+        for name, hooks in zip(self.NAMES, content or [{}] * len(self.NAMES), strict=True):
+            registered = vars(self.owner)[name]
+            registered.clear()
+            registered.update(hooks)
+
+
+class GeneratorState(Place):
+    """The state of a random number generator."""
+
+    @override
+    def read(self) -> Any:
+        owner = self.owner
+        if isinstance(owner, torch.Generator):
+            return owner.get_state()
+        if isinstance(owner, random.Random):
+            return owner.getstate()
+        return owner.get_state() if isinstance(owner, np.random.RandomState) else owner.bit_generator.state
+
+    @override
+    def holds(self, content: Any) -> bool:
+        now = self.read()
+        return bool(torch.equal(now, content) if isinstance(now, Tensor) else str(now) == str(content))
+
+    @override
+    def write(self, content: Any) -> None:
+        owner = self.owner
+        if isinstance(owner, torch.Generator):
+            owner.set_state(content)
+        elif isinstance(owner, random.Random):
+            owner.setstate(content)
+        elif isinstance(owner, np.random.RandomState):
+            owner.set_state(content)
+        else:
+            owner.bit_generator.state = content
+
+
+class Values(Place):
+    """The elements of a tensor or array: what costs memory to remember.
+
+    Attributes:
+        moves: whether a write to it may go unseen, so that it is taken to have been written to by every pass.
+    """
+
+    moves = False
+
+    @property
+    def is_large(self) -> bool:
+        """Whether to remember it costs memory that matters."""
+        return bool(np.prod(self.owner.shape, dtype=float) > LARGE)
+
+    def is_as_at_first(self) -> bool:
+        """Element by element, whatever its version says."""
+        raise NotImplementedError
+
+
+class _Held:
+    """What a tensor holds: its storage and form, their values at one time, and the version that they have in place."""
+
+    __slots__ = ("data", "value", "version")
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.data = tensor.data
+        self.value = tensor.detach().clone()
+        self.version = tensor_version(tensor)
+
+
+def tensor_version(tensor: Tensor) -> int | None:
+    """How often it was written to in place; ``None`` for inference tensors, which do not count that."""
+    return None if tensor.is_inference() else tensor._version
+
+
+class TensorValues(Values):
+    """The elements of a tensor."""
+
+    @override
+    def read(self) -> Any:
+        return _Held(self.owner)
+
+    @override
+    def holds(self, content: Any) -> bool:
+        if self.moves or content.version is None or tensor_version(self.owner) != content.version:
+            return False
+        return _is_in_place(self.owner, content.data)
+
+    @override
+    def write(self, content: Any) -> None:
+        with torch.inference_mode(self.owner.is_inference()), torch.no_grad():
+            if not _is_in_place(self.owner, content.data):
+                self.owner.data = content.data
+            self.owner.data.copy_(content.value)
+        if not self.owner.is_inference():
+            increment_version(self.owner)  # each content in place has a version of its own
+        content.version = tensor_version(self.owner)
+
+    @override
+    def is_as_at_first(self) -> bool:
+        now, held = self.owner, self.start
+        return now.shape == held.value.shape and now.dtype == held.value.dtype and _equal(now, held.value)
+
+
+def _is_in_place(tensor: Tensor, data: Tensor) -> bool:
+    return (
+        tensor.data_ptr() == data.data_ptr()
+        and tensor.shape == data.shape
+        and tensor.stride() == data.stride()
+        and tensor.dtype == data.dtype
+    )
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    """NaN is like NaN."""
+    return bool(torch.equal(a, b) or (a.is_floating_point() and torch.allclose(a, b, 0, 0, equal_nan=True)))
+
+
+class ArrayValues(Values):
+    """The elements of a NumPy array."""
+
+    @override
+    def read(self) -> Any:
+        return self.owner.copy()
+
+    @override
+    def holds(self, content: Any) -> bool:
+        if self.owner.shape != content.shape or self.owner.dtype != content.dtype:
+            return False
+        if self.owner.dtype.hasobject:
+            return all(map(operator.is_, self.owner.flat, content.flat))
+        floats = self.owner.dtype.kind in "fc"
+        return bool(np.array_equal(self.owner, content, equal_nan=floats))
+
+    @override
+    def write(self, content: Any) -> None:
+        if self.owner.shape != content.shape:
+            self.owner.resize(content.shape, refcheck=False)
+        self.owner[...] = content
+
+    @override
+    def is_as_at_first(self) -> bool:
+        return self.holds(self.start)
+
+
+def place_of(value: Any, name: str) -> Place | None:
+    """The place of a container, tensor, array or generator; ``None`` for anything else."""
+    if isinstance(value, Tensor):
+        fixed = value.layout is not torch.strided or value.is_nested or value.is_meta or value.grad_fn is not None
+        return None if type(value) is not Tensor or fixed else TensorValues(value, name)
+    if isinstance(value, np.ndarray):
+        return ArrayValues(value, name) if value.flags.writeable else None
+    if isinstance(value, GENERATORS):
+        return GeneratorState(value, name)
+    if isinstance(value, dict):
+        return Items(value, name)
+    if isinstance(value, (list, deque, set, bytearray)):
+        return Elements(value, name)
+    return Cell(value, name) if isinstance(value, CellType) else None

@@ -1,0 +1,158 @@
+"""One reduced arm of a comparison: its cut, what Lightning keeps for it, and whether the cut acts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch import Tensor
+from torch.utils import _pytree as pytree
+from torchmetrics import MetricCollection
+
+from laser_callback.compare import arms
+from laser_callback.compare.watch import Watch
+from laser_callback.spectra.cut import CutSpectrum
+from laser_callback.surgery.replay import LayerReplay
+from laser_callback.surgery.swap import reduced
+
+Growth = Mapping[str, tuple[float, float]]
+
+
+class ReducedPassError(RuntimeError):
+    """An exception that the reduced pass of a plan has raised, and the original's has not; its cause is that one."""
+
+
+class ReducedArm:
+    """One reduced arm in a run.
+
+    Args:
+        name: of the plan.
+        control: ``""``, ``"zeroed"`` or ``"random"``.
+        cut: what is put in place for its passes.
+        arm: what Lightning and the module keep for it.
+    """
+
+    def __init__(self, name: str, control: str, cut: reduced, arm: arms.Arm) -> None:
+        self.name = name
+        self.control = control
+        self.cut = cut
+        self.arm = arm
+        self.metrics: MetricCollection | None = None
+        self.seconds = 0.0
+        self.factorise_seconds = 0.0
+        self.spectra: list[CutSpectrum] = []
+        self.growth: Growth = {}
+        self._watch: Watch | None = None
+        self._passes = 0
+        self._differs = False
+        self._asked = True  # whether the cut acts
+        self._probed = False
+
+    @property
+    def key(self) -> str:
+        """Under which its results stand."""
+        return f"{self.name}.{self.control}" if self.control else self.name
+
+    def run(
+        self, batch: Any, batch_idx: int, dataloader_idx: int | None, replaying: AbstractContextManager[Any]
+    ) -> Any:
+        """The step on ``batch``, with the cut in place.
+
+        Raises:
+            MisconfigurationException: if the step writes to a weight that is cut.
+        """
+        rarely = self._passes & (self._passes - 1) == 0  # the first pass, and then ever more seldom
+        self._passes += 1
+        with self.cut, LayerReplay.paused(), self.arm.active(), replaying:
+            if self._watch is None:
+                self._watch = Watch([matrix for matrix, _ in self.cut.matrices])
+                self._watch.compare_contents()
+            output = self.arm.step(batch, batch_idx, dataloader_idx)
+            if rarely:
+                self._watch.compare_contents()
+            self._refuse_writing(self._watch.written or self.cut.written_to())
+        return output
+
+    def _refuse_writing(self, names: list[str]) -> None:
+        if names:
+            raise MisconfigurationException(
+                f"the evaluation step writes to {', '.join(names)} itself, as weight averaging does, in the place of "
+                f"what {str(self.cut.plan)!r} has made of it: what comes out is not the cut model's. Put such weights "
+                "in place before the evaluation, or evaluate without them"
+            )
+
+    def compare(self, original: Growth, outputs: Any, output: Any) -> bool:
+        """Whether anything of the latest batch is as in the original, so that one may ask whether the cut acts."""
+        logged = [original.get(key) == value for key, value in self.growth.items()]
+        same = logged + _compared(outputs, output)
+        self._differs |= not all(same)
+        self._asked = not same or any(same)
+        return self._asked
+
+    def twin(self) -> arms.Arm | None:
+        """Ahead of a pass: what :meth:`probe` needs; ``None`` when no question is open."""
+        rarely = self._passes & (self._passes + 1) == 0
+        unused = self._watch is None or bool(self._watch.unused)
+        if not (rarely and self._asked and unused and Watch.is_possible()):
+            return None
+        with self.arm.active():
+            return self.arm.twin()
+
+    def probe(self, twin: arms.Arm, batch: Any, batch_idx: int, dataloader_idx: int | None) -> None:
+        """Repeat the pass to look at its weights. Its results are dropped: to be looked at may change a rounding."""
+        assert self._watch is not None
+        try:
+            with self.cut, LayerReplay.paused(), self.arm.active(), twin.active(), self._watch.passing():
+                twin.step(batch, batch_idx, dataloader_idx)
+        except Exception:  # what cannot run under such a look is not looked at
+            self._watch.give_up()
+            return
+        self._probed = True
+        self._refuse_writing(self._watch.written)
+
+    def check_use(self) -> None:
+        """At the end: "no difference" is said only of weights that were used.
+
+        Raises:
+            MisconfigurationException: if none was, and nothing differs.
+        """
+        unused = self._watch.unused if self._watch is not None and self._probed else []
+        if not unused:
+            return
+        text = f"the reduced passes of {str(self.cut.plan)!r} did not read the weight of {', '.join(unused)}"
+        if self._differs:
+            rank_zero_warn(f"{text} in any batch that was looked at: this part of the plan has not been tried")
+            return
+        raise MisconfigurationException(
+            f"{text}, so the cut could not act, and nothing can be said of it. The usual causes are features that are "
+            "kept from an earlier pass (functools.cache, an attribute), a captured or frozen graph, and layers that "
+            "these data do not reach: clear what is kept in `on_validation_start`, or cut what is used"
+        )
+
+    def named(self, error: Exception, where: str) -> Exception:
+        """``error`` with the plan's name."""
+        if isinstance(error, MisconfigurationException):
+            return error
+        control = f" ({self.control} control)" if self.control else ""
+        return ReducedPassError(
+            f"the reduced pass of the plan {str(self.cut.plan)!r}{control} fails {where}, where the original's does "
+            f"not: {type(error).__name__}: {error}"
+        )
+
+
+def _compared(a: Any, b: Any) -> list[bool]:
+    """Of each tensor and number that two steps have returned, whether they are the same."""
+    mine, other = pytree.tree_leaves(a), pytree.tree_leaves(b)
+    if len(mine) != len(other):
+        return [False]
+    return [_same(x, y) for x, y in zip(mine, other, strict=True) if isinstance(x, (Tensor, float))]
+
+
+def _same(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return a.shape == b.shape and a.dtype == b.dtype and bool(torch.equal(a, b))
+    return type(a) is type(b) and bool(a == b)

@@ -1,0 +1,117 @@
+"""Whether a reduced pass uses the weights that were put in place, or only seems to.
+
+A swap can go unseen: features that were computed before and kept, a graph that was captured or frozen, weights that the
+step itself writes (weight averaging for half of the step), weights brought in by hooks. The pass then computes what the
+original does, and "no difference" would be a wrong claim.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+from typing_extensions import override
+
+from laser_callback.plans.matrices import WeightMatrix
+
+
+class Watch:
+    """What happens to an arm's reduced weights, seen from below autograd and autocast, where kernels are called.
+
+    Args:
+        matrices: what the arm cuts, with the reduced tensors in place.
+    """
+
+    def __init__(self, matrices: Sequence[WeightMatrix]) -> None:
+        self._names: dict[int, list[str]] = {}
+        for matrix in matrices:
+            self._names.setdefault(id(matrix.parameter), []).append(f"`{matrix.name}`")
+        self._parameters = {id(matrix.parameter): matrix.parameter for matrix in matrices}
+        self._unused = dict.fromkeys(self._names)
+        self._written: dict[int, None] = {}
+        self._sums: dict[int, Tensor] = {}
+
+    @property
+    def unused(self) -> list[str]:
+        """Names of matrices that no pass has read so far."""
+        return [name for key in self._unused for name in self._names[key]]
+
+    @property
+    def written(self) -> list[str]:
+        """Names of those that a pass has written to, or exchanged."""
+        return [name for key in self._written for name in self._names[key]]
+
+    def give_up(self) -> None:
+        """Ask no more what is unused."""
+        self._unused.clear()
+
+    def passing(self) -> TorchDispatchMode:
+        """Context around a pass, with the reduced weights in place."""
+        return _Dispatch(self)
+
+    @staticmethod
+    def is_possible() -> bool:
+        """Not where anything was compiled: torch.compile refuses to run under such a look."""
+        dynamo = sys.modules.get("torch._dynamo.utils")
+        return dynamo is None or not dynamo.counters["frames"]
+
+    def compare_contents(self) -> None:
+        """With the reduced weights in place: whether they are what they were when this was first called."""
+        for key, parameter in self._parameters.items():
+            now = _sum(parameter)
+            if not torch.equal(self._sums.setdefault(key, now), now):
+                self._written[key] = None
+
+    def called(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], where: dict[int, int]) -> None:
+        """Hear of one call of an operator. ``where`` are the places in memory of the weights, by the parameter's id."""
+        by_memory = {memory: key for key, memory in where.items()}
+        for tensor in _tensors((args, kwargs)):
+            key = by_memory.get(_memory(tensor))
+            if key is not None:
+                self._unused.pop(key, None)
+            elif id(tensor) in where and self._parameters[id(tensor)] is tensor:
+                self._written[id(tensor)] = None  # it points at other memory now
+        schema = getattr(func, "_schema", None)  # operators of higher order have none, and write to nothing
+        for argument, value in zip(schema.arguments if schema else (), args, strict=False):
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                for tensor in _tensors(value):
+                    key = by_memory.get(_memory(tensor))
+                    if key is not None:
+                        self._written[key] = None
+
+
+class _Dispatch(TorchDispatchMode):
+    supports_higher_order_operators = True
+
+    def __init__(self, watch: Watch) -> None:
+        super().__init__()
+        self._watch = watch
+        self._where = {key: _memory(parameter) for key, parameter in watch._parameters.items()}
+
+    @override
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self._watch.called(func, args, kwargs or {}, self._where)
+        return func(*args, **(kwargs or {}))
+
+
+def _tensors(tree: Any) -> Iterator[Tensor]:
+    return (leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor))
+
+
+def _memory(tensor: Tensor) -> int:
+    try:
+        return tensor.untyped_storage().data_ptr()
+    except (NotImplementedError, RuntimeError):  # no memory of its own: fake, functional, sparse
+        return 0
+
+
+def _sum(tensor: Tensor) -> Tensor:
+    """Of the bits: another one for nearly every other content."""
+    flat = tensor.detach().contiguous().view(torch.uint8).reshape(-1)
+    whole = flat[: len(flat) // 4 * 4].view(torch.int32)
+    return torch.stack([whole.sum(dtype=torch.int64), flat.sum(dtype=torch.int64)])
