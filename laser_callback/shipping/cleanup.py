@@ -37,7 +37,7 @@ from laser_callback.shipping.trained import as_found, device_of, free_path, save
 from laser_callback.spectra.delta import BaseSource, BaseWeights, read_weights
 from laser_callback.spectra.store import Spectra
 from laser_callback.support.files import write_json
-from laser_callback.support.merging import adapted_layers, merged, refuse_other_than_lora
+from laser_callback.support.merging import adapted_layers, merged, refuse_other_than_lora, refuse_unmergeable
 from laser_callback.support.processes import on_first_rank, share_weights, waiting_group
 from laser_callback.surgery.recipe import recorded
 
@@ -169,6 +169,7 @@ class LaserCleanup(pl.Callback):
                 "LaserCleanup's `objective` must name what to improve, and `direction` how: "
                 "LaserCleanup(objective='val_acc', direction='max')"
             )
+        refuse_unmergeable(pl_module)
         refuse_other_than_lora(pl_module)
         if "delta" in self.modes and self.base is None and not adapted_layers(pl_module):
             raise MisconfigurationException(

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from laser_callback.plans.matrices import WeightMatrix, find_matrices, plain_name, same_name
 from laser_callback.spectra.folder import content_hash
 from laser_callback.spectra.spectrum import as_double
-from laser_callback.support.merging import adapted_layers
+from laser_callback.support.merging import unmerged_layers
 from laser_callback.support.pretrained import load_pretrained
 
 BaseSource: TypeAlias = "nn.Module | Mapping[str, Tensor] | str | Path"
@@ -58,7 +58,7 @@ class BaseWeights:
     """
 
     def __init__(self, source: BaseSource, model: nn.Module) -> None:
-        unmerged = [name for name, layer in adapted_layers(model) if not layer.merged]
+        unmerged = [name for name, _ in unmerged_layers(model)]
         if unmerged:
             raise ValueError(
                 f"the difference to the base is still in adapters, {len(unmerged)} of them from `{unmerged[0]}` on: "

@@ -296,6 +296,14 @@ def test_adapters_that_cannot_be_silenced_are_refused_before_training(tmp_path, 
         fit(tmp_path, Tuning(model), loader, LaserCleanup(weights="last", **SEARCH))
 
 
+def test_adapters_on_tied_weights_are_refused_before_training(tmp_path, planted, loader):
+    tied = healthy(planted)
+    tied.lm_head.weight = tied.model.embed_tokens.weight
+    model = peft.get_peft_model(tied, peft.LoraConfig(target_modules=["lm_head", "v_proj"]))
+    with pytest.raises(ValueError, match=r"adapter of `model.*lm_head` cannot be merged.*`model.*embed_tokens`"):
+        fit(tmp_path, Tuning(model), loader, LaserCleanup(weights="last", **SEARCH), Trained())
+
+
 # ---- several processes -----------------------------------------------------------------------------------------------
 
 
