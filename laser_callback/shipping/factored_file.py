@@ -14,12 +14,12 @@ from typing import Any, cast
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_model, save_model
 from torch import nn
-from transformers import AutoConfig, PreTrainedModel
+from transformers import AutoConfig, GenerationConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from laser_callback.shipping.thin import FactoredLinear, make_room
 from laser_callback.support.checkpoints import read_checkpoint
-from laser_callback.support.pretrained import model_class
+from laser_callback.support.pretrained import GENERATION, model_class
 
 WEIGHTS = "factored.safetensors"
 RANKS = "laser_ranks"
@@ -75,6 +75,8 @@ def _skeleton(folder: Path) -> PreTrainedModel:
     with no_init_weights():
         model = model_class(config)._from_config(config)
     model.tie_weights()
+    if model.can_generate() and (folder / GENERATION).is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
     return cast("PreTrainedModel", model.eval())
 
 
