@@ -53,7 +53,11 @@ def merged(model: nn.Module) -> Iterator[None]:
             layer.merge()
         yield
     finally:
-        kept.put_back()
+        try:
+            kept.put_back()
+        except BaseException:  # Ctrl-C in the middle: finish, then let it through
+            kept.put_back()
+            raise
 
 
 class _Kept:
