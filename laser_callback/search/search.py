@@ -169,17 +169,14 @@ class LaserSearch:
             ValueError: if there are too few examples, a value is not finite, or ``minutes`` is too short.
             KeyboardInterrupt: on Ctrl-C; :attr:`result`, and ``result.json`` in the folder, hold what there was.
         """
-        try:
-            course = self._prepare(time.perf_counter())
-        except SystemExit:  # what Lightning makes of Ctrl-C
-            raise KeyboardInterrupt from None
+        course = self._prepare(time.perf_counter())
         try:
             course.run()
             confirm(course.steps, self.result, course.bounds, self.controls)
-        except (KeyboardInterrupt, SystemExit):
+        except KeyboardInterrupt:
             self.result.reason = f"interrupted; {self.result.reason}"
             self._finish(course.steps)
-            raise KeyboardInterrupt from None
+            raise
         return self._finish(course.steps)
 
     def _prepare(self, start: float) -> Course:

@@ -33,11 +33,20 @@ from laser_callback.search.screen import returned_loss
 from laser_callback.search.search import LaserSearch
 from laser_callback.shipping.gates import Gates
 from laser_callback.shipping.modes import MODES, accept, search_modes, spectra_of
-from laser_callback.shipping.trained import as_found, device_of, free_path, save_cleaned, weights_to_clean
+from laser_callback.shipping.trained import (
+    as_found,
+    best_path,
+    device_of,
+    free_path,
+    read_own,
+    refuse_unreadable,
+    save_cleaned,
+    weights_to_clean,
+)
 from laser_callback.spectra.delta import BaseSource, BaseWeights, read_weights
 from laser_callback.spectra.store import Spectra
 from laser_callback.support.files import write_json
-from laser_callback.support.merging import adapted_layers, merged, refuse_other_than_lora
+from laser_callback.support.merging import adapted_layers, merged, refuse_other_than_lora, refuse_unmergeable
 from laser_callback.support.processes import on_first_rank, share_weights, waiting_group
 from laser_callback.surgery.recipe import recorded
 
@@ -163,12 +172,16 @@ class LaserCleanup(pl.Callback):
         if trainer.fast_dev_run:
             return
         self._result = None
+        self._first_seen = False
         self._sets = self._example_sets(trainer)
         if self.search.get("objective") is None and not isinstance(pl_module, LaserModule):
             raise MisconfigurationException(
                 "LaserCleanup's `objective` must name what to improve, and `direction` how: "
                 "LaserCleanup(objective='val_acc', direction='max')"
             )
+        if self._reads_back:
+            refuse_unreadable(trainer, pl_module)
+        refuse_unmergeable(pl_module)
         refuse_other_than_lora(pl_module)
         if "delta" in self.modes and self.base is None and not adapted_layers(pl_module):
             raise MisconfigurationException(
@@ -180,6 +193,20 @@ class LaserCleanup(pl.Callback):
         if self.base is not None and trainer.is_global_zero:
             with merged(pl_module):
                 BaseWeights(self.base, pl_module)
+
+    @property
+    def _reads_back(self) -> bool:
+        """Whether a checkpoint will be read back."""
+        return self.weights == "best" or self.apply
+
+    @override
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        # The first checkpoint shows what there is in them besides hyperparameters.
+        if self._reads_back and not self._first_seen and best_path(trainer):
+            self._first_seen = True
+            refuse_unreadable(trainer, pl_module)
 
     def _example_sets(self, trainer: pl.Trainer) -> ExampleSets:
         data = self.data
@@ -214,7 +241,7 @@ class LaserCleanup(pl.Callback):
             result = self._result = on_first_rank(group, lambda: self._clean(trainer, pl_module))
             if self.apply and result.checkpoint is not None:
                 if trainer.is_global_zero:
-                    state = trainer.strategy.load_checkpoint(result.checkpoint)["state_dict"]
+                    state = read_own(trainer, pl_module, result.checkpoint)["state_dict"]
                     pl_module.load_state_dict(state, strict=pl_module.strict_loading)
                 share_weights(group, pl_module)
         if self.report and trainer.is_global_zero:
@@ -237,7 +264,7 @@ class LaserCleanup(pl.Callback):
     ) -> tuple[CleanupResult, dict[str, Tensor]]:
         """The outcome, and what it says the planned parameters should hold."""
         under = {name: parameter.data for name, parameter in module.named_parameters()}
-        base = under if self.base is None else read_weights(self.base)
+        base = under if self.base is None else read_weights(self.base, module)
         with merged(module):
             result = self._judge(trainer, module, base, source)
             if result.mode is None or result.plan is None:

@@ -28,7 +28,7 @@ from laser_callback.shipping.thin import Factored, factored
 from laser_callback.shipping.undo import save_undo
 from laser_callback.spectra.store import Spectra
 from laser_callback.support.files import appearing
-from laser_callback.support.pretrained import pretrained_in, save_about, save_dense
+from laser_callback.support.pretrained import pretrained_in, save_about, save_weights
 from laser_callback.surgery.recipe import Recipe, recorded, spectra_for
 
 Form = Literal["recipe", "dense", "checkpoint", "factored", "adapter", "undo"]
@@ -114,8 +114,9 @@ _Numbers = Mapping[str, Any] | None
 def _save_dense(
     model: PreTrainedModel, plan: LaserPlan, folder: Path, spectra: Spectra, numbers: _Numbers, tokenizer: Any
 ) -> Recipe:
+    save_about(model, folder, tokenizer)  # what is refused, before the work
     with recorded(model, plan, spectra, numbers=numbers) as (_, recipe):
-        save_dense(model, folder, tokenizer)
+        save_weights(model, folder)
     name = type(model).__name__
     usage = f'from transformers import {name}\n\nmodel = {name}.from_pretrained("this-folder")'
     _document(folder, model, recipe, title="A reduced model", usage=usage, library="transformers")
@@ -125,9 +126,9 @@ def _save_dense(
 def _save_factored(
     model: PreTrainedModel, plan: LaserPlan, folder: Path, spectra: Spectra, numbers: _Numbers, tokenizer: Any
 ) -> Recipe:
+    save_about(model, folder, tokenizer)
     with factored(model, plan, spectra, numbers=numbers) as thin:
         _check_thin(thin)
-        save_about(model, folder, tokenizer)
         save_factored_weights(model, thin.ranks, folder / WEIGHTS)
     usage = 'from laser_callback import load_factored\n\nmodel = load_factored("this-folder")'
     notes = ["Some layers are two thin ones here, which are smaller and faster; `transformers` alone cannot load them."]

@@ -11,15 +11,15 @@ import json
 from pathlib import Path
 from typing import Any, cast
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_model, save_model
 from torch import nn
-from transformers import AutoConfig, PreTrainedModel
+from transformers import AutoConfig, GenerationConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
-from laser_callback.shipping.thin import make_room
-from laser_callback.support.pretrained import model_class
+from laser_callback.shipping.thin import FactoredLinear, make_room
+from laser_callback.support.checkpoints import read_checkpoint
+from laser_callback.support.pretrained import GENERATION, model_class
 
 WEIGHTS = "factored.safetensors"
 RANKS = "laser_ranks"
@@ -44,7 +44,8 @@ def load_factored(path: str | Path, model: nn.Module | None = None) -> nn.Module
 
     Raises:
         FileNotFoundError: if there are no such weights.
-        ValueError: if ``model`` is missing, is another model, or the file is no factored model.
+        ValueError: if ``model`` is missing, is another model, or the file is no factored model; or if it holds objects
+            that are not among the hyperparameters of ``model``.
 
     Example::
 
@@ -74,6 +75,8 @@ def _skeleton(folder: Path) -> PreTrainedModel:
     with no_init_weights():
         model = model_class(config)._from_config(config)
     model.tie_weights()
+    if model.can_generate() and (folder / GENERATION).is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
     return cast("PreTrainedModel", model.eval())
 
 
@@ -91,7 +94,7 @@ def _load_safetensors(file: Path, model: nn.Module) -> None:
 
 
 def _load_checkpoint(file: Path, model: nn.Module) -> None:
-    content = torch.load(file, map_location="cpu", weights_only=True)
+    content = read_checkpoint(file, model, FactoredLinear)  # which a model among the hyperparameters has
     make_room(model, _ranks(content, file))
     try:
         model.load_state_dict(content["state_dict"])

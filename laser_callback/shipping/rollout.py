@@ -30,6 +30,7 @@ from laser_callback.stats.gain import Gain
 from laser_callback.support.journal import Journal, Step
 from laser_callback.support.progress import PhaseProgress
 from laser_callback.support.provenance import versions
+from laser_callback.surgery.recipe import matrix_hash
 from laser_callback.surgery.swap import reduced
 
 
@@ -135,6 +136,7 @@ class StagedRollout:
             raise ValueError("`resume` needs the `folder` of the rollout to go on with")
         self.result = RolloutResult(None, False, plans)
         self._applied: reduced | None = None
+        self._hashes: list[str] = []
         self._lab: Lab | None = None
 
     def prepare(self) -> None:
@@ -181,21 +183,38 @@ class StagedRollout:
             for number, plan in enumerate(self.result.declared, 1):
                 if not self._passes(number, plan):
                     break
-        except (KeyboardInterrupt, SystemExit):  # Lightning turns the first into the second
+        except KeyboardInterrupt:
             self.result.interrupted = True
             self._write()
-            raise KeyboardInterrupt from None
+            raise
         self._write()
         if self.apply and self.result.plan is not None:
             assert self._lab is not None
             self._applied = reduced(self.module, self.result.plan, self._lab.spectra).__enter__()
             self._applied.stay()
+            self._hashes = [matrix_hash(matrix.value) for matrix, _ in self._applied.matrices]
         return self.result
 
-    def undo(self) -> None:
-        """Take out again what ``apply`` has left in the module; does nothing if there is nothing."""
-        if self._applied is not None:
-            self._applied.restore()
+    def undo(self, *, overwrite: bool = False) -> None:
+        """Take out again what ``apply`` has left in the module; does nothing if there is nothing.
+
+        Args:
+            overwrite: also where the cut weights have changed since, in training: that is then lost.
+
+        Raises:
+            RuntimeError: if they have changed, and ``overwrite`` is false. The module is then untouched.
+        """
+        if self._applied is None:
+            return
+        pairs = zip(self._applied.matrices, self._hashes, strict=True)
+        changed = [f"`{matrix.name}`" for (matrix, _), applied in pairs if matrix_hash(matrix.value) != applied]
+        if changed and not overwrite:
+            raise RuntimeError(
+                f"{', '.join(changed)} changed since the rollout has cut them, as in training: the original weights "
+                "would overwrite that. Keep the module as it is, or give it up by `undo(overwrite=True)`"
+            )
+        self._applied.restore()
+        self._applied = None
 
     def _passes(self, number: int, plan: LaserPlan) -> bool:
         """Judge a stage; whether the rollout goes on."""

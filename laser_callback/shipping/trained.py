@@ -14,6 +14,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 from laser_callback.compare.state import RandomState
+from laser_callback.support.checkpoints import own_classes, strangers, unreadable
 from laser_callback.support.files import appearing
 from laser_callback.support.merging import put_effective
 from laser_callback.surgery.recipe import Recipe
@@ -38,6 +39,11 @@ def as_found(trainer: pl.Trainer, module: pl.LightningModule) -> Iterator[None]:
         state.set()
 
 
+def best_path(trainer: pl.Trainer) -> str:
+    """Of the best checkpoint; empty if there is none."""
+    return str(getattr(trainer.checkpoint_callback, "best_model_path", ""))
+
+
 @contextmanager
 def weights_to_clean(
     trainer: pl.Trainer, module: pl.LightningModule, which: str
@@ -50,10 +56,10 @@ def weights_to_clean(
     if which == "last":
         yield trainer._checkpoint_connector.dump_checkpoint(weights_only=True), "last"
         return
-    path = str(getattr(trainer.checkpoint_callback, "best_model_path", ""))
+    path = best_path(trainer)
     if not path:
         raise MisconfigurationException("there is no best checkpoint to clean: ModelCheckpoint has saved none")
-    checkpoint = trainer.strategy.load_checkpoint(path)
+    checkpoint = read_own(trainer, module, path)
     trained = copy.deepcopy(module.state_dict())
     module.on_load_checkpoint(checkpoint)
     try:
@@ -61,6 +67,30 @@ def weights_to_clean(
         yield checkpoint, path
     finally:
         module.load_state_dict(trained, strict=module.strict_loading)
+
+
+def read_own(trainer: pl.Trainer, module: pl.LightningModule, path: str | Path) -> dict[str, Any]:
+    """A checkpoint of this training, hyperparameters that are objects included."""
+    with own_classes(module, trainer.datamodule):
+        return dict(trainer.strategy.load_checkpoint(path))
+
+
+def refuse_unreadable(trainer: pl.Trainer, module: pl.LightningModule) -> None:
+    """Raise if :func:`read_own` will: for hyperparameters, and for what the first checkpoint shows, if there is one.
+
+    Raises:
+        MisconfigurationException: naming them.
+    """
+    owners = [module] if trainer.datamodule is None else [module, trainer.datamodule]
+    path = best_path(trainer)
+    found = [f"hyperparameter `{name}` of {type(owner).__name__}" for owner in owners for name in unreadable(owner)]
+    found += [f"`{name}` in {path}" for name in (strangers(path, *owners) if path and not found else ())]
+    if found:
+        raise MisconfigurationException(
+            "LaserCleanup reads a checkpoint back after training, and these objects in it are not loaded from a file: "
+            f"{', '.join(found)}. Leave them out (`self.save_hyperparameters(ignore=[...])`), name their classes to "
+            "`torch.serialization.add_safe_globals`, or take LaserCleanup(weights='last', apply=False)"
+        )
 
 
 def save_cleaned(

@@ -9,11 +9,10 @@ before any work.
 
 from __future__ import annotations
 
-import pickle
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from safetensors.torch import load_file
@@ -22,7 +21,8 @@ from torch import Tensor, nn
 from laser_callback.plans.matrices import WeightMatrix, find_matrices, plain_name, same_name
 from laser_callback.spectra.folder import content_hash
 from laser_callback.spectra.spectrum import as_double
-from laser_callback.support.merging import adapted_layers
+from laser_callback.support.checkpoints import read_checkpoint
+from laser_callback.support.merging import unmerged_layers
 from laser_callback.support.pretrained import load_pretrained
 
 BaseSource: TypeAlias = "nn.Module | Mapping[str, Tensor] | str | Path"
@@ -58,7 +58,7 @@ class BaseWeights:
     """
 
     def __init__(self, source: BaseSource, model: nn.Module) -> None:
-        unmerged = [name for name, layer in adapted_layers(model) if not layer.merged]
+        unmerged = [name for name, _ in unmerged_layers(model)]
         if unmerged:
             raise ValueError(
                 f"the difference to the base is still in adapters, {len(unmerged)} of them from `{unmerged[0]}` on: "
@@ -66,7 +66,7 @@ class BaseWeights:
             )
         matrices = find_matrices(model)
         self.name = str(source) if isinstance(source, (str, Path)) else getattr(source, "name_or_path", None)
-        weights = _Weights(read_weights(source), matrices)
+        weights = _Weights(read_weights(source, model), matrices)
         self._pairs = weights.matched(matrices)
         known = [matrix for matrix in matrices if matrix.kind is not None]
         _check_complete(known, self._pairs)
@@ -121,11 +121,15 @@ class BaseWeights:
         return change / size if size else change
 
 
-def read_weights(source: BaseSource) -> Mapping[str, Tensor]:
+def read_weights(source: BaseSource, *owners: Any) -> Mapping[str, Tensor]:
     """Weights by name, from whatever :class:`BaseWeights` takes.
 
+    Args:
+        source: see there.
+        *owners: of a checkpoint, see :func:`~laser_callback.support.read_checkpoint`.
+
     Raises:
-        ValueError: if ``source`` is an adapter, or a checkpoint that holds more than tensors and plain data.
+        ValueError: if ``source`` is an adapter, or a checkpoint that holds objects of its own.
     """
     if isinstance(source, nn.Module):
         return {name: parameter.data for name, parameter in source.named_parameters(remove_duplicate=False)}
@@ -135,13 +139,7 @@ def read_weights(source: BaseSource) -> Mapping[str, Tensor]:
     if path.suffix == ".safetensors":
         return load_file(path)
     if path.suffix in (".ckpt", ".pt", ".pth", ".bin"):
-        try:
-            content = torch.load(path, map_location="cpu", weights_only=True)
-        except pickle.UnpicklingError as error:
-            raise ValueError(
-                f"`base` {str(path)!r} holds objects beside tensors, which are not loaded from a file that might be "
-                "anybody's: load the model yourself and give it as `base`"
-            ) from error
+        content = read_checkpoint(path, *owners)
         weights: Mapping[str, Tensor] = content.get("state_dict", content)
         return weights
     if (path / "adapter_config.json").is_file():

@@ -4,24 +4,25 @@ A spectrum is found by a hash of the matrix' bytes, so that a weight that has ch
 equal weights share theirs whatever they are called. Contract: :class:`Spectra` returns the same bits from memory, from
 disk and from a factorisation (made on the same kind of device with as many threads), holds no more bytes than it is
 allowed, and never fails a run because of its folder: what cannot be read is made again, what cannot be written is not
-kept, and either is said once. Any number of processes may share a folder.
+kept, and either is said once. Any number of processes may share a folder, and any number of threads an object.
 """
 
 from __future__ import annotations
 
 import time
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from threading import Lock
+from typing import TYPE_CHECKING, Literal
+from weakref import WeakValueDictionary
 
 import numpy
 import torch
 from torch import Tensor
 
 from laser_callback.plans.reduction import Reduction
-from laser_callback.spectra.eigen import ONE_THREAD
 from laser_callback.spectra.entries import reduce_entries
 from laser_callback.spectra.folder import (
     DISK_BYTES,
@@ -43,6 +44,12 @@ SIDE_BY_SIDE = 4
 """So many matrices at most are factorised at a time, each on one thread: each needs several times its own memory."""
 
 
+_lock = Lock()
+"""Of what is kept in memory. Not an attribute of it: a module with spectra may be copied, and sent to a process."""
+_making: WeakValueDictionary[str, Lock] = WeakValueDictionary()
+"""By key: held by the thread that reads or makes it."""
+
+
 class Spectra:
     """Factorisations, kept in memory and on disk.
 
@@ -58,8 +65,7 @@ class Spectra:
     Attributes:
         factorised: factorisations made.
         loaded: factorisations read from disk.
-        seconds: time spent on both.
-        held: bytes in memory now.
+        seconds: time spent on both, in all threads together.
 
     The reference method is ``do_low_rank`` of the paper's code (github.com/pratyushasharma/laser): the float32 product
     of ``torch.svd_lowrank(W, q=k, niter=2)``, which is not the best approximation of rank k but a random one near it.
@@ -97,7 +103,6 @@ class Spectra:
         self.factorised = 0
         self.loaded = 0
         self.seconds = 0.0
-        self.held = 0
         self._memory: OrderedDict[str, Spectrum] = OrderedDict()
 
     @classmethod
@@ -111,10 +116,19 @@ class Spectra:
         on_disk = 0 if self.folder is None else self.folder.disk_bytes
         return max(self.memory_bytes, on_disk - on_disk // 100)  # files have headers
 
+    @property
+    def held(self) -> int:
+        """Bytes in memory now."""
+        with _lock:
+            return self._held()
+
+    def _held(self) -> int:
+        return sum(map(size_of, self._memory.values()))
+
     def forget(self) -> None:
         """Free what is held in memory."""
-        self._memory.clear()
-        self.held = 0
+        with _lock:
+            self._memory.clear()
 
     def ahead(self, matrices: Sequence[tuple[Tensor, str]]) -> None:
         """Find the spectra of these ``(matrix, name)`` now, several at a time, if there is room for them all.
@@ -129,11 +143,8 @@ class Spectra:
         on_cpu = all(matrix.device.type == "cpu" for matrix, _ in matrices)
         if self.method == "reference" or workers < 2 or needed > self.capacity or not on_cpu:
             return
-        start = time.perf_counter()
-        with ONE_THREAD, ThreadPoolExecutor(workers) as pool:
-            for found in pool.map(lambda each: self._find_or_make(self.operand(*each), each[1]), matrices):
-                self._keep(found)
-        self.seconds += time.perf_counter() - start
+        with ThreadPoolExecutor(workers) as pool:
+            deque(pool.map(lambda each: self._of(self.operand(*each), each[1]), matrices), maxlen=0)
 
     def operand(self, matrix: Tensor, name: str = "matrix") -> Tensor:
         """What is factorised and cut, shape (m, n): ``matrix``, or in delta mode its difference to the base."""
@@ -153,11 +164,44 @@ class Spectra:
 
     def _of(self, matrix: Tensor, name: str) -> Spectrum:
         start = time.perf_counter()
-        found = self._find_or_make(matrix, name)
-        self._keep(found)
-        if found.source != "memory":
+        # Ordinary tensors whatever the mode: one made in inference mode could not serve a later training run.
+        with torch.inference_mode(False), torch.no_grad():
+            matrix, order = _dense(matrix.detach())
+            home = _home(matrix)
+            key = _key(matrix, order, home)
+            with _lock:
+                making = _making.setdefault(key, Lock())
+            with making:  # others that want the same wait for it
+                if (spectrum := self._remembered(key)) is not None:
+                    return _moved(spectrum, home)
+                spectrum = None if self.folder is None else self.folder.read(key, _shape(matrix))
+                loaded = spectrum is not None
+                if spectrum is None:
+                    spectrum = Spectrum.of(matrix, name)
+                    if self.folder is not None:
+                        self.folder.write(key, spectrum)
+                spectrum = _moved(spectrum, home)
+                self._remember(key, spectrum)
+        with _lock:
+            self.loaded += loaded
+            self.factorised += not loaded
             self.seconds += time.perf_counter() - start
-        return found.spectrum
+        return spectrum
+
+    def _remembered(self, key: str) -> Spectrum | None:
+        with _lock:
+            if key in self._memory:
+                self._memory.move_to_end(key)
+            return self._memory.get(key)
+
+    def _remember(self, key: str, spectrum: Spectrum) -> None:
+        size = size_of(spectrum)
+        if size > self.memory_bytes:
+            return
+        with _lock:
+            while self._memory and self._held() + size > self.memory_bytes:
+                self._memory.popitem(last=False)
+            self._memory[key] = spectrum
 
     def reduce(self, matrix: Tensor, reduction: Reduction, name: str = "matrix") -> Tensor:
         """``matrix`` after ``reduction``, shape (m, n), in ``matrix``' dtype and on its device.
@@ -205,35 +249,6 @@ class Spectra:
             return reduce_entries(block, reduction)
         return self._of(block, name).reduce(block, reduction)
 
-    def _find_or_make(self, matrix: Tensor, name: str) -> _Found:
-        """Leaves this object as it is: threads may call it side by side."""
-        # Ordinary tensors whatever the mode: one made in inference mode could not serve a later training run.
-        with torch.inference_mode(False), torch.no_grad():
-            matrix, order = _dense(matrix.detach())
-            home = _home(matrix)
-            key = _key(matrix, order, home)
-            if (spectrum := self._memory.get(key)) is not None:
-                return _Found(key, _moved(spectrum, home), "memory")
-            spectrum = None if self.folder is None else self.folder.read(key, _shape(matrix))
-            if spectrum is not None:
-                return _Found(key, _moved(spectrum, home), "disk")
-            spectrum = Spectrum.of(matrix, name)
-            if self.folder is not None:
-                self.folder.write(key, spectrum)
-            return _Found(key, spectrum, "factorised")
-
-    def _keep(self, found: _Found) -> None:
-        self.loaded += found.source == "disk"
-        self.factorised += found.source == "factorised"
-        size = size_of(found.spectrum)
-        if found.key in self._memory:
-            self._memory.move_to_end(found.key)
-        elif size <= self.memory_bytes:
-            while self.held + size > self.memory_bytes:
-                self.held -= size_of(self._memory.popitem(last=False)[1])
-            self._memory[found.key] = found.spectrum
-            self.held += size
-
     def _reduce_as_reference(self, matrix: Tensor, reduction: Reduction, name: str) -> Tensor:
         rank = _reference_rank(reduction, min(matrix.shape))
         refuse_non_finite(matrix, name)
@@ -248,15 +263,10 @@ class Spectra:
             generator.manual_seed(seed)
             u, s, v = torch.svd_lowrank(work.float(), q=rank, niter=2)
         result = u @ torch.diag(s) @ v.T
-        self.factorised += 1
-        self.seconds += time.perf_counter() - start
+        with _lock:
+            self.factorised += 1
+            self.seconds += time.perf_counter() - start
         return result.to(matrix.device, matrix.dtype)
-
-
-class _Found(NamedTuple):
-    key: str
-    spectrum: Spectrum
-    source: Literal["memory", "disk", "factorised"]
 
 
 # ---- keys ------------------------------------------------------------------------------------------------------------

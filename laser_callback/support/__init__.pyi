@@ -1,4 +1,5 @@
 from .cache import cache_root as cache_root
+from .checkpoints import read_checkpoint as read_checkpoint
 from .files import appearing as appearing
 from .files import need_files as need_files
 from .files import read_json as read_json

@@ -22,6 +22,9 @@ from transformers import (
 from laser_callback.support.files import need_files
 from laser_callback.support.merging import adapted_layers
 
+GENERATION = "generation_config.json"
+"""Where transformers keeps how a model generates."""
+
 
 def load_pretrained(name: str | Path) -> PreTrainedModel:
     """The model of a folder, of a hub name, or of a ``.gguf`` file (dequantised), in its own class and dtype.
@@ -100,35 +103,55 @@ def pretrained_in(model: nn.Module) -> PreTrainedModel:
 
 
 def save_dense(model: PreTrainedModel, folder: Path, tokenizer: Any = None) -> None:
-    """Write weights, config and tokenizer, for ``from_pretrained``."""
-    with _said_to_be_dense(model):
-        model.save_pretrained(folder)
-    if tokenizer is not None:
-        tokenizer.save_pretrained(folder)
+    """Write weights, config and tokenizer, for ``from_pretrained``.
+
+    Raises:
+        ValueError: as from :func:`save_about`, which comes first.
+    """
+    save_about(model, folder, tokenizer)
+    save_weights(model, folder)
 
 
 def save_about(model: PreTrainedModel, folder: Path, tokenizer: Any = None) -> None:
-    """Write what :func:`save_dense` writes, but for the weights."""
+    """Write what :func:`save_dense` writes, but for the weights.
+
+    What a generation config holds beside the point, such as a temperature where nothing is sampled, is written as it
+    is: many published ones do, and transformers refuses to save them once they have been touched.
+
+    Raises:
+        ValueError: if transformers could not read a config again.
+    """
     with _said_to_be_dense(model):
         config = copy.deepcopy(model.config)
     config.architectures, config.dtype = [type(model).__name__], model.dtype
     config.save_pretrained(folder)
-    if model.can_generate():
-        model.generation_config.save_pretrained(folder)
+    if model.can_generate() and model.generation_config is not None:
+        generation = model.generation_config
+        generation.validate()
+        generation.to_json_file(folder / GENERATION, keys_to_pop=["compile_config"])
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
+
+
+def save_weights(model: PreTrainedModel, folder: Path) -> None:
+    """Write the weights beside what :func:`save_about` has written."""
+    with _said_to_be_dense(model):
+        model.save_pretrained(folder)
 
 
 @contextmanager
 def _said_to_be_dense(model: PreTrainedModel) -> Iterator[None]:
     """Within: the model does not say that it is quantised, or transformers refuses to save what it has dequantised.
 
-    Only for models whose weights are dense, as those are in which matrices were found.
+    Only for models whose weights are dense, as those are in which matrices were found. Nor does it say that it can
+    generate: its generation config has been written.
     """
     config, quantizer = model.config.__dict__.pop("quantization_config", None), model.__dict__.pop("hf_quantizer", None)
+    model.can_generate = lambda: False
     try:
         yield
     finally:
+        del model.can_generate
         if config is not None:
             model.config.quantization_config = config
         if quantizer is not None:

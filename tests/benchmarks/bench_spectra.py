@@ -22,7 +22,7 @@ import torch
 from threadpoolctl import threadpool_limits
 from torch import Tensor
 
-from laser_callback.spectra.eigen import ONE_THREAD, gram_eigen
+from laser_callback.spectra.eigen import gram_eigen
 from laser_callback.spectra.folder import content_hash
 from laser_callback.spectra.spectrum import Spectrum
 
@@ -180,7 +180,7 @@ def table(shape: str, spectrum: str, clock: Callable[[], float], runs: int, only
         print("|", " | ".join(row), "|", flush=True)
     threads = torch.get_num_threads()
     if threads > 1:  # as `Spectra.ahead` does it
-        with ONE_THREAD, ThreadPoolExecutor(threads) as pool:
+        with ThreadPoolExecutor(threads) as pool:
             several = timed(lambda: list(pool.map(package, [matrix] * threads)), clock, runs)[0] / threads
         print(
             f"| the same, {threads} matrices at a time, each | {several:.3f} | {reference / several:.1f} |", flush=True

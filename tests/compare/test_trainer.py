@@ -1,9 +1,13 @@
 from __future__ import annotations
 
 import logging
+import os
+import signal
+import sys
 
 import lightning.pytorch as pl
 import pytest
+from lightning.pytorch.demos.boring_classes import BoringModel
 
 from laser_callback.compare.trainer import quiet_trainer
 
@@ -24,3 +28,25 @@ def test_lightning_says_nothing_of_it(caplog):
         assert trainer.num_devices == 1
     assert not caplog.records
     assert logging.getLogger("lightning.pytorch").level == level
+
+
+class Struck(BoringModel):
+    def validation_step(self, batch, batch_idx):
+        os.kill(os.getpid(), signal.SIGINT)
+        return super().validation_step(batch, batch_idx)
+
+
+class Exits(BoringModel):
+    def validation_step(self, batch, batch_idx):
+        sys.exit(7)
+
+
+def test_ctrl_c_is_ctrl_c_and_can_be_struck_again():
+    handler = signal.getsignal(signal.SIGINT)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt), quiet_trainer("cpu") as trainer:
+            trainer.validate(Struck(), verbose=False)
+        assert signal.getsignal(signal.SIGINT) is handler
+    with pytest.raises(SystemExit) as caught, quiet_trainer("cpu") as trainer:
+        trainer.validate(Exits(), verbose=False)
+    assert caught.value.code == 7

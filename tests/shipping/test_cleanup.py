@@ -296,6 +296,74 @@ def test_adapters_that_cannot_be_silenced_are_refused_before_training(tmp_path, 
         fit(tmp_path, Tuning(model), loader, LaserCleanup(weights="last", **SEARCH))
 
 
+def test_adapters_on_tied_weights_are_refused_before_training(tmp_path, planted, loader):
+    tied = healthy(planted)
+    tied.lm_head.weight = tied.model.embed_tokens.weight
+    model = peft.get_peft_model(tied, peft.LoraConfig(target_modules=["lm_head", "v_proj"]))
+    with pytest.raises(ValueError, match=r"adapter of `model.*lm_head` cannot be merged.*`model.*embed_tokens`"):
+        fit(tmp_path, Tuning(model), loader, LaserCleanup(weights="last", **SEARCH), Trained())
+
+
+# ---- objects in checkpoints ------------------------------------------------------------------------------------------
+
+
+class Outer:
+    class Inner:
+        """Of a class that pickle finds by its outer one only."""
+
+
+class Noted:
+    pass
+
+
+class Given(Tuning):
+    def __init__(self, model: nn.Module, criterion: Any = None, note: Any = None) -> None:
+        super().__init__(model)
+        self.save_hyperparameters(ignore=["model", "note"])
+        self.note = note
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["note"] = self.note
+
+
+def test_hyperparameters_that_are_objects_are_read_back(tmp_path, planted, loader):
+    module = Given(copy.deepcopy(planted.module.model), nn.MSELoss())
+    cleanup = LaserCleanup(modes="full", apply=True, **SEARCH)
+    fit(tmp_path, module, loader, checkpoint(tmp_path), cleanup)
+    assert cleanup.result.checkpoint is not None
+    content = torch.load(cleanup.result.checkpoint, weights_only=False)
+    assert isinstance(content["hyper_parameters"]["criterion"], nn.MSELoss)
+    assert all(torch.equal(value, content["state_dict"][name]) for name, value in module.state_dict().items())
+
+
+def test_objects_that_will_not_be_read_back_are_told_before_training_or_by_the_first_checkpoint(
+    tmp_path, planted, loader
+):
+    module = Given(planted.module.model, Outer.Inner())
+    for options in ({}, {"weights": "last", "apply": True}):
+        with pytest.raises(
+            MisconfigurationException, match="are not loaded from a file: hyperparameter `criterion` of Gi"
+        ):
+            fit(
+                tmp_path,
+                module,
+                loader,
+                checkpoint(tmp_path),
+                LaserCleanup(modes="full", **options, **SEARCH),
+                Trained(),
+            )
+    module = Given(copy.deepcopy(planted.module.model), note=Noted())
+    epochs: list[int] = []
+
+    class Count(pl.Callback):
+        def on_train_epoch_end(self, trainer, pl_module):
+            epochs.append(trainer.current_epoch)
+
+    with pytest.raises(MisconfigurationException, match=r"not loaded from a file: `test_cleanup.Noted` in .*\.ckpt"):
+        fit(tmp_path, module, loader, Count(), checkpoint(tmp_path), LaserCleanup(modes="full", **SEARCH), max_epochs=9)
+    assert epochs == [0]
+
+
 # ---- several processes -----------------------------------------------------------------------------------------------
 
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import re
 import threading
 from collections.abc import Callable
@@ -25,8 +26,11 @@ from laser_callback.reports.model_card import hub_name
 from laser_callback.results.comparison import LaserResult
 from laser_callback.results.evidence import numbers_of
 from laser_callback.shipping.export import RECIPE, save_reduced
+from laser_callback.shipping.factored_file import load_factored
 from laser_callback.shipping.undo import restore
+from laser_callback.spectra.store import Spectra
 from laser_callback.support.files import appearing
+from laser_callback.support.pretrained import load_pretrained
 from laser_callback.surgery.recipe import Recipe, apply
 from laser_callback.surgery.swap import reduced
 
@@ -35,6 +39,68 @@ def card(folder: Path) -> tuple[dict[str, Any], str]:
     text = (folder / "README.md").read_text(encoding="utf-8")
     _, about, body = text.split("---\n", 2)
     return yaml.safe_load(about), body
+
+
+# ---- what is written about a model -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", ["dense", "factored"])
+@pytest.mark.parametrize(
+    "flaw", [{"temperature": 0.6}, {"top_p": 0.9, "top_k": 7}, {"length_penalty": 2.0}, {"pad_token_id": -1}]
+)
+def test_a_generation_config_is_written_as_it_is(form, flaw, tmp_path):
+    model = tiny_causal_lm()
+    model.generation_config.update(**flaw)
+    with pytest.raises(ValueError, match="Fix these issues"):
+        model.save_pretrained(tmp_path / "plain")
+    before = model.generation_config.to_dict()
+    save_reduced(model, "*.fc_in@0.1", tmp_path / "cut", form)
+    assert model.generation_config.to_dict() == before
+    assert model.can_generate()
+    assert "can_generate" not in vars(model)
+    loaded = hf.GenerationConfig.from_pretrained(tmp_path / "cut")
+    assert {name: getattr(loaded, name) for name in flaw} == flaw
+    load = load_factored if form == "factored" else hf.AutoModelForCausalLM.from_pretrained
+    assert {name: getattr(load(tmp_path / "cut").generation_config, name) for name in flaw} == flaw
+
+
+def test_a_published_generation_config_comes_through_as_its_file(tmp_path):
+    model = tiny_causal_lm()
+    model.save_pretrained(tmp_path / "original")
+    published = {
+        "temperature": 0.6,
+        "top_p": 0.9,
+        "bos_token_id": 0,
+        "eos_token_id": [1, 2],
+        "transformers_version": "4.31.0",
+    }
+    (tmp_path / "original" / "generation_config.json").write_text(json.dumps(published))
+    save_reduced(load_pretrained(tmp_path / "original"), "0.fc_in@0.1", tmp_path / "cut")
+    found = json.loads((tmp_path / "cut" / "generation_config.json").read_text())
+    assert {**found, "transformers_version": "4.31.0"} == published
+
+
+def odd_config(model: nn.Module) -> None:
+    model.config.temperature = 0.6
+
+
+def impossible_generation(model: nn.Module) -> None:
+    model.generation_config.early_stopping = "sometimes"
+
+
+def generation_that_is_no_json(model: nn.Module) -> None:
+    model.generation_config.stop = object()
+
+
+@pytest.mark.parametrize("form", ["dense", "factored"])
+@pytest.mark.parametrize("spoil", [odd_config, impossible_generation, generation_that_is_no_json])
+def test_what_cannot_be_written_is_refused_before_the_work(spoil, form, tmp_path):
+    model, spectra = tiny_causal_lm(), Spectra()
+    spoil(model)
+    with pytest.raises((ValueError, TypeError)):
+        save_reduced(model, "*.fc_in@0.1", tmp_path / "cut", form, spectra=spectra)
+    assert spectra.factorised == 0
+    assert not list(tmp_path.iterdir())
 
 
 # ---- dense -----------------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import json
 from typing import Any
 
 import pytest
+import torch
 from benchmarks.planted import plant
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from recall import QUIET, Recall
@@ -87,6 +88,26 @@ def test_it_goes_back_to_the_last_good_stage_and_tries_nothing_after_it(recall, 
     assert same(module, before)
     with reduced(module, heals):
         assert same(module, applied)
+
+
+@pytest.mark.parametrize("bumps", [True, False], ids=["in place", "behind autograd"])
+def test_undo_overwrites_no_training(recall, heals, bumps):
+    module, loader = recall
+    before = weights(module)
+    rollout = StagedRollout(module, heals, [GAIN], loader, apply=True, **QUIET)
+    rollout.run()
+    (matrix, _), *_ = LaserPlan.parse(heals).resolve(module)
+    with torch.no_grad():
+        (matrix.parameter if bumps else matrix.parameter.data).mul_(1.01)
+    trained = weights(module)
+    with pytest.raises(RuntimeError, match=f"`{matrix.name}` changed since the rollout has cut them"):
+        rollout.undo()
+    with pytest.raises(RuntimeError, match="would overwrite that"):
+        rollout.run()
+    assert same(module, trained)
+    rollout.undo(overwrite=True)
+    assert same(module, before)
+    rollout.undo()
 
 
 def test_a_harmful_plan_keeps_the_original(recall, heals):
@@ -257,6 +278,17 @@ def test_an_interrupted_rollout_goes_on_where_it_stopped(recall, heals, tmp_path
         StagedRollout(module, **arguments, **QUIET).run()
     with pytest.raises(ValueError, match=r"gates .*now"):
         StagedRollout(module, **{**arguments, "gates": [GAIN]}, resume=True, **QUIET).run()
+
+
+def test_ctrl_c_while_it_prepares_is_ctrl_c(recall, heals, monkeypatch):
+    module, loader = recall
+
+    def interrupt(self, batch, batch_idx):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Recall, "validation_step", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        StagedRollout(module, heals, [GAIN], loader, **QUIET).run()
 
 
 def without_times(data: Any) -> Any:

@@ -243,6 +243,26 @@ def test_a_lightning_checkpoint_of_the_factored_module(tmp_path):
     assert all(torch.equal(state[name], value) for name, value in content["state_dict"].items())
 
 
+class Given(pl.LightningModule):
+    """Its hyperparameters are objects: a loss, and the very model that is cut."""
+
+    def __init__(self, net: nn.Module, criterion: nn.Module) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.net = net
+
+
+def test_a_lightning_checkpoint_whose_hyperparameters_are_objects(tmp_path):
+    module, plan = Given(tiny_causal_lm(seed=3), nn.MSELoss()), "*.fc_in@0.1"
+    expected = dense(module.net, plan)
+    save_reduced(module, plan, tmp_path / "thin.ckpt", "factored")
+    fresh = Given(tiny_causal_lm(), nn.MSELoss())
+    load_factored(tmp_path / "thin.ckpt", fresh)
+    torch.testing.assert_close(run(fresh.net), expected, rtol=1e-5, atol=1e-4)
+    with pytest.raises(ValueError, match=r"thin.ckpt' holds objects beside tensors \(.*torch.nn.modules.loss.MSELoss"):
+        load_factored(tmp_path / "thin.ckpt", Module())
+
+
 # ---- folders ---------------------------------------------------------------------------------------------------------
 
 
