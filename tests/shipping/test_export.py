@@ -152,7 +152,7 @@ def test_a_checkpoint_is_the_reduced_module(tmp_path):
     assert same(Module.load_from_checkpoint(tmp_path / "cut.ckpt"), expected)  # with its hyperparameters
     fresh = Module(24)
     (again,) = quiet_trainer(default_root_dir=tmp_path).test(
-        fresh, data, ckpt_path=str(tmp_path / "cut.ckpt"), weights_only=True, verbose=False
+        fresh, data, ckpt_path=str(tmp_path / "cut.ckpt"), verbose=False
     )
     assert again == metrics
     content = torch.load(tmp_path / "cut.ckpt", weights_only=True)
