@@ -86,7 +86,7 @@ def _is_active(hook: Callable[..., Any]) -> bool:
 
 
 def _is_captured(module: nn.Module) -> bool:
-    """Before 5.2, transformers captures with no hook, but by a `forward` around the module's own while the model runs."""
+    """Before 5.2 transformers captures by a `forward` that it puts around the module's own while the model runs."""
     around = getattr(vars(module).get("forward"), "__globals__", {})
     return around.get("__name__") == "transformers.utils.generic"
 

@@ -211,8 +211,11 @@ def test_each_arm_equals_a_run_of_its_own(cls: type[Style], loop: str, tmp_path:
     files = [{p.name: p.read_text() for p in (tmp_path / str(i)).iterdir()} for i in (0, 2)]
     assert files[0] == files[1]  # what the user writes into the logger's folder
     # Before 5.2 transformers itself leaves some behind.
-    patched = [["forward" in vars(module) for module in each.modules()] for each in (laser_module, plain_module)]
-    assert patched[0] == patched[1]
+    left, left_by_itself = (
+        {name for name, module in each.named_modules() if "forward" in vars(module)}
+        for each in (laser_module, plain_module)
+    )
+    assert left <= left_by_itself
     assert any(
         not same(mine[k], mine[f"laser/{k}"]) for mine in got for k in without_laser(mine) if f"laser/{k}" in mine
     )
