@@ -39,7 +39,8 @@ def why_not_call(modules: list[nn.Module], leaves: list[Any]) -> str:
     if nn.modules.module._global_forward_hooks or nn.modules.module._global_forward_pre_hooks:
         return "a global forward hook listens"
     for module in modules[1:]:
-        if any(_is_active(hook) for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values())):
+        hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+        if any(map(_is_active, hooks)) or _is_captured(module):
             return "a forward hook listens inside of it"
     for leaf in leaves:
         if isinstance(leaf, Tensor):
@@ -82,6 +83,12 @@ def _is_active(hook: Callable[..., Any]) -> bool:
     collected = _active_collector.get()
     captured = dict(zip(hook.__code__.co_freevars, hook.__closure__ or (), strict=True)).get("key")
     return collected is not None and (captured is None or captured.cell_contents in collected)
+
+
+def _is_captured(module: nn.Module) -> bool:
+    """Before 5.2 transformers captures by a `forward` that it puts around the module's own while the model runs."""
+    around = getattr(vars(module).get("forward"), "__globals__", {})
+    return around.get("__name__") == "transformers.utils.generic"
 
 
 def is_compiled(module: nn.Module) -> bool:

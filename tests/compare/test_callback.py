@@ -220,7 +220,7 @@ def test_checkpoint_path_is_loaded_before_the_cut(trainer, tmp_path):
     saver.fit(trained := Toy(seed=5), make_data())
     saver.save_checkpoint(tmp_path / "trained.ckpt")
     logged = trainer(LaserCallback(PLAN, report=False)).validate(
-        Toy(seed=0), make_data(), ckpt_path=tmp_path / "trained.ckpt", verbose=False, weights_only=True
+        Toy(seed=0), make_data(), ckpt_path=tmp_path / "trained.ckpt", verbose=False
     )[0]
     expected = oracle(trainer, trained)
     assert logged["laser/loss"] == pytest.approx(expected["loss"], rel=1e-6)

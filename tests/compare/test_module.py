@@ -177,7 +177,8 @@ def test_batch_size_does_not_matter(trainer, tmp_path):
     for other in results[1:]:
         assert set(other) == set(results[0])
         for key, value in results[0].items():
-            assert other[key] == pytest.approx(value, rel=1e-5, abs=1e-5), key
+            size = abs(results[0].get(key.replace("laser/delta/", ""), value))  # a delta rounds as its two sides do
+            assert other[key] == pytest.approx(value, abs=1e-5 * max(1, size)), key
     assert rows[1] == rows[3] == rows[64]
 
 

@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 import torch
 from every_style import STYLES
-from lightning.pytorch.callbacks import Callback, EMAWeightAveraging
+from lightning.pytorch import callbacks as pl_callbacks
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import CSVLogger, Logger
 from styles import Style, tokens
 from styles_logging import Experiment, LogsEveryWay, SeveralLoaders
@@ -211,7 +212,12 @@ def test_each_arm_equals_a_run_of_its_own(cls: type[Style], loop: str, tmp_path:
     assert [c for c in loggers[2].calls if c != "metrics"] == [c for c in loggers[0].calls if c != "metrics"]
     files = [{p.name: p.read_text() for p in (tmp_path / str(i)).iterdir()} for i in (0, 2)]
     assert files[0] == files[1]  # what the user writes into the logger's folder
-    assert not any("forward" in vars(module) for module in laser_module.modules())
+    # Before 5.2 transformers itself leaves some behind.
+    left, left_by_itself = (
+        {name for name, module in each.named_modules() if "forward" in vars(module)}
+        for each in (laser_module, plain_module)
+    )
+    assert left <= left_by_itself
     assert any(
         not same(mine[k], mine[f"laser/{k}"]) for mine in got for k in without_laser(mine) if f"laser/{k}" in mine
     )
@@ -320,6 +326,7 @@ def test_fit_then_validate_then_fit_again_on_one_module(cls: type[Style], tmp_pa
     assert not any(parameter.is_inference() for parameter in module.parameters())
 
 
+@pytest.mark.skipif(not hasattr(pl_callbacks, "EMAWeightAveraging"), reason="new in Lightning 2.6")
 def test_averaged_weights_are_the_ones_compared_in_fit(tmp_path: Any) -> None:
     class Averages(Callback):
         """The weights that the validation has seen; it comes after weight averaging in the list."""
@@ -333,9 +340,8 @@ def test_averaged_weights_are_the_ones_compared_in_fit(tmp_path: Any) -> None:
     def fit(*callbacks: Callback) -> tuple[Style, list[dict[str, Tensor]], list[dict[str, Tensor]]]:
         module, curve, averages = MetricAttributes(), Curve(), Averages()
         seed()
-        trainer = trainer_for(
-            tmp_path, *callbacks, EMAWeightAveraging(decay=0.5), averages, curve, max_epochs=2, num_sanity_val_steps=0
-        )
+        averaging = pl_callbacks.EMAWeightAveraging(decay=0.5)
+        trainer = trainer_for(tmp_path, *callbacks, averaging, averages, curve, max_epochs=2, num_sanity_val_steps=0)
         trainer.fit(module, DataLoader(tokens(8, seed=5), batch_size=4), module.data())
         return module, curve.seen, averages.seen
 
@@ -366,7 +372,7 @@ def test_weights_of_a_checkpoint_are_the_ones_compared(tmp_path: Any) -> None:
 
     module = MetricAttributes()
     (got,) = trainer_for(tmp_path, laser(module)).validate(
-        module, module.data(), ckpt_path=tmp_path / "other.ckpt", verbose=False, weights_only=False
+        module, module.data(), ckpt_path=tmp_path / "other.ckpt", verbose=False
     )
     assert_exactly(without_laser(got), plain)
     assert_close(of_laser(got), oracle)

@@ -191,7 +191,7 @@ def test_low_precision_weights(dtype):
     largest = max(map(abs, exact.values()))
     for reduction, value in exact.items():
         assert found[reduction] == pytest.approx(
-            value, abs={torch.bfloat16: 0.03, torch.float32: 1e-6}[dtype] * largest
+            value, abs={torch.bfloat16: 0.03, torch.float32: 3e-6}[dtype] * largest
         )
 
 

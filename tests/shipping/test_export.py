@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -135,6 +136,7 @@ def test_the_tokenizer_goes_along(tmp_path):
     assert tokenizer("The capital").input_ids == module.tokenizer("The capital").input_ids
 
 
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="transformers cannot tell gguf's version there")
 def test_models_that_were_dequantised_can_be_saved(tmp_path):
     """As a model loaded from GGUF, which still says that it is quantised."""
     gguf = pytest.importorskip("gguf")
@@ -218,7 +220,7 @@ def test_a_checkpoint_is_the_reduced_module(tmp_path):
     assert same(Module.load_from_checkpoint(tmp_path / "cut.ckpt"), expected)  # with its hyperparameters
     fresh = Module(24)
     (again,) = quiet_trainer(default_root_dir=tmp_path).test(
-        fresh, data, ckpt_path=str(tmp_path / "cut.ckpt"), weights_only=True, verbose=False
+        fresh, data, ckpt_path=str(tmp_path / "cut.ckpt"), verbose=False
     )
     assert again == metrics
     content = torch.load(tmp_path / "cut.ckpt", weights_only=True)
