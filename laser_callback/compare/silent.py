@@ -56,8 +56,7 @@ class _Source:
         """The one stand-in for an object, by its identity."""
         new = self._stand_ins.get(id(value))
         if new is None:
-            kind = _stand_in_class(type(value))  # type: ignore[arg-type]  # a type is hashable
-            new = kind.__new__(kind)
+            new = object.__new__(_stand_in_class(type(value)))  # type: ignore[arg-type]  # a type is hashable
             _own(new)[_SOURCE] = self, value
             self._stand_ins[id(value)] = new
         return new
@@ -134,6 +133,8 @@ for _name in ("__call__", "__setitem__", "__delitem__", "__exit__", "__del__"):
 def _stand_in_class(kind: type) -> Any:
     names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__}
     try:
-        return type(kind)(kind.__name__, (_StandIn, kind), names)
-    except TypeError:  # no class can be made below it; `isinstance` asks for `__class__` as well
+        found = type(kind)(kind.__name__, (_StandIn, kind), names)
+        object.__new__(found)  # past its own `__new__`, which may give away the one instance that there is
+    except TypeError:  # no such class, or no such object, can be made; `isinstance` asks for `__class__` as well
         return type(kind.__name__, (_StandIn,), names)
+    return found

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torchmetrics import MeanMetric
-from toy import OTHER, PLAN, Toy, make_data, update_mean
+from toy import OTHER, PLAN, Toy, evaluate, make_data, oracle, update_mean
 from trainers import quiet_trainer
 from untouched import assert_untouched, snapshot
 
@@ -130,3 +130,32 @@ def test_barebones_with_metrics_of_ones_own() -> None:
     run = quiet_trainer(laser, barebones=True, logger=None, enable_progress_bar=None, enable_model_summary=None)
     run.validate(Toy(), make_data())
     assert laser.result.arms["laser"]["MeanMetric"].reduced is not None
+
+
+class TransferHooks(Toy):
+    """What happens on the way of a batch to the device is part of a step's input."""
+
+    moved = 0
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        self.moved += 1
+        return batch
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        self.scale = batch[0].std()
+        return batch
+
+    def validation_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
+        outputs = super().validation_step(batch, batch_idx)
+        assert self.moved == batch_idx + 1
+        self.log("scaled", (outputs["logits"] * self.scale).mean(), batch_size=len(batch[0]))
+        return outputs
+
+
+@pytest.mark.xfail(strict=True, reason="to be fixed in run.py: an arm has the state of the evaluation's start")
+def test_what_the_transfer_hooks_write_is_seen() -> None:
+    plain = evaluate(quiet_trainer, TransferHooks())
+    expected = oracle(quiet_trainer, TransferHooks())
+    got = evaluate(quiet_trainer, TransferHooks(), LaserCallback(PLAN, report=False))
+    assert {key: got[key] for key in plain} == plain
+    assert got["laser/scaled"] == pytest.approx(expected["scaled"], rel=1e-5)

@@ -159,6 +159,33 @@ def test_paths_in_the_loggers_folder_lead_elsewhere(own: Own, tmp_path: Path) ->
         assert Path(mute.log_dir).parent == Path(mute.root_dir)
 
 
+class Single:
+    """There is one, whoever asks for it."""
+
+    one: Single | None = None
+
+    def __new__(cls) -> Single:
+        Single.one = Single.one or super().__new__(cls)
+        return Single.one
+
+
+class Rates(dict[str, float]):
+    """No object of a class below it can be made without dict."""
+
+
+def test_objects_that_are_made_in_other_ways(own: Own) -> None:
+    own.single, own.rates, own.final = Single(), Rates(a=1.0), range
+    mute: Any = silent(own)
+    assert isinstance(mute.single, Single)
+    mute.single.x = 1
+    assert vars(own.single) == {}
+    assert isinstance(mute.rates, Rates)
+    assert (mute.rates["a"], list(mute.rates)) == (1.0, ["a"])
+    mute.rates["a"] = 2.0
+    assert own.rates == {"a": 1.0}
+    assert mute.final is range
+
+
 def test_loggers_that_are_mocks_or_namespaces() -> None:
     mock = Mock(experiment=SimpleNamespace(id="x", add=lambda: 1 / 0))
     mute: Any = silent(mock)
