@@ -9,12 +9,13 @@ for where the adapters stay: it writes such weights into a state dict, under ada
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping, MutableMapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Generator, Iterator, Mapping, MutableMapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from laser_callback.support.interrupts import whole
 
 
 def adapted_layers(model: nn.Module) -> list[tuple[str, Any]]:
@@ -33,8 +34,8 @@ def unmerged_layers(model: nn.Module) -> list[tuple[str, Any]]:
     return [(name, layer) for name, layer in adapted_layers(model) if not layer.merged and _adds(layer)]
 
 
-@contextmanager
-def merged(model: nn.Module) -> Iterator[None]:
+@whole
+def merged(model: nn.Module) -> Generator[None, None, None]:
     """Context in which the active adapters of ``model`` are merged; nothing happens to a model without adapters.
 
     Args:
