@@ -1,6 +1,8 @@
 from .cache import cache_root as cache_root
 from .files import appearing as appearing
 from .files import need_files as need_files
+from .files import need_writable as need_writable
+from .files import told_if_unwritten as told_if_unwritten
 from .files import write_atomically as write_atomically
 from .files import write_json as write_json
 from .journal import Journal as Journal
