@@ -80,8 +80,6 @@ def read_text(path: str | Path, option: str) -> str:
         ValueError: if it is not UTF-8.
     """
     need_files(**{option: path})
-    if Path(path).is_dir():
-        raise IsADirectoryError(f"`{option}`: {str(path)!r} is a folder, expected a file")
     try:
         return Path(path).read_text(encoding="utf-8-sig")  # some editors begin with a byte order mark
     except UnicodeDecodeError as error:
@@ -102,7 +100,7 @@ def read_plain(path: str | Path, option: str, make: Callable[[Any], Any] = lambd
     """
     text = read_text(path, option)
     with _named(f"`{option}`: {path}"):
-        return _made(make, parse_plain(text, yaml_form=Path(path).suffix in (".yaml", ".yml")))
+        return made(make, parse_plain(text, yaml_form=Path(path).suffix in (".yaml", ".yml")))
 
 
 def read_json_lines(path: str | Path, option: str, make: Callable[[Any], Any] = lambda data: data) -> list[Any]:
@@ -111,7 +109,7 @@ def read_json_lines(path: str | Path, option: str, make: Callable[[Any], Any] = 
     for number, line in enumerate(read_text(path, option).split("\n"), 1):
         if line.strip():
             with _named(f"`{option}`: {path}, line {number}"):
-                found.append(_made(make, parse_plain(line)))
+                found.append(made(make, parse_plain(line)))
     return found
 
 
@@ -193,15 +191,15 @@ def typed(kind: Any, data: Any) -> Any:
     if kind is float and data is None:
         return math.nan
     if kind is float and type(data) is int:
-        return _made(float, data)
+        return made(float, data)
     if kind in _WORDS:
         if type(data) is not kind:
             raise MisfitError(f"expected {_wanted(kind)}, got {shown(data)}")
         return data
     if hasattr(kind, "from_dict") and not isinstance(data, str):
-        return _made(kind.from_dict, data)
+        return made(kind.from_dict, data)
     if hasattr(kind, "parse"):
-        return _made(kind.parse, typed(str, data))
+        return made(kind.parse, typed(str, data))
     return built(kind, data)
 
 
@@ -225,10 +223,15 @@ def built(kind: Callable[..., T], data: Any, **given: Any) -> T:
     if missing := [name for name in needed if name not in read and name not in given]:
         raise MisfitError(f"{', '.join(f'`{name}`' for name in missing)} is missing")
     values = {key: _at(key, hints[key], value) for key, value in read.items()}
-    return _made(lambda values: kind(**values, **given), values)
+    return made(lambda values: kind(**values, **given), values)
 
 
-def _made(make: Callable[[Any], T], data: Any) -> T:
+def made(make: Callable[[Any], T], data: Any) -> T:
+    """What ``make`` makes of ``data``.
+
+    Raises:
+        MisfitError: if it refuses them.
+    """
     try:
         return make(data)
     except MisfitError:
