@@ -12,6 +12,7 @@ from rich.filesize import decimal
 from transformers import AutoTokenizer, PreTrainedModel
 
 from laser_callback.cli.command import Answer
+from laser_callback.results.search import result_of
 from laser_callback.shipping.export import Form, save_reduced
 from laser_callback.shipping.undo import restore as restore_model
 from laser_callback.spectra.delta import BaseWeights
@@ -41,7 +42,7 @@ def export(
         result: the JSON file of a search or a comparison of this plan, for the model card.
         base: what the model was fine-tuned from, a folder, hub name or checkpoint: then only the difference is cut.
     """
-    numbers = None if result is None else read_plain(result, "result")
+    numbers = None if result is None else read_plain(result, "result", result_of)
     if plan is None:
         plan = (numbers or {}).get("plan")
         if plan is None:

@@ -12,6 +12,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from laser_callback.reports.row_text import change_text, interval_text, p_text, value_text
 from laser_callback.results.comparison import LaserResult
 from laser_callback.stats.judgement import Judgement
+from laser_callback.support.reading import typed
 from laser_callback.surgery.recipe import Recipe
 
 _CONTROLS = {"zeroed": "the same matrices zeroed", "random": "random matrices cut at the same rho"}
@@ -62,7 +63,7 @@ def model_card(
         controls=[
             (_CONTROLS[kind], row) for kind, arm in controls.items() for row in arm.rows if row.metric == primary
         ],
-        judgements=[Judgement.from_dict(judgement) for judgement in numbers.get("judgements") or ()],
+        judgements=typed(list[Judgement], numbers.get("judgements") or []),
         cell=lambda text: str(text).replace("|", "\\|"),  # or it would end the cell
         change=change_text,
         interval=interval_text,

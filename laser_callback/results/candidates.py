@@ -5,8 +5,7 @@ A *candidate* is a target at a rho. Ranks are the screen's, within one step of t
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -24,11 +23,6 @@ class Estimate:
     delta: float
     lower: float | None = None
     upper: float | None = None
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> Estimate:
-        """The inverse of ``dataclasses.asdict``, also after JSON has made ``None`` of a mean that is no number."""
-        return cls(**{**data, "delta": math.nan if data["delta"] is None else data["delta"]})
 
 
 @dataclass
@@ -75,12 +69,6 @@ class Candidate:
     def to_dict(self) -> dict[str, Any]:
         """Ready for JSON."""
         return {**asdict(self), "reduction": str(self.reduction)}
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> Candidate:
-        """The inverse of :meth:`to_dict`."""
-        estimates = {name: data[name] and Estimate.from_dict(data[name]) for name in ("gain", "loss")}
-        return cls(**{**data, **estimates, "reduction": Reduction.parse(data["reduction"])})
 
 
 def to_rows(candidates: Iterable[Candidate]) -> list[dict[str, Any]]:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -56,12 +54,6 @@ class CutSpectrum:
             places,
             tuple(float(f"{values[place]:.6g}") for place in places),
         )
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> CutSpectrum:
-        """From what ``dataclasses.asdict`` gives, also after JSON has made lists of the tuples."""
-        fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
-        return cls(**fields)
 
 
 def cut_spectra(matrices: list[tuple[WeightMatrix, Reduction]], spectra: Spectra) -> list[CutSpectrum]:

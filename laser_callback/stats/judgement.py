@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
@@ -53,11 +52,6 @@ class Judgement:
     def to_dict(self) -> dict[str, Any]:
         """All fields, ready for strict JSON: a number that is not finite becomes ``None``."""
         return plain_fields(self)
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> Judgement:
-        """The inverse of :meth:`to_dict`, but for what was infinite, which becomes NaN."""
-        return cls(**{**data, "change": math.nan if data["change"] is None else data["change"]})
 
 
 def check_key(key: str) -> None:
