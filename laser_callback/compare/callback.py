@@ -32,6 +32,7 @@ from laser_callback.results.comparison import LaserResult
 from laser_callback.results.examples import DESCRIPTIONS, ORIGINAL
 from laser_callback.spectra.delta import BaseSource, BaseWeights, read_weights
 from laser_callback.spectra.store import Spectra
+from laser_callback.support.files import need_writable, told_if_unwritten
 
 LOOPS = ("validate", "test", "fit")
 
@@ -164,6 +165,8 @@ class LaserCallback(pl.Callback):
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         _check_trainer(trainer, self)
+        if isinstance(self.report, (str, Path)) and trainer.is_global_zero:
+            need_writable(report=self.report)
         if stage == "predict":
             raise MisconfigurationException(
                 "LaserCallback has nothing to compare in `trainer.predict()`: predictions are not logged. "
@@ -235,10 +238,11 @@ class LaserCallback(pl.Callback):
         """What is made of a run that has seen all batches."""
         self._result = run.finish()
         self._unprinted = True
-        if isinstance(self.report, (str, Path)) and trainer.is_global_zero:
-            _write(self._result, Path(self.report))
-        if self.publish and trainer.is_global_zero:
-            publish(self._result, trainer.loggers, trainer.global_step, self.key_prefix)
+        with told_if_unwritten("the report of the comparison"):
+            if isinstance(self.report, (str, Path)) and trainer.is_global_zero:
+                _write(self._result, Path(self.report))
+            if self.publish and trainer.is_global_zero:
+                publish(self._result, trainer.loggers, trainer.global_step, self.key_prefix)
 
     @override
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

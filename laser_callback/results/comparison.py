@@ -79,6 +79,10 @@ class LaserResult:
     provenance: dict[str, Any] = field(default_factory=dict)
     base: str | None = None
 
+    def __post_init__(self) -> None:
+        if not self.arms:
+            raise ValueError("`arms` must hold at least one plan, got none")
+
     def __getitem__(self, name: str) -> ArmResult:
         return self.arms[name]
 

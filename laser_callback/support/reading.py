@@ -86,21 +86,25 @@ def read_text(path: str | Path, option: str) -> str:
         raise ValueError(f"`{option}`: {path} is no text in UTF-8: {error.reason} at byte {error.start}") from None
 
 
-def read_plain(path: str | Path, option: str, make: Callable[[Any], Any] = lambda data: data) -> Any:
-    """What is in the file that an option names: YAML in ``.yaml`` and ``.yml``, else JSON.
+def read_plain(
+    path: str | Path, option: str, make: Callable[[Any], Any] = lambda data: data, *, yaml_form: bool | None = None
+) -> Any:
+    """What is in the file that an option names.
 
     Args:
         path: of the file.
         option: that names it, for messages.
         make: makes of the plain data what is wanted, such as a ``from_dict``.
+        yaml_form: whether it is YAML, or JSON; ``None`` takes ``.yaml`` and ``.yml`` for YAML, and the rest for JSON.
 
     Raises:
         OSError: if the file cannot be read.
         ValueError: if it holds something else, with the file, the place and what was expected.
     """
     text = read_text(path, option)
+    as_yaml = Path(path).suffix in (".yaml", ".yml") if yaml_form is None else yaml_form
     with _named(f"`{option}`: {path}"):
-        return made(make, parse_plain(text, yaml_form=Path(path).suffix in (".yaml", ".yml")))
+        return made(make, parse_plain(text, yaml_form=as_yaml))
 
 
 def read_json_lines(path: str | Path, option: str, make: Callable[[Any], Any] = lambda data: data) -> list[Any]:
@@ -159,7 +163,7 @@ def _named(source: str) -> Iterator[None]:
 
 
 def _line(text: str) -> str:
-    return " ".join(text.split())[:200]
+    return " ".join(text[:1000].split())[:300]
 
 
 # ---- types -----------------------------------------------------------------------------------------------------------
@@ -187,7 +191,7 @@ def typed(kind: Any, data: Any) -> Any:
     if origin in (list, tuple, Sequence):
         return _sequence(kind, origin, inner, data)
     if origin in (dict, Mapping):
-        return {key: _at(key, inner[1], value) for key, value in _mapping(data).items()}
+        return {_at(key, inner[0], key): _at(key, inner[1], value) for key, value in _mapping(data).items()}
     if kind is float and data is None:
         return math.nan
     if kind is float and type(data) is int:
@@ -237,7 +241,7 @@ def made(make: Callable[[Any], T], data: Any) -> T:
     except MisfitError:
         raise
     except (ValueError, TypeError, OverflowError) as error:
-        raise MisfitError(str(error)) from error
+        raise MisfitError(_line(str(error))) from error
 
 
 def _at(key: Any, kind: Any, data: Any) -> Any:
