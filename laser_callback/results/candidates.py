@@ -12,7 +12,9 @@ from typing import Any, Literal
 from laser_callback.plans.plan import LaserPlan
 from laser_callback.plans.reduction import Reduction
 from laser_callback.support.plain_json import finite
+from laser_callback.support.reading import shown
 
+_MOST_LAYERS = 10**6  # maps have a row for each
 Status = Literal["screened out", "dropped", "finalist", "rejected", "chosen"]
 
 
@@ -40,6 +42,9 @@ class Candidate:
         loss: change of the loss on these, where there is one.
         status: how far it came.
         reason: why no further.
+
+    Raises:
+        ValueError: if ``layer`` is none.
     """
 
     reduction: Reduction
@@ -54,6 +59,10 @@ class Candidate:
     loss: Estimate | None = None
     status: Status = "screened out"
     reason: str = ""
+
+    def __post_init__(self) -> None:
+        if self.layer is not None and not 0 <= self.layer < _MOST_LAYERS:
+            raise ValueError(f"`layer` must be at least 0 and less than {_MOST_LAYERS:,}, got {shown(self.layer)}")
 
     @property
     def plan(self) -> LaserPlan:

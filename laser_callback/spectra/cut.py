@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,6 +28,9 @@ class CutSpectrum:
         energy: share of the squared singular values that is kept where ``scale`` is 0, in [0, 1]; 1 for a zero matrix.
         places: of the singular values in ``values``, ascending: all of a short spectrum, else the head densely.
         values: singular values, descending.
+
+    Raises:
+        ValueError: if the fields do not fit each other.
     """
 
     matrix: str
@@ -36,6 +40,13 @@ class CutSpectrum:
     energy: float
     places: tuple[int, ...]
     values: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        count, (start, stop) = min(self.shape), self.removed
+        if not 0 <= start <= stop <= count or not all(0 <= place < count for place in self.places):
+            raise ValueError(f"`removed` and `places` must be within the {count} of a {self.shape} matrix")
+        if len(self.values) != len(self.places) or not all(0 <= value < math.inf for value in self.values):
+            raise ValueError(f"`values` must be a finite value for each of {len(self.places)} places")
 
     @classmethod
     def of(cls, spectrum: Spectrum, matrix: str, reduction: Reduction) -> CutSpectrum:
