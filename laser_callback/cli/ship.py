@@ -12,7 +12,7 @@ from rich.filesize import decimal
 from transformers import AutoTokenizer, PreTrainedModel
 
 from laser_callback.cli.command import Answer
-from laser_callback.results.search import result_of
+from laser_callback.results.search import SearchResult, result_of
 from laser_callback.shipping.export import Form, save_reduced
 from laser_callback.shipping.undo import restore as restore_model
 from laser_callback.spectra.delta import BaseWeights
@@ -43,12 +43,12 @@ def export(
         base: what the model was fine-tuned from, a folder, hub name or checkpoint: then only the difference is cut.
     """
     numbers = None if result is None else read_plain(result, "result", result_of)
-    if plan is None:
-        plan = (numbers or {}).get("plan")
-        if plan is None:
-            reason = f": {numbers['reason']}" if numbers and "reason" in numbers else ""
-            raise ValueError(f"`--plan` is missing, and no result recommends one{reason}")
-    chosen = Recipe.of(plan)
+    searched = numbers if isinstance(numbers, SearchResult) else None
+    wanted = plan or (searched and searched.plan)
+    if wanted is None:
+        reason = "" if searched is None else f": {searched.reason}"
+        raise ValueError(f"`--plan` is missing, and no result recommends one{reason}")
+    chosen = Recipe.of(wanted)
     original, spectra = _original(model, base)
     done = save_reduced(original, chosen, output, form, result=numbers, tokenizer=_tokenizer(model), spectra=spectra)
     return _answer(f"wrote {form}", output, done)
