@@ -44,7 +44,7 @@ def export(
     """
     numbers = None if result is None else read_plain(result, "result", result_of)
     searched = numbers if isinstance(numbers, SearchResult) else None
-    wanted = plan or (searched and searched.plan)
+    wanted = searched.plan if plan is None and searched is not None else plan
     if wanted is None:
         reason = "" if searched is None else f": {searched.reason}"
         raise ValueError(f"`--plan` is missing, and no result recommends one{reason}")
