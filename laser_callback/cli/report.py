@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,8 +14,9 @@ from laser_callback.reports.search_terminal import print_search
 from laser_callback.reports.terminal import print_report
 from laser_callback.results.comparison import LaserResult
 from laser_callback.results.flips import claim_row
-from laser_callback.results.search import SearchResult
-from laser_callback.support.files import need_files, read_json
+from laser_callback.results.search import SearchResult, result_of
+from laser_callback.support.files import need_files
+from laser_callback.support.reading import read_json_lines, read_plain, typed
 
 
 def report(
@@ -59,16 +60,7 @@ def read_result(path: Path) -> LaserResult | SearchResult:
     Raises:
         ValueError: if the file holds something else.
     """
-    data = read_json(path, "result")
-    keys = set(data) if isinstance(data, dict) else set()
-    if "candidates" in keys:
-        return SearchResult.from_dict(data)
-    if "arms" in keys:
-        return LaserResult.from_dict(data)
-    raise ValueError(
-        f"{path} is no result: expected the JSON file that `LaserCallback(report='....json')` or `laser-callback "
-        f"search` writes, with 'arms' or 'candidates' in it, got {', '.join(sorted(keys)) or type(data).__name__}"
-    )
+    return read_plain(path, "result", result_of)
 
 
 def read_examples(path: Path, must_exist: bool) -> list[dict[str, Any]]:
@@ -78,7 +70,7 @@ def read_examples(path: Path, must_exist: bool) -> list[dict[str, Any]]:
         places = [path.with_suffix(".examples.jsonl"), path.with_name("confirm.examples.jsonl")]
     for place in places:
         if place.exists() or must_exist:
-            return [json.loads(line) for line in place.read_text(encoding="utf-8").splitlines()]
+            return read_json_lines(place, "examples", partial(typed, dict[str, Any]))
     return []
 
 

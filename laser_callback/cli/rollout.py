@@ -18,7 +18,7 @@ from laser_callback.shipping.gates import read_gates
 from laser_callback.shipping.rollout import StagedRollout, in_steps, one_by_one
 from laser_callback.spectra.delta import BaseWeights
 from laser_callback.spectra.store import Spectra
-from laser_callback.support.files import need_files
+from laser_callback.support.files import need_files, need_writable
 
 
 def rollout(
@@ -85,6 +85,7 @@ def rollout(
     else:
         declared = one_by_one(whole)
     read_gates(gates)
+    need_writable(output=output)
     need_files(probes=probes, **{f"others.{name}": file_of(path) for name, path in (others or {}).items()})
     options: dict[str, Any] = {"limit": limit, "batch_size": batch_size, "seed": seed}
     judged, examples = subject(model, facts, module, data, text, **options)

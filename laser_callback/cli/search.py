@@ -18,6 +18,7 @@ from laser_callback.reports.page import save_page
 from laser_callback.reports.search_terminal import print_search
 from laser_callback.results.search import SearchResult
 from laser_callback.search.search import LaserSearch, Method
+from laser_callback.support.files import need_writable
 
 
 def search(
@@ -97,6 +98,7 @@ def search(
             raise ValueError(f"`--judge` must be lm_eval:TASK, without `--facts`, got {judge!r} and facts {facts}")
         facts, objective = Path(judge), [ACC] if objective is None else objective
     options: dict[str, Any] = {"limit": limit, "batch_size": batch_size, "seed": seed}
+    need_writable(output=output, html=html, plan=plan)
     found = LaserSearch(
         *subject(model, facts, module, data, text, facts_from="`--facts` or `--judge`", **options),
         objective=objective,

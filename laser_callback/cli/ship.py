@@ -12,12 +12,14 @@ from rich.filesize import decimal
 from transformers import AutoTokenizer, PreTrainedModel
 
 from laser_callback.cli.command import Answer
+from laser_callback.results.search import SearchResult, result_of
 from laser_callback.shipping.export import Form, save_reduced
 from laser_callback.shipping.undo import restore as restore_model
 from laser_callback.spectra.delta import BaseWeights
 from laser_callback.spectra.store import Spectra
-from laser_callback.support.files import appearing, need_files, read_json
+from laser_callback.support.files import appearing, need_files
 from laser_callback.support.pretrained import load_pretrained, save_dense
+from laser_callback.support.reading import read_plain
 from laser_callback.surgery.recipe import Recipe, recorded
 
 
@@ -40,13 +42,13 @@ def export(
         result: the JSON file of a search or a comparison of this plan, for the model card.
         base: what the model was fine-tuned from, a folder, hub name or checkpoint: then only the difference is cut.
     """
-    numbers = None if result is None else read_json(result, "result")
-    if plan is None:
-        plan = (numbers or {}).get("plan")
-        if plan is None:
-            reason = f": {numbers['reason']}" if numbers and "reason" in numbers else ""
-            raise ValueError(f"`--plan` is missing, and no result recommends one{reason}")
-    chosen = Recipe.of(plan)
+    numbers = None if result is None else read_plain(result, "result", result_of)
+    searched = numbers if isinstance(numbers, SearchResult) else None
+    wanted = searched.plan if plan is None and searched is not None else plan
+    if wanted is None:
+        reason = "" if searched is None else f": {searched.reason}"
+        raise ValueError(f"`--plan` is missing, and no result recommends one{reason}")
+    chosen = Recipe.of(wanted)
     original, spectra = _original(model, base)
     done = save_reduced(original, chosen, output, form, result=numbers, tokenizer=_tokenizer(model), spectra=spectra)
     return _answer(f"wrote {form}", output, done)

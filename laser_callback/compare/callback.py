@@ -33,6 +33,7 @@ from laser_callback.results.comparison import LaserResult
 from laser_callback.results.examples import DESCRIPTIONS, ORIGINAL
 from laser_callback.spectra.delta import BaseSource, BaseWeights, read_weights
 from laser_callback.spectra.store import Spectra
+from laser_callback.support.files import need_writable, told_if_unwritten
 
 LOOPS = ("validate", "test", "fit")
 
@@ -167,6 +168,8 @@ class LaserCallback(pl.Callback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if stage != "predict":
             _check_trainer(trainer, self)
+            if isinstance(self.report, (str, Path)) and trainer.is_global_zero:
+                need_writable(report=self.report)
         elif not self._told_of_predict:
             self._told_of_predict = True
             rank_zero_info(
@@ -236,10 +239,11 @@ class LaserCallback(pl.Callback):
             rank_zero_warn("LaserCallback compared nothing: the evaluation had no batches")
             return
         self._unprinted = True
-        if isinstance(self.report, (str, Path)) and trainer.is_global_zero:
-            _write(self._result, Path(self.report))
-        if self.publish and trainer.is_global_zero:
-            publish(self._result, trainer.loggers, trainer.global_step, self.key_prefix)
+        with told_if_unwritten("the report of the comparison"):
+            if isinstance(self.report, (str, Path)) and trainer.is_global_zero:
+                _write(self._result, Path(self.report))
+            if self.publish and trainer.is_global_zero:
+                publish(self._result, trainer.loggers, trainer.global_step, self.key_prefix)
 
     @override
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

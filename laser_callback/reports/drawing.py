@@ -12,6 +12,7 @@ from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 from laser_callback.reports.panels import STEPS, Panel, Shading
+from laser_callback.reports.row_text import percent
 from laser_callback.reports.search_text import GainText, short_rho
 from laser_callback.reports.svg import BETTER, DIM, INK, LINE, PAPER, SHADES, WORSE, printable, told
 from laser_callback.results.candidates import Candidate, Estimate
@@ -90,7 +91,7 @@ def kept_text(cut: CutSpectrum) -> str:
     start, stop = cut.removed
     count = min(cut.shape)
     kept = f"{count - (stop - start):,} of {count:,} directions kept"
-    return f"{kept}, {cut.energy:.1%} of the squared singular values"
+    return f"{kept}, {percent(cut.energy)} of the squared singular values"
 
 
 def labels(axis: Axes, counts: Sequence[LabelCount]) -> None:

@@ -16,6 +16,7 @@ from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, Wand
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from laser_callback.reports.pictures import figures, save_figures
+from laser_callback.reports.row_text import cell_text
 from laser_callback.results.candidates import to_rows
 from laser_callback.results.comparison import LaserResult
 from laser_callback.results.search import SearchResult
@@ -97,6 +98,4 @@ def _markdown(table: Table) -> str:
 
 
 def _text(cell: Any) -> str:
-    """A cell that no markdown and no HTML is read from."""
-    text = "" if cell is None else f"{cell:.6g}" if isinstance(cell, float) else str(cell)
-    return " ".join(text.translate({ord(mark): f"&#{ord(mark)};" for mark in r"\`*_{}[]<>|#&"}).split())
+    return cell_text("" if cell is None else f"{cell:.6g}" if isinstance(cell, float) else cell)

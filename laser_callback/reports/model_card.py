@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from laser_callback.reports.row_text import change_text, interval_text, p_text, value_text
+from laser_callback.reports.row_text import cell_text, change_text, interval_text, p_text, value_text
 from laser_callback.results.comparison import LaserResult
 from laser_callback.stats.judgement import Judgement
+from laser_callback.support.reading import built
 from laser_callback.surgery.recipe import Recipe
 
 _CONTROLS = {"zeroed": "the same matrices zeroed", "random": "random matrices cut at the same rho"}
@@ -43,9 +46,11 @@ def model_card(
         notes: what a user must know besides.
         ranks: ranks of the matrices that became thin layers, by name.
     """
-    result = LaserResult.from_dict(numbers["comparison"]) if (numbers := recipe.numbers) else None
+    numbers = built(_Numbers, recipe.numbers) if recipe.numbers else None
+    result = None if numbers is None else numbers.comparison
     name, arm = (None, None) if result is None else next(iter(result.arms.items()))
-    primary = None if result is None or arm is None else result.primary or arm.rows[0].metric
+    metrics = [] if arm is None else [row.metric for row in arm.rows]
+    primary = None if result is None else result.primary or next(iter(metrics), None)
     controls = {} if result is None or name is None else result.controls.get(name, {})
     return ModelCard.from_template(
         ModelCardData(library_name=library, tags=["laser", "rank-reduction"], base_model=base),
@@ -60,12 +65,34 @@ def model_card(
         result=result,
         arm=arm,
         controls=[
-            (_CONTROLS[kind], row) for kind, arm in controls.items() for row in arm.rows if row.metric == primary
+            (_CONTROLS.get(kind, kind), row)
+            for kind, arm in controls.items()
+            for row in arm.rows
+            if row.metric == primary
         ],
-        judgements=[Judgement.from_dict(judgement) for judgement in numbers.get("judgements") or ()],
-        cell=lambda text: str(text).replace("|", "\\|"),  # or it would end the cell
+        cell=cell_text,
+        code=_code,
         change=change_text,
         interval=interval_text,
         p=p_text,
         value=value_text,
     )
+
+
+@dataclass(frozen=True)
+class _Numbers:
+    """What :func:`~laser_callback.results.numbers_of` gives."""
+
+    comparison: LaserResult
+    verdict: str = ""
+    judgements: list[Judgement] = field(default_factory=list)
+    sets: dict[str, int] = field(default_factory=dict)
+    seed: Any = None
+    warnings: list[str] = field(default_factory=list)
+
+
+def _code(text: object) -> str:
+    """Text as code, between more backticks than stand together in it; also in a cell of a table."""
+    line = " ".join(str(text).split()).replace("|", "\\|")
+    fence = "`" * (1 + max(map(len, re.findall("`+", line)), default=0))
+    return f"{fence}{line}{fence}" if len(fence) == 1 else f"{fence} {line} {fence}"

@@ -25,7 +25,7 @@ from laser_callback.reports.drawing import kept_text, labels, spectrum, styled, 
 from laser_callback.reports.page_columns import code, foreign
 from laser_callback.reports.page_search import search_context
 from laser_callback.reports.pictures import LABELS, SPECTRA, one
-from laser_callback.reports.row_text import claim_text, delta_text, interval_text, value_text
+from laser_callback.reports.row_text import claim_text, delta_text, interval_text, percent, value_text
 from laser_callback.reports.svg import inline, printable
 from laser_callback.results.comparison import ArmResult, LaserResult
 from laser_callback.results.flips import Row, claim_row, label_counts
@@ -145,7 +145,7 @@ def _templates() -> jinja2.Environment:
         "digest": _digest,
         "footnotes": terminal.footnotes,
         "interval": interval_text,
-        "percent": "{:.1%}".format,
+        "percent": percent,
         "quoted": terminal.quoted,
         "repr": repr,
         "thousands": "{:,}".format,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from laser_callback.stats.outcomes import PairedResult
 
 SHARES = ("accuracy", "robustness", "consistency")
@@ -13,14 +15,19 @@ def is_share(row: PairedResult) -> bool:
     return row.kind == "binary" or (row.kind == "mean" and any(word in row.metric for word in SHARES))
 
 
+def percent(value: float, sign: str = "") -> str:
+    """A share in percent; what is no number is no percentage."""
+    return f"{value:{sign}.1%}" if math.isfinite(value) else f"{value:{sign}}"
+
+
 def value_text(row: PairedResult, value: float) -> str:
     """A value of the metric."""
-    return f"{value:.1%}" if is_share(row) else f"{value:#.3g}"
+    return percent(value) if is_share(row) else f"{value:#.3g}"
 
 
 def delta_text(row: PairedResult, value: float) -> str:
     """A change of the metric."""
-    return _signed(f"{value:+.1%}" if is_share(row) or row.kind == "log_ratio" else f"{value:+.2g}")
+    return _signed(percent(value, "+") if is_share(row) or row.kind == "log_ratio" else f"{value:+.2g}")
 
 
 def interval_text(row: PairedResult) -> str:
@@ -45,6 +52,11 @@ def p_text(row: PairedResult) -> str:
     if p is None:
         return ""
     return "<.0001" if p < 1e-4 else f"{p:.4f}".lstrip("0") if p < 1 else "1"
+
+
+def cell_text(text: object) -> str:
+    """Text for a cell of a table in Markdown, from which no markup is read."""
+    return " ".join(str(text).translate({ord(mark): f"&#{ord(mark)};" for mark in r"\`*{}[]<>|#&"}).split())
 
 
 def change_text(row: PairedResult) -> str:

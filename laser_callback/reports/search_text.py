@@ -139,7 +139,7 @@ def pictured(trades: Sequence[Trade]) -> list[Trade]:
 
 def seconds_text(seconds: float) -> str:
     """A time span, in the largest unit that fits."""
-    if seconds < 60:
+    if not 60 <= seconds < math.inf:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes // 60} h {minutes % 60:02d} min" if minutes >= 60 else f"{minutes} min {rest:02d} s"

@@ -12,7 +12,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from laser_callback.reports.row_text import change_text, delta_text, interval_text, p_text, value_text
+from laser_callback.reports.row_text import change_text, delta_text, interval_text, p_text, percent, value_text
 from laser_callback.results.ab_test import ABResult
 from laser_callback.results.comparison import ArmResult, LaserResult
 from laser_callback.stats.priors import PriorChecks
@@ -171,13 +171,13 @@ def _prior_lines(checks: PriorChecks) -> list[RenderableType]:
         flag.append("the gain holds outside of the answers said most", style="green")
     else:
         flag.append("no gain to explain")
-    parts = [f"best constant answer per group {checks.constant_answer:.1%}"]
+    parts = [f"best constant answer per group {percent(checks.constant_answer)}"]
     rest, macro = checks.majority_excluded, checks.macro
     if rest is not None:
         interval = f" [{interval_text(rest)}], n = {rest.n}"
-        parts.append(f"without the answers said most {rest.original:.1%} to {rest.reduced:.1%}{interval}")
+        parts.append(f"without the answers said most {percent(rest.original)} to {percent(rest.reduced)}{interval}")
     if macro is not None:
-        parts.append(f"macro over {macro.answers} answers {macro.original:.1%} to {macro.reduced:.1%}")
+        parts.append(f"macro over {macro.answers} answers {percent(macro.original)} to {percent(macro.reduced)}")
     for arm, top in checks.top_predictions.items():
         said = ", ".join(f"{quoted(text)} {count}" for text, count in top)
         parts.append(f"{arm} says most: {said}  (entropy {checks.entropy[arm]:.2f} nats)")

@@ -5,15 +5,16 @@ A *candidate* is a target at a rho. Ranks are the screen's, within one step of t
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from laser_callback.plans.plan import LaserPlan
 from laser_callback.plans.reduction import Reduction
 from laser_callback.support.plain_json import finite
+from laser_callback.support.reading import shown
 
+_MOST_LAYERS = 10**6  # maps have a row for each
 Status = Literal["screened out", "dropped", "finalist", "rejected", "chosen"]
 
 
@@ -24,11 +25,6 @@ class Estimate:
     delta: float
     lower: float | None = None
     upper: float | None = None
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> Estimate:
-        """The inverse of ``dataclasses.asdict``, also after JSON has made ``None`` of a mean that is no number."""
-        return cls(**{**data, "delta": math.nan if data["delta"] is None else data["delta"]})
 
 
 @dataclass
@@ -46,6 +42,9 @@ class Candidate:
         loss: change of the loss on these, where there is one.
         status: how far it came.
         reason: why no further.
+
+    Raises:
+        ValueError: if ``layer`` is none.
     """
 
     reduction: Reduction
@@ -61,6 +60,10 @@ class Candidate:
     status: Status = "screened out"
     reason: str = ""
 
+    def __post_init__(self) -> None:
+        if self.layer is not None and not 0 <= self.layer < _MOST_LAYERS:
+            raise ValueError(f"`layer` must be at least 0 and less than {_MOST_LAYERS:,}, got {shown(self.layer)}")
+
     @property
     def plan(self) -> LaserPlan:
         """The whole plan that was run: ``base`` and the reduction."""
@@ -75,12 +78,6 @@ class Candidate:
     def to_dict(self) -> dict[str, Any]:
         """Ready for JSON."""
         return {**asdict(self), "reduction": str(self.reduction)}
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> Candidate:
-        """The inverse of :meth:`to_dict`."""
-        estimates = {name: data[name] and Estimate.from_dict(data[name]) for name in ("gain", "loss")}
-        return cls(**{**data, **estimates, "reduction": Reduction.parse(data["reduction"])})
 
 
 def to_rows(candidates: Iterable[Candidate]) -> list[dict[str, Any]]:

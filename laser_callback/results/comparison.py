@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -12,8 +11,10 @@ from laser_callback.results.examples import PairedExamples
 from laser_callback.spectra.cut import CutSpectrum
 from laser_callback.stats.holm import adjust
 from laser_callback.stats.outcomes import PairedResult, row_named
-from laser_callback.stats.priors import MacroAccuracy, PriorChecks
-from laser_callback.support.files import read_json, write_json
+from laser_callback.stats.priors import PriorChecks
+from laser_callback.support.files import write_json
+from laser_callback.support.plain_json import plain
+from laser_callback.support.reading import built, read_plain, typed
 
 
 @dataclass
@@ -52,19 +53,6 @@ class ArmResult:
             "spectra": [asdict(spectrum) for spectrum in self.spectra],
         }
 
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> ArmResult:
-        """The inverse of :meth:`to_dict`."""
-        priors = data["prior_checks"]
-        return cls(
-            **{
-                **data,
-                "rows": [_row(row) for row in data["rows"]],
-                "prior_checks": None if priors is None else _priors(priors),
-                "spectra": [CutSpectrum.from_dict(spectrum) for spectrum in data["spectra"]],
-            }
-        )
-
 
 @dataclass
 class LaserResult:
@@ -91,12 +79,16 @@ class LaserResult:
     provenance: dict[str, Any] = field(default_factory=dict)
     base: str | None = None
 
+    def __post_init__(self) -> None:
+        if not self.arms:
+            raise ValueError("`arms` must hold at least one plan, got none")
+
     def __getitem__(self, name: str) -> ArmResult:
         return self.arms[name]
 
     def to_dict(self) -> dict[str, Any]:
-        """Ready for JSON; without the examples (see :meth:`PairedExamples.write`)."""
-        return {
+        """Ready for strict JSON; without the examples (see :meth:`PairedExamples.write`)."""
+        data = {
             "arms": {name: arm.to_dict() for name, arm in self.arms.items()},
             "controls": {
                 name: {kind: arm.to_dict() for kind, arm in controls.items()}
@@ -109,23 +101,18 @@ class LaserResult:
             "base": self.base,
             "provenance": self.provenance,
         }
+        return plain(data)
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> LaserResult:
-        """The inverse of :meth:`to_dict`: all numbers, and no examples but the count of duplicates."""
-        return cls(
-            arms={name: ArmResult.from_dict(arm) for name, arm in data["arms"].items()},
-            controls={
-                name: {kind: ArmResult.from_dict(arm) for kind, arm in controls.items()}
-                for name, controls in data["controls"].items()
-            },
-            primary=data["primary"],
-            original_seconds=data["original_seconds"],
-            not_compared=dict(data["not_compared"]),
-            examples=PairedExamples(duplicates=data["duplicates_removed"]),
-            provenance=dict(data["provenance"]),
-            base=data["base"],
-        )
+        """The inverse of :meth:`to_dict`: all numbers, and no examples but the count of duplicates.
+
+        Raises:
+            ValueError: naming the place of what is missing, unknown or of another type.
+        """
+        fields = typed(dict[str, Any], data)
+        counted = {"duplicates": fields.pop("duplicates_removed", None)}
+        return built(cls, fields, examples=built(PairedExamples, counted))
 
     def to_json(self, path: str | Path) -> None:
         """Write :meth:`to_dict`, atomically."""
@@ -134,27 +121,7 @@ class LaserResult:
     @classmethod
     def from_json(cls, path: str | Path) -> LaserResult:
         """Read what :meth:`to_json` has written; see :meth:`from_dict`."""
-        return cls.from_dict(read_json(Path(path), "path"))
-
-
-def _row(data: Mapping[str, Any]) -> PairedResult:
-    values = {name: value for name, value in data.items() if name != "verdict"}  # the verdict follows from the others
-    for name in ("original", "reduced", "delta"):
-        values[name] = math.nan if values[name] is None else values[name]
-    return PairedResult(**values)
-
-
-def _priors(data: Mapping[str, Any]) -> PriorChecks:
-    rest, macro = data["majority_excluded"], data["macro"]
-    top = {arm: [(text, count) for text, count in said] for arm, said in data["top_predictions"].items()}
-    return PriorChecks(
-        **{
-            **data,
-            "majority_excluded": None if rest is None else _row(rest),
-            "macro": None if macro is None else MacroAccuracy(**macro),
-            "top_predictions": top,
-        }
-    )
+        return read_plain(path, "path", cls.from_dict)
 
 
 def adjust_together(arms: Sequence[ArmResult], primary: str | None) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 from laser_callback.plans.plan import LaserPlan
 from laser_callback.results.comparison import LaserResult
-from laser_callback.results.search import SearchResult
+from laser_callback.results.search import SearchResult, result_of
 
 
 def numbers_of(
@@ -29,11 +29,11 @@ def numbers_of(
         and, of a search, ``verdict``, ``judgements``, ``sets``, ``seed``, ``warnings``.
 
     Raises:
-        ValueError: if ``result`` has confirmed nothing, or is about another plan.
+        ValueError: if ``result`` has confirmed nothing, is about another plan, or is no result.
     """
     if result is None:
         return {}
-    data = result if isinstance(result, Mapping) else result.to_dict()
+    data = (result_of(result) if isinstance(result, Mapping) else result).to_dict()
     searched = "confirmed" in data
     if searched and data["confirmed"] is None:
         raise ValueError(f"`result` is of a search that has confirmed nothing: {data['reason']}")

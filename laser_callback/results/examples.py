@@ -25,7 +25,7 @@ from laser_callback.stats.outcomes import Outcomes, PairedResult, as_float64, no
 from laser_callback.stats.paired import compare
 from laser_callback.stats.priors import PriorChecks, prior_checks
 from laser_callback.support.files import write_atomically
-from laser_callback.support.plain_json import finite
+from laser_callback.support.plain_json import label, plain
 
 ROUNDING = 1e-3
 """Relative: a logged value this close to a mean is that mean, in single or half precision. Tables show three digits."""
@@ -135,15 +135,15 @@ class PairedExamples:
             for i in range(batch.size):
                 row: dict[str, Any] = {k: v[i] for k, v in batch.described[ORIGINAL].items() if k != "prediction"}
                 for arm, outcomes in batch.outcomes.items():
-                    row[arm] = {name: finite(float(o.values[i])) for name, o in outcomes.items()}
+                    row[arm] = {name: float(o.values[i]) for name, o in outcomes.items()}
                     if "prediction" in batch.described[arm]:
                         row[arm]["prediction"] = batch.described[arm]["prediction"][i]
-                rows.append(row)
+                rows.append(plain(row))
         return rows
 
     def write(self, path: str | Path) -> None:
         """Write each of :meth:`to_rows` as one line of JSON."""
-        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in self.to_rows()]
+        lines = [json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in self.to_rows()]
         write_atomically(Path(path), "".join(lines))
 
     def _select(
@@ -219,12 +219,12 @@ def _descriptions(output: Any, size: int) -> Iterator[tuple[str, list[Hashable]]
 
 
 def _plain_list(values: Any) -> list[Hashable] | None:
-    """A 1-D tensor, array or sequence as a list of plain Python values: those compare by what they are."""
+    """A 1-D tensor, array or sequence as a list of labels: those compare by what they are."""
     if isinstance(values, (Tensor, np.ndarray)):
-        return values.tolist() if values.ndim == 1 else None
-    if not isinstance(values, Sequence) or isinstance(values, str):
+        values = values.tolist() if values.ndim == 1 else None
+    if not isinstance(values, Sequence) or isinstance(values, (str, bytes, bytearray)):
         return None
-    return [value.item() if isinstance(value, (Tensor, np.generic)) else value for value in values]
+    return [label(value) for value in values]
 
 
 def example_count(output: Any, batch: Any) -> int:

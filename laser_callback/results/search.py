@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -12,8 +11,9 @@ from laser_callback.plans.plan import LaserPlan
 from laser_callback.results.candidates import Candidate
 from laser_callback.results.comparison import LaserResult
 from laser_callback.stats.judgement import Judgement
-from laser_callback.support.files import read_json, write_json
-from laser_callback.support.plain_json import strict
+from laser_callback.support.files import write_json
+from laser_callback.support.plain_json import plain
+from laser_callback.support.reading import built, read_plain, shown
 
 
 @dataclass
@@ -50,11 +50,6 @@ class Trade:
     fluency: float | None
     efficient: bool = False
     chosen: bool = False
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> Trade:
-        """The inverse of ``dataclasses.asdict``, also after JSON has made ``None`` of a gain that is no number."""
-        return cls(**{**data, "gain": math.nan if data["gain"] is None else data["gain"]})
 
 
 def mark_efficient(trades: list[Trade]) -> None:
@@ -129,7 +124,7 @@ class SearchResult:
             "warnings": self.warnings,
             "candidates": [candidate.to_dict() for candidate in self.candidates],
         }
-        return strict(data)
+        return plain(data)
 
     def to_json(self, path: str | Path) -> None:
         """Write :meth:`to_dict`, atomically."""
@@ -137,23 +132,31 @@ class SearchResult:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> SearchResult:
-        """The inverse of :meth:`to_dict`: all numbers, and no examples."""
-        plans = {name: data[name] and LaserPlan.parse(data[name]) for name in ("plan", "found")}
-        compared = {name: data[name] and LaserResult.from_dict(data[name]) for name in ("confirmed", "guard")}
-        return cls(
-            **{
-                **data,
-                **plans,
-                **compared,
-                "objective": tuple(data["objective"]),
-                "judgements": [Judgement.from_dict(judgement) for judgement in data["judgements"]],
-                "trades": [Trade.from_dict(trade) for trade in data["trades"]],
-                "phases": [Phase(**phase) for phase in data["phases"]],
-                "candidates": [Candidate.from_dict(candidate) for candidate in data["candidates"]],
-            }
-        )
+        """The inverse of :meth:`to_dict`: all numbers, and no examples.
+
+        Raises:
+            ValueError: naming the place of what is missing, unknown or of another type.
+        """
+        return built(cls, data)
 
     @classmethod
     def from_json(cls, path: str | Path) -> SearchResult:
         """Read what :meth:`to_json` has written; see :meth:`from_dict`."""
-        return cls.from_dict(read_json(Path(path), "path"))
+        return read_plain(path, "path", cls.from_dict)
+
+
+def result_of(data: Any) -> LaserResult | SearchResult:
+    """The result whose :meth:`to_dict` has given ``data``.
+
+    Raises:
+        ValueError: if it is of something else, or as from :meth:`SearchResult.from_dict`.
+    """
+    keys = [*data] if isinstance(data, Mapping) else []
+    if "candidates" in keys:
+        return SearchResult.from_dict(data)
+    if "arms" in keys:
+        return LaserResult.from_dict(data)
+    raise ValueError(
+        "it is no result: expected what `LaserCallback(report='....json')` or `laser-callback search` writes, with "
+        f"'arms' or 'candidates' in it, got {shown(keys or data)}"
+    )

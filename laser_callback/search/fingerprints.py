@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Mapping
+from itertools import chain
 from typing import Any
 
 import lightning.pytorch as pl
@@ -15,9 +16,9 @@ from laser_callback.spectra.folder import content_hash
 
 
 def fingerprints(module: pl.LightningModule, parts: Mapping[str, Iterable[Any]]) -> dict[str, str]:
-    """A hash of the weights, and of what the loaders of each part give: of facts all, of other data the first batch."""
+    """Hashes of weights and buffers, and of what each part's loaders give: all facts, of other data the first batch."""
     whole = isinstance(module, LaserModule)  # facts are small
-    found = {"weights": _fingerprint(module.parameters())}
+    found = {"weights": _fingerprint(chain(module.parameters(), module.buffers()))}
     for name, loaders in parts.items():
         seen = [list(loader) if whole else next(iter(loader)) for loader in loaders]
         found[name] = _fingerprint(pytree.tree_leaves(seen))

@@ -9,9 +9,11 @@ import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 
 from laser_callback.compare.measure import Lab, Table
@@ -33,6 +35,7 @@ from laser_callback.stats.holm import adjust
 from laser_callback.stats.outcomes import ALPHA
 from laser_callback.support.journal import Journal, Step
 from laser_callback.support.progress import PhaseProgress
+from laser_callback.support.reading import typed
 
 FLUENCY_WINDOWS = 12
 """At most so many windows of text rank the finalists' fluency; the guard set has others, and more."""
@@ -48,6 +51,16 @@ Refine = Callable[[str, dict[str, Candidate], Table, Sequence[Sequence[int]], in
 each rung, and how many may go on, to those that do, the best first."""
 
 Screen = Callable[[Sequence[Target], Sequence[float], DataLoader[Any]], Mapping[Reduction, Score]]
+
+
+@dataclass(frozen=True)
+class _Timed:
+    """A step, with what it took."""
+
+    data: Any
+    seconds: float
+    passes: int
+    whole_passes: float
 
 
 @dataclass
@@ -74,9 +87,16 @@ class Steps:
     phases: dict[str, Phase] = field(default_factory=dict)
 
     def timed(
-        self, name: str, phase: str, description: str, compute: Callable[[], Step], passes: int, whole: float
-    ) -> Step:
-        """A journal step that counts its time, and its passes, in ``phase``."""
+        self,
+        name: str,
+        phase: str,
+        description: str,
+        compute: Callable[[], Step],
+        passes: int,
+        whole: float,
+        make: Callable[[Any], Any],
+    ) -> tuple[Any, dict[str, Tensor]]:
+        """A journal step that counts its time, and its passes, in ``phase``; ``make`` as for :meth:`Journal.step`."""
 
         def run() -> Step:
             begin = time.perf_counter()
@@ -85,12 +105,16 @@ class Steps:
             seconds = time.perf_counter() - begin
             return {"data": data, "seconds": seconds, "passes": passes, "whole_passes": whole}, tensors
 
-        data, tensors = self.journal.step(name, run)
+        def read(data: Any) -> _Timed:
+            found = typed(_Timed, data)
+            return replace(found, data=make(found.data))
+
+        found, tensors = self.journal.step(name, run, read)
         total = self.phases.setdefault(phase, Phase(phase))
-        total.seconds += data["seconds"]
-        total.passes += data["passes"]
-        total.whole_passes += data["whole_passes"]
-        return data["data"], tensors
+        total.seconds += found.seconds
+        total.passes += found.passes
+        total.whole_passes += found.whole_passes
+        return found.data, tensors
 
     def screen(
         self, number: int, found: Sequence[Target], rhos: Sequence[float], screen: Screen
@@ -105,8 +129,8 @@ class Steps:
 
         examples = self.sets.sizes["screen"]
         what = f"screen: {len(found)} targets at {len(rhos)} rhos, one backward pass on {examples} examples"
-        data, _ = self.timed(f"{number}-screen", "screen", what, compute, examples, 3.0 * examples)
-        return {name: (math.nan if score is None else score, error) for name, (score, error) in data.items()}
+        make = partial(typed, dict[str, tuple[float, float]])
+        return self.timed(f"{number}-screen", "screen", what, compute, examples, 3.0 * examples, make)[0]
 
     def gradient_screen(self, loss: LossFn | None) -> Screen:
         """The screen by a backward pass; ``loss`` as for :class:`GradientScreen`.
@@ -161,7 +185,8 @@ class Steps:
         def compute() -> Step:
             return to_step(self.lab.measure(plans, loader, keys, base))
 
-        return to_table(*self.timed(name, phase, what, compute, examples * (1 + len(plans)), whole))
+        make = partial(typed, dict[str, Any])
+        return to_table(*self.timed(name, phase, what, compute, examples * (1 + len(plans)), whole, make))
 
     def race(
         self,
@@ -257,17 +282,17 @@ class Steps:
 
         def compute() -> Step:
             live.append(self.lab.compare(plan, list(loaders), primary=primary, controls=controls, seed=self.seed))
+            if self.folder is not None:  # ahead of the step, which is finished only with them
+                live[0].examples.write(Path(self.folder) / f"{name}.examples.jsonl")
             return live[0].to_dict(), {}
 
         examples = sum(map(_length, loaders))
         arms = 2 + 2 * controls
         what = f"{name}: {plan} on {examples} examples"
-        data, _ = self.timed(name, name, what, compute, examples * arms, examples * (1 + self.lab.share(plan)))
-        result = LaserResult.from_dict(data)
+        whole = examples * (1 + self.lab.share(plan))
+        result, _ = self.timed(name, name, what, compute, examples * arms, whole, LaserResult.from_dict)
         if live:
             result.examples = live[0].examples
-            if self.folder is not None:
-                result.examples.write(Path(self.folder) / f"{name}.examples.jsonl")
         return result
 
 

@@ -8,12 +8,12 @@ the work. The demands themselves are :mod:`laser_callback.stats.gates`.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
-import yaml
 from torch.utils.data import DataLoader, Dataset
 
 from laser_callback.compare.measure import Lab
@@ -26,6 +26,9 @@ from laser_callback.results.gates import GateVerdict
 from laser_callback.stats.gain import Gain
 from laser_callback.stats.gates import Gate, judge_all, parse_gate
 from laser_callback.stats.outcomes import PairedResult
+from laser_callback.support.reading import read_plain, shown
+
+_NAME = re.compile(r"\w[\w. -]{0,49}(?<! )")  # part of a gate's text, and of file names
 
 
 def read_gates(gates: Any) -> list[Gate]:
@@ -42,24 +45,28 @@ def read_gates(gates: Any) -> list[Gate]:
     >>> [str(gate) for gate in read_gates({"accuracy": "gain, alpha 0.01", "perplexity": "ratio < 1.02"})]
     ['accuracy: gain, alpha 0.01', 'perplexity <= +2 %']
     """
-    found = list(_read(gates))
+    found = list(_read(gates, set()))
     if not found:
         raise ValueError("`gates` must hold at least one gate, such as 'first_token_accuracy: gain', got none")
     return found
 
 
-def _read(gates: Any) -> Sequence[Gate]:
+def _read(gates: Any, files: set[Path]) -> Sequence[Gate]:
     if isinstance(gates, Gate):
         return [gates]
     if isinstance(gates, Path) or (isinstance(gates, str) and gates.endswith((".yaml", ".yml"))):
-        return _read(yaml.safe_load(Path(gates).read_text(encoding="utf-8")) or [])
+        file = Path(gates).resolve()
+        if file in files:
+            raise ValueError(f"`gates`: the file {str(gates)!r} is named twice, or names itself")
+        files.add(file)
+        return read_plain(gates, "gates", lambda data: _read(data or [], files), yaml_form=True)
     if isinstance(gates, str):
         return [parse_gate(gates)]
     if isinstance(gates, Mapping):
         return [parse_gate(f"{key}: {demand}") for key, demand in gates.items()]
     if isinstance(gates, Sequence):
-        return [gate for item in gates for gate in _read(item)]
-    raise ValueError(f"`gates` must be texts, a mapping or a YAML file, got {gates!r}")
+        return [gate for item in gates for gate in _read(item, files)]
+    raise ValueError(f"`gates` must be texts, a mapping or a YAML file, got {shown(gates)}")
 
 
 class Gates:
@@ -75,12 +82,19 @@ class Gates:
 
     Raises:
         ValueError, OSError: if a gate cannot be read.
+        ValueError: if a name of the others cannot be part of a gate and of a file's name.
     """
 
     def __init__(
         self, gates: Any, data: Any, others: Mapping[str, Any] | None = None, *, controls: bool = False, seed: int = 0
     ) -> None:
         self.gates = read_gates(gates)
+        for name in others or {}:
+            if not isinstance(name, str) or not _NAME.fullmatch(name) or name == "data":
+                raise ValueError(
+                    "`others` must have names of at most 50 letters, digits, spaces, '_', '-' and '.', other than "
+                    f"'data', which is the main data's: got {shown(name)}"
+                )
         self.data: dict[str, Any] = {"": data, **(others or {})}
         self._controls, self._seed = controls, seed
         self._home: dict[str, str] = {}  # the data that a metric comes from

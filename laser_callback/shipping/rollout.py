@@ -11,6 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,6 +31,7 @@ from laser_callback.stats.gain import Gain
 from laser_callback.support.journal import Journal, Step
 from laser_callback.support.progress import PhaseProgress
 from laser_callback.support.provenance import versions
+from laser_callback.support.reading import typed
 from laser_callback.surgery.recipe import matrix_hash
 from laser_callback.surgery.swap import reduced
 
@@ -65,6 +67,14 @@ def in_steps(plan: LaserPlan | str, rhos: Iterable[float]) -> list[LaserPlan]:
 
     stages = [LaserPlan(at(reduction, rho) for reduction in plan) for rho in rhos]
     return [stage for stage in stages if stage != plan] + [plan]
+
+
+@dataclass
+class _Measured:
+    """The comparisons of a stage, by the name of the data."""
+
+    results: dict[str, LaserResult]
+    seconds: float
 
 
 @dataclass
@@ -246,8 +256,8 @@ class StagedRollout:
             found = {name: result.to_dict() for name, result in results.items()}
             return {"results": found, "seconds": time.perf_counter() - begin}, {}
 
-        data, _ = self._journal.step(f"{number}-stage", compute)
-        return {name: LaserResult.from_dict(result) for name, result in data["results"].items()}, data["seconds"]
+        found, _ = self._journal.step(f"{number}-stage", compute, partial(typed, _Measured))
+        return found.results, found.seconds
 
     def _write(self) -> None:
         if self.folder is not None:

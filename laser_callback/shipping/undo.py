@@ -9,6 +9,7 @@ then all second ones, since signs and exponents of weights repeat and mantissas 
 from __future__ import annotations
 
 import json
+import math
 import zlib
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -25,7 +26,8 @@ from laser_callback.plans.matrices import same_name
 from laser_callback.plans.plan import LaserPlan
 from laser_callback.plans.reduction import Reduction
 from laser_callback.spectra.store import Spectra
-from laser_callback.support.files import appearing
+from laser_callback.support.files import appearing, need_files
+from laser_callback.support.reading import parse_plain, shown
 from laser_callback.surgery.recipe import CutMatrix, Recipe, matrix_hash, recorded
 
 _FORMAT = "laser_callback undo, zlib over byte planes"
@@ -75,26 +77,30 @@ def restore(model: nn.Module, path: str | Path) -> Recipe:
         ValueError: if the model is not the one that the cut has made, or the file is not an undo file or is damaged.
             The model is then untouched.
     """
-    recipe, originals = _read(Path(path))
+    recipe, packed = _read(Path(path))
     # To restore is to apply the recipe the other way round, with originals looked up instead of cuts computed.
-    back = [replace(m, before=m.after, after=m.before, norm=_norm(originals.matrix(m))) for m in recipe.matrices]
-    with recorded(model, Recipe(recipe, back, recipe.method), originals) as (cut, _):
+    back = Recipe(recipe, [replace(m, before=m.after, after=m.before) for m in recipe.matrices], recipe.method)
+    with recorded(model, back, _Originals(back, packed, path)) as (cut, _):
         cut.keep()
     return recipe
 
 
 class _Originals(Spectra):
-    """In place of spectra: what a matrix is made to is not computed, but was kept."""
+    """In place of spectra: what a matrix is made to is not computed, but was kept.
 
-    def __init__(self, matrices: Mapping[str, Tensor], method: Any) -> None:
-        super().__init__(method=method)
-        self._matrices = matrices
+    It is unpacked when it is asked for: names and shapes have then been held to the model's.
+    """
 
-    def matrix(self, record: CutMatrix) -> Tensor:
-        return self._matrices[record.name]
+    def __init__(self, recipe: Recipe, packed: Mapping[str, Tensor], path: str | Path) -> None:
+        super().__init__(method=recipe.method)
+        self._records, self._packed, self._path = recipe.matrices, packed, path
 
     def reduce(self, matrix: Tensor, reduction: Reduction, name: str = "matrix") -> Tensor:
-        return next(original for kept, original in self._matrices.items() if same_name(kept, name)).to(matrix.device)
+        record = next(record for record in self._records if same_name(record.name, name))
+        try:
+            return _unpack(self._packed[record.name], record).to(matrix.device)
+        except (zlib.error, ValueError) as error:
+            raise ValueError(f"{self._path} is damaged: {error}") from error
 
     def changes_nothing(self, matrix: Tensor, reduction: Reduction, name: str = "matrix") -> bool:
         return False
@@ -103,7 +109,9 @@ class _Originals(Spectra):
 # ---- the file --------------------------------------------------------------------------------------------------------
 
 
-def _read(path: Path) -> tuple[Recipe, _Originals]:
+def _read(path: Path) -> tuple[Recipe, dict[str, Tensor]]:
+    """The recipe of the cut, and the originals, packed."""
+    need_files(path=path)
     try:
         with safe_open(path, "pt") as file:
             about = file.metadata() or {}
@@ -111,13 +119,15 @@ def _read(path: Path) -> tuple[Recipe, _Originals]:
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged, or no undo file: {error}") from error
     if about.get("format") != _FORMAT:
-        raise ValueError(f"{path} is not an undo file: its format is {about.get('format')!r}, not {_FORMAT!r}")
-    recipe = Recipe.from_dict(json.loads(about["recipe"]))
+        raise ValueError(f"{path} is not an undo file: its format is {shown(about.get('format'))}, not {_FORMAT!r}")
     try:
-        originals = {matrix.name: _unpack(packed[matrix.name], matrix) for matrix in recipe.matrices}
-    except (zlib.error, RuntimeError, KeyError, ValueError) as error:
-        raise ValueError(f"{path} is damaged: {error}") from error
-    return recipe, _Originals(originals, recipe.method)
+        recipe = Recipe.from_dict(parse_plain(about.get("recipe", "")))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: the recipe in it: {error}") from error
+    for matrix in recipe.matrices:
+        if matrix.name not in packed or packed[matrix.name].dtype != torch.uint8:
+            raise ValueError(f"{path} is damaged: it has no bytes of `{matrix.name}`")
+    return recipe, packed
 
 
 def _pack(matrix: Tensor) -> Tensor:
@@ -130,17 +140,18 @@ def _pack(matrix: Tensor) -> Tensor:
 
 
 def _unpack(packed: Tensor, record: CutMatrix) -> Tensor:
-    content, planes = packed.numpy().tobytes(), []
-    while content:
-        end = 8 + int.from_bytes(content[:8], "little")
-        planes.append(zlib.decompress(content[8:end]))
-        content = content[end:]
-    numbers = torch.stack([torch.frombuffer(bytearray(plane), dtype=torch.uint8) for plane in planes], 1)
-    matrix = numbers.view(getattr(torch, record.dtype)).reshape(record.shape)
-    if matrix_hash(matrix) != record.before:
+    """The inverse of :func:`_pack`; no more is unpacked than a matrix of the record's shape has."""
+    dtype: torch.dtype = getattr(torch, record.dtype)
+    content, begin = memoryview(packed.contiguous().reshape(-1).numpy().data), 0
+    numbers = torch.empty(math.prod(record.shape), dtype.itemsize, dtype=torch.uint8)
+    for plane in range(dtype.itemsize):
+        end = begin + 8 + int.from_bytes(content[begin : begin + 8], "little")
+        unpacked = zlib.decompressobj().decompress(content[begin + 8 : end], len(numbers) + 1)
+        if len(unpacked) != len(numbers):
+            raise ValueError(f"`{record.name}` has not the bytes of {record.shape[0]} x {record.shape[1]} numbers")
+        numbers[:, plane] = torch.frombuffer(bytearray(unpacked), dtype=torch.uint8)
+        begin = end
+    matrix = numbers.view(dtype).reshape(record.shape)
+    if matrix_hash(matrix) != record.after:
         raise ValueError(f"the hash of `{record.name}` does not match")
     return matrix
-
-
-def _norm(matrix: Tensor) -> float:
-    return float(torch.linalg.vector_norm(matrix, dtype=torch.float64))

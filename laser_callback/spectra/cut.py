@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -29,6 +28,9 @@ class CutSpectrum:
         energy: share of the squared singular values that is kept where ``scale`` is 0, in [0, 1]; 1 for a zero matrix.
         places: of the singular values in ``values``, ascending: all of a short spectrum, else the head densely.
         values: singular values, descending.
+
+    Raises:
+        ValueError: if the fields do not fit each other.
     """
 
     matrix: str
@@ -38,6 +40,13 @@ class CutSpectrum:
     energy: float
     places: tuple[int, ...]
     values: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        count, (start, stop) = min(self.shape), self.removed
+        if not 0 <= start <= stop <= count or not all(0 <= place < count for place in self.places):
+            raise ValueError(f"`removed` and `places` must be within the {count} of a {self.shape} matrix")
+        if len(self.values) != len(self.places) or not all(0 <= value < math.inf for value in self.values):
+            raise ValueError(f"`values` must be a finite value for each of {len(self.places)} places")
 
     @classmethod
     def of(cls, spectrum: Spectrum, matrix: str, reduction: Reduction) -> CutSpectrum:
@@ -56,12 +65,6 @@ class CutSpectrum:
             places,
             tuple(float(f"{values[place]:.6g}") for place in places),
         )
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> CutSpectrum:
-        """From what ``dataclasses.asdict`` gives, also after JSON has made lists of the tuples."""
-        fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
-        return cls(**fields)
 
 
 def cut_spectra(matrices: list[tuple[WeightMatrix, Reduction]], spectra: Spectra) -> list[CutSpectrum]:

@@ -10,6 +10,7 @@ kept, and either is said once. Any number of processes may share a folder, and a
 from __future__ import annotations
 
 import time
+import warnings
 from collections import OrderedDict, deque
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -107,8 +108,13 @@ class Spectra:
 
     @classmethod
     def default(cls, base: BaseWeights | None = None) -> Spectra:
-        """Exact, with :func:`default_folder`; of the difference to ``base`` if one is given."""
-        return cls(default_folder(), base=base)
+        """Exact, with :func:`default_folder` if there can be one; of the difference to ``base`` if one is given."""
+        try:
+            folder = default_folder()
+        except OSError as error:
+            warnings.warn(f"{error}. Going on without keeping spectra", stacklevel=2)
+            folder = None
+        return cls(folder, base=base)
 
     @property
     def capacity(self) -> int:

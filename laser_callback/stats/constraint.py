@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from decimal import Decimal
 from typing import Literal, TypeAlias, cast
 
-from laser_callback.stats.judgement import NUMBER, Judgement, Verdict, check_key, check_row, extrapolate
+from laser_callback.stats.judgement import NUMBER, Judgement, Verdict, check_key, check_row, extrapolate, gate_text
 from laser_callback.stats.outcomes import PairedResult
 
 Op: TypeAlias = Literal["<=", ">="]
@@ -70,13 +70,17 @@ class Constraint:
         >>> str(Constraint.parse("paraphrase_robustness: delta > -0.020"))
         'paraphrase_robustness >= -0.02'
         """
+        text = gate_text(text)
         match = _TEXT.fullmatch(text)
         if match is None:
             raise ValueError(f"{_FORM}; got {text!r}")
         key, what, op, sign, number, percent = match.groups()
         op = f"{op[0]}="
         # Decimal moves the point without rounding, so that text and number agree to the last digit.
-        margin = Decimal(sign + number)
+        try:
+            margin = Decimal(sign + number).scaleb(-2 if percent else 0)
+        except ArithmeticError as error:
+            raise ValueError(f"the margin in {text!r} is beyond what can be computed with") from error
         if what:
             if percent or (what == "ratio" and sign):
                 raise ValueError(f"a {what} is a {'plain' if what == 'ratio' else 'signed'} number, got {text!r}")
@@ -86,7 +90,7 @@ class Constraint:
                 f"the margin in {text!r} must have a sign, because it bounds the change from the original and not the "
                 f"value: '{key} {op} {'+' if op == '<=' else '-'}{number}{' %' if percent else ''}'"
             )
-        return cls(key, cast("Op", op), float(margin.scaleb(-2 if percent else 0)), bool(percent))
+        return cls(key, cast("Op", op), float(margin), bool(percent))
 
     def __str__(self) -> str:
         margin = Decimal(repr(self.margin)).scaleb(2 if self.relative else 0).normalize()

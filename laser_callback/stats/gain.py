@@ -20,6 +20,7 @@ from laser_callback.stats.judgement import (
     check_key,
     check_row,
     extrapolate,
+    gate_text,
     two_digits,
 )
 from laser_callback.stats.outcomes import ALPHA, PairedResult
@@ -67,6 +68,7 @@ class Gain:
         >>> str(Gain.parse("answer_accuracy: gain, alpha 0.05"))
         'answer_accuracy: gain'
         """
+        text = gate_text(text)
         match = _TEXT.fullmatch(text)
         if match is None:
             raise ValueError(f"{_FORM}; got {text!r}")

@@ -15,7 +15,7 @@ from typing import TypeAlias
 
 from laser_callback.stats.constraint import Constraint
 from laser_callback.stats.gain import Gain
-from laser_callback.stats.judgement import Judgement
+from laser_callback.stats.judgement import Judgement, gate_text
 from laser_callback.stats.outcomes import PairedResult
 from laser_callback.stats.priors import PriorChecks
 
@@ -31,6 +31,7 @@ def parse_gate(text: str) -> Gate:
     >>> parse_gate("accuracy: gain"), parse_gate("log_loss: delta < 0.05")
     (Gain(key='accuracy', alpha=0.05, direction=None), Constraint(key='log_loss', op='<=', margin=0.05, relative=False))
     """
+    text = gate_text(text)
     gain = re.search(r"[:\s]\s*gain\b(?!.*[<>])", text)  # also without the colon, for what its error says
     return Gain.parse(text) if gain else Constraint.parse(text)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
@@ -13,6 +12,8 @@ Verdict: TypeAlias = Literal["pass", "fail", "undecided"]
 
 MOST_TIMES = 1000
 """More than so many times as many examples nobody will collect."""
+LONGEST = 500
+"""Characters in the text of a gate."""
 NUMBER = r"(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?"
 """A number without a sign, in the text of a gate."""
 
@@ -54,10 +55,16 @@ class Judgement:
         """All fields, ready for strict JSON: a number that is not finite becomes ``None``."""
         return plain_fields(self)
 
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> Judgement:
-        """The inverse of :meth:`to_dict`, but for what was infinite, which becomes NaN."""
-        return cls(**{**data, "change": math.nan if data["change"] is None else data["change"]})
+
+def gate_text(text: str) -> str:
+    """The text of a gate without outer spaces.
+
+    Raises:
+        ValueError: if it is longer than any gate is: reading takes the square of its length.
+    """
+    if len(found := text.strip()) > LONGEST:
+        raise ValueError(f"a gate has at most {LONGEST:,} characters, got {len(found):,}: {found[:40]!r}...")
+    return found
 
 
 def check_key(key: str) -> None:

@@ -57,6 +57,10 @@ class PriorChecks:
     top_predictions: dict[str, list[tuple[str, int]]]
     prior_shift: bool
 
+    def __post_init__(self) -> None:
+        if set(self.entropy) != set(self.top_predictions):
+            raise ValueError(f"`entropy` and `top_predictions` must be of the same arms, got {sorted(self.entropy)}")
+
     def to_dict(self) -> dict[str, Any]:
         """All fields, ready for strict JSON."""
         excluded = None if self.majority_excluded is None else self.majority_excluded.to_dict()

@@ -2,7 +2,8 @@ from .cache import cache_root as cache_root
 from .checkpoints import read_checkpoint as read_checkpoint
 from .files import appearing as appearing
 from .files import need_files as need_files
-from .files import read_json as read_json
+from .files import need_writable as need_writable
+from .files import told_if_unwritten as told_if_unwritten
 from .files import write_atomically as write_atomically
 from .files import write_json as write_json
 from .journal import Journal as Journal
@@ -19,4 +20,5 @@ from .processes import waiting_group as waiting_group
 from .progress import PhaseProgress as PhaseProgress
 from .progress import quiet_libraries as quiet_libraries
 from .provenance import versions as versions
+from .reading import read_plain as read_plain
 from .suggest import closest as closest

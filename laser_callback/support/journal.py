@@ -12,11 +12,13 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from laser_callback.support.files import write_atomically, write_json
-from laser_callback.support.plain_json import strict
+from laser_callback.support.files import need_writable, write_atomically, write_json
+from laser_callback.support.plain_json import plain
+from laser_callback.support.reading import read_plain, shown, typed
 
 Step = tuple[dict[str, Any], dict[str, Tensor]]
 """Plain data and tensors."""
@@ -32,7 +34,8 @@ class Journal:
 
     Raises:
         FileExistsError: if the folder holds steps and ``resume`` is false.
-        ValueError: if it holds steps of other settings, naming what differs.
+        ValueError: if it holds steps of other settings, naming what differs, or something that is no journal.
+        OSError: if it cannot be written.
     """
 
     def __init__(self, folder: str | Path | None, settings: Mapping[str, Any], resume: bool = False) -> None:
@@ -41,35 +44,55 @@ class Journal:
         if self._folder is None:
             return
         state = self._folder / "settings.json"
-        current = json.loads(json.dumps(dict(settings)))
+        need_writable(folder=state)
+        current = _as_json(settings)
         if state.exists():
             if not resume:
                 raise FileExistsError(
                     f"`folder` {str(self._folder)!r} holds a run already: go on with it by resume=True (--resume), "
                     "or name another folder"
                 )
-            saved = json.loads(state.read_text(encoding="utf-8"))
+            saved = read_plain(state, "folder", lambda data: typed(dict[str, Any], data))
             different = sorted(key for key in {*saved, *current} if saved.get(key) != current.get(key))
             if different:
-                shown = ", ".join(f"{key} ({saved.get(key)!r} then, {current.get(key)!r} now)" for key in different)
-                raise ValueError(f"the run in {str(self._folder)!r} was made with other settings: {shown}")
+                changes = (f"{k} ({shown(saved.get(k))} then, {shown(current.get(k))} now)" for k in different)
+                raise ValueError(f"the run in {str(self._folder)!r} was made with other settings: {', '.join(changes)}")
         else:
             write_json(state, current)
 
-    def step(self, name: str, compute: Callable[[], Step]) -> Step:
-        """The outcome of a step: read back, or computed and kept; either way as JSON gives it back."""
+    def step(
+        self, name: str, compute: Callable[[], Step], make: Callable[[Any], Any] = lambda data: data
+    ) -> tuple[Any, dict[str, Tensor]]:
+        """The outcome of a step: read back, or computed and kept; either way as JSON gives it back.
+
+        Args:
+            name: of the step, and of its files.
+            compute: gives the outcome.
+            make: makes of the plain data what is wanted, or refuses them.
+
+        Raises:
+            ValueError: if the folder holds something else under this name.
+        """
         if self._folder is None:
-            return _as_read(compute())
+            data, tensors = compute()
+            return make(_as_json(data)), tensors
         data_file, tensor_file = self._folder / f"{name}.json", self._folder / f"{name}.safetensors"
         if data_file.exists():
             self.restored.append(name)
-            return json.loads(data_file.read_text(encoding="utf-8")), load_file(tensor_file)
-        data, tensors = _as_read(compute())
+            return read_plain(data_file, "folder", make), _read_tensors(tensor_file)
+        data, tensors = compute()
         # The tensors first: a step counts as finished when its JSON is there.
         write_atomically(tensor_file, save({key: value.contiguous() for key, value in tensors.items()}))
         write_json(data_file, data)
-        return data, tensors
+        return make(_as_json(data)), tensors
 
 
-def _as_read(step: Step) -> Step:
-    return json.loads(json.dumps(strict(step[0]))), step[1]
+def _as_json(data: Mapping[str, Any]) -> Any:
+    return json.loads(json.dumps(plain(data)))
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"`folder`: {path} is damaged ({error}): remove it, and the .json beside it") from error

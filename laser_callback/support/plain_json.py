@@ -1,8 +1,10 @@
-"""Numbers as JSON has them: it has no word for NaN and infinity."""
+"""Data as JSON has it: it has no word for NaN and infinity, and knows neither dates nor identifiers."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Hashable, Mapping, Set
+from enum import Enum
 from typing import Any
 
 
@@ -11,10 +13,42 @@ def finite(value: float | None) -> float | None:
     return value if value is not None and math.isfinite(value) else None
 
 
-def strict(data: Any) -> Any:
-    """Plain data with ``None`` for numbers that JSON has no word for, and lists for tuples."""
-    if isinstance(data, dict):
-        return {key: strict(value) for key, value in data.items()}
+def plain(data: Any) -> Any:
+    """Whatever it is as what JSON can hold.
+
+    ``None`` for numbers that JSON has no word for, lists for tuples, arrays and tensors, an enumeration's value, the
+    text of bytes, and of everything else what ``str`` makes of it.
+
+    >>> from pathlib import Path
+    >>> from decimal import Decimal
+    >>> plain({1: (float("nan"), b"bytes", Path("a/b"), Decimal("0.10"))})
+    {'1': [None, 'bytes', 'a/b', '0.10']}
+    """
+    if data is None or type(data) in (str, int, bool):
+        return data
+    if isinstance(data, Enum):
+        return plain(data.value)
+    if isinstance(data, float):
+        return finite(float(data))
+    if isinstance(data, (str, int)):
+        return str(data) if isinstance(data, str) else int(data)
+    if isinstance(data, Mapping):
+        return {key if type(key) is str else text_of(key): plain(value) for key, value in data.items()}
     if isinstance(data, (list, tuple)):
-        return [strict(value) for value in data]
-    return finite(data) if isinstance(data, float) else data
+        return [plain(value) for value in data]
+    if isinstance(data, Set):
+        return sorted(map(plain, data), key=str)
+    if callable(getattr(data, "tolist", None)):  # of NumPy and torch
+        return plain(data.tolist())
+    return text_of(data)
+
+
+def label(value: Any) -> Hashable:
+    """``value`` as a label: hashable, and of a type that JSON has."""
+    found = value if isinstance(value, float) else plain(value)  # each NaN is another, as in Python
+    return str(found) if isinstance(found, (list, dict)) else found
+
+
+def text_of(value: Any) -> str:
+    """``value`` in words: bytes by what they spell."""
+    return value.decode("utf-8", "backslashreplace") if isinstance(value, (bytes, bytearray)) else str(value)

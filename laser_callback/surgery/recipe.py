@@ -8,6 +8,8 @@ refused is as it was.
 
 from __future__ import annotations
 
+import hashlib
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -22,10 +24,16 @@ from laser_callback.plans.plan import LaserPlan
 from laser_callback.plans.selection import NoSuchMatrixError
 from laser_callback.spectra.folder import content_hash
 from laser_callback.spectra.store import Spectra
+from laser_callback.support.plain_json import plain
 from laser_callback.support.provenance import versions
+from laser_callback.support.reading import built, made, shown
 from laser_callback.surgery.swap import reduced
 
-_METHODS = ("exact", "reference")
+Method = Literal["exact", "reference"]
+SKETCHES = 8
+_ROWS = 1024  # are made float64 at a time
+_COMPUTED: dict[Method, float] = {"exact": 1e-8, "reference": 1e-4}
+"""By how much a cut differs from one computed elsewhere before it is rounded to its dtype: float64, and float32."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +48,11 @@ class CutMatrix:
         before: 64 hexadecimal digits that stand for its elements before the cut (:func:`matrix_hash`).
         after: the same after the cut.
         norm: its Frobenius norm after the cut.
+        sketch: products of random signs with it after the cut (:func:`matrix_sketch`), by which another matrix is told
+            from one that was rounded otherwise; empty in recipes of earlier versions.
+
+    Raises:
+        ValueError: if a value cannot be any matrix'.
     """
 
     name: str
@@ -49,6 +62,16 @@ class CutMatrix:
     before: str
     after: str
     norm: float
+    sketch: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        dtype = getattr(torch, self.dtype, None)
+        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+            raise ValueError(f"`dtype` must be a floating dtype of torch, got {shown(self.dtype)}")
+        if min(self.shape) < 0:
+            raise ValueError(f"`shape` must be rows and columns, got {self.shape}")
+        if not all(map(math.isfinite, (self.norm, *self.sketch))):
+            raise ValueError(f"`norm` and `sketch` must be finite, got {self.norm} and {self.sketch}")
 
 
 class Recipe(LaserPlan):
@@ -74,7 +97,7 @@ class Recipe(LaserPlan):
     """
 
     matrices: tuple[CutMatrix, ...]
-    method: Literal["exact", "reference"]
+    method: Method
     base: str | None
     numbers: Mapping[str, Any]
     versions: Mapping[str, str]
@@ -83,7 +106,7 @@ class Recipe(LaserPlan):
         self,
         plan: LaserPlan,
         matrices: Sequence[CutMatrix],
-        method: Literal["exact", "reference"] = "exact",
+        method: Method = "exact",
         base: str | None = None,
         numbers: Mapping[str, Any] | None = None,
         versions: Mapping[str, str] | None = None,
@@ -111,36 +134,39 @@ class Recipe(LaserPlan):
 
     def to_dict(self) -> dict[str, Any]:
         """Ready for JSON; :meth:`of` makes a recipe of it again."""
-        matrices = [{**asdict(matrix), "shape": list(matrix.shape)} for matrix in self.matrices]
-        return {
-            **super().to_dict(),
-            "method": self.method,
-            "base": self.base,
-            "matrices": matrices,
-            "numbers": dict(self.numbers),
-            "versions": dict(self.versions),
-        }
+        return plain(
+            {
+                **super().to_dict(),
+                "method": self.method,
+                "base": self.base,
+                "matrices": [asdict(matrix) for matrix in self.matrices],
+                "numbers": dict(self.numbers),
+                "versions": dict(self.versions),
+            }
+        )
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Recipe:
         """The inverse of :meth:`to_dict`.
 
         Raises:
-            ValueError: if something else than a recipe is read, naming it.
+            ValueError: if something else than a recipe is read, naming its place.
         """
-        expected = {"reductions", "method", "base", "matrices", "numbers", "versions"}
-        if set(data) != expected:
-            raise ValueError(f"a recipe has the keys {', '.join(sorted(expected))}; got {', '.join(sorted(data))}")
-        if data["method"] not in _METHODS:
-            raise ValueError(f"`method` of a recipe must be one of {', '.join(_METHODS)}, got {data['method']!r}")
-        matrices = []
-        for entry in data["matrices"]:
-            try:
-                matrices.append(CutMatrix(**{**entry, "shape": tuple(entry["shape"])}))
-            except (TypeError, KeyError) as error:
-                raise ValueError(f"a recipe's matrix has the fields of CutMatrix: {error}") from None
-        plan = LaserPlan.of({"reductions": data["reductions"]})
-        return cls(plan, matrices, data["method"], data["base"], data["numbers"], data["versions"])
+        read = built(_Written, data)
+        plan = made(LaserPlan.of, {"reductions": read.reductions})
+        return cls(plan, read.matrices, read.method, read.base, read.numbers, read.versions)
+
+
+@dataclass(frozen=True)
+class _Written:
+    """A recipe's dictionary form."""
+
+    reductions: list[Any]
+    method: Method
+    base: str | None
+    matrices: tuple[CutMatrix, ...]
+    numbers: dict[str, Any]
+    versions: dict[str, str]
 
 
 def apply(
@@ -214,6 +240,7 @@ def recorded(
                 was,
                 matrix_hash(matrix.value),
                 float(torch.linalg.vector_norm(matrix.value, dtype=torch.float64)),
+                matrix_sketch(matrix.value),
             )
             for (matrix, reduction), was in zip(cut.matrices, before, strict=True)
         ]
@@ -231,6 +258,20 @@ def spectra_for(plan: LaserPlan) -> Spectra:
 def matrix_hash(matrix: Tensor) -> str:
     """64 hexadecimal digits that stand for the dtype, the shape and the elements of ``matrix``, wherever it lies."""
     return content_hash(f"{matrix.dtype} {tuple(matrix.shape)}", matrix.contiguous())
+
+
+def matrix_sketch(matrix: Tensor) -> tuple[float, ...]:
+    """Sums over the elements of ``matrix``, each time with other random signs of its rows and columns."""
+    left, right = (_signs(side, size).to(matrix.device) for side, size in zip("mn", matrix.shape, strict=True))
+    rows = zip(left.split(_ROWS, 1), matrix.detach().split(_ROWS), strict=True)
+    products = sum((((signs @ part.double()) * right).sum(1) for signs, part in rows), left.new_zeros(SKETCHES))
+    return tuple(float(f"{product:.9g}") for product in products.tolist())
+
+
+def _signs(name: str, size: int) -> Tensor:
+    """(SKETCHES, size) of 1 and -1, the same everywhere and for ever."""
+    stream = hashlib.shake_256(name.encode()).digest(SKETCHES * size)
+    return torch.tensor(bytearray(stream), dtype=torch.uint8).reshape(SKETCHES, size).bitwise_and(1).double() * 2 - 1
 
 
 def _digest(spectra: Spectra) -> str | None:
@@ -286,11 +327,19 @@ def _check_after(recipe: Recipe, done: Sequence[CutMatrix], exact: bool) -> None
     for wanted, got in zip(recipe.matrices, done, strict=True):
         if got.after == wanted.after:
             continue
-        rounding = 4 * torch.finfo(getattr(torch, got.dtype)).eps * wanted.norm
-        if abs(got.norm - wanted.norm) > rounding:
+        if len(wanted.sketch) != SKETCHES:
             raise ValueError(
-                f"after the cut `{got.name}` is not what the recipe says (norm {got.norm:.6g}, not {wanted.norm:.6g}): "
-                "the recipe's plan or hashes were changed, or another version computes otherwise"
+                f"after the cut `{got.name}` is not what the recipe says (hash {got.after[:12]}, not "
+                f"{wanted.after[:12]}), and whether by rounding only cannot be told: the recipe has no sketch of it"
+            )
+        # A sketch of the difference is a random number with the difference's norm as its standard deviation.
+        apart = math.sqrt(sum((a - b) ** 2 for a, b in zip(wanted.sketch, got.sketch, strict=True)) / SKETCHES)
+        rounding = (2 * torch.finfo(getattr(torch, got.dtype)).eps + _COMPUTED[recipe.method]) * got.norm
+        if apart > rounding or abs(got.norm - wanted.norm) > rounding:
+            raise ValueError(
+                f"after the cut `{got.name}` is not what the recipe says (norm {got.norm:.6g}, not {wanted.norm:.6g}; "
+                f"apart by about {apart:.2g}, which is no rounding): the recipe's plan or hashes were changed, or "
+                "another version computes otherwise"
             )
         if exact:
             raise ValueError(

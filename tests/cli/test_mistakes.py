@@ -130,7 +130,7 @@ def test_missing_files_are_named_by_option_before_a_model_is_loaded(lm, deep_lm,
     assert error_of(capsys, "validate", *lm, "--model.model", "no/such", "--laser.plan", "1.mlp@2").startswith("`rho`")
     for arguments in (("inspect", "no/such"), ("export", *plan, *model, "--output", "out")):
         assert error_of(capsys, *arguments).startswith("'no/such' is neither a folder here nor found on the hub: ")
-    assert f"{deep_lm / 'facts.jsonl'} is no JSON file" in error_of(capsys, "report", deep_lm / "facts.jsonl")
+    assert f"{deep_lm / 'facts.jsonl'}: expected JSON: " in error_of(capsys, "report", deep_lm / "facts.jsonl")
 
 
 def test_missing_files_are_named_in_python_too():

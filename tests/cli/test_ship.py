@@ -12,6 +12,7 @@ from weights import same
 
 from laser_callback import load_factored
 from laser_callback.cli.commands import main
+from laser_callback.results.search import SearchResult
 from laser_callback.surgery.swap import reduced
 
 pytestmark = pytest.mark.usefixtures("own_cache")
@@ -90,7 +91,7 @@ def test_mistakes_are_one_line(original, tmp_path, capsys):
     recipe = tmp_path / "laser.json"
     run("export", "--model", original, "--plan", "1.fc_in@0.1", "--form", "recipe", "--output", recipe)
     (tmp_path / "plan.txt").write_text("1.fc_in@0.1")
-    (tmp_path / "search.json").write_text(json.dumps({"plan": None, "reason": "no gain was confirmed"}))
+    SearchResult(None, None, "no gain was confirmed", ("acc",), []).to_json(tmp_path / "search.json")
     capsys.readouterr()
     for arguments, message in (
         (("apply", "--model", tmp_path / "other", "--recipe", recipe), "laser.json: the weights of `model"),

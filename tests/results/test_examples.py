@@ -433,7 +433,12 @@ def test_the_result_is_strict_json(tmp_path):
     assert json.loads((tmp_path / "new" / "result.json").read_text(encoding="utf-8")) == json.loads(text)
     assert shown.to_dict()["duplicates_removed"] == 2
     before = (tmp_path / "new" / "result.json").read_text()
-    shown.not_compared["bad"] = object()  # type: ignore[assignment]
+
+    class Unwritable:
+        def __str__(self) -> str:
+            raise TypeError
+
+    shown.not_compared["bad"] = Unwritable()  # type: ignore[assignment]
     with pytest.raises(TypeError):
         shown.to_json(tmp_path / "new" / "result.json")
     assert (tmp_path / "new" / "result.json").read_text() == before

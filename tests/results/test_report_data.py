@@ -22,6 +22,7 @@ from laser_callback.results.search import SearchResult, Trade
 from laser_callback.spectra.cut import POINTS, CutSpectrum, cut_spectra
 from laser_callback.spectra.spectrum import Spectrum
 from laser_callback.spectra.store import Spectra
+from laser_callback.support.reading import typed
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +49,7 @@ def test_spectrum_of_a_cut(shape, cut):
     assert found.energy == pytest.approx(float((kept.norm() / weight.double().norm()) ** 2), abs=1e-9)
     start, stop = found.removed
     assert stop - start == int(torch.linalg.matrix_rank(weight.double() - kept, rtol=1e-6))
-    assert CutSpectrum.from_dict(json.loads(json.dumps(vars(found)))) == found
+    assert typed(CutSpectrum, json.loads(json.dumps(vars(found)))) == found
 
 
 def test_spectra_of_a_plan_are_in_the_result_and_its_file(result, tmp_path):

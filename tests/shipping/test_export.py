@@ -303,6 +303,7 @@ def test_a_search_brings_its_sets_seed_and_verdict(result):
     data = {
         "plan": None, "found": "1.fc_in@0.1", "base": None, "reason": "a gain is not confirmed", "judgements": [],
         "confirmed": result.to_dict(), "sets": {"confirm": 24}, "settings": {"seed": 5}, "warnings": ["few examples"],
+        "objective": ["acc"], "candidates": [],
     }  # fmt: skip
     plan = LaserPlan.parse("1.fc_in@0.1")
     numbers = numbers_of(data, plan)

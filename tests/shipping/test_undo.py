@@ -1,12 +1,16 @@
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
+import tracemalloc
+import zlib
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from small_models import PLAN, Wrapped, gpt2, mixtral
 from tiny import tiny_causal_lm
@@ -117,6 +121,57 @@ def test_damaged_files_are_refused(tmp_path):
     with pytest.raises(ValueError, match="is not an undo file: its format is None"):
         restore(model, file)
     assert same(model, before)
+
+
+def test_what_a_file_claims_of_itself_is_not_unpacked_beyond_the_model(tmp_path):
+    file, model = tmp_path / "undo", tiny_causal_lm()
+    save_undo(model, "1.fc_in@0.1", file)
+    apply(model, "1.fc_in@0.1")
+    before = weights(model)
+    with safe_open(file, "pt") as whole:
+        about = whole.metadata()
+        (name,) = whole.keys()
+    plane = zlib.compress(bytes(100_000_000), 1)
+    bomb = b"".join(len(plane).to_bytes(8, "little") + plane for _ in range(4))
+    recipe = json.loads(about["recipe"])
+    larger = json.dumps({**recipe, "matrices": [{**recipe["matrices"][0], "shape": [10_000, 10_000]}]})
+    lengths = (2**63).to_bytes(8, "little") * 5
+    for content, told, message in (
+        (bomb, about["recipe"], "has not the bytes of 64 x 32 numbers"),
+        (bomb, larger, "is 64 x 32, not 10000 x 10000"),
+        (bomb[:1000], about["recipe"], "damaged"),
+        (lengths, about["recipe"], "damaged"),
+        (b"", about["recipe"], "damaged"),
+        (bomb, "null", "the recipe in it: expected a mapping of names, got None"),
+        (bomb, "[" * 10_000, "the recipe in it: expected JSON of at most"),
+        (bomb, "{}", "the recipe in it: `reductions`, .* is missing"),
+    ):
+        save_file(
+            {name: torch.frombuffer(bytearray(content or b" "), dtype=torch.uint8)}, file, {**about, "recipe": told}
+        )
+        tracemalloc.start()
+        with pytest.raises(ValueError, match=message):
+            restore(model, file)
+        assert tracemalloc.get_traced_memory()[1] < 20_000_000
+        tracemalloc.stop()
+    for tensors in ({}, {name: torch.zeros(3)}, {"other": torch.zeros(3, dtype=torch.uint8)}):
+        save_file(tensors, file, about)
+        with pytest.raises(ValueError, match=rf"is damaged: it has no bytes of `{name}`"):
+            restore(model, file)
+    assert same(model, before)
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"null", b"[]", b"7", bytes(100), b"\xff" * 100, b"\x08" + bytes(7) + b"nonsense"]
+)
+def test_what_is_no_undo_file_is_said(content, tmp_path):
+    (tmp_path / "undo").write_bytes(content)
+    with pytest.raises(ValueError, match="undo is damaged, or no undo file"):
+        restore(tiny_causal_lm(), tmp_path / "undo")
+    with pytest.raises(FileNotFoundError, match="`path`: there is no file"):
+        restore(tiny_causal_lm(), tmp_path / "none")
+    with pytest.raises(OSError, match="expected a file"):
+        restore(tiny_causal_lm(), tmp_path)
 
 
 def load_file_of(content: bytes, folder: Path) -> dict[str, torch.Tensor]:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
 
 from laser_callback.support.journal import Journal
+from laser_callback.support.reading import typed
 
 
 def count(calls: list, value: float = 1.5):
@@ -74,3 +77,25 @@ def test_other_settings_are_refused_and_named(tmp_path):
 def test_files_are_plain_json(tmp_path):
     Journal(tmp_path, {}).step("one", count([]))
     json.loads((tmp_path / "one.json").read_text(), parse_constant=lambda word: pytest.fail(word))
+
+
+@pytest.mark.parametrize("content", [b"", b"null", b"5", b"[]", b'{"seed": ', b"[" * 9999, b"\xff\xfe"])
+def test_what_is_no_journal_is_said(tmp_path, content):
+    Journal(tmp_path, {"seed": 0}).step("one", count([]))
+    read = partial(typed, dict[str, Any])
+    (tmp_path / "one.json").write_bytes(content)
+    with pytest.raises(ValueError, match=r"`folder`: .*one\.json"):
+        Journal(tmp_path, {"seed": 0}, resume=True).step("one", count([]), read)
+    (tmp_path / "one.json").write_text("{}")
+    (tmp_path / "one.safetensors").write_bytes(content)
+    with pytest.raises(ValueError, match=r"`folder`: .*one\.safetensors is damaged"):
+        Journal(tmp_path, {"seed": 0}, resume=True).step("one", count([]), read)
+    (tmp_path / "settings.json").write_bytes(content)
+    with pytest.raises(ValueError, match=r"`folder`: .*settings\.json"):
+        Journal(tmp_path, {"seed": 0}, resume=True)
+
+
+def test_a_folder_that_cannot_be_is_said_before_the_work(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match=r"`folder`: .* cannot be written: Not a directory"):
+        Journal(tmp_path / "file", {})

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 
 import pytest
@@ -12,7 +13,7 @@ from weights import same, weights
 
 from laser_callback.plans.plan import LaserPlan
 from laser_callback.spectra.store import Spectra
-from laser_callback.surgery.recipe import Recipe, apply, matrix_hash
+from laser_callback.surgery.recipe import Recipe, apply, matrix_hash, matrix_sketch
 from laser_callback.surgery.swap import reduced
 
 # ---- applying --------------------------------------------------------------------------------------------------------
@@ -139,6 +140,47 @@ def test_another_result_is_refused_and_rounding_only_on_demand():
         assert same(model, before)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("other", ["1.fc_in@0.1:scale=-1", "1.fc_in@0.1:band=0.5,scale=-1", "1.fc_in@0.2"])
+def test_another_cut_is_no_rounding_whatever_its_norm(other, dtype):
+    recipe = apply(tiny_causal_lm().to(dtype), "1.fc_in@0.1")
+    changed = apply(tiny_causal_lm().to(dtype), other)
+    (matrix,), (found,) = recipe.matrices, changed.matrices
+    if "scale=-1" in other:
+        matrix = replace(matrix, norm=found.norm)
+    model = tiny_causal_lm().to(dtype)
+    before = weights(model)
+    with pytest.raises(ValueError, match="which is no rounding"):
+        apply(model, Recipe(LaserPlan.parse(other), [matrix]), exact=False)
+    assert same(model, before)
+
+
+def test_what_is_rounded_otherwise_is_rounding():
+    for dtype in (torch.float32, torch.bfloat16):
+        recipe = apply(tiny_causal_lm().to(dtype), "1.fc_in@0.1")
+        (matrix,) = recipe.matrices
+        cut = tiny_causal_lm().to(dtype)
+        apply(cut, recipe)
+        weight = cut.model.layers[1].mlp.gate_proj.weight.detach()
+        bits = weight.view(torch.int32 if dtype is torch.float32 else torch.int16)
+        bits += torch.randint(-1, 2, bits.shape, generator=torch.Generator().manual_seed(0)).to(
+            bits.dtype
+        )  # last place
+        elsewhere = replace(matrix, after=matrix_hash(weight), sketch=matrix_sketch(weight))
+        model = tiny_causal_lm().to(dtype)
+        with pytest.raises(ValueError, match="differs from the recipe by rounding"):
+            apply(model, Recipe(recipe, [elsewhere]))
+        assert apply(model, Recipe(recipe, [elsewhere]), exact=False).matrices == recipe.matrices
+
+
+def test_without_a_sketch_nothing_but_the_same_bits_is_accepted():
+    recipe = apply(tiny_causal_lm(), "1.fc_in@0.1")
+    older = [replace(matrix, sketch=()) for matrix in recipe.matrices]
+    assert apply(tiny_causal_lm(), Recipe(recipe, older), exact=False) == recipe
+    with pytest.raises(ValueError, match="the recipe has no sketch of it"):
+        apply(tiny_causal_lm(), Recipe(recipe, [replace(older[0], after="0" * 64)]), exact=False)
+
+
 def test_the_method_is_part_of_the_recipe():
     recipe = apply(tiny_causal_lm(), "1.fc_in@0.1", spectra=Spectra(method="reference"))
     assert recipe.method == "reference"
@@ -171,9 +213,25 @@ def test_what_is_no_recipe_is_said(tmp_path):
         recipe.to_file(tmp_path / "laser.txt")
     data = recipe.to_dict()
     for change, message in (
-        ({"more": 1}, "a recipe has the keys .* got .*more"),
-        ({"method": "magic"}, "must be one of exact, reference, got 'magic'"),
-        ({"matrices": [{"name": "x", "shape": [1, 2]}]}, "has the fields of CutMatrix"),
+        ({"more": 1}, "expected the keys .*; got 'more', too"),
+        *(
+            ({"matrices": [{**data["matrices"][0], key: value}]}, message)
+            for key, value, message in (
+                ("norm", math.inf, "`norm` and `sketch` must be finite"),
+                ("norm", None, "`norm` and `sketch` must be finite"),
+                ("norm", "1", r"`matrices\[0\]\.norm`: expected a number, got '1'"),
+                ("dtype", "load", "`dtype` must be a floating dtype of torch, got 'load'"),
+                ("dtype", "int8", "`dtype` must be a floating dtype of torch"),
+                ("shape", [3], r"`matrices\[0\]\.shape`: expected 2 values"),
+                ("shape", [-3, 2], "`shape` must be rows and columns"),
+                ("before", 5, r"`matrices\[0\]\.before`: expected text, got 5"),
+            )
+        ),
+        ({"matrices": {}}, "`matrices`: expected a list"),
+        ({"numbers": []}, "`numbers`: expected a mapping"),
+        ({"reductions": [5]}, "a reduction must be"),
+        ({"method": "magic"}, "`method`: expected one of 'exact', 'reference', got 'magic'"),
+        ({"matrices": [{"name": "x", "shape": [1, 2]}]}, r"`matrices\[0\]`: `reduction`, `dtype`, .* is missing"),
     ):
         (tmp_path / "laser.json").write_text(json.dumps({**data, **change}))
         with pytest.raises(ValueError, match=message):
