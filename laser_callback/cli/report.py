@@ -15,7 +15,8 @@ from laser_callback.reports.terminal import print_report
 from laser_callback.results.comparison import LaserResult
 from laser_callback.results.flips import claim_row
 from laser_callback.results.search import SearchResult
-from laser_callback.support.files import need_files, read_json
+from laser_callback.support.files import need_files
+from laser_callback.support.reading import read_plain
 
 
 def report(
@@ -59,7 +60,7 @@ def read_result(path: Path) -> LaserResult | SearchResult:
     Raises:
         ValueError: if the file holds something else.
     """
-    data = read_json(path, "result")
+    data = read_plain(path, "result")
     keys = set(data) if isinstance(data, dict) else set()
     if "candidates" in keys:
         return SearchResult.from_dict(data)

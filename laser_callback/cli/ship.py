@@ -16,7 +16,8 @@ from laser_callback.shipping.export import Form, save_reduced
 from laser_callback.shipping.undo import restore as restore_model
 from laser_callback.spectra.delta import BaseWeights
 from laser_callback.spectra.store import Spectra
-from laser_callback.support.files import appearing, need_files, read_json
+from laser_callback.support.files import appearing, need_files
+from laser_callback.support.reading import read_plain
 from laser_callback.support.pretrained import load_pretrained, save_dense
 from laser_callback.surgery.recipe import Recipe, recorded
 
@@ -40,7 +41,7 @@ def export(
         result: the JSON file of a search or a comparison of this plan, for the model card.
         base: what the model was fine-tuned from, a folder, hub name or checkpoint: then only the difference is cut.
     """
-    numbers = None if result is None else read_json(result, "result")
+    numbers = None if result is None else read_plain(result, "result")
     if plan is None:
         plan = (numbers or {}).get("plan")
         if plan is None:

@@ -13,7 +13,8 @@ from laser_callback.spectra.cut import CutSpectrum
 from laser_callback.stats.holm import adjust
 from laser_callback.stats.outcomes import PairedResult, row_named
 from laser_callback.stats.priors import MacroAccuracy, PriorChecks
-from laser_callback.support.files import read_json, write_json
+from laser_callback.support.files import write_json
+from laser_callback.support.reading import read_plain
 
 
 @dataclass
@@ -134,7 +135,7 @@ class LaserResult:
     @classmethod
     def from_json(cls, path: str | Path) -> LaserResult:
         """Read what :meth:`to_json` has written; see :meth:`from_dict`."""
-        return cls.from_dict(read_json(Path(path), "path"))
+        return read_plain(path, "path", cls.from_dict)
 
 
 def _row(data: Mapping[str, Any]) -> PairedResult:

@@ -12,7 +12,8 @@ from laser_callback.plans.plan import LaserPlan
 from laser_callback.results.candidates import Candidate
 from laser_callback.results.comparison import LaserResult
 from laser_callback.stats.judgement import Judgement
-from laser_callback.support.files import read_json, write_json
+from laser_callback.support.files import write_json
+from laser_callback.support.reading import read_plain
 from laser_callback.support.plain_json import strict
 
 
@@ -156,4 +157,4 @@ class SearchResult:
     @classmethod
     def from_json(cls, path: str | Path) -> SearchResult:
         """Read what :meth:`to_json` has written; see :meth:`from_dict`."""
-        return cls.from_dict(read_json(Path(path), "path"))
+        return read_plain(path, "path", cls.from_dict)

@@ -1,7 +1,6 @@
 from .cache import cache_root as cache_root
 from .files import appearing as appearing
 from .files import need_files as need_files
-from .files import read_json as read_json
 from .files import write_atomically as write_atomically
 from .files import write_json as write_json
 from .journal import Journal as Journal
@@ -18,4 +17,5 @@ from .processes import waiting_group as waiting_group
 from .progress import PhaseProgress as PhaseProgress
 from .progress import quiet_libraries as quiet_libraries
 from .provenance import versions as versions
+from .reading import read_plain as read_plain
 from .suggest import closest as closest

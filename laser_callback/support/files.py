@@ -39,20 +39,6 @@ def need_files(**paths: str | Path | None) -> None:
             raise FileNotFoundError(f"`{option}`: there is no file {str(path)!r}")
 
 
-def read_json(path: Path, option: str) -> Any:
-    """What is in the JSON file that an option names.
-
-    Raises:
-        FileNotFoundError: if it is not there.
-        ValueError: if it is no JSON.
-    """
-    need_files(**{option: path})
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"`{option}`: {path} is no JSON file: {error}") from error
-
-
 @contextmanager
 def appearing(path: Path) -> Iterator[Path]:
     """Yield a place for a new file or folder; what is put there gets the name ``path`` when the block ends well.
