@@ -17,8 +17,8 @@ from laser_callback.shipping.undo import restore as restore_model
 from laser_callback.spectra.delta import BaseWeights
 from laser_callback.spectra.store import Spectra
 from laser_callback.support.files import appearing, need_files
-from laser_callback.support.reading import read_plain
 from laser_callback.support.pretrained import load_pretrained, save_dense
+from laser_callback.support.reading import read_plain
 from laser_callback.surgery.recipe import Recipe, recorded
 
 

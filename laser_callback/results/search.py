@@ -13,8 +13,8 @@ from laser_callback.results.candidates import Candidate
 from laser_callback.results.comparison import LaserResult
 from laser_callback.stats.judgement import Judgement
 from laser_callback.support.files import write_json
-from laser_callback.support.reading import read_plain
 from laser_callback.support.plain_json import strict
+from laser_callback.support.reading import read_plain
 
 
 @dataclass

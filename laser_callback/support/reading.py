@@ -35,7 +35,13 @@ _DEEPEST = 100
 
 _OF_YAML = (LookupError, AttributeError, TypeError, OverflowError)
 """What PyYAML raises, too, for a value that is not of its tag, such as ``!!bool x``."""
-_WORDS = {float: "a number", int: "an integer", bool: "true or false", str: "text", types.NoneType: "null"}
+_WORDS: dict[Any, str] = {
+    float: "a number",
+    int: "an integer",
+    bool: "true or false",
+    str: "text",
+    types.NoneType: "null",
+}
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = 60
 _SHORT.maxlevel = 2
@@ -275,7 +281,7 @@ def _mapping(data: Any) -> Mapping[str, Any]:
 def _wanted(kind: Any) -> str:
     if get_origin(kind) is Literal:
         return f"one of {', '.join(map(repr, get_args(kind)))}"
-    return _WORDS.get(kind) or getattr(kind, "__name__", str(kind))
+    return _WORDS.get(kind) or str(getattr(kind, "__name__", kind))
 
 
 @cache

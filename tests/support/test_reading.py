@@ -54,8 +54,11 @@ WHOLE: dict[str, Any] = {
 
 def test_plain_data_becomes_what_the_annotations_say() -> None:
     found = typed(_Outer, WHOLE)
-    assert found.rows == [_Inner(3, "mean"), _Inner(2)] and found.shape == (3, 4) and found.right
-    assert found.by_name["a"][:2] == (1.0, 2.5) and math.isnan(found.by_name["a"][2])
+    assert found.rows == [_Inner(3, "mean"), _Inner(2)]
+    assert found.shape == (3, 4)
+    assert found.right
+    assert found.by_name["a"][:2] == (1.0, 2.5)
+    assert math.isnan(found.by_name["a"][2])
 
 
 @pytest.mark.parametrize(
@@ -119,8 +122,11 @@ def test_a_file_of_something_else_is_refused_in_one_line(tmp_path: Path, name: s
     with pytest.raises(ValueError, match="") as error:
         read_plain(path, "recipe", lambda data: typed(dict[str, float], data))
     message = str(error.value)
-    assert message.startswith(f"`recipe`: {path}") and told in message and "\n" not in message
-    assert len(message) < 500 + len(str(path)) and time.perf_counter() - begin < 5
+    assert message.startswith(f"`recipe`: {path}")
+    assert told in message
+    assert "\n" not in message
+    assert len(message) < 500 + len(str(path))
+    assert time.perf_counter() - begin < 5
 
 
 def test_a_byte_order_mark_is_no_fault_and_a_folder_no_file(tmp_path: Path) -> None:
