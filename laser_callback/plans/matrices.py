@@ -9,7 +9,7 @@ Nothing here computes with weights or changes them; truncation is in ``spectrum.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor, nn
@@ -140,7 +140,7 @@ def layer_stacks(model: nn.Module) -> dict[str, list[nn.Module]]:
     return stacks
 
 
-def describe(matrices: list[WeightMatrix]) -> str:
+def describe(matrices: Sequence[WeightMatrix]) -> str:
     """What exists, in a few lines, for error messages."""
     lines = []
     by_stack: dict[str | None, list[WeightMatrix]] = {}

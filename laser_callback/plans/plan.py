@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -19,8 +20,9 @@ from torch import nn
 from laser_callback.plans.kinds import GROUPS, KINDS
 from laser_callback.plans.matrices import WeightMatrix, find_matrices
 from laser_callback.plans.reduction import Reduction
-from laser_callback.plans.selection import select
+from laser_callback.plans.selection import Catalogue, select
 from laser_callback.support.files import need_files, write_atomically
+from laser_callback.support.suggest import clipped
 
 _PAPER_NAMES = {
     "U_in": "fc_in",
@@ -54,10 +56,10 @@ class LaserPlan:
         for reduction in self.reductions:
             if not isinstance(reduction, Reduction):
                 raise TypeError(f"`reductions` must hold Reduction objects, got {type(reduction).__name__}")
-        targets = [(r.stack, r.layer, r.matrix, r.expert) for r in self.reductions]
-        for reduction, target in zip(self.reductions, targets, strict=True):
-            if targets.count(target) > 1:
-                raise ValueError(f"the plan names one matrix twice: {reduction}")
+        targets = Counter((r.stack, r.layer, r.matrix, r.expert) for r in self.reductions)
+        for r in self.reductions:
+            if targets[r.stack, r.layer, r.matrix, r.expert] > 1:
+                raise ValueError(f"the plan names one matrix twice: {clipped(r)}")
 
     def __iter__(self) -> Iterator[Reduction]:
         return iter(self.reductions)
@@ -83,14 +85,14 @@ class LaserPlan:
         """
         if not isinstance(text, str):
             raise TypeError(f"`text` must be a string such as '27.fc_in@0.01', got {type(text).__name__}")
-        reductions: list[str] = []
+        reductions: list[list[str]] = []
         for piece in pieces(text):
             # A comma before `option=` continues the options.
             if reductions and "@" not in piece and "=" in piece:
-                reductions[-1] += "," + piece
+                reductions[-1].append(piece)
             else:
-                reductions.append(piece)
-        return LaserPlan(Reduction.parse(reduction) for reduction in reductions)
+                reductions.append([piece])
+        return LaserPlan(Reduction.parse(",".join(reduction)) for reduction in reductions)
 
     @classmethod
     def of(cls, plan: LaserPlan | str | Mapping[str, Any] | Iterable[Any]) -> LaserPlan:
@@ -162,21 +164,24 @@ class LaserPlan:
             ValueError: if a reduction matches nothing (the message lists what exists), is ambiguous, or two reductions
                 meet in one matrix.
         """
-        matrices = find_matrices(model) if isinstance(model, nn.Module) else list(model)
+        matrices = (
+            model
+            if isinstance(model, Catalogue)
+            else Catalogue(find_matrices(model) if isinstance(model, nn.Module) else model)
+        )
         chosen: dict[int, Reduction] = {}
         for reduction in self.reductions:
             for position in select(matrices, reduction):
                 if position in chosen:
-                    raise ValueError(
-                        f"the reductions {chosen[position]} and {reduction} both cut `{matrices[position].name}`"
-                    )
+                    one, other = clipped(chosen[position]), clipped(reduction)
+                    raise ValueError(f"the reductions {one} and {other} both cut `{matrices[position].name}`")
                 chosen[position] = reduction
         return [(matrices[position], chosen[position]) for position in sorted(chosen)]
 
 
 def pieces(text: str) -> list[str]:
     """What stands between commas or line breaks; those inside of /.../ belong to the regular expression."""
-    return [piece for piece in re.split(r"[,\n](?=(?:[^/]*/[^/]*/)*[^/]*$)", text) if piece.strip()]
+    return [piece for piece in re.findall(r"(?:/[^/]*/|[^,\n])+", text) if piece.strip()]
 
 
 # ---- validation ------------------------------------------------------------------------------------------------------
