@@ -170,7 +170,8 @@ def _words(matrix: WeightMatrix) -> set[str]:
 
 def _names(matrix: WeightMatrix) -> set[str]:
     """What a pattern may fit: a module by its name or a parameter by any of its names, so that a tied weight is refused
-    rather than not found."""
+    rather than not found.
+    """
     tied = {name.removesuffix(".weight") for name in matrix.parameter_names}
     return {re.sub(r"\[\d+\]$", "", matrix.name), re.sub(r"\[.*", "", matrix.name)} | tied
 
