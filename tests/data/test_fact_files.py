@@ -34,5 +34,6 @@ def test_a_field_of_any_length_is_read(tmp_path: Path) -> None:
 
 def test_lines_end_at_line_feeds_only(tmp_path: Path) -> None:
     path = tmp_path / "facts.jsonl"
-    path.write_text(f"{ROW.replace('France', 'France\u2028, the\u0085country')}\r\n\n{ROW}\n", encoding="utf-8")
+    other = ROW.replace("France", "France\u2028, the\u0085country")
+    path.write_text(f"{other}\r\n\n{ROW}\n", encoding="utf-8")
     assert [fact.id for fact in read_facts(path)] == ["1", "2"]
