@@ -8,6 +8,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.filesize import decimal
 from rich.table import Table
+from rich.text import Text
 
 from laser_callback.cli.command import Answer
 from laser_callback.spectra.folder import DISK_BYTES, SpectrumFolder, default_folder
@@ -25,7 +26,7 @@ def ls(folder: Path | None = None) -> Answer:
     table = Table(box=None, show_header=False, pad_edge=False)
     table.add_column(style="dim")
     table.add_column(overflow="fold")
-    table.add_row("folder", str(kept.path))
+    table.add_row("folder", Text(str(kept.path)))
     table.add_row("kept", f"{_count(len(files))}, {decimal(size)} of {decimal(DISK_BYTES)} by default")
     if files:
         table.add_row("last use", f"{datetime.fromtimestamp(files[-1][1].st_mtime):%Y-%m-%d %H:%M}")

@@ -16,6 +16,11 @@ from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any
 
+from laser_callback.support.suggest import clipped
+
+_WIDEST, _LONGEST = 2_000, 60
+"""Characters of a line of a message, and lines of it."""
+
 
 class Exit(IntEnum):
     """Exit codes."""
@@ -62,13 +67,20 @@ def run(work: Callable[[], Answer | int | None], prog: str, *, as_json: bool, de
     except Exception as error:
         if debug or not is_mistake(error):
             raise
-        print(f"{prog}: error: {str(error).strip()}", file=sys.stderr)
+        print(f"{prog}: error: {in_lines(error)}", file=sys.stderr)
         return Exit.MISUSED
     if not isinstance(answer, Answer):
         answer = Answer(code=answer or Exit.DONE)
     if as_json and answer.data is not None:
         print(json.dumps(answer.data, indent=2, ensure_ascii=False, allow_nan=False))
     return int(answer.code)
+
+
+def in_lines(message: object) -> str:
+    """A message for a person: whatever it repeats of what was given, no line of it is longer than can be read."""
+    lines = str(message).strip().split("\n")
+    shown = [clipped(line, _WIDEST) if len(line) > _WIDEST else line for line in lines[:_LONGEST]]
+    return "\n".join([*shown, *(["..."] if len(lines) > _LONGEST else [])])
 
 
 def is_mistake(error: BaseException) -> bool:

@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 from typing_extensions import override
 
 from laser_callback import __version__
-from laser_callback.cli.command import Exit, run
+from laser_callback.cli.command import Exit, in_lines, run
 from laser_callback.support.files import need_files
 from laser_callback.support.suggest import closest
 
@@ -97,12 +97,12 @@ class _Parser(ArgumentParser):
         if choice := re.search(r"invalid choice: '(.*)' \(choose from (.*)\)", message):
             name, known = choice[1], choice[2].replace("'", "")
             message = f"unknown command {name!r}{closest(name, known.split(', ')) or f'; there are {known}'}"
-        self.exit(Exit.MISUSED, f"{self.prog}: error: {message}\n")
+        self.exit(Exit.MISUSED, f"{self.prog}: error: {in_lines(message)}\n")
 
 
 def _parser() -> ArgumentParser:
     """Knows the commands, and of their options those that all have; what else is given is left to the command."""
-    common = _Parser(add_help=False, argument_default=SUPPRESS)
+    common = _Parser(add_help=False, argument_default=SUPPRESS, allow_abbrev=False)
     common.add_argument("--json", action="store_true", help="the result as JSON on stdout, all else on stderr")
     common.add_argument("--debug", action="store_true", help="show where an error came from")
     root = _Parser(
@@ -119,7 +119,9 @@ def _parser() -> ArgumentParser:
     for name, (_, summary) in COMMANDS.items():
         group, _, verb = name.rpartition(" ")
         if group not in groups:
-            groups[group] = groups[""].add_parser(group, help=GROUPS[group]).add_subparsers(required=True)
+            groups[group] = (
+                groups[""].add_parser(group, help=GROUPS[group], allow_abbrev=False).add_subparsers(required=True)
+            )
         leaf = groups[group].add_parser(verb, help=summary, add_help=False, allow_abbrev=False, parents=[common])
         leaf.set_defaults(command=name)
     return root

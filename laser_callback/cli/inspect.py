@@ -64,8 +64,8 @@ def render(found: Inspection, each: bool = False, ranges: bool = True) -> Render
         first = group[0]
         label = first.name if each or first.kind is None else _kind(first, found.matrices)
         shares = [_spread([m.energy(rho) for m in group], ranges) for rho in _SHOWN_RHOS]
-        ranks = [_spread([m.ranks[rule] / m.max_rank for m in group], ranges) for rule in RULES]
-        table.add_row(label, _layers(group), "x".join(map(str, first.shape)), *shares, *ranks)
+        ranks = [_spread([m.ranks[rule] / max(m.max_rank, 1) for m in group], ranges) for rule in RULES]
+        table.add_row(Text(label), _layers(group), "x".join(map(str, first.shape)), *shares, *ranks)
     notes = [
         "norm²: % of the squared norm that is left at so many % of the rank. Others: % of the maximum rank that a rule "
         f"keeps; `entropy` is the effective rank. Median{' (lowest-highest)' * ranges}. Rules see no data and are "
@@ -119,5 +119,5 @@ def _not_cut(left: Sequence[NotCut]) -> list[RenderableType]:
     for (pattern, _, reason, by_name), items in groups.items():
         name = f"{pattern} ({len(items)})" if len(items) > 1 else items[0].name
         why = f"{reason}; only when named" if by_name else f"{reason}"
-        table.add_row(name, "x".join(map(str, items[0].shape)) or "?", why)
+        table.add_row(Text(name), "x".join(map(str, items[0].shape)) or "?", why)
     return [table, Text()]

@@ -95,8 +95,14 @@ class LaserCLI(LightningCLI):
             parser_kwargs={
                 "prog": "laser-callback",
                 "exit_on_error": False,
+                "allow_abbrev": False,
                 "formatter_class": PlainHelp,  # of the command as well
-                command: {"description": function.__doc__, "epilog": COMMON_OPTIONS, "exit_on_error": False},
+                command: {
+                    "description": function.__doc__,
+                    "epilog": COMMON_OPTIONS,
+                    "exit_on_error": False,
+                    "allow_abbrev": False,
+                },
             },
             # The comparison's own table has all of Lightning's.
             args=[command, *(["--verbose=false"] if evaluates else []), *arguments],

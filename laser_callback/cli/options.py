@@ -33,7 +33,12 @@ def parser_of(function: Callable[..., Any], prog: str) -> ArgumentParser:
     """The parser of a command's options."""
     summary = (inspect.getdoc(function) or "").split("\n\n")[0]
     parser = ArgumentParser(
-        prog=prog, description=summary, epilog=COMMON_OPTIONS, exit_on_error=False, formatter_class=PlainHelp
+        prog=prog,
+        description=summary,
+        epilog=COMMON_OPTIONS,
+        exit_on_error=False,
+        formatter_class=PlainHelp,
+        allow_abbrev=False,
     )
     if inspect.signature(function).parameters:
         parser.add_argument("--config", action="config", help=CONFIG_HELP)

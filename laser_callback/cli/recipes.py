@@ -15,6 +15,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.syntax import Syntax
 from rich.table import Table
+from rich.text import Text
 
 from laser_callback.cli.command import Answer, Exit
 from laser_callback.support.files import need_files, write_atomically
@@ -63,7 +64,7 @@ def ls() -> Answer:
     for heading in ("recipe", "runs", "what it does"):
         table.add_column(heading)
     for name, recipe in recipes().items():
-        table.add_row(name, recipe.command or "python", recipe.summary)
+        table.add_row(*map(Text, (name, recipe.command or "python", recipe.summary)))
     Console(highlight=False).print(table)
     return Answer([{"name": n, "command": r.command, "summary": r.summary} for n, r in recipes().items()])
 

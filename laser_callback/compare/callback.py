@@ -15,6 +15,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.callbacks import ModelPruning
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
@@ -182,9 +183,17 @@ class LaserCallback(pl.Callback):
         """Refuse now what would not fit at the first validation, when an epoch of training is behind it."""
         if not self.is_active(trainer, pl_module):
             return
+        prunings = [callback for callback in trainer.callbacks if isinstance(callback, ModelPruning)]
+        pruned = {place for callback in prunings for place in callback._parameters_to_prune or ()}
         self._options_for(pl_module)  # reads the base, and looks whether it is the module's
         for plan in self.plans.values():
-            plan.resolve(pl_module)
+            for matrix, reduction in plan.resolve(pl_module):
+                if (matrix.module, matrix.attribute) in pruned:
+                    raise MisconfigurationException(
+                        f"the reduction {reduction} cuts `{matrix.name}`, which ModelPruning makes from others from "
+                        "its first epoch on: leave it out of `parameters_to_prune`, or compare in `trainer.validate()` "
+                        "when the pruning is permanent"
+                    )
             if self.controls:
                 random_plan(pl_module, plan, self.seed)
 

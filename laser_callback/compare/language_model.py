@@ -12,21 +12,21 @@ from typing import Literal
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedModel
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
 )
 
-from laser_callback.support.pretrained import named
+from laser_callback.support.pretrained import named, read_config, whole
 
 
 def load_language_model(name: str) -> PreTrainedModel:
     """The masked or causal model of a folder or hub name; causal where its config does not say."""
     with named(name):
-        architectures = AutoConfig.from_pretrained(name).architectures or ()
+        architectures = read_config(name).architectures or ()
         masked = any(kind_of(str(architecture)) == "masked" for architecture in architectures)
-        return (AutoModelForMaskedLM if masked else AutoModelForCausalLM).from_pretrained(name)
+        return whole(AutoModelForMaskedLM if masked else AutoModelForCausalLM, name)
 
 
 def kind_of(name: str) -> Literal["masked", "causal"] | None:

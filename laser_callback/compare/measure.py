@@ -26,6 +26,7 @@ from laser_callback.compare.trainer import quiet_trainer
 from laser_callback.plans.matrices import find_matrices, layer_stacks
 from laser_callback.plans.plan import LaserPlan
 from laser_callback.plans.reduction import Reduction
+from laser_callback.plans.selection import Catalogue
 from laser_callback.plans.target import Target, targets
 from laser_callback.results.candidates import Candidate
 from laser_callback.results.comparison import LaserResult
@@ -90,7 +91,7 @@ class Lab:
     logged: dict[str, Logged] = field(default_factory=dict, init=False)  # by the base, in the latest measurement
 
     def __post_init__(self) -> None:
-        self._matrices = find_matrices(self.module)
+        self._matrices = Catalogue(find_matrices(self.module))  # looked up for each candidate
         self._depth = {stack: len(layers) for stack, layers in layer_stacks(self.module).items()}
 
     def validate(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import io
 import json
 import math
 from collections import Counter, defaultdict
@@ -17,6 +18,8 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar, cast
 
 from laser_callback.support.files import need_files
+from laser_callback.support.reading import read_text, shown
+from laser_callback.support.suggest import clipped
 
 DEFAULT_SIZES: Mapping[str, float] = {"screen": 0.1, "race": 0.3, "confirm": 0.4, "guard": 0.2}
 """Shares of the four sets. ``confirm`` is the largest, since only its number is a result."""
@@ -67,11 +70,11 @@ class Fact:
     def __post_init__(self) -> None:
         for name in ("id", "prompt", "answer", "subject", "group"):
             if not isinstance(value := getattr(self, name), str):
-                raise ValueError(f"`{name}` must be a string, got {value!r}.")
+                raise ValueError(f"`{name}` must be a string, got {shown(value)}.")
         for name in ("paraphrases", "choices"):
             value = getattr(self, name)
             if not isinstance(value, tuple) or not all(isinstance(text, str) for text in value):
-                raise ValueError(f"`{name}` must be a list of strings, got {value!r}.")
+                raise ValueError(f"`{name}` must be a list of strings, got {shown(value)}.")
         for name, text in (("prompt", self.prompt), *(("paraphrases", text) for text in self.paraphrases)):
             if not text.strip() or text.endswith(" "):
                 raise ValueError(f"`{name}` must be text that does not end in a space (one is added), got {text!r}.")
@@ -93,12 +96,12 @@ class Fact:
             ValueError: as the class, and if the prompt or the answer is missing.
         """
         if not isinstance(row, Mapping):
-            raise ValueError(f"a row must be an object with `prompt` and `answer`, got {row!r}.")
+            raise ValueError(f"a row must be an object with `prompt` and `answer`, got {shown(row)}.")
         for name in ("prompt", "answer"):
             if row.get(name) is None:
                 raise ValueError(f"`{name}` is missing; the row has {sorted(map(str, row))}.")
         if not isinstance(meta := row.get("meta") or {}, Mapping):
-            raise ValueError(f"`meta` must be an object, got {meta!r}.")
+            raise ValueError(f"`meta` must be an object, got {shown(meta)}.")
 
         def texts(name: str) -> Any:  # whatever is not a list goes through, to be refused with its value
             value = row.get(name) or ()
@@ -174,7 +177,9 @@ def _parse_json(text: str) -> Any:
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
-        raise ValueError(f"invalid JSON, {error.msg} at character {error.pos + 1} of {text!r}.") from error
+        raise ValueError(f"invalid JSON, {error.msg} at character {error.pos + 1} of {shown(text)}.") from error
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, or nested as deeply
+        raise ValueError(f"invalid JSON, {error} in {shown(text)}.") from error
 
 
 def _parse_csv(row: dict[Any, Any]) -> dict[Any, Any]:
@@ -184,14 +189,20 @@ def _parse_csv(row: dict[Any, Any]) -> dict[Any, Any]:
 
 
 def _read_jsonl(path: Path) -> Iterator[tuple[int, str]]:
-    with path.open(encoding="utf-8-sig") as file:
-        yield from ((number, line.strip()) for number, line in enumerate(file, 1) if line.strip())
+    lines = read_text(path, "path").split("\n")  # and at nothing else: JSON text may hold U+2028
+    yield from ((number, line.strip()) for number, line in enumerate(lines, 1) if line.strip())
 
 
 def _read_csv(path: Path) -> Iterator[tuple[int, dict[Any, Any]]]:
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file)
-        yield from ((reader.line_num, row) for row in reader)
+    text = read_text(path, "path")
+    reader = csv.DictReader(io.StringIO(text, newline=""))
+    before = csv.field_size_limit(max(len(text), 1))  # by default 131,072 characters, for all readers of the process
+    try:
+        yield from [(reader.line_num, row) for row in reader]
+    except csv.Error as error:
+        raise ValueError(f"{path}, line {reader.line_num}: expected CSV: {error}.") from error
+    finally:
+        csv.field_size_limit(before)
 
 
 def _read_parquet(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -199,7 +210,11 @@ def _read_parquet(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         from pyarrow import parquet
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(f"reading {path} needs pyarrow: `pip install pyarrow`, or save as .jsonl.") from error
-    yield from enumerate(parquet.read_table(path).to_pylist(), 1)
+    try:
+        rows = parquet.read_table(path).to_pylist()
+    except (OSError, ValueError) as error:  # pyarrow's own errors are of these
+        raise ValueError(f"{path}: expected a Parquet file: {clipped(error)}") from error
+    yield from enumerate(rows, 1)
 
 
 _READERS: dict[str, tuple[Callable[[Path], Iterable[tuple[int, Any]]], Callable[[Any], Any]]] = {

@@ -12,9 +12,9 @@ probabilities, here their means per token.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,6 +27,7 @@ from laser_callback.data.datamodule import FactsDataModule
 from laser_callback.data.facts import Fact, read_records
 from laser_callback.data.prompts import SourceRow
 from laser_callback.plans.plan import LaserPlan
+from laser_callback.support.reading import read_plain, typed
 
 TaskName = Literal[
     "counterfact",
@@ -189,10 +190,7 @@ class _RawRow:
 
 def _read(path: Path) -> Sequence[SourceRow]:
     if path.suffix == ".json":
-        rows = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(rows, list):
-            raise ValueError(f"`source` must hold a list of rows, got {type(rows).__name__} in {path}")
-        return rows
+        return read_plain(path, "source", partial(typed, list[dict[str, Any]]))
     return [record.row for record in read_records(path, _RawRow)]
 
 

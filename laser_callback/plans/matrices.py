@@ -9,11 +9,15 @@ Nothing here computes with weights or changes them; truncation is in ``spectrum.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
+from torch.nn.utils.parametrize import ParametrizationList
+from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
 from laser_callback.plans.fused import Rows, rows_of_kinds
 from laser_callback.plans.kinds import KINDS, kinds_of
@@ -117,6 +121,45 @@ def find_matrices(model: nn.Module) -> list[WeightMatrix]:
     return matrices
 
 
+def made_weights(model: nn.Module) -> list[tuple[WeightMatrix, str]]:
+    """Matrices that are no parameters, but made from others in each pass, and so cannot be cut; with the cure.
+
+    These are what weight or spectral normalisation, other parametrizations, and pruning that is not made permanent
+    leave under the name of the weight.
+    """
+    stacks = _layer_stacks(model)
+    found: list[tuple[WeightMatrix, str]] = []
+    for path, module in model.named_modules():
+        for attribute, cure in _made(module).items():
+            value = getattr(module, attribute, None)
+            if isinstance(value, Tensor) and value.ndim == 2:
+                stack, layer = _place(path, stacks)
+                name = f"{_clean(path)}.{attribute}".lstrip(".")
+                matrices = _matrices_of(model, module, _clean(path), attribute, stack, layer, (name,))
+                found += [(matrix, cure) for matrix in matrices]
+    return found
+
+
+def shared_memory(model: nn.Module) -> dict[int, list[str]]:
+    """By ``id`` of a parameter: the names of others that are other objects, but lie in its memory."""
+    placed: dict[int, list[tuple[int, int, int, str]]] = {}
+    for name, parameter in model.named_parameters():
+        if type(parameter.data) is not Tensor or is_lazy(parameter) or parameter.is_meta or not parameter.numel():
+            continue
+        first = parameter.data_ptr()
+        steps = sum((size - 1) * stride for size, stride in zip(parameter.shape, parameter.stride(), strict=True))
+        memory = parameter.untyped_storage().data_ptr()
+        end = first + (steps + 1) * parameter.element_size()
+        placed.setdefault(memory, []).append((first, end, id(parameter), _clean(name)))
+    shared: dict[int, list[str]] = {}
+    for members in placed.values():
+        for first, end, key, _ in members if len(members) > 1 else ():
+            others = [name for start, stop, other, name in members if other != key and start < end and first < stop]
+            if others:
+                shared[key] = others
+    return shared
+
+
 def plain_name(name: str) -> str:
     """The name of a module or parameter without what ``torch.compile`` and PEFT put into it."""
     return re.sub(r"\.base_layer\b", "", _clean(name))
@@ -140,7 +183,7 @@ def layer_stacks(model: nn.Module) -> dict[str, list[nn.Module]]:
     return stacks
 
 
-def describe(matrices: list[WeightMatrix]) -> str:
+def describe(matrices: Sequence[WeightMatrix]) -> str:
     """What exists, in a few lines, for error messages."""
     lines = []
     by_stack: dict[str | None, list[WeightMatrix]] = {}
@@ -219,9 +262,26 @@ def _passes(model: nn.Module, stack: str, parameter_names: tuple[str, ...]) -> i
 def _holds_matrices(module: nn.Module, path: str, attribute: str, parameter: nn.Parameter) -> bool:
     if "bias" in attribute or is_lazy(parameter):  # expert biases are (experts, features): they only look like matrices
         return False
+    if isinstance(module, ParametrizationList) or any(attribute.startswith(f"{made}_") for made in _made(module)):
+        return False  # a part of what another weight is made from
     return parameter.ndim == 2 or (
         parameter.ndim == 3 and ("expert" in f"{path}.{attribute}" or "Expert" in type(module).__name__)
     )
+
+
+def _made(module: nn.Module) -> dict[str, str]:
+    """The tensors of a module that are made anew in each pass -> how to make parameters of them."""
+    made: dict[str, str] = {}
+    for hook in module._forward_pre_hooks.values():
+        if isinstance(hook, WeightNorm):
+            made[hook.name] = f"torch.nn.utils.remove_weight_norm(module, {hook.name!r})"
+        elif isinstance(hook, SpectralNorm):
+            made[hook.name] = f"torch.nn.utils.remove_spectral_norm(module, {hook.name!r})"
+        elif isinstance(hook, BasePruningMethod):
+            made[hook._tensor_name] = f"torch.nn.utils.prune.remove(module, {hook._tensor_name!r})"
+    for attribute in getattr(module, "parametrizations", ()):
+        made[attribute] = f"torch.nn.utils.parametrize.remove_parametrizations(module, {attribute!r})"
+    return made
 
 
 def _matrices_of(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -17,10 +18,12 @@ import yaml
 from torch import nn
 
 from laser_callback.plans.kinds import GROUPS, KINDS
-from laser_callback.plans.matrices import WeightMatrix, find_matrices
+from laser_callback.plans.matrices import WeightMatrix, find_matrices, made_weights, shared_memory
 from laser_callback.plans.reduction import Reduction
-from laser_callback.plans.selection import select
+from laser_callback.plans.selection import Catalogue, select
 from laser_callback.support.files import need_files, write_atomically
+from laser_callback.support.reading import read_plain, read_text, shown
+from laser_callback.support.suggest import clipped
 
 _PAPER_NAMES = {
     "U_in": "fc_in",
@@ -54,10 +57,10 @@ class LaserPlan:
         for reduction in self.reductions:
             if not isinstance(reduction, Reduction):
                 raise TypeError(f"`reductions` must hold Reduction objects, got {type(reduction).__name__}")
-        targets = [(r.stack, r.layer, r.matrix, r.expert) for r in self.reductions]
-        for reduction, target in zip(self.reductions, targets, strict=True):
-            if targets.count(target) > 1:
-                raise ValueError(f"the plan names one matrix twice: {reduction}")
+        targets = Counter((r.stack, r.layer, r.matrix, r.expert) for r in self.reductions)
+        for r in self.reductions:
+            if targets[r.stack, r.layer, r.matrix, r.expert] > 1:
+                raise ValueError(f"the plan names one matrix twice: {clipped(r)}")
 
     def __iter__(self) -> Iterator[Reduction]:
         return iter(self.reductions)
@@ -83,14 +86,14 @@ class LaserPlan:
         """
         if not isinstance(text, str):
             raise TypeError(f"`text` must be a string such as '27.fc_in@0.01', got {type(text).__name__}")
-        reductions: list[str] = []
+        reductions: list[list[str]] = []
         for piece in pieces(text):
             # A comma before `option=` continues the options.
             if reductions and "@" not in piece and "=" in piece:
-                reductions[-1] += "," + piece
+                reductions[-1].append(piece)
             else:
-                reductions.append(piece)
-        return LaserPlan(Reduction.parse(reduction) for reduction in reductions)
+                reductions.append([piece])
+        return LaserPlan(Reduction.parse(",".join(reduction)) for reduction in reductions)
 
     @classmethod
     def of(cls, plan: LaserPlan | str | Mapping[str, Any] | Iterable[Any]) -> LaserPlan:
@@ -133,12 +136,22 @@ class LaserPlan:
     def from_file(cls, path: str | Path) -> LaserPlan:
         """Read a plan from ``.yaml``/``.yml``, ``.json``, or else text (``#`` starts a comment)."""
         path = Path(path)
-        text = path.read_text(encoding="utf-8")
-        if path.suffix in (".yaml", ".yml"):
-            return cls.of(yaml.safe_load(text))
-        if path.suffix == ".json":
-            return cls.of(json.loads(text))
-        return cls.parse("\n".join(line.partition("#")[0] for line in text.splitlines()))
+        if path.suffix in (".yaml", ".yml", ".json"):
+            return read_plain(path, "plan", cls._of_data)
+        text = read_text(path, "plan")
+        try:
+            return cls.parse("\n".join(line.partition("#")[0] for line in text.split("\n")))
+        except ValueError as error:
+            raise ValueError(f"`plan`: {path}: {error}") from error
+
+    @classmethod
+    def _of_data(cls, data: Any) -> LaserPlan:
+        """A plan from what a file holds: text in it is a plan's, and names no other file."""
+        if isinstance(data, str):
+            return cls.parse(data)
+        if not isinstance(data, (Mapping, list)):
+            raise ValueError(f"expected a plan, {{reductions: [...]}}, its text or a list, got {shown(data)}")
+        return cls.of(data)
 
     def to_file(self, path: str | Path) -> None:
         """Write the plan in the form that the file's ending names; see :meth:`from_file`."""
@@ -162,21 +175,38 @@ class LaserPlan:
             ValueError: if a reduction matches nothing (the message lists what exists), is ambiguous, or two reductions
                 meet in one matrix.
         """
-        matrices = find_matrices(model) if isinstance(model, nn.Module) else list(model)
+        if isinstance(model, nn.Module):
+            found = find_matrices(model)
+            made, shared = made_weights(model), shared_memory(model)
+            matrices = Catalogue([*found, *(matrix for matrix, _ in made)])
+        else:
+            found, made, shared = list(model), [], {}
+            matrices = model if isinstance(model, Catalogue) else Catalogue(model)
         chosen: dict[int, Reduction] = {}
         for reduction in self.reductions:
             for position in select(matrices, reduction):
-                if position in chosen:
+                matrix = matrices[position]
+                if position >= len(found):
                     raise ValueError(
-                        f"the reductions {chosen[position]} and {reduction} both cut `{matrices[position].name}`"
+                        f"the reduction {clipped(reduction)} cuts `{matrix.name}`, which is no parameter: it is made "
+                        f"from others in each pass. Make it one first: {made[position - len(found)][1]}"
                     )
+                if others := shared.get(id(matrix.parameter)):
+                    raise ValueError(
+                        f"the reduction {clipped(reduction)} cuts `{matrix.name}`, whose memory is also that of "
+                        f"{', '.join(f'`{name}`' for name in others)}: tie them, so that both are one parameter, or "
+                        "give each its own, `weight.data = weight.data.clone()`"
+                    )
+                if position in chosen:
+                    one, other = clipped(chosen[position]), clipped(reduction)
+                    raise ValueError(f"the reductions {one} and {other} both cut `{matrix.name}`")
                 chosen[position] = reduction
         return [(matrices[position], chosen[position]) for position in sorted(chosen)]
 
 
 def pieces(text: str) -> list[str]:
     """What stands between commas or line breaks; those inside of /.../ belong to the regular expression."""
-    return [piece for piece in re.split(r"[,\n](?=(?:[^/]*/[^/]*/)*[^/]*$)", text) if piece.strip()]
+    return [piece for piece in re.findall(r"(?:/[^/]*/|[^,\n])+", text) if piece.strip()]
 
 
 # ---- validation ------------------------------------------------------------------------------------------------------

@@ -105,6 +105,8 @@ def rank_by(rule: str, values: Tensor, shape: tuple[int, int]) -> int:
         values: singular values, descending, float64, shape (min(m, n),).
         shape: (m, n) of the matrix.
     """
+    if not len(values):
+        return 0  # of a matrix without rows or columns
     if rule.startswith(_ENERGY):
         return energy_rank(values, float(rule.removeprefix(_ENERGY)))
     return _RULES[rule](values, shape)

@@ -8,16 +8,20 @@ from contextlib import suppress
 from dataclasses import dataclass, fields
 from typing import Any
 
+import regex
+
 from laser_callback.plans.rank_rules import RANK_RULES, canonical_rule
+from laser_callback.support.reading import shown
+from laser_callback.support.suggest import clipped
 
 STACK = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*(\.\d+)*")
 """The path of a layer stack, or a part of it."""
 _REDUCTION = re.compile(
-    r"""^(?:/(?P<regex>.+)/                                           # a pattern for the whole module name, or
+    r"""^(?:/(?P<regex>[^/]+)/                                        # a pattern for the whole module name, or
       |(?:(?P<stack>[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*(?:\.\d+)*?)\.)?  # stack
-       (?P<layer>\*|-?\d+|\d+-\d+)\.                                  # layer
+       (?P<layer>\*|-?\d{1,9}|\d{1,9}-\d{1,9})\.                      # layer
        (?P<matrix>[A-Za-z_]\w*(?:\.\w+)*))                            # kind, group or module name
-      (?:\[(?P<expert>\d+)\])?
+      (?:\[(?P<expert>\d{1,9})\])?
       @(?P<rho>[^:@]+?)
       (?::(?P<options>.+))?$""",
     re.VERBOSE,
@@ -71,35 +75,36 @@ class Reduction:
     def __post_init__(self) -> None:
         _check_layer(self.layer, self.matrix)
         if not isinstance(self.matrix, str):
-            raise TypeError(f"`matrix` must be a kind, a group, a module name or /regex/, got {self.matrix!r}")
+            raise TypeError(f"`matrix` must be a kind, a group, a module name or /regex/, got {shown(self.matrix)}")
         if not _MATRIX.fullmatch(self.matrix):
-            raise ValueError(f"`matrix` must be a kind, a group, a module name or /regex/, got {self.matrix!r}")
+            raise ValueError(f"`matrix` must be a kind, a group, a module name or /regex/, got {shown(self.matrix)}")
         if self.matrix.startswith("/"):
             try:
-                re.compile(self.matrix[1:-1])
-            except re.error as error:
-                raise ValueError(f"`matrix` {self.matrix!r} is not a regular expression: {error}") from None
+                regex.compile(self.matrix[1:-1])
+            except (regex.error, RecursionError, OverflowError, MemoryError) as error:
+                reason = str(error) or "it is nested too deeply"
+                raise ValueError(f"`matrix` {shown(self.matrix)} is not a regular expression: {reason}") from None
         object.__setattr__(self, "rho", _check_rho(self.rho))
         if self.stack is not None and (not isinstance(self.stack, str) or not STACK.fullmatch(self.stack)):
-            raise ValueError(f"`stack` must be (a part of) a layer stack's name or None, got {self.stack!r}")
+            raise ValueError(f"`stack` must be (a part of) a layer stack's name or None, got {shown(self.stack)}")
         if self.stack is not None and self.layer is None:
-            raise ValueError(f"`stack` goes with a `layer`; put {self.stack!r} into the /regex/ instead")
+            raise ValueError(f"`stack` goes with a `layer`; put {shown(self.stack)} into the /regex/ instead")
         if self.expert is not None and (type(self.expert) is not int or self.expert < 0):
-            raise ValueError(f"`expert` must be a non-negative integer or None, got {self.expert!r}")
+            raise ValueError(f"`expert` must be a non-negative integer or None, got {shown(self.expert)}")
         if self.keep not in ("head", "tail"):
-            raise ValueError(f"`keep` must be 'head' or 'tail', got {self.keep!r}")
+            raise ValueError(f"`keep` must be 'head' or 'tail', got {shown(self.keep)}")
         object.__setattr__(self, "band", _check_number(self.band, "band"))
         if not 0 < self.band <= 1:
-            raise ValueError(f"`band` must be a number above 0 and at most 1, got {self.band!r}")
+            raise ValueError(f"`band` must be a number above 0 and at most 1, got {shown(self.band)}")
         if self.keep == "tail" and self.band != 1:
-            raise ValueError(f"`band` goes with keep='head'; keep='tail' removes the first k, got band {self.band!r}")
+            raise ValueError(f"`band` goes with keep='head'; keep='tail' removes the first k, got band {self.band}")
         object.__setattr__(self, "scale", _check_number(self.scale, "scale"))
         if self.of not in ("rank", "entries"):
-            raise ValueError(f"`of` must be 'rank' or 'entries', got {self.of!r}")
+            raise ValueError(f"`of` must be 'rank' or 'entries', got {shown(self.of)}")
         if self.of == "entries" and isinstance(self.rho, str):
             raise ValueError(f"`rho` must be a number with of='entries': the rule {self.rho!r} needs singular values")
         if type(self.blocks) is not int or self.blocks < 1:
-            raise ValueError(f"`blocks` must be a positive integer, got {self.blocks!r}")
+            raise ValueError(f"`blocks` must be a positive integer, got {shown(self.blocks)}")
 
     def __str__(self) -> str:
         stack = f"{self.stack}." if self.stack else ""
@@ -133,9 +138,9 @@ class Reduction:
             everywhere = _NO_LAYER.match(text.strip())
             matrix = everywhere and ("all" if everywhere[1] == "all-linear" else everywhere[1])
             raise ValueError(
-                f"cannot read the reduction {text.strip()!r}: expected "
+                f"cannot read the reduction {shown(text.strip())}: expected "
                 "[stack.]layer.matrix[expert]@rho[:option=value,...], e.g. 27.fc_in@0.01 or decoder.-1.mlp@0.1"
-                + (f"; in every layer: *.{matrix}{everywhere[2]}" if everywhere else "")
+                + (f"; in every layer: {clipped(f'*.{matrix}{everywhere[2]}')}" if everywhere else "")
             )
         part = match.groupdict()
         options: dict[str, Any] = {}
@@ -145,7 +150,9 @@ class Reduction:
                 continue
             if not equals or key not in _OPTIONS or key in options:
                 known = ", ".join(f"{name}=" for name in _OPTIONS)
-                raise ValueError(f"cannot read the option {option!r} in {text.strip()!r}: options are {known}")
+                raise ValueError(
+                    f"cannot read the option {shown(option)} in {shown(text.strip())}: options are {known}"
+                )
             options[key] = _int(value, key) if key == "blocks" else value
         layer = part["layer"]
         return cls(
@@ -168,13 +175,15 @@ _OPTIONS = {f.name: f.default for f in fields(Reduction) if f.name in ("keep", "
 def _check_layer(layer: Any, matrix: Any) -> None:
     is_regex = isinstance(matrix, str) and len(matrix) > 2 and matrix[0] == matrix[-1] == "/"
     if is_regex != (layer is None):
-        raise ValueError(f"`layer` must be given, except with a /regex/ as `matrix`; got {layer!r} with {matrix!r}")
+        raise ValueError(
+            f"`layer` must be given, except with a /regex/ as `matrix`; got {shown(layer)} with {shown(matrix)}"
+        )
     if layer is None or layer == "*" or (isinstance(layer, int) and not isinstance(layer, bool)):
         return
-    match = re.fullmatch(r"(\d+)-(\d+)", layer) if isinstance(layer, str) else None
+    match = re.fullmatch(r"(\d{1,9})-(\d{1,9})", layer) if isinstance(layer, str) else None
     if match and int(match[1]) <= int(match[2]):
         return
-    raise ValueError(f"`layer` must be an integer, a range such as '20-27', or '*', got {layer!r}")
+    raise ValueError(f"`layer` must be an integer, a range such as '20-27', or '*', got {shown(layer)}")
 
 
 def _check_rho(rho: Any) -> float | str:
@@ -183,17 +192,17 @@ def _check_rho(rho: Any) -> float | str:
     wanted = f"a number in [0, 1] or one of {', '.join(RANK_RULES)}"
     number = _check_number(rho, "rho", wanted)
     if not 0 <= number <= 1:
-        raise ValueError(f"`rho` must be {wanted}, got {rho!r}")
+        raise ValueError(f"`rho` must be {wanted}, got {shown(rho)}")
     return number
 
 
 def _check_number(value: Any, field: str, wanted: str = "a finite number") -> float:
     """``value`` as a float; it may be text, since YAML reads 1e-3 as such."""
     number = None if isinstance(value, bool) or not isinstance(value, (int, float, str)) else value
-    with suppress(ValueError):
+    with suppress(ValueError, OverflowError):
         number = None if number is None else float(number)
     if not isinstance(number, float) or not math.isfinite(number):
-        raise ValueError(f"`{field}` must be {wanted}, got {value!r}")
+        raise ValueError(f"`{field}` must be {wanted}, got {shown(value)}")
     return number + 0.0  # no -0.0, which the text form does not show
 
 
@@ -206,8 +215,8 @@ def part_of(share: float, size: int) -> int:
 
 
 def _int(text: str, field: str) -> int:
-    if not re.fullmatch(r"\d+", text):
-        raise ValueError(f"`{field}` must be a positive integer, got {text!r}")
+    if not re.fullmatch(r"\d{1,9}", text):
+        raise ValueError(f"`{field}` must be a positive integer, got {shown(text)}")
     return int(text)
 
 

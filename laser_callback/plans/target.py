@@ -16,6 +16,7 @@ from torch import nn
 from laser_callback.plans.matrices import WeightMatrix, find_matrices
 from laser_callback.plans.plan import LaserPlan, pieces
 from laser_callback.plans.reduction import Reduction
+from laser_callback.plans.selection import Catalogue
 
 RHOS = (0.0, 0.005, 0.01, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 0.9)
 """The nine of the paper's reference code (rates 1, 2, 4, 6, 8, 9, 9.5, 9.9, 9.95), and the zero matrix."""
@@ -49,16 +50,16 @@ def targets(model: nn.Module, within: str = "*.all", without: Iterable[Reduction
     Raises:
         ValueError: if ``within`` cannot be read or matches nothing, listing what the model has.
     """
-    matrices = find_matrices(model)
+    matrices = Catalogue(find_matrices(model))
     if not any(matrix.kind for matrix in matrices) and within == "*.all":
         raise ValueError("the model has no matrix of a known kind: name some in `within`, e.g. '/.*weight_hh_l0/'")
     wanted: dict[str, WeightMatrix] = {}
     stacks = list(dict.fromkeys(matrix.stack for matrix in matrices if matrix.stack))
     for piece in _places(within):
         # One by one, since here they may overlap.
-        wanted |= {matrix.name: matrix for matrix in _named(model, Reduction.parse(f"{piece}@0"), stacks)}
+        wanted |= {matrix.name: matrix for matrix in _named(matrices, Reduction.parse(f"{piece}@0"), stacks)}
     cut = list(without)
-    taken = {matrix.name for matrix, _ in LaserPlan(cut).resolve(model)} if cut else set()
+    taken = {matrix.name for matrix, _ in LaserPlan(cut).resolve(matrices)} if cut else set()
 
     by_place: dict[tuple[Any, ...], list[WeightMatrix]] = {}
     for matrix in matrices:
@@ -88,14 +89,14 @@ def by_name(matrix: WeightMatrix) -> dict[str, Any]:
     return {"layer": None, "matrix": f"/{pattern}/", "expert": matrix.expert}
 
 
-def _named(model: nn.Module, reduction: Reduction, stacks: Sequence[str]) -> list[WeightMatrix]:
+def _named(matrices: Catalogue, reduction: Reduction, stacks: Sequence[str]) -> list[WeightMatrix]:
     """The matrices that a reduction names; unlike in a plan, in every layer stack unless it names one."""
     found = []
     if reduction.stack is None and reduction.layer is not None and len(stacks) > 1:
         for stack in stacks:
             with suppress(ValueError):  # not every stack has what is named
-                found += LaserPlan([replace(reduction, stack=stack)]).resolve(model)
-    return [matrix for matrix, _ in found or LaserPlan([reduction]).resolve(model)]
+                found += LaserPlan([replace(reduction, stack=stack)]).resolve(matrices)
+    return [matrix for matrix, _ in found or LaserPlan([reduction]).resolve(matrices)]
 
 
 def _places(within: str) -> list[str]:

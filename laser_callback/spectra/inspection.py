@@ -51,7 +51,7 @@ class InspectedMatrix:
         """The share of the squared Frobenius norm that is left of the matrix cut at ``rho``, in [0, 1]."""
         rank = part_of(rho, self.max_rank)
         energy = self.values.square()
-        return float(energy[:rank].sum() / energy.sum()) if energy[0] > 0 else 0.0
+        return float(energy[:rank].sum() / energy.sum()) if energy.sum() > 0 else 0.0
 
     def to_dict(self) -> dict[str, Any]:
         """Ready for JSON."""
@@ -63,9 +63,9 @@ class InspectedMatrix:
             "expert": self.expert,
             "shape": list(self.shape),
             "norm": float(self.values.square().sum().sqrt()),
-            "largest": float(self.values[0]),
-            "median": float(self.values.quantile(0.5)),
-            "smallest": float(self.values[-1]),
+            "largest": float(self.values[0]) if self.max_rank else None,
+            "median": float(self.values.quantile(0.5)) if self.max_rank else None,
+            "smallest": float(self.values[-1]) if self.max_rank else None,
             "energy": {str(rho): self.energy(rho) for rho in RHOS if rho > 0},
             "ranks": self.ranks,
         }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,8 @@ from transformers import (
 
 from laser_callback.support.files import need_files
 from laser_callback.support.merging import adapted_layers
+from laser_callback.support.reading import shown
+from laser_callback.support.suggest import clipped
 
 GENERATION = "generation_config.json"
 """Where transformers keeps how a model generates."""
@@ -37,7 +39,61 @@ def load_pretrained(name: str | Path) -> PreTrainedModel:
         need_files(model=name)
         return AutoModelForCausalLM.from_pretrained(**_place(name))
     with named(name):
-        return model_class(AutoConfig.from_pretrained(name)).from_pretrained(name)
+        return whole(model_class(read_config(name)), name)
+
+
+def whole(kind: Any, name: str | Path) -> PreTrainedModel:
+    """A model with all of its weights.
+
+    Args:
+        kind: its class, or a class for any.
+        name: a folder or a hub name.
+
+    Raises:
+        OSError: if there is no such model.
+        ValueError: if weights are missing or have other shapes: transformers would draw them at random, and only log
+            it. What a class ties, or makes itself, is not missing; a head that is new on purpose is the business of
+            whoever trains it.
+    """
+    model, found = kind.from_pretrained(name, output_loading_info=True, ignore_mismatched_sizes=True)
+    problems = []
+    if missing := sorted(found["missing_keys"]):
+        problems.append(f"has no weights for {_some(missing)}")
+    if mismatched := sorted(found["mismatched_keys"]):
+        shapes = [f"{key} ({tuple(there)}, expected {tuple(wanted)})" for key, there, wanted in mismatched]
+        problems.append(f"has other shapes for {_some(shapes)}")
+    if problems:
+        unused = sorted(found["unexpected_keys"])
+        raise ValueError(
+            f"the model {str(name)!r}, as a {type(model).__name__}, {' and '.join(problems)}, which would be random"
+            + (f"; it has {_some(unused)}, which no layer is called" if unused else "")
+        )
+    return model
+
+
+def read_config(name: str | Path) -> PreTrainedConfig:
+    """The config of a folder or hub name.
+
+    Raises:
+        OSError: if there is none.
+        ValueError: if it is not what transformers expects, with its file.
+    """
+    try:
+        config = AutoConfig.from_pretrained(name)
+    except OSError:
+        raise
+    except Exception as error:  # each field of each class of config has its own way to fail
+        reason = clipped(error) or type(error).__name__
+        raise ValueError(f"{Path(name) / 'config.json'}: expected the config of a model: {reason}") from error
+    names = config.architectures
+    if names is not None and not (isinstance(names, list) and all(isinstance(each, str) for each in names)):
+        raise ValueError(f"the model's config must name its class in a list `architectures`, got {shown(names)}")
+    return config
+
+
+def _some(names: Sequence[str]) -> str:
+    shown = [clipped(name, 100) for name in names[:3]]
+    return ", ".join(shown) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
@@ -74,10 +130,16 @@ def named(name: str | Path) -> Iterator[None]:
 
 def model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
     """The class that ``config`` is of."""
-    names = config.architectures or ["nothing"]
+    names = config.architectures
+    if not names:
+        raise ValueError("the model's config names no class in `architectures`, e.g. ['LlamaForCausalLM']")
     found = getattr(transformers, names[0], None)
     if found is None:
-        raise ValueError(f"the model's config names the class {names[0]}, which transformers does not have")
+        raise ValueError(f"the model's config names the class {clipped(names[0])}, which transformers does not have")
+    if not isinstance(found, type) or not issubclass(found, PreTrainedModel):
+        raise ValueError(
+            f"the model's config names {clipped(names[0])} as its class, which is no model of transformers"
+        )
     return found
 
 

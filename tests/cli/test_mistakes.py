@@ -200,3 +200,15 @@ def test_files_that_appear_have_the_mode_of_the_umask(tmp_path, umask, mode):
     files = tmp_path / "file", tmp_path / "folder" / "model.safetensors"
     assert [stat.S_IMODE(file.stat().st_mode) for file in files] == [mode, mode]
     assert sorted(os.listdir(tmp_path)) == ["file", "folder"]
+
+
+@pytest.mark.parametrize("command", ["search", "inspect", "validate", "gate"])
+def test_options_are_given_by_their_whole_name(command, capsys):
+    assert main([command, "--conf=no.yaml"]) == 2
+    assert "conf" in capsys.readouterr().err
+
+
+def test_a_message_repeats_no_more_than_can_be_read(capsys):
+    assert main(["export", "--plan", "x" * 1_000_000, "--model", "no/such", "--output", "out"]) == 2
+    assert main(["inspect", "y" * 1_000_000]) == 2
+    assert len(capsys.readouterr().err) < 10_000

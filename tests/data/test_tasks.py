@@ -188,7 +188,7 @@ def test_bad_rows_and_names(tmp_path):
     with pytest.raises(ValueError, match="none of use"):
         facts_of("fever", [{"id": 1, "claim": "A", "label": "NOT ENOUGH INFO"}], tmp_path)
     (tmp_path / "rows.json").write_text("{}")
-    with pytest.raises(ValueError, match="list of rows"):
+    with pytest.raises(ValueError, match=r"rows\.json: expected a list, got"):
         TASKS["fever"].facts(tmp_path / "rows.json")
     with pytest.raises(ValueError, match=r"one of counterfact, .*got 'fact'"):
         TaskDataModule("fact", tiny_tokenizer())

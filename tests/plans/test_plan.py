@@ -276,7 +276,7 @@ def test_other_errors(tmp_path):
         LaserPlan.of([{"layer": 1, "matrix": "fc_in"}])
     empty = tmp_path / "empty.yaml"
     empty.write_text("")
-    with pytest.raises(TypeError, match="got NoneType"):
+    with pytest.raises(ValueError, match=r"empty\.yaml: expected a plan.*got None"):
         LaserPlan.from_file(empty)
 
 
