@@ -142,7 +142,7 @@ def test_a_model_that_thinks_is_asked_to_reply_at_once():
 
 
 def test_chat_is_refused_where_there_is_no_template(tmp_path):
-    with pytest.raises(ValueError, match="`chat` must be False for a tokenizer without a chat template.*chat model"):
+    with pytest.raises(ValueError, match=r"`chat` must be False for a tokenizer without a chat template.*chat model"):
         FactsDataModule(FACTS, tokenizer_of("llama2"), chat=True).setup()
     with pytest.raises(ValueError, match="`chat` must be False for a masked model"):
         FactsDataModule(FACTS, tokenizer_of("word piece", masked=True), chat=True).setup()

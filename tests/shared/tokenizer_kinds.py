@@ -12,7 +12,8 @@ from transformers import PreTrainedTokenizerFast
 
 MARK = "\u2581"
 SPECIAL = ["<s>", "</s>", "<pad>", "<mask>", "<unk>"]
-_MORE = [f"{word} {word} {word}" for word in "Paris Rome yen Portuguese today true false is the a".split()]
+_WORDS = ["Paris", "Rome", "yen", "Portuguese", "today", "true", "false", "is", "the", "a"]
+_MORE = [f"{word} {word} {word}" for word in _WORDS]
 _MORE += ["".join(map(chr, range(33, 127))), "\n"]
 
 
