@@ -122,8 +122,10 @@ class PairedExamples:
             values = float(metric.value), float(reduced[key].value)
             if math.isfinite(values[0]) and not math.isfinite(values[1]):
                 n = sum(b.size for b in self.batches if metric.dataloader_idx in (None, b.dataloader_idx))
-                note = f"the reduced model's value is {values[1]:g}: it is broken, and no test says more"
-                rows.append(not_tested(key, *values, n, note, metric.higher_is_better))
+                note = f"the reduced model's value is {values[1]:g}: there is nothing to test"
+                pair = self.values(arm, key, metric)
+                kind = None if pair is None else pair[0].kind
+                rows.append(not_tested(key, *values, n, note, metric.higher_is_better, kind))
             elif isinstance(selected, str):
                 rows.append(_with_note(self._row_of_means(arm, key, metric, reduced[key]), selected))
             else:

@@ -129,7 +129,7 @@ def _without_units(metric: str, original: Outcomes, reduced: Outcomes, higher_is
         present.append(int(kept.sum()))
     shares = " and ".join(f"{count} of {len(units)}" for count in present)
     note = f"no unit has a value in both arms: {shares} have one in the original and in the reduced model"
-    return not_tested(metric, values[0], values[1], 0, note, higher_is_better)
+    return not_tested(metric, values[0], values[1], 0, note, higher_is_better, original.kind)
 
 
 def _with_bounds(row: PairedResult, ends: Sequence[Sequence[float]]) -> PairedResult:
