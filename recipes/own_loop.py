@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from laser_callback import Outcomes, reduced
-from laser_callback.data import Fact, read_facts
+from laser_callback.data import Fact, encode_facts, read_facts
 from laser_callback.stats import adjust, compare
 
 
@@ -64,10 +64,11 @@ def main(
 
 
 def first_token_right(network: Any, tokenizer: Any, batch: list[Fact]) -> dict[str, bool]:
-    inputs = tokenizer([fact.prompt for fact in batch], return_tensors="pt", padding=True).to(network.device)
+    rows = [encoded.rows[0] for encoded in encode_facts(batch, tokenizer, masked=False)]
+    prompts = [list(row.input_ids[: row.positions[0] + 1]) for row in rows]
+    inputs = tokenizer.pad({"input_ids": prompts}, return_tensors="pt").to(network.device)
     said = network(**inputs).logits[:, -1].argmax(-1)
-    wanted = tokenizer([f" {fact.answer}" for fact in batch], add_special_tokens=False)["input_ids"]
-    return {fact.id: token == ids[0] for fact, token, ids in zip(batch, said.tolist(), wanted, strict=True)}
+    return {fact.id: token == row.targets[0] for fact, row, token in zip(batch, rows, said.tolist(), strict=True)}
 
 
 def gathered(fabric: Fabric, outcomes: dict[str, bool]) -> dict[str, bool]:

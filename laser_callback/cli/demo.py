@@ -25,6 +25,7 @@ def demo(
     text: Path | None = None,
     limit: int = 300,
     batch_size: int = 32,
+    chat: bool = False,
     controls: bool = True,
     seed: int = 0,
     output: Path = Path("laser-demo.json"),
@@ -41,6 +42,7 @@ def demo(
         text: a UTF-8 text file; perplexity is measured on it.
         limit: number of facts, a seeded sample stratified by group; 0 for all.
         batch_size: facts in a batch.
+        chat: put each prompt into the model's chat template, as a user's message that the answer replies to.
         controls: also run, beside each plan, its matrices zeroed and random matrices cut at the same rho.
         seed: of the sample and of the random controls.
         output: where to write the report as JSON; the outcomes of each fact go beside it as JSONL.
@@ -60,7 +62,7 @@ def demo(
             facts = Path(folder) / "world_facts.jsonl"
             write_world_facts(facts)
         module = LaserModule(model, plan=PLANS if plan is None else plan, controls=controls, report=str(output))
-        data = facts_for(module, facts, text, limit=limit, batch_size=batch_size, seed=seed)
+        data = facts_for(module, facts, text, limit=limit, batch_size=batch_size, seed=seed, chat=chat)
         data.setup()
         print(f"model: {Path(model).name}{note}\nfacts: {facts.name}, {len(data.encoded)} of them\n")
         with quiet_trainer(enable_progress_bar=True) as trainer:

@@ -39,6 +39,7 @@ def rollout(
     controls: bool = False,
     limit: int = 0,
     batch_size: int = 64,
+    chat: bool = False,
     folder: Path | None = None,
     resume: bool = False,
     accelerator: str = "auto",
@@ -68,6 +69,7 @@ def rollout(
         controls: run beside each stage its matrices zeroed and random matrices cut at the same rho.
         limit: use a seeded sample of so many facts, stratified by group; 0 for all.
         batch_size: facts in a batch.
+        chat: put each prompt into the model's chat template, as a user's message that the answer replies to.
         folder: keep each finished stage here.
         resume: go on with the rollout in the folder.
         accelerator: as in Lightning's Trainer; auto takes CUDA or the CPU.
@@ -87,7 +89,7 @@ def rollout(
     read_gates(gates)
     need_writable(output=output)
     need_files(probes=probes, **{f"others.{name}": file_of(path) for name, path in (others or {}).items()})
-    options: dict[str, Any] = {"limit": limit, "batch_size": batch_size, "seed": seed}
+    options: dict[str, Any] = {"limit": limit, "batch_size": batch_size, "seed": seed, "chat": chat}
     judged, examples = subject(model, facts, module, data, text, **options)
     sources: dict[str, pl.LightningDataModule] = {}
     if isinstance(judged, LaserModule) and model is not None:

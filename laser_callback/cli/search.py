@@ -41,6 +41,7 @@ def search(
     min_gain: float = 0.05,
     limit: int = 0,
     batch_size: int = 64,
+    chat: bool = False,
     method: Method = "screened",
     controls: bool = True,
     minutes: float | None = None,
@@ -79,6 +80,7 @@ def search(
         min_gain: warn if the examples are too few to confirm a gain of this size.
         limit: use a seeded sample of so many facts, stratified by group; 0 for all.
         batch_size: facts in a batch.
+        chat: put each prompt into the model's chat template, as a user's message that the answer replies to.
         method: screened; exhaustive, all candidates on all race examples; or paper, all of them as the paper's code
             cuts and selects.
         controls: confirm beside the plan its matrices zeroed and random matrices cut at the same rho.
@@ -97,7 +99,7 @@ def search(
         if facts is not None or not is_lm_eval(judge):
             raise ValueError(f"`--judge` must be lm_eval:TASK, without `--facts`, got {judge!r} and facts {facts}")
         facts, objective = Path(judge), [ACC] if objective is None else objective
-    options: dict[str, Any] = {"limit": limit, "batch_size": batch_size, "seed": seed}
+    options: dict[str, Any] = {"limit": limit, "batch_size": batch_size, "seed": seed, "chat": chat}
     need_writable(output=output, html=html, plan=plan)
     found = LaserSearch(
         *subject(model, facts, module, data, text, facts_from="`--facts` or `--judge`", **options),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import lightning.pytorch as pl
 
@@ -22,22 +23,24 @@ def subject(
     limit: int,
     batch_size: int,
     seed: int,
+    chat: bool,
     facts_from: str = "`--facts`",
 ) -> tuple[pl.LightningModule, pl.LightningDataModule]:
     """What the options of a command ask for; files are looked for before a model is loaded."""
     if model is not None and facts is not None and module is None and data is None:
         need_files(facts=file_of(facts), text=text)
         language_model = LaserModule(model)
-        return language_model, facts_for(language_model, facts, text, limit=limit, batch_size=batch_size, seed=seed)
+        options: dict[str, Any] = {"limit": limit, "batch_size": batch_size, "seed": seed, "chat": chat}
+        return language_model, facts_for(language_model, facts, text, **options)
     if model is None and facts is None and module is not None and data is not None:
-        if text is not None:
-            raise ValueError("`--text` goes with `--model`")
+        if text is not None or chat:
+            raise ValueError(f"`--{'chat' if text is None else 'text'}` goes with `--model`")
         return module, data
     raise ValueError(f"give `--model` and {facts_from}, or `--module` and `--data`")
 
 
 def facts_for(
-    module: LaserModule, facts: Path, text: Path | None = None, *, limit: int, batch_size: int, seed: int
+    module: LaserModule, facts: Path, text: Path | None = None, *, limit: int, batch_size: int, seed: int, chat: bool
 ) -> FactsDataModule:
     """Facts as the model reads them; a limit of 0 is none."""
     return FactsDataModule(
@@ -48,4 +51,5 @@ def facts_for(
         seed=seed,
         batch_size=batch_size,
         masked=module.masked,
+        chat=chat,
     )

@@ -20,6 +20,8 @@ from transformers.models.auto.modeling_auto import (
 
 from laser_callback.support.pretrained import named, read_config, whole
 
+_SPACE_MARK = "\u2581"  # of SentencePiece
+
 
 def load_language_model(name: str) -> PreTrainedModel:
     """The masked or causal model of a folder or hub name; causal where its config does not say."""
@@ -77,6 +79,20 @@ def refuse_too_long(
         f"a row is {max(lengths)} tokens long, but the model's context is {context}: shorten or leave out "
         f"{', '.join(dict.fromkeys(long))}"
     )
+
+
+def token_text(name: str, text: str) -> str:
+    """The text of a token alone: with the spaces that the name in the vocabulary marks, where decoding has cut them.
+
+    A token that is only a part of a character goes by its name.
+
+    >>> token_text("▁Paris", "Paris"), token_text("Paris", "Paris")
+    (' Paris', 'Paris')
+    """
+    if "\ufffd" in text:
+        return name
+    marks = len(name) - len(name.lstrip(_SPACE_MARK))
+    return " " * marks + text.lstrip(" ") if marks else text
 
 
 def logits_of(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor) -> Tensor:

@@ -26,6 +26,7 @@ from laser_callback.compare.language_model import (
     logits_at,
     logits_of,
     refuse_too_long,
+    token_text,
 )
 from laser_callback.data import probes
 from laser_callback.data.row_scores import AnswerScores, Role, RowScores, score_rows
@@ -264,10 +265,10 @@ class LaserModule(pl.LightningModule):
         return outcomes
 
     def _texts(self, tokens: Tensor) -> list[str]:
-        """Each token as text, or, where it is only a part of a character, by its name in the vocabulary."""
-        texts = self.tokenizer.batch_decode(tokens[:, None])
+        """Each token as its own text, so that two texts are one answer only where the tokens are."""
+        texts = self.tokenizer.batch_decode(tokens[:, None], clean_up_tokenization_spaces=False)
         names = self.tokenizer.convert_ids_to_tokens(tokens.tolist())
-        return [name if "\ufffd" in text else text for name, text in zip(names, texts, strict=True)]
+        return [token_text(name or "", text) for name, text in zip(names, texts, strict=True)]
 
     def _text_step(self, batch: dict[str, Any], count: bool = True) -> dict[str, Any]:
         if self.masked:

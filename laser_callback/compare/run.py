@@ -31,7 +31,7 @@ from laser_callback.compare.state import RandomState, Start
 from laser_callback.plans.matrices import find_matrices
 from laser_callback.plans.plan import LaserPlan
 from laser_callback.results.comparison import ArmResult, LaserResult, adjust_together
-from laser_callback.results.examples import ORIGINAL, Logged, PairedExamples, example_count
+from laser_callback.results.examples import ORIGINAL, Logged, PairedExamples
 from laser_callback.spectra.cut import cut_spectra
 from laser_callback.spectra.store import Spectra
 from laser_callback.support.processes import gather
@@ -196,8 +196,7 @@ class ComparisonRun:
             if self._replay is not None:
                 self._replay.forget()
         self._start.check()
-        size = example_count(outputs, self._batch)
-        self.examples.add(collected, size, index)
+        self.examples.add(collected, self._batch, index)
         self.examples.means.append(means)
         self._batch = None
 
@@ -322,8 +321,9 @@ class ComparisonRun:
     def _look_for_primary(self) -> None:
         """After the first batch, where no other batch and no hook at the end of the epoch should log other keys."""
         one_loader = arms.sequential_dataloader_idx(self.trainer, 0) is None
-        if one_loader and not is_overridden(f"on_{self.stage}_epoch_end", self.module):
-            warn_early(self.options, arms.logged_keys(self._results), "the first batch")
+        keys = arms.logged_keys(self._results)  # without any, what the step returns is compared
+        if keys and one_loader and not is_overridden(f"on_{self.stage}_epoch_end", self.module):
+            warn_early(self.options, keys, "the first batch")
 
     def _update_own(self, metrics: MetricCollection | None, outputs: Any) -> None:
         if metrics is not None and self.options.update is not None:
@@ -375,6 +375,13 @@ class ComparisonRun:
     def _compare(
         self, examples: PairedExamples, original: dict[str, Logged], logged: dict[str, dict[str, Logged]]
     ) -> LaserResult:
+        reasons = dict.fromkeys(arms.logged_on_step_only(self._results), "logged per step only")
+        if not original:
+            original = examples.returned(ORIGINAL)
+            logged = {reduction.key: examples.returned(reduction.key) for reduction in self._reductions}
+            why = "a barebones Trainer logs nothing" if self.trainer.barebones else "the module logs nothing per epoch"
+            found = "only what the step returns is compared" if original else "the step returns no outcomes per example"
+            reasons["what is logged"] = f"{why}: {found}"
         results: dict[str, ArmResult] = {}
         for reduction in self._reductions:
             results[reduction.key] = ArmResult(
@@ -395,7 +402,6 @@ class ComparisonRun:
         primary = self.options.primary if self.options.primary in keys else None
         _warn_if_absent(self.options.primary, keys, "this evaluation")
         adjust_together(list(plans.values()), primary)
-        reasons = dict.fromkeys(arms.logged_on_step_only(self._results), "logged per step only")
         compared = {key for arm in logged.values() for key in arm}
         reasons |= {key: "not logged by the module" for key in original if key not in compared}
         return LaserResult(

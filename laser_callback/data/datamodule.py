@@ -23,9 +23,10 @@ from laser_callback.data.encoding import (
     pad_token_id,
     special_tokens,
     tokenize,
+    with_leading,
 )
 from laser_callback.data.facts import DEFAULT_SIZES, Fact, records_of, sample_facts, split_facts
-from laser_callback.data.lm_eval import check_borders, is_lm_eval, read_lm_eval
+from laser_callback.data.lm_eval import is_lm_eval, read_lm_eval
 from laser_callback.support.files import need_files
 from laser_callback.support.pretrained import load_tokenizer
 
@@ -49,14 +50,14 @@ class TextWindows(Dataset[dict[str, Any]]):
     """
 
     def __init__(self, path: str | Path, tokenizer: PreTrainedTokenizerBase, *, window: int = 256) -> None:
-        prefix, _ = special_tokens(tokenizer)
-        if not len(prefix) + 2 <= window <= tokenizer.model_max_length:
-            limits = f"between {len(prefix) + 2} and {tokenizer.model_max_length}"
+        leading, _ = special_tokens(tokenizer)
+        if not len(leading) + 2 <= window <= tokenizer.model_max_length:
+            limits = f"between {len(leading) + 2} and {tokenizer.model_max_length}"
             raise ValueError(f"`window` must be {limits} tokens, got {window}.")
         need_files(text=path)
         text = Path(path).read_text(encoding="utf-8")
-        tokens, step = tokenize(tokenizer, [text])[text], window - len(prefix)
-        windows = (prefix + tokens[start : start + step] for start in range(0, len(tokens), step))
+        tokens, step = tokenize(tokenizer, [text])[text], window - len(leading)
+        windows = (with_leading(leading, tokens[start : start + step]) for start in range(0, len(tokens), step))
         self.windows = [ids for ids in windows if len(ids) > 1]
         if not self.windows:
             raise ValueError(f"`text` must have tokens to predict, got {len(tokens)} in {path}.")
@@ -102,6 +103,7 @@ class FactsDataModule(LightningDataModule):
         num_workers: processes that prepare batches.
         masked: whether answers are predicted at masks; by default if the tokenizer has a mask token.
         max_length: the longest row the model takes, in tokens; by default what the tokenizer says.
+        chat: put each prompt into the tokenizer's chat template, as a user's message that the answer replies to.
 
     Raises:
         ValueError: in ``__init__`` if ``split`` is no set; in ``setup`` for bad data, as the functions named above.
@@ -122,6 +124,7 @@ class FactsDataModule(LightningDataModule):
         num_workers: int = 0,
         masked: bool | None = None,
         max_length: int | None = None,
+        chat: bool = False,
     ) -> None:
         super().__init__()
         self.sizes = DEFAULT_SIZES if sizes is None else sizes
@@ -131,7 +134,7 @@ class FactsDataModule(LightningDataModule):
             raise ValueError(f"`batch_size` must be at least 1, got {batch_size}.")
         self.path, self.tokenizer, self.text, self.split, self.seed = path, tokenizer, text, split, seed
         self.batch_size, self.rows_per_forward, self.limit = batch_size, rows_per_forward, limit
-        self.num_workers, self.masked, self.max_length = num_workers, masked, max_length
+        self.num_workers, self.masked, self.max_length, self.chat = num_workers, masked, max_length, chat
         self.encoded: list[EncodedFact] = []
 
     @override
@@ -153,9 +156,7 @@ class FactsDataModule(LightningDataModule):
         self.collate = FactCollator(pad_token_id(tokenizer), self.rows_per_forward)
         if isinstance(self.text, (str, Path)):
             self.text = TextWindows(self.text, tokenizer)
-        if is_lm_eval(self.path):
-            check_borders(facts, tokenizer)
-        self.encoded = encode_facts(facts, tokenizer, masked=masked, max_length=self.max_length)
+        self.encoded = encode_facts(facts, tokenizer, masked=masked, max_length=self.max_length, chat=self.chat)
 
     def loaded_tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer, read at the first call.

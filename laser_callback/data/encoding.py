@@ -5,12 +5,14 @@ and wrong choices); :class:`FactCollator` packs encoded facts into a batch of sm
 tensors, lists and dicts only, so Lightning can move it and a callback can clone it. Nothing is ever cut: a row that
 does not fit the model is an error that names the fact.
 
-The answer's tokens are those of ``" " + answer`` without special tokens.
+What is scored is running text, as the model has learnt it: an answer's tokens are those that follow the prompt's in the
+tokens of prompt, space and answer together. Alone, ``" " + answer`` would have others wherever a tokenizer puts
+something in front of every text, as those of SentencePiece do.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -49,42 +51,63 @@ class EncodedFact:
 
 
 def encode_facts(
-    facts: Sequence[Fact], tokenizer: PreTrainedTokenizerBase, *, masked: bool, max_length: int | None = None
+    facts: Sequence[Fact],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    masked: bool,
+    max_length: int | None = None,
+    chat: bool = False,
 ) -> list[EncodedFact]:
     """Tokenise facts.
 
-    A row of a causal model is the prompt after the tokenizer's leading special tokens (trailing ones, such as an
-    appended EOS, would stand between prompt and answer and are left out), then the answer without its last token, from
-    which nothing is predicted. A row of a masked model is the prompt, one mask per answer token and a full stop
-    (without one, BERT-like models fill the masks with punctuation), all between the special tokens.
+    A row of a causal model is the prompt after the tokenizer's leading special tokens (once, also where the prompt
+    brings them; trailing ones, such as an appended EOS, would stand between prompt and answer and are left out), then
+    the answer without its last token, from which nothing is predicted. A row of a masked model is the prompt, one mask
+    per answer token and a full stop (without one, BERT-like models fill the masks with punctuation), all between the
+    special tokens.
 
     Args:
         facts: what to encode.
         tokenizer: of the model.
         masked: whether answers are predicted at masks rather than left to right.
         max_length: the longest row the model takes, in tokens; by default ``tokenizer.model_max_length``.
+        chat: put each prompt into the tokenizer's chat template, as a user's message that the answer replies to.
 
     Raises:
-        ValueError: with the id of the fact, if its answer or prompt has no tokens or a row is too long; and if
-            ``masked`` is asked of a tokenizer without a mask token.
+        ValueError: with the id of the fact, if its answer or prompt has no tokens, the tokenizer joins the two, or a
+            row is too long; if ``masked`` is asked of a tokenizer without a mask token, or ``chat`` of one without a
+            chat template or for a masked model.
     """
     if masked and tokenizer.mask_token_id is None:
         raise ValueError(
             "`tokenizer` must have a mask token for a masked model, got none; a causal one is masked=False."
         )
+    if masked and chat:
+        raise ValueError("`chat` must be False for a masked model, which replies to nothing, got True.")
     limit = tokenizer.model_max_length if max_length is None else max_length
-    prefix, suffix = special_tokens(tokenizer)
-    prompts = tokenize(tokenizer, [text for fact in facts for text in (fact.prompt, *fact.paraphrases)])
-    answers = tokenize(tokenizer, [f" {text}" for fact in facts for text in (fact.answer, *fact.choices)])
-    full_stop = tokenize(tokenizer, ["."])["."]
+    leading, trailing = special_tokens(tokenizer)
+    prompts = dict.fromkeys(text for fact in facts for text in (fact.prompt, *fact.paraphrases))
+    starts = _before_answers(tokenizer, prompts) if chat else {text: (text, " ") for text in prompts}
+    asked = [(prompt, answer) for fact in facts for prompt, answer, _ in _asked(fact)]
+    wholes = {pair: "".join((*starts[pair[0]], pair[1])) for pair in asked}
+    tokens = tokenize(tokenizer, [*(text for text, _ in starts.values()), *wholes.values()])
+    full_stop = _full_stop(tokenizer) if masked else ()
 
     def encode(fact: Fact, prompt: str, answer: str, role: Role) -> EncodedRow:
-        targets, context = answers[f" {answer}"], prefix + prompts[prompt]
-        if not targets or not prompts[prompt]:
-            what = f"prompt {prompt!r}" if targets else f"answer {answer!r}"
+        before, whole = tokens[starts[prompt][0]], tokens[wholes[prompt, answer]]
+        if not before or whole == before:
+            what = f"answer {answer!r}" if before else f"prompt {prompt!r}"
             raise ValueError(f"every text must have tokens, but the {what} of fact {fact.id!r} has none.")
+        if whole[: len(before)] != before:
+            raise ValueError(
+                f"the tokens of a prompt must begin those of prompt and answer, but this tokenizer joins the prompt "
+                f"{_shorten(prompt)!r} of fact {fact.id!r} to the answer {_shorten(answer)!r}; end the prompt in "
+                "another way, or leave the fact out."
+            )
+        targets = whole[len(before) :]
+        context = before if chat else with_leading(leading, before)  # a template writes all special tokens itself
         if masked:
-            input_ids = context + (tokenizer.mask_token_id,) * len(targets) + full_stop + suffix
+            input_ids = context + (tokenizer.mask_token_id,) * len(targets) + full_stop + trailing
             first = len(context)
         else:
             input_ids = context + targets[:-1]
@@ -96,14 +119,17 @@ def encode_facts(
             )
         return EncodedRow(input_ids, tuple(range(first, first + len(targets))), targets, role)
 
-    encoded = []
-    for fact in facts:
-        rows = [encode(fact, fact.prompt, fact.answer, Role.PROMPT)]
-        rows += [encode(fact, prompt, fact.answer, Role.PARAPHRASE) for prompt in fact.paraphrases]
-        wrong = [choice for choice in dict.fromkeys(fact.choices) if choice != fact.answer]
-        rows += [encode(fact, fact.prompt, choice, Role.CHOICE) for choice in wrong]
-        encoded.append(EncodedFact(fact, tuple(rows)))
-    return encoded
+    return [EncodedFact(fact, tuple(encode(fact, *row) for row in _asked(fact))) for fact in facts]
+
+
+def _asked(fact: Fact) -> Iterator[tuple[str, str, Role]]:
+    """The prompts and answers that are a fact's rows."""
+    yield fact.prompt, fact.answer, Role.PROMPT
+    for prompt in fact.paraphrases:
+        yield prompt, fact.answer, Role.PARAPHRASE
+    for choice in dict.fromkeys(fact.choices):
+        if choice != fact.answer:
+            yield fact.prompt, choice, Role.CHOICE
 
 
 def tokenize(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> dict[str, tuple[int, ...]]:
@@ -121,6 +147,51 @@ def special_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[tuple[int, ...],
         if whole[start : start + len(probe)] == probe:
             return whole[:start], whole[start + len(probe) :]
     raise ValueError(f"`tokenizer` must only add special tokens around a text, got {whole} for {probe}.")
+
+
+def with_leading(leading: tuple[int, ...], tokens: tuple[int, ...]) -> tuple[int, ...]:
+    """A text's tokens after the leading special tokens, which it may have brought itself."""
+    return tokens if tokens[: len(leading)] == leading else leading + tokens
+
+
+def _full_stop(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """The tokens of a full stop that follows a word, or stands alone where it would become a part of the word."""
+    alone, word, whole = tokenize(tokenizer, [".", "a", "a."]).values()
+    return whole[len(word) :] if whole[: len(word)] == word and whole != word else alone
+
+
+def chat_text(tokenizer: PreTrainedTokenizerBase, prompt: str, system: str | None = None) -> str:
+    """A user's message in the tokenizer's chat template, up to where the model replies, at once and not after thinking.
+
+    Raises:
+        ValueError: if the tokenizer has no chat template.
+    """
+    if not tokenizer.chat_template:
+        raise ValueError(
+            "`chat` must be False for a tokenizer without a chat template, got True; take the tokenizer of the chat "
+            "model, or set its `chat_template`."
+        )
+    messages = [] if system is None else [{"role": "system", "content": system}]
+    messages.append({"role": "user", "content": prompt})
+    # Templates know no other variables than they use, so that only those of models that think ask for the last one.
+    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, enable_thinking=False)
+
+
+def _before_answers(tokenizer: PreTrainedTokenizerBase, prompts: Iterable[str]) -> dict[str, tuple[str, str]]:
+    """For each prompt the text before a reply to it, and the space, if any, that the template writes between the two.
+
+    A space belongs to the answer, in whose first token it is; other white space to the text before it.
+    """
+    ask = chat_text(tokenizer, "a")
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    whole = tokenizer.apply_chat_template(messages, tokenize=False, enable_thinking=False)
+    reply = whole.removeprefix(ask) if whole.startswith(ask) else ""
+    blank = reply[: len(reply) - len(reply.lstrip())]
+    starts = {}
+    for prompt in prompts:
+        text = chat_text(tokenizer, prompt) + blank
+        starts[prompt] = text.removesuffix(" "), " " if text.endswith(" ") else ""
+    return starts
 
 
 def _shorten(text: str) -> str:

@@ -4,24 +4,21 @@ Contract: :func:`read_lm_eval` lets ``lm_eval`` (optional) build a task, its doc
 document into a :class:`~laser_callback.data.Fact`; all else is this package's own. ``summed_choice_accuracy`` is then
 what ``lm_eval`` reports as ``acc``, to the example. What cannot be said as a fact is refused, never changed.
 
-They can differ in three places. Where a tokenizer joins the end of a prompt to its answer, ``lm_eval`` scores other
-tokens (:func:`check_borders` says how often). A right choice that is in the list twice is wrong for ``lm_eval``, whose
-best choice is the first of equals, where the second is the right one; and a tie with another choice is wrong here.
-What is longer than the model's context ``lm_eval`` cuts on the left; here it is an error.
+They can differ in two places. A right choice that is in the list twice is wrong for ``lm_eval``, whose best choice is
+the first of equals, where the second is the right one; and a tie with another choice is wrong here.
+What is longer than the model's context ``lm_eval`` cuts on the left, and where a tokenizer joins the end of a prompt to
+its answer it scores what follows so many tokens; here both are errors.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
-from transformers import PreTrainedTokenizerBase
 
-from laser_callback.data.encoding import tokenize
 from laser_callback.data.facts import Fact
 
 PREFIX = "lm_eval:"
@@ -77,21 +74,6 @@ def read_lm_eval(source: str | Path) -> list[Fact]:
         ) from error
     shots = options.get("num_fewshot")
     return [fact for task in tasks.values() for fact in _facts(task, None if shots is None else int(shots))]
-
-
-def check_borders(facts: Sequence[Fact], tokenizer: PreTrainedTokenizerBase) -> None:
-    """Warn where prompt and choice, which ``lm_eval`` tokenises together, have other tokens than one after the other.
-
-    Byte-level BPE (GPT-2, LLaMA 3, SmolLM2) begins a new piece at the space between them and never has.
-    """
-    pairs = [(fact.prompt, f" {choice}") for fact in facts for choice in fact.choices]
-    tokens = tokenize(tokenizer, [text for pair in pairs for text in (*pair, "".join(pair))])
-    other = [prompt + choice for prompt, choice in pairs if tokens[prompt] + tokens[choice] != tokens[prompt + choice]]
-    if other:
-        rank_zero_warn(
-            f"lm_eval's tokens of {len(other)} of {len(pairs)} choices are others than those scored here, since this "
-            f"tokenizer joins a prompt and its answer: {ACC} may differ from its acc. The first: {other[0][-60:]!r}"
-        )
 
 
 def _parse(source: str) -> tuple[str, dict[str, str]]:

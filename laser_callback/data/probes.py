@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from typing_extensions import override
 
-from laser_callback.data.encoding import pad, pad_token_id, special_tokens
+from laser_callback.data.encoding import chat_text, pad, pad_token_id, special_tokens, tokenize, with_leading
 from laser_callback.data.facts import records_of
 from laser_callback.data.scoring import UnitMean
 from laser_callback.support.pretrained import load_tokenizer
@@ -172,10 +172,7 @@ class ProbesDataModule(LightningDataModule):
             return
         if isinstance(self.tokenizer, (str, Path)):
             self.tokenizer = load_tokenizer(self.tokenizer)
-        template = self.tokenizer.chat_template is not None
-        chat = template if self.chat is None else self.chat
-        if chat and not template:
-            raise ValueError("`chat` must be False for a tokenizer without a chat template, got True.")
+        chat = self.tokenizer.chat_template is not None if self.chat is None else self.chat
         if self.system is not None and not chat:
             raise ValueError("`system` needs a chat template; leave it out, or put it into the prompts.")
         probes = records_of(self.path, Probe)
@@ -216,14 +213,9 @@ class ProbesDataModule(LightningDataModule):
 
 
 def _tokens(tokenizer: PreTrainedTokenizerBase, prompt: str, chat: bool, system: str | None) -> tuple[int, ...]:
-    prefix: tuple[int, ...] = ()
-    if chat:  # the template writes all special tokens itself
-        messages = [] if system is None else [{"role": "system", "content": system}]
-        messages.append({"role": "user", "content": prompt})
-        prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    else:
-        prefix, _ = special_tokens(tokenizer)
-    return prefix + tuple(tokenizer(prompt, add_special_tokens=False)["input_ids"])
+    text = chat_text(tokenizer, prompt, system) if chat else prompt
+    tokens = tokenize(tokenizer, [text])[text]
+    return tokens if chat else with_leading(special_tokens(tokenizer)[0], tokens)  # a template writes them itself
 
 
 def continuations(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch: Mapping[str, Any]) -> list[str]:

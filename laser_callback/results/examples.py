@@ -1,36 +1,38 @@
 """What each arm did on each example: collected batch by batch, gathered over ranks, compared as pairs.
 
-An evaluation step that returns a mapping gives one outcome per example for each metric it names: 1-D float or bool
-tensors of batch length, or :class:`Outcomes`, under the name that the metric is logged under. Six names describe the
-examples instead: ``id`` (duplicates of distributed samplers are removed by it), ``cluster`` (examples that are not
-independent of each other share one), ``group``, ``answer`` and ``prediction`` (for the prior checks), and ``prompt``
-(for readers of a report). Without such a mapping the pairs are the batches' logged means.
+What an evaluation step returns (see :mod:`laser_callback.results.returned`) gives one outcome per example for each
+metric under whose name it is logged. Six names describe the examples instead: ``id`` (what distributed samplers add
+is removed by it), ``cluster`` (examples that are not independent of each other share one), ``group``, ``answer`` and
+``prediction`` (for the prior checks), and ``prompt`` (for readers of a report). Where a metric is logged of which no
+outcomes are returned, the pairs are the batches' logged means; where outcomes are returned and nothing is logged, they
+are compared as they are.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
-from laser_callback.stats.outcomes import Outcomes, PairedResult, as_float64, not_tested
+from laser_callback.results.returned import DESCRIPTIONS as DESCRIPTIONS
+from laser_callback.results.returned import ORIGINAL as ORIGINAL
+from laser_callback.results.returned import Returned, name_in, read_returned
+from laser_callback.stats.outcomes import Kind, Outcomes, PairedResult, not_tested
 from laser_callback.stats.paired import compare
 from laser_callback.stats.priors import PriorChecks, prior_checks
 from laser_callback.support.files import write_atomically
-from laser_callback.support.plain_json import label, plain
+from laser_callback.support.plain_json import plain
 
 ROUNDING = 1e-3
 """Relative: a logged value this close to a mean is that mean, in single or half precision. Tables show three digits."""
-DESCRIPTIONS = ("id", "cluster", "group", "prompt", "answer", "prediction")
-ORIGINAL = "original"
 
 
 class Logged(NamedTuple):
@@ -45,14 +47,11 @@ class Logged(NamedTuple):
     higher_is_better: bool | None  # known where a torchmetrics object was logged
 
 
-@dataclass
-class _Batch:
+@dataclass(eq=False)
+class _Batch(Returned):
     """One batch, all arms."""
 
-    dataloader_idx: int | None
-    size: int
-    outcomes: dict[str, dict[str, Outcomes]]  # arm -> name -> one per example
-    described: dict[str, dict[str, list[Hashable]]]  # arm -> description -> one per example
+    dataloader_idx: int | None = None
 
 
 @dataclass
@@ -63,50 +62,83 @@ class PairedExamples:
     means: list[dict[str, dict[str, tuple[float, float]]]] = field(default_factory=list)
     duplicates: int = 0
 
-    def add(self, outputs: Mapping[str, Any], size: int, dataloader_idx: int | None) -> None:
-        """Add what each arm's step returned for one batch of ``size`` examples."""
-        outcomes = {arm: dict(_outcomes(output, size)) for arm, output in outputs.items()}
-        described = {arm: dict(_descriptions(output, size)) for arm, output in outputs.items()}
-        self.batches.append(_Batch(dataloader_idx, size, outcomes, described))
+    def add(self, outputs: Mapping[str, Any], batch: Any, dataloader_idx: int | None) -> None:
+        """Add what each arm's step returned for one batch."""
+        found = read_returned(outputs, batch)
+        for name in DESCRIPTIONS:
+            reason = found.unused.get(name)
+            if reason and not any(name in earlier.unused for earlier in self.batches):
+                rank_zero_warn(f"`{name}`, as the step returns it, is not used: {reason}")
+        self.batches.append(_Batch(**vars(found), dataloader_idx=dataloader_idx))
 
     def merge(self, ranks: Iterable[PairedExamples]) -> PairedExamples:
-        """All ranks' examples, in rank order, each id (of a dataloader) once."""
-        merged = PairedExamples()
-        seen: set[tuple[int | None, Hashable]] = set()
-        for rank in ranks:
-            merged.means += rank.means
-            for batch in rank.batches:
-                ids = batch.described[ORIGINAL].get("id")
-                fresh = []
-                for position, example_id in enumerate(ids or ()):
-                    if (batch.dataloader_idx, example_id) not in seen:
-                        seen.add((batch.dataloader_idx, example_id))
-                        fresh.append(position)
-                if ids and len(fresh) < len(ids):
-                    merged.duplicates += len(ids) - len(fresh)
-                    batch = _subset(batch, fresh)
+        """All ranks' examples, in rank order, without what a distributed sampler has added to make their shares equal.
+
+        That is at most one example less than there are ranks, and each of them is another rank's as well. Any other id
+        that comes twice is told and removes nothing.
+        """
+        ranks = list(ranks)
+        merged = PairedExamples(means=[means for rank in ranks for means in rank.means])
+        padding = _padding(ranks)
+        for number, rank in enumerate(ranks):
+            for place, batch in enumerate(rank.batches):
+                added = padding.get((number, place), ())
+                if added:
+                    merged.duplicates += len(added)
+                    batch = _subset(batch, [i for i in range(batch.size) if i not in added])
                 merged.batches.append(batch)
+        # What is one number in a batch of one example is an outcome where other batches have one per example.
+        per_example = {name for batch in merged.batches for name in batch.outcomes.get(ORIGINAL, {})}
+        for batch in merged.batches:
+            for arm, single in batch.single.items():
+                batch.outcomes[arm] |= {name: one for name, one in single.items() if name in per_example}
         return merged
+
+    def returned(self, arm: str) -> dict[str, Logged]:
+        """What the arm's step returned, as if its means had been logged: whatever is no whole number, as labels are."""
+        found: dict[str, Logged] = {}
+        labels = {name for batch in self.batches for name in batch.integers}
+        loaders = {batch.dataloader_idx for batch in self.batches}
+        for batch in self.batches:
+            for name in batch.outcomes.get(arm, {}):
+                key = name if len(loaders) == 1 else f"{name}/dataloader_idx_{batch.dataloader_idx}"
+                if key in found or name in labels:
+                    continue
+                parts = [
+                    b for b in self.batches if b.dataloader_idx == batch.dataloader_idx and name in b.outcomes[arm]
+                ]
+                kinds = {b.outcomes[arm][name].kind for b in parts}
+                values = _joined([b.outcomes[arm][name] for b in parts], kinds.pop() if len(kinds) == 1 else "mean")
+                mean = torch.tensor(compare(key, values, values).original)
+                found[key] = Logged(mean, name, batch.dataloader_idx, None, True, False, None)
+        return found
 
     def rows(self, arm: str, original: Mapping[str, Logged], reduced: Mapping[str, Logged]) -> list[PairedResult]:
         """One row per metric that both arms logged; its pairs are what the step returned under the metric's name."""
         rows = []
         for key in [key for key in original if key in reduced]:
             metric = original[key]
-            selected = self._select(arm, metric.name, metric.dataloader_idx)
-            if selected is not None:
-                before, after, clusters = selected
+            selected = self._select(arm, key, metric)
+            values = float(metric.value), float(reduced[key].value)
+            if math.isfinite(values[0]) and not math.isfinite(values[1]):
+                n = sum(b.size for b in self.batches if metric.dataloader_idx in (None, b.dataloader_idx))
+                note = f"the reduced model's value is {values[1]:g}: there is nothing to test"
+                pair = self.values(arm, key, metric)
+                kind = None if pair is None else pair[0].kind
+                rows.append(not_tested(key, *values, n, note, metric.higher_is_better, kind))
+            elif isinstance(selected, str):
+                rows.append(_with_note(self._row_of_means(arm, key, metric, reduced[key]), selected))
+            else:
+                before, after, clusters, doubt = selected
                 row = compare(key, before, after, clusters=clusters, higher_is_better=metric.higher_is_better)
                 units = "examples" if clusters is None else "clusters"
-                rows.append(_with_note(row, _unlike_logged(row, metric, reduced[key], units)))
-            else:
-                rows.append(self._row_of_means(arm, key, metric, reduced[key]))
+                rows.append(_with_note(row, _unlike_logged(row, metric, reduced[key], units), doubt))
         return rows
 
     def values(self, arm: str, key: str, metric: Logged) -> tuple[Outcomes, Outcomes] | None:
         """Original's and arm's outcomes of a metric, per example or else per batch; ``None`` if it is no mean."""
-        selected = self._select(arm, metric.name, metric.dataloader_idx)
-        return selected[:2] if selected is not None else self._means(arm, key)[0]
+        selected = self._select(arm, key, metric)
+        return self._means(arm, key)[0] if isinstance(selected, str) else selected[:2]
 
     def priors(self, arm: str) -> PriorChecks | None:
         """The prior checks, where the step returned answers and predictions; right is what equals the answer."""
@@ -135,7 +167,8 @@ class PairedExamples:
             for i in range(batch.size):
                 row: dict[str, Any] = {k: v[i] for k, v in batch.described[ORIGINAL].items() if k != "prediction"}
                 for arm, outcomes in batch.outcomes.items():
-                    row[arm] = {name: float(o.values[i]) for name, o in outcomes.items()}
+                    shown = {name: o for name, o in outcomes.items() if name not in batch.integers}
+                    row[arm] = {name: float(o.values[i]) for name, o in shown.items()}
                     if "prediction" in batch.described[arm]:
                         row[arm]["prediction"] = batch.described[arm]["prediction"][i]
                 rows.append(plain(row))
@@ -146,25 +179,44 @@ class PairedExamples:
         lines = [json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in self.to_rows()]
         write_atomically(Path(path), "".join(lines))
 
-    def _select(
-        self, arm: str, name: str, dataloader_idx: int | None
-    ) -> tuple[Outcomes, Outcomes, list[Hashable] | None] | None:
-        batches = [
-            batch
-            for batch in self.batches
-            if name in batch.outcomes[ORIGINAL]
-            and name in batch.outcomes[arm]
-            and dataloader_idx in (None, batch.dataloader_idx)
-            and batch.size
-        ]
-        pairs = (
-            [_concatenate([batch.outcomes[a][name] for batch in batches]) for a in (ORIGINAL, arm)] if batches else []
+    def _select(self, arm: str, key: str, metric: Logged) -> _Selected | str:
+        """The outcomes of both arms; or why there are none for each example, empty where the step returned none."""
+        places = [i for i, b in enumerate(self.batches) if metric.dataloader_idx in (None, b.dataloader_idx) and b.size]
+        batches = [self.batches[i] for i in places]
+        names = dict.fromkeys(name for b in batches for name in (*b.outcomes[ORIGINAL], *b.unused))
+        name = name_in(metric.name, list(names))
+        used = [b for b in batches if name in b.outcomes[ORIGINAL] and name in b.outcomes[arm]]
+        reasons = [b.unused[name] for b in batches if b.unused.get(name)]
+        reason = (
+            f"what the step returns under this name is not one outcome per example: {reasons[0]}" if reasons else ""
         )
-        if not pairs or bool((torch.isnan(pairs[0].values) | torch.isnan(pairs[1].values)).all()):
-            return None
-        clustered = all("cluster" in batch.described[ORIGINAL] for batch in batches)
-        clusters = [c for batch in batches for c in batch.described[ORIGINAL]["cluster"]] if clustered else None
-        return pairs[0], pairs[1], clusters
+        if not used:
+            return reason
+        means = self.means if len(self.means) == len(self.batches) else [{}] * len(self.batches)
+        without = [
+            i
+            for i, b in zip(places, batches, strict=True)
+            if not (name in b.outcomes[ORIGINAL] and name in b.outcomes[arm])
+            and (name in b.unused or means[i].get(ORIGINAL, {}).get(key, (0.0, 0.0))[1])
+        ]
+        if without:  # never some batches as examples, and others not
+            share = f"{len(without)} of {len(without) + len(used)} batches came without one outcome per example"
+            return "; ".join(filter(None, [share, reason]))
+        kinds = {b.outcomes[a][name].kind for b in used for a in (ORIGINAL, arm)}
+        if "log_ratio" in kinds and len(kinds) > 1:
+            return f"the step returned outcomes of different kinds: {', '.join(sorted(kinds))}"
+        kind: Kind = kinds.pop() if len(kinds) == 1 else "mean"
+        before, after = (_joined([b.outcomes[a][name] for b in used], kind) for a in (ORIGINAL, arm))
+        absent = torch.isnan(before.values) | torch.isnan(after.values)
+        if bool(absent.all()):
+            return ""
+        if kind != "binary" and not torch.equal(_weights(before)[~absent], _weights(after)[~absent]):
+            return "the step returned other weights for the reduced model: they belong to the example"
+        clustered = all("cluster" in b.described[ORIGINAL] for b in used)
+        clusters = [c for b in used for c in b.described[ORIGINAL]["cluster"]] if clustered else None
+        for b in batches:
+            b.integers.discard(name)  # no labels: they are logged
+        return _Selected(before, after, clusters, next((b.doubt for b in used if b.doubt), ""))
 
     def _row_of_means(self, arm: str, key: str, original: Logged, reduced: Logged) -> PairedResult:
         outcomes, left_out = self._means(arm, key)
@@ -190,50 +242,47 @@ class PairedExamples:
         return outcomes, left_out if len(pairs) < len(shares) else ""
 
 
-# ---- reading a step's output -----------------------------------------------------------------------------------------
+# ---- batches ---------------------------------------------------------------------------------------------------------
 
 
-def _outcomes(output: Any, size: int) -> Iterator[tuple[str, Outcomes]]:
-    if not isinstance(output, Mapping):
-        return
-    for name, value in output.items():
-        if name in DESCRIPTIONS:
-            continue
-        if isinstance(value, Tensor) and value.ndim == 1 and (value.dtype == torch.bool or value.is_floating_point()):
-            value = Outcomes.of(value.detach())
-        if isinstance(value, Outcomes) and len(value.values) == size:
-            # Copies: a step may go on using its tensors, and views would keep whole batches alive.
-            values, weights = (
-                None if v is None else torch.tensor(as_float64(v)) for v in (value.values, value.weights)
-            )
-            yield str(name), Outcomes(values, weights, value.kind)
+class _Selected(NamedTuple):
+    """Both arms' outcomes of a metric, one per example."""
+
+    before: Outcomes
+    after: Outcomes
+    clusters: list[Hashable] | None
+    doubt: str
 
 
-def _descriptions(output: Any, size: int) -> Iterator[tuple[str, list[Hashable]]]:
-    if not isinstance(output, Mapping):
-        return
-    for name in DESCRIPTIONS:
-        values = _plain_list(output.get(name))
-        if values is not None and len(values) == size:
-            yield name, values
+def _padding(ranks: list[PairedExamples]) -> dict[tuple[int, int], set[int]]:
+    """The positions, in each (rank, batch), of examples that a distributed sampler has added.
 
-
-def _plain_list(values: Any) -> list[Hashable] | None:
-    """A 1-D tensor, array or sequence as a list of labels: those compare by what they are."""
-    if isinstance(values, (Tensor, np.ndarray)):
-        values = values.tolist() if values.ndim == 1 else None
-    if not isinstance(values, Sequence) or isinstance(values, (str, bytes, bytearray)):
-        return None
-    return [label(value) for value in values]
-
-
-def example_count(output: Any, batch: Any) -> int:
-    """The number of examples of a batch: of the ids that the step returned, else of the batch's first tensor."""
-    ids = _plain_list(output.get("id")) if isinstance(output, Mapping) else None
-    if ids is not None:
-        return len(ids)
-    leaves = pytree.tree_leaves(dict(batch) if isinstance(batch, Mapping) else batch)
-    return next((len(leaf) for leaf in leaves if isinstance(leaf, Tensor) and leaf.ndim), 1)
+    Raises no error where an id means something else than one example, but tells it and adds none.
+    """
+    added: dict[int | None, list[tuple[int, int, int]]] = defaultdict(list)
+    repeated: dict[int | None, Hashable] = {}
+    owners: dict[tuple[int | None, Hashable], int] = {}
+    for number, rank in enumerate(ranks):
+        for place, batch in enumerate(rank.batches):
+            loader = batch.dataloader_idx
+            for position, example_id in enumerate(batch.described.get(ORIGINAL, {}).get("id", ())):
+                if (loader, example_id) not in owners:
+                    owners[loader, example_id] = number
+                elif owners[loader, example_id] == number or len(added[loader]) == len(ranks) - 1:
+                    repeated.setdefault(loader, example_id)
+                else:
+                    added[loader].append((number, place, position))
+    found: dict[tuple[int, int], set[int]] = defaultdict(set)
+    for loader, example_id in repeated.items():
+        added.pop(loader, None)
+        rank_zero_warn(
+            f"`id` must be another for each example{'' if loader is None else f' of dataloader {loader}'}, but "
+            f"{str(example_id)[:60]!r} comes again in places that no distributed sampler repeats. Nothing is removed: "
+            "every example counts. Examples that belong together share a `cluster`"
+        )
+    for number, place, position in (one for of_loader in added.values() for one in of_loader):
+        found[number, place].add(position)
+    return found
 
 
 def _subset(batch: _Batch, positions: list[int]) -> _Batch:
@@ -249,12 +298,20 @@ def _subset(batch: _Batch, positions: list[int]) -> _Batch:
         arm: {name: [values[i] for i in positions] for name, values in by_name.items()}
         for arm, by_name in batch.described.items()
     }
-    return _Batch(batch.dataloader_idx, len(positions), outcomes, described)
+    return replace(batch, size=len(positions), outcomes=outcomes, described=described)
 
 
-def _concatenate(parts: list[Outcomes]) -> Outcomes:
-    weights = [part.weights for part in parts if part.weights is not None]
-    return Outcomes(torch.cat([part.values for part in parts]), torch.cat(weights) if weights else None, parts[0].kind)
+def _joined(parts: list[Outcomes], kind: Kind) -> Outcomes:
+    """Batches one after the other; those without weights weigh each example as one where others have some."""
+    weights = None
+    if any(part.weights is not None for part in parts):
+        weights = torch.cat([_weights(part) for part in parts])
+    return Outcomes(torch.cat([part.values for part in parts]), weights, kind)
+
+
+def _weights(outcomes: Outcomes) -> Tensor:
+    weights: Tensor | None = outcomes.weights
+    return torch.ones_like(outcomes.values) if weights is None else weights
 
 
 def _unlike_logged(row: PairedResult, original: Logged, reduced: Logged, units: str) -> str:
@@ -265,5 +322,5 @@ def _unlike_logged(row: PairedResult, original: Logged, reduced: Logged, units: 
     return f"logged as {logged[0]:.4g} and {logged[1]:.4g} (reduced): not the mean over these {units}"
 
 
-def _with_note(row: PairedResult, note: str) -> PairedResult:
-    return replace(row, note="; ".join(filter(None, [row.note, note])))
+def _with_note(row: PairedResult, *notes: str) -> PairedResult:
+    return replace(row, note="; ".join(filter(None, [row.note, *notes])))

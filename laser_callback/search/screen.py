@@ -28,7 +28,7 @@ from laser_callback.compare.copies import copy_data
 from laser_callback.plans.matrices import WeightMatrix
 from laser_callback.plans.reduction import Reduction
 from laser_callback.plans.target import Target
-from laser_callback.results.examples import example_count
+from laser_callback.results.returned import ORIGINAL, read_returned
 from laser_callback.search.candidates import grid
 from laser_callback.spectra.folder import size_for
 from laser_callback.spectra.spectrum import Spectrum
@@ -164,7 +164,7 @@ class GradientScreen(pl.Callback):
         torch.set_grad_enabled(self._grad_mode)
         weight = self._pending if self._loss is not None else self._backward(*returned_loss(outputs, self._key))
         if weight is None:
-            weight = float(example_count(outputs, batch))
+            weight = float(read_returned({ORIGINAL: outputs}, batch).size)
         self._sum += weight * self._batch
         self._square += weight * self._batch**2
         self._weight += weight

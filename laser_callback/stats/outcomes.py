@@ -187,11 +187,20 @@ def row_named(metric: str, rows: Sequence[ResultRow]) -> ResultRow:
 
 
 def not_tested(
-    metric: str, original: float, reduced: float, n: int, note: str, higher_is_better: bool | None = None
+    metric: str,
+    original: float,
+    reduced: float,
+    n: int,
+    note: str,
+    higher_is_better: bool | None = None,
+    kind: Kind | None = None,
 ) -> PairedResult:
-    """A row for a metric that is not a mean over units (F1, BLEU, AUROC, ...): both values, ``n`` and why no test."""
+    """A row for what has no test: both values, ``n`` and why.
+
+    Without a ``kind`` it can never have one, since the metric is no mean over units (F1, BLEU, AUROC, ...).
+    """
     return PairedResult(
-        metric, None, n, original, reduced, reduced - original, note=note, higher_is_better=higher_is_better
+        metric, kind, n, original, reduced, reduced - original, note=note, higher_is_better=higher_is_better
     )
 
 

@@ -13,6 +13,7 @@ Sources:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Sequence
 from dataclasses import replace
 
@@ -21,7 +22,7 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from laser_callback.stats.intervals import Floats, mean_difference, newcombe
-from laser_callback.stats.outcomes import ALPHA, Outcomes, PairedResult, as_float64
+from laser_callback.stats.outcomes import ALPHA, Outcomes, PairedResult, as_float64, not_tested
 
 
 def compare(
@@ -34,7 +35,8 @@ def compare(
 ) -> PairedResult:
     r"""Compare two arms unit by unit.
 
-    A unit absent (NaN) in either arm is dropped from both; the note counts those absent in one arm only.
+    A unit absent (NaN) in either arm is dropped from both; the note counts those absent in one arm only. Where no unit
+    is left, the row says so and has no test.
 
     - "binary": exact two-sided McNemar test and Newcombe's interval (method 10).
     - "mean": paired t test and interval.
@@ -60,7 +62,7 @@ def compare(
         something.
 
     Raises:
-        ValueError: if the arms do not match, ``clusters`` has another length, or no unit is present in both arms.
+        ValueError: if the arms do not match or ``clusters`` has another length.
 
     Example:
         >>> original = np.array([0, 0, 0, 0, 0, 0, 0, 1, 1, 1], bool)
@@ -75,6 +77,8 @@ def compare(
         ('exploratory', 'better')
     """
     before, after, weights, labels, notes = _pairs(original, reduced, clusters)
+    if not len(before):
+        return _without_units(metric, original, reduced, higher_is_better)
     if labels is not None:
         before, after, weights = _cluster_means(before, after, weights, labels)
         notes.append(f"{len(labels)} units in {len(before)} clusters")
@@ -113,6 +117,21 @@ def compare(
         return _with_bounds(row, (np.expm1(ends) if log_ratio else ends).tolist())
 
 
+def _without_units(metric: str, original: Outcomes, reduced: Outcomes, higher_is_better: bool | None) -> PairedResult:
+    """The row where no unit has a value in both arms: what there is of each, and no test."""
+    values, present = [], []
+    for arm in (original, reduced):
+        kept = ~np.isnan(units := as_float64(arm.values))
+        weights = None if arm.weights is None else as_float64(arm.weights)[kept]
+        with np.errstate(over="ignore", invalid="ignore"):
+            mean = float(np.average(units[kept], weights=weights)) if kept.any() else math.nan
+            values.append(float(np.exp(mean)) if arm.kind == "log_ratio" else mean)
+        present.append(int(kept.sum()))
+    shares = " and ".join(f"{count} of {len(units)}" for count in present)
+    note = f"no unit has a value in both arms: {shares} have one in the original and in the reduced model"
+    return not_tested(metric, values[0], values[1], 0, note, higher_is_better, original.kind)
+
+
 def _with_bounds(row: PairedResult, ends: Sequence[Sequence[float]]) -> PairedResult:
     (lower, upper), (lower90, upper90) = ends
     return replace(row, lower=lower, upper=upper, lower90=lower90, upper90=upper90)
@@ -130,9 +149,6 @@ def _pairs(
     if clusters is not None and len(clusters) != len(before):
         raise ValueError(f"`clusters` must have one label per unit, {len(before)}, got {len(clusters)}")
     kept = ~(np.isnan(before) | np.isnan(after))
-    if not kept.any():
-        raise ValueError(f"`original` and `reduced` must share at least one present unit, got 0 of {len(before)}")
-
     weights, other = (None if arm.weights is None else as_float64(arm.weights)[kept] for arm in (original, reduced))
     if not (weights is other if weights is None or other is None else np.array_equal(weights, other)):
         raise ValueError("`reduced` must have the weights of `original`, got others; a weight belongs to the unit")

@@ -10,13 +10,12 @@ import pytest
 import torch
 import yaml
 from tiny import save_deep_lm, tiny_causal_lm, tiny_tokenizer
-from tokenizers import normalizers
 from trainers import quiet_trainer
 
 from laser_callback import FactsDataModule, LaserModule
 from laser_callback.cli.commands import main
 from laser_callback.data.facts import Fact
-from laser_callback.data.lm_eval import ACC, check_borders, read_lm_eval
+from laser_callback.data.lm_eval import ACC, read_lm_eval
 from laser_callback.data.row_scores import Role
 
 PLACES = ["France", "Italy", "Japan", "Brazil", "Australia", "Rome", "Paris", "Canberra"]
@@ -194,19 +193,6 @@ def test_without_lm_eval_the_error_names_the_extra(monkeypatch):
 def test_a_masked_model_is_refused():
     with pytest.raises(ValueError, match="masked model, which lm_eval does not score"):
         FactsDataModule("lm_eval:arc_easy", tiny_tokenizer(masked=True)).setup()
-
-
-def test_a_tokenizer_that_joins_prompt_and_answer_is_told(recwarn):
-    facts = [Fact("1", "The capital of Italy is", "Rome", choices=("Rome", "Paris"))]
-    check_borders(facts, tiny_tokenizer())
-    assert not recwarn
-    joining = tiny_tokenizer()
-    # As LLaMA 2 does: every text is given a space in front, so that " Rome" alone has two.
-    joining.backend_tokenizer.normalizer = normalizers.Sequence(
-        [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]
-    )
-    with pytest.warns(UserWarning, match="2 of 2 choices are others.*'The capital of Italy is Rome'"):
-        check_borders(facts, joining)
 
 
 @pytest.mark.slow

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import io
 import json
+import uuid
 from collections import UserDict
-from dataclasses import replace
-from typing import Any
+from dataclasses import dataclass, replace
+from datetime import datetime
+from decimal import Decimal
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -14,11 +18,15 @@ import torch
 from rich.console import Console
 from scipy import stats
 from torch import Tensor
+from torch.nn.utils.rnn import pack_sequence
+from torch.utils.data import DistributedSampler
 
 from laser_callback.reports.row_text import delta_text, interval_text
 from laser_callback.reports.terminal import plain, print_report, quoted
 from laser_callback.results.comparison import ArmResult, LaserResult, adjust_together
-from laser_callback.results.examples import ORIGINAL, Logged, PairedExamples, example_count
+from laser_callback.results.examples import Logged, PairedExamples
+from laser_callback.results.returned import ORIGINAL, read_returned
+from laser_callback.stats.constraint import Constraint
 from laser_callback.stats.outcomes import Outcomes, PairedResult
 from laser_callback.stats.paired import compare
 
@@ -33,7 +41,7 @@ def bools(text: str) -> Tensor:
 
 def pair(before: dict[str, Any], after: dict[str, Any], size: int, index: int | None = None) -> PairedExamples:
     examples = PairedExamples()
-    examples.add({ORIGINAL: before, "laser": after}, size, index)
+    examples.add({ORIGINAL: before, "laser": after}, torch.empty(size), index)
     return examples
 
 
@@ -84,12 +92,13 @@ def test_pairs_are_found_by_name_and_dataloader():
     assert rows["other"].test == "not tested"
 
 
+@pytest.mark.filterwarnings("ignore:`group`")
 def test_what_counts_as_an_outcome():
     output = {
         "wrong_length": torch.ones(3),
-        "integers": torch.tensor([1, 0]),  # labels as well as outcomes
         "matrix": torch.ones(2, 2),
         "scalar": torch.tensor(1.0),
+        "text": ["a", "b"],
         "half": torch.tensor([1.5, 2.5], dtype=torch.bfloat16),
         "weighted": Outcomes(torch.tensor([1.0, 2.0]), torch.tensor([3, 1])),
         "id": torch.tensor([7, 8]),
@@ -100,10 +109,168 @@ def test_what_counts_as_an_outcome():
     assert set(batch.outcomes[ORIGINAL]) == {"half", "weighted"}
     assert batch.outcomes[ORIGINAL]["half"].values.tolist() == [1.5, 2.5]
     assert batch.described[ORIGINAL] == {"id": [7, 8], "cluster": ["x", "x"]}
+    assert batch.unused["wrong_length"] == "3 values for 2 examples"
     for nothing in (None, torch.tensor(1.0), [torch.ones(2)]):
         assert pair(nothing, nothing, 2).batches[0].outcomes == {ORIGINAL: {}, "laser": {}}
     # A mapping that is no dict, as transformers returns them.
     assert "half" in pair(UserDict(output), UserDict(output), 2).batches[0].outcomes[ORIGINAL]
+
+
+@dataclass
+class Output:
+    acc: Any
+    loss: Any = None
+
+
+class Named(NamedTuple):
+    loss: Any
+    acc: Any
+
+
+MADE = {
+    "bool": lambda x: {"acc": x},
+    "integers": lambda x: {"acc": x.long()},
+    "bytes": lambda x: {"acc": x.to(torch.uint8)},
+    "a list": lambda x: {"acc": x.tolist()},
+    "a list of integers": lambda x: {"acc": x.int().tolist()},
+    "a tuple of tensors": lambda x: {"acc": tuple(x)},
+    "a list of NumPy's": lambda x: {"acc": list(x.numpy())},
+    "a column": lambda x: {"acc": x[:, None]},
+    "a column of a column": lambda x: {"acc": x[:, None, None]},
+    "a list of columns": lambda x: {"acc": x[:, None].tolist()},
+    "an array": lambda x: {"acc": x.numpy()},
+    "a dataclass": lambda x: Output(x),
+    "a named tuple": lambda x: Named(torch.tensor(0.0), x),
+    "nested": lambda x: {"loss": torch.tensor(0.0), "metrics": {"acc": x}},
+    "nested dataclasses": lambda x: {"out": Output(x.long())},
+    "beside a loss": lambda x: (torch.tensor(0.0), {"acc": x}),
+    "a mapping for each": lambda x: [{"acc": one} for one in x.tolist()],
+    "squeezed": lambda x: {"acc": x[:, None].squeeze()},
+}
+
+
+@pytest.mark.parametrize("make", MADE.values(), ids=MADE)
+def test_right_and_wrong_may_come_in_any_form(make):
+    parts = [pair(make(bools(b)), make(bools(a)), len(b)) for b, a in [("0011", "1101"), ("100", "010"), ("0", "1")]]
+    examples = PairedExamples().merge([together(*parts)])
+    (row,) = examples.rows("laser", {"acc": log(3 / 8, "acc")}, {"acc": log(5 / 8, "acc")})
+    assert (row.n, row.fixed, row.broken, row.test, row.note) == (8, 4, 2, "exact McNemar", "")
+
+
+@pytest.mark.parametrize("logged", ["metrics/acc", "metrics.acc", "metrics_acc", "acc"])
+def test_a_part_may_be_logged_under_any_usual_name(logged):
+    output = {"metrics": {"acc": bools("01")}, "id": ["a", "b"]}
+    (row,) = pair(output, output, 2).rows("laser", {logged: log(0.5, logged)}, {logged: log(0.5, logged)})
+    assert (row.n, row.test) == (2, "exact McNemar")
+
+
+REFUSED = {
+    "of shape (4, 3)": torch.ones(4, 3),
+    "of shape (1, 4)": torch.ones(1, 4),
+    "a list of tensors": [torch.ones(2)] * 4,
+    "unequal parts": [[1], [1, 2], [1], [1]],
+    "dtype <U1": list("abcd"),
+    "dtype complex64": torch.ones(4, dtype=torch.complex64),
+    "type set": {1, 2, 3, 4},
+    "5 values for 4 examples": torch.ones(5),
+    "torch.sparse_coo": torch.ones(4).to_sparse(),
+}
+
+
+@pytest.mark.parametrize("reason", REFUSED)
+def test_what_is_no_outcome_is_said(reason):
+    output = {"acc": REFUSED[reason], "id": list("abcd")}
+    examples = pair(output, output, 4)
+    examples.means.append({arm: {"acc": (2.0, 4)} for arm in (ORIGINAL, "laser")})
+    (row,) = examples.rows("laser", {"acc": log(0.5, "acc")}, {"acc": log(0.5, "acc")})
+    assert "under this name is not one outcome per example" in row.note
+    assert reason in row.note
+    assert row.n == 1
+
+
+def test_one_number_for_the_batch_needs_no_words():
+    for loss in (torch.tensor(1.0), torch.ones(1), 1.0, [1.0]):
+        output = {"loss": loss, "acc": bools("0011")}
+        examples = pair(output, output, 4)
+        examples.means.append({arm: {"loss": (4.0, 4)} for arm in (ORIGINAL, "laser")})
+        (row,) = examples.rows("laser", {"loss": log(1.0, "loss")}, {"loss": log(1.0, "loss")})
+        assert row.note.removeprefix("one independent unit has no variance; ") == "unit: the batch"
+
+
+def test_some_batches_are_never_examples_where_others_are_not():
+    parts = [pair({"acc": bools("0011")}, {"acc": bools("1111")}, 4), pair({}, {}, 3)]
+    parts += [pair({"acc": bools("0011")}, {"acc": bools("111")}, 4)]
+    for number, note in [(2, "1 of 2 batches came without one"), (3, "3 values of the reduced model for 4 examples")]:
+        examples = together(*parts[:number])
+        examples.means = [{arm: {"acc": (2.0, b.size)} for arm in (ORIGINAL, "laser")} for b in examples.batches]
+        (row,) = examples.rows("laser", {"acc": log(0.5, "acc")}, {"acc": log(0.5, "acc")})
+        assert row.n == number
+        assert note in row.note
+        assert "unit: the batch" in row.note
+
+
+@pytest.mark.parametrize("second", [torch.tensor([1.0, 0.5]), torch.tensor([1, 0]), torch.tensor([3, 0])])
+@pytest.mark.parametrize("swap", [False, True])
+def test_batches_and_arms_may_differ_in_their_type(second, swap):
+    parts = [pair({"acc": bools("01")}, {"acc": bools("11")}, 2), pair({"acc": bools("01")}, {"acc": second}, 2)]
+    parts.append(pair({"acc": second}, {"acc": bools("11")}, 2))
+    examples = together(*(reversed(parts) if swap else parts))
+    (row,) = examples.rows("laser", {"acc": log(0.5, "acc")}, {"acc": log(0.5, "acc")})
+    assert row.n == 6
+    assert row.test == ("exact McNemar" if second.tolist() == [1, 0] else "paired t")
+    assert examples.values("laser", "acc", log(0.5, "acc"))
+
+
+def test_outcomes_that_are_no_pairs_are_said():
+    weighted, ratio = Outcomes(torch.ones(2), torch.ones(2)), Outcomes(torch.ones(2), torch.ones(2), "log_ratio")
+    for after, note in [
+        (Outcomes(torch.ones(2), torch.tensor([1.0, 2.0])), "other weights for the reduced model"),
+        (ratio, "different kinds: log_ratio, mean"),
+    ]:
+        (row,) = pair({"x": weighted}, {"x": after}, 2).rows("laser", {"x": log(1.0, "x")}, {"x": log(1.0, "x")})
+        assert note in row.note
+        assert row.test == "not tested"
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("all_of_them", [True, False])
+@pytest.mark.parametrize("per_example", [True, False])
+def test_a_model_that_the_cut_broke_is_a_row_without_a_test(value, all_of_them, per_example):
+    before, after = torch.tensor([1.0, 2.0, 3.0]), torch.tensor([value] * (3 if all_of_them else 1) + [2.5] * 2)[:3]
+    examples = pair({"loss": before} if per_example else {}, {"loss": after} if per_example else {}, 3)
+    examples.means.append({ORIGINAL: {"loss": (6.0, 3)}, "laser": {"loss": (float(after.sum()), 3)}})
+    (row,) = examples.rows("laser", {"loss": log(2.0, "loss")}, {"loss": log(float(after.mean()), "loss")})
+    assert (row.test, row.p, row.original) == ("not tested", None, 2.0)
+    assert f"the reduced model's value is {value:g}" in row.note
+    assert Constraint.parse("loss <= +9").judge(row).verdict == "fail"
+    assert examples.values("laser", "loss", log(2.0, "loss")) is not None
+
+
+@pytest.mark.parametrize("per_example", [True, False])
+def test_a_key_without_a_value_in_any_batch(per_example):
+    nan = float("nan")
+    output = {"f1": torch.full((3,), nan)} if per_example else {}
+    examples = pair(output, output, 3)
+    examples.means.append({arm: {"f1": (nan, 3)} for arm in (ORIGINAL, "laser")})
+    (row,) = examples.rows("laser", {"f1": log(nan, "f1")}, {"f1": log(nan, "f1")})
+    assert (row.test, row.verdict) == ("not tested", "not tested")
+    assert "no unit has a value in both arms" in row.note
+    adjust_together([ArmResult("1.mlp@0.1", [row], None, "off", 1.0, 0.1)], "f1")
+
+
+def test_what_is_returned_and_not_logged():
+    output = {"acc": bools("0011"), "loss": torch.ones(4), "label": torch.arange(4), "logits": torch.ones(4, 3)}
+    examples = together(pair(output, {**output, "acc": bools("1111")}, 4), pair(output, output, 4))
+    found = examples.returned(ORIGINAL)
+    rows = examples.rows("laser", found, examples.returned("laser"))
+    assert [(row.metric, row.n, row.original, row.reduced) for row in rows] == [
+        ("acc", 8, 0.5, 0.75),
+        ("loss", 8, 1, 1),
+    ]
+    assert not any(row.note for row in rows)
+    assert set(examples.to_rows()[0][ORIGINAL]) == {"acc", "loss"}  # labels are no outcomes
+    several = together(pair(output, output, 4, 0), pair(output, output, 4, 1))
+    assert list(several.returned(ORIGINAL))[::2] == ["acc/dataloader_idx_0", "acc/dataloader_idx_1"]
 
 
 def test_outcomes_are_copies():
@@ -146,10 +313,57 @@ def test_without_ids_nothing_is_removed():
 
 
 def test_a_batch_of_duplicates_only():
-    part = pair({"id": ["a", "b"], "acc": bools("10")}, {"acc": bools("11")}, 2)
+    part = pair({"id": ["a"], "acc": bools("1")}, {"acc": bools("1")}, 1)
     merged = PairedExamples().merge([part, part])
     (row,) = merged.rows("laser", {"acc": log(0.0, "acc")}, {"acc": log(0.0, "acc")})
-    assert (row.n, merged.duplicates) == (2, 2)
+    assert (row.n, merged.duplicates) == (1, 1)
+
+
+IDS = [
+    uuid.UUID(int=5),
+    b"a",
+    datetime(2026, 1, 1),
+    Path("a/b"),
+    Decimal("1.5"),
+    ["document", 3],
+    {"document": 3},
+    "\ud800",
+    torch.tensor([1, 2]),
+    np.array([1, 2]),
+    np.int64(7),
+    None,
+]
+
+
+@pytest.mark.parametrize("example_id", IDS, ids=str)
+def test_anything_may_be_an_id_or_a_cluster(example_id):
+    part = pair({"id": [example_id, "b"], "cluster": [example_id, 3], "acc": bools("10")}, {"acc": bools("01")}, 2)
+    again = pair({"id": ["c", example_id], "cluster": [3, example_id], "acc": bools("10")}, {"acc": bools("01")}, 2)
+    merged = PairedExamples().merge([part, again])
+    (row,) = merged.rows("laser", {"acc": log(0.0, "acc")}, {"acc": log(0.0, "acc")})
+    assert (merged.duplicates, row.n) == (1, 2)
+    assert "3 units in 2 clusters" in row.note
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_ids_that_start_anew_in_each_batch_remove_nothing(ranks):
+    parts = [pair({"id": [0, 1, 2, 3], "acc": bools("1010")}, {"acc": bools("1111")}, 4) for _ in range(8)]
+    with pytest.warns(UserWarning, match="`id` must be another for each example, but '0' comes again"):
+        merged = PairedExamples().merge([together(*parts[i::ranks]) for i in range(ranks)])
+    (row,) = merged.rows("laser", {"acc": log(0.5, "acc")}, {"acc": log(1.0, "acc")})
+    assert (merged.duplicates, row.n, row.fixed) == (0, 32, 16)
+
+
+@pytest.mark.parametrize("n", [5, 6, 7, 8, 3, 1])
+def test_what_a_sampler_adds_is_removed_and_no_more(n, recwarn):
+    ranks = []
+    for rank in range(4):
+        places = list(DistributedSampler(range(n), 4, rank, shuffle=False))
+        output = {"id": [f"e{i}" for i in places], "acc": torch.ones(len(places)).bool()}
+        ranks.append(pair(output, output, len(places)))
+    merged = PairedExamples().merge(ranks)
+    assert (merged.duplicates, sum(b.size for b in merged.batches)) == (-n % 4, n)
+    assert not recwarn
 
 
 def test_clusters():
@@ -164,6 +378,10 @@ def test_clusters():
     assert "6 units in 3 clusters" in row.note
 
 
+IMAGES = [torch.ones(3, 4, 4)] * 8
+SENTENCES = pack_sequence([torch.ones(4, 2), torch.ones(3, 2), torch.ones(3, 2)])
+
+
 @pytest.mark.parametrize(
     ("output", "batch", "expected"),
     [
@@ -174,10 +392,48 @@ def test_clusters():
         (None, {"scalar": torch.tensor(1.0), "x": [torch.ones(4)]}, 4),
         (None, UserDict({"x": torch.ones(6, 1)}), 6),
         (None, ["text"], 1),
+        ({"acc": torch.ones(8)}, (IMAGES, torch.ones(8)), 8),
+        ({"acc": torch.ones(8)}, IMAGES, 8),
+        ({"acc": torch.ones(8), "loss": torch.ones(1)}, IMAGES, 8),
+        ({"acc": torch.ones(1)}, (IMAGES[:1], torch.ones(1)), 1),
+        ({"acc": torch.ones(3)}, SENTENCES, 3),
+        ({"acc": torch.ones(3), "ppl": torch.ones(10)}, (SENTENCES, torch.ones(3)), 3),
+        ({"acc": torch.ones(8), "id": ["a"]}, torch.ones(8), 8),
+        ({"id": list("abc"), "token_acc": torch.ones(40)}, torch.ones(3, 20), 3),
+        ({"acc": torch.ones(2)}, {"graph": object()}, 2),
+        ({"acc": torch.ones(0)}, torch.ones(4), 0),
     ],
 )
-def test_example_count(output, batch, expected):
-    assert example_count(output, batch) == expected
+@pytest.mark.filterwarnings("ignore:`id`")
+def test_the_number_of_examples(output, batch, expected):
+    assert read_returned({ORIGINAL: output}, batch).size == expected
+
+
+def test_a_batch_that_holds_nothing_of_the_length_is_doubted():
+    output = {"acc": torch.ones(10)}
+    for batch, doubt in [
+        (torch.ones(8, 3), True),
+        (IMAGES, True),
+        (torch.ones(2, 10), True),
+        ((3, torch.ones(10)), False),
+    ]:
+        examples = PairedExamples()
+        examples.add({ORIGINAL: output, "laser": output}, batch, None)
+        (row,) = examples.rows("laser", {"acc": log(1.0, "acc")}, {"acc": log(1.0, "acc")})
+        assert row.n == 10
+        assert ("10 outcomes for a batch in which nothing has this length" in row.note) == doubt
+
+
+def test_descriptions_that_do_not_fit_are_told_once():
+    with pytest.warns(
+        UserWarning, match="`id`, as the step returns it, is not used: .*8 examples, got 1 of them"
+    ) as told:
+        together(*(pair({"acc": torch.ones(8), "id": ["a"]}, {"acc": torch.ones(8)}, 8) for _ in range(2)))
+    assert len(told) == 2  # of two runs
+    examples = PairedExamples()
+    output = {"acc": bools("1"), "id": "a", "answer": "Paris", "prediction": "Rome"}
+    examples.add({ORIGINAL: output, "laser": output}, torch.ones(1), None)  # one example needs no list
+    assert examples.batches[0].described[ORIGINAL] == {"id": ["a"], "answer": ["Paris"], "prediction": ["Rome"]}
 
 
 # ---- the unit is the batch -------------------------------------------------------------------------------------------
@@ -187,7 +443,7 @@ def test_batch_means_are_weighted_by_their_size():
     examples = PairedExamples()
     before, after, sizes = [1.0, 2.0, 4.0], [0.5, 2.5, 1.0], [4, 4, 1]
     for b, a, size in zip(before, after, sizes, strict=True):
-        examples.add({ORIGINAL: None, "laser": None}, size, None)
+        examples.add({ORIGINAL: None, "laser": None}, torch.empty(size), None)
         examples.means.append({ORIGINAL: {"loss": (b * size, size)}, "laser": {"loss": (a * size, size)}})
     (row,) = examples.rows("laser", {"loss": log(16 / 9, "loss")}, {"loss": log(13 / 9, "loss")})
     assert row.note == "unit: the batch"
@@ -212,7 +468,7 @@ def test_batches_that_cannot_be_paired_are_left_out():
         {ORIGINAL: {"loss": (1.0, 1)}, "laser": {}},
         {ORIGINAL: {"loss": (2.0, 4)}, "laser": {"loss": (2.0, 4)}},
     ):
-        examples.add({ORIGINAL: None, "laser": None}, 4, None)
+        examples.add({ORIGINAL: None, "laser": None}, torch.empty(4), None)
         examples.means.append(means)
     (row,) = examples.rows("laser", {"loss": log(1.0, "loss")}, {"loss": log(1.0, "loss")})
     assert (row.n, row.original, row.reduced) == (2, 0.75, 0.5)
@@ -287,8 +543,8 @@ def test_write_jsonl(tmp_path):
         "a": {"prediction": ["x", "y"], "acc": bools("11"), "loss": torch.tensor([0.25, float("inf")])},
         "a.zeroed": {"acc": bools("00"), "loss": torch.tensor([1.0, float("-inf")])},
     }  # fmt: skip
-    examples.add(outputs, 2, None)
-    examples.add({arm: {"acc": bools("1")} for arm in outputs}, 1, None)
+    examples.add(outputs, torch.empty(2), None)
+    examples.add({arm: {"acc": bools("1")} for arm in outputs}, torch.empty(1), None)
     path = tmp_path / "deep" / "examples.jsonl"
     examples.write(path)
 

@@ -152,6 +152,24 @@ def test_perplexity_ratio_agrees_with_cluster_bootstrap():
     assert unclustered.upper - unclustered.lower < 0.9 * (row.upper - row.lower)  # pretends to know more than it does
 
 
+@pytest.mark.parametrize("clusters", [None, ["a", "a", "b"]])
+@pytest.mark.parametrize("kind", ["binary", "mean", "log_ratio"])
+def test_without_a_unit_in_both_arms_there_is_no_test(kind, clusters):
+    nothing, some = Outcomes(torch.full((3,), NAN), kind=kind), Outcomes(torch.tensor([1.0, NAN, 0.0]), kind=kind)
+    row = compare("m", some, nothing, clusters=clusters, higher_is_better=True)
+    assert (row.test, row.n, row.p, row.lower90, row.verdict) == ("not tested", 0, None, None, "not tested")
+    assert (
+        row.note
+        == "no unit has a value in both arms: 2 of 3 and 0 of 3 have one in the original and in the reduced model"
+    )
+    assert row.original == pytest.approx(math.exp(0.5) if kind == "log_ratio" else 0.5)
+    assert math.isnan(row.reduced)
+    assert math.isnan(row.delta)
+    assert adjust([row], primary="m")[0].verdict == "not tested"
+    assert "0 of 3 and 0 of 3" in compare("m", nothing, nothing).note
+    assert compare("m", Outcomes(torch.zeros(0)), Outcomes(torch.zeros(0))).n == 0
+
+
 def test_absent_units_are_dropped_pairwise():
     original, reduced = torch.tensor([1.0, NAN, 2.0, 3.0, NAN]), torch.tensor([2.0, 1.0, NAN, 7.0, NAN])
     weights = torch.tensor([1.0, 2.0, 3.0, 4.0, NAN])
@@ -203,7 +221,6 @@ def test_holm_by_hand_and_roles():
         (lambda: Outcomes(torch.zeros(3), torch.ones(2)), "got 2 for 3"),
         (lambda: Outcomes(torch.zeros(2), torch.tensor([1.0, 0.0])), "`weights` must be positive"),
         (lambda: Outcomes(torch.zeros(2), kind="median"), "'median'"),
-        (lambda: table(0, 0, 0, 0), "at least one present unit"),
         (lambda: compare("m", Outcomes(torch.zeros(2)), Outcomes(torch.zeros(3))), "same units"),
         (lambda: compare("m", Outcomes(torch.zeros(2)), Outcomes(torch.zeros(2), torch.ones(2))), "weights"),
         (lambda: compare("m", Outcomes(torch.zeros(2)), Outcomes.of(torch.ones(2) > 0)), "kind"),
