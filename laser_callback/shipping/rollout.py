@@ -189,6 +189,7 @@ class StagedRollout:
         if self.apply and self.result.plan is not None:
             assert self._lab is not None
             self._applied = reduced(self.module, self.result.plan, self._lab.spectra).__enter__()
+            self._applied.stay()
         return self.result
 
     def undo(self) -> None:

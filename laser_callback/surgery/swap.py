@@ -7,8 +7,11 @@ or of the original weights, no version counter moves, and an optimizer's state s
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import partial
 from types import TracebackType
 from typing import Any
 
@@ -19,6 +22,41 @@ from laser_callback.plans.matrices import WeightMatrix
 from laser_callback.plans.plan import LaserPlan
 from laser_callback.plans.reduction import Reduction
 from laser_callback.spectra.store import SIDE_BY_SIDE, Spectra
+from laser_callback.support.interrupts import catch_up, closed, opened, undisturbed
+
+
+@dataclass(eq=False)
+class _Swap:
+    """A parameter that points at a reduced tensor."""
+
+    parameter: nn.Parameter
+    original: Tensor
+    reduced: Tensor
+    version: int | None
+
+    @classmethod
+    def of(cls, parameter: nn.Parameter, tensor: Tensor) -> _Swap:
+        return cls(parameter, parameter.data, tensor, _version(parameter))
+
+    def is_untouched(self) -> bool:
+        """Whether the parameter holds what was put there, if on another device or in another precision."""
+        now = self.parameter.data
+        if now.data_ptr() == self.reduced.data_ptr():
+            return self.version == _version(self.parameter)
+        converted = now.dtype != self.reduced.dtype or now.device != self.reduced.device
+        return converted or (now.shape == self.reduced.shape and torch.equal(now, self.reduced))
+
+    def take_back(self) -> None:
+        # The module may have gone to another device or precision meanwhile (`Trainer(precision="bf16-true")`).
+        self.parameter.data = self.original.to(self.parameter.device, self.parameter.dtype)
+
+
+def _version(parameter: nn.Parameter) -> int | None:
+    return None if parameter.is_inference() else parameter._version
+
+
+# What is in place in this process, in the order of entry, so that blocks may end in any order.
+_in_place: list[list[_Swap]] = []
 
 
 class reduced(AbstractContextManager["reduced"]):  # noqa: N801 - reads as a verb, like contextlib.suppress
@@ -26,7 +64,9 @@ class reduced(AbstractContextManager["reduced"]):  # noqa: N801 - reads as a ver
 
     The first entry factorises; the object can be entered again and then only swaps pointers. It cannot be entered while
     it is open. If the model's weights change between two entries, make a new object: the reduced tensors are those of
-    the first entry.
+    the first entry. Blocks may overlap, and end in any order. What the block writes to a reduced parameter (an
+    optimizer's step, ``load_state_dict``) is lost at its end, and a warning names it; a move to another device or
+    precision holds for the weights that come back, too.
 
     Args:
         model: any module, or the matrices that :func:`find_matrices` has found in it.
@@ -61,60 +101,136 @@ class reduced(AbstractContextManager["reduced"]):  # noqa: N801 - reads as a ver
         self.plan = LaserPlan.of(plan)
         self._spectra = spectra
         self.matrices: list[tuple[WeightMatrix, Reduction]] = self.plan.resolve(model)
-        self._swaps: list[tuple[nn.Parameter, Tensor]] | None = None
-        self._originals: list[tuple[nn.Parameter, Tensor]] = []
+        self._cuts: list[tuple[nn.Parameter, Tensor]] | None = None
+        self._swaps: list[_Swap] = []  # empty unless in place
 
     def prepare(self) -> list[Tensor]:
         """Factorise now, unless that has been done. Returns the reduced tensors, one per changed parameter."""
-        if self._swaps is None:
+        if self._cuts is None:
             with torch.no_grad():
-                self._swaps = _reduced_parameters(self.matrices, self._spectra or Spectra())
-        return [tensor for _, tensor in self._swaps]
+                self._cuts = _reduced_parameters(self.matrices, self._spectra or Spectra())
+        return [tensor for _, tensor in self._cuts]
 
     def forget(self) -> None:
         """Free the reduced tensors; the next entry makes them again, from the model's weights at that time."""
-        if self._originals:
+        if self._swaps:
             raise RuntimeError("this reduction is in place; leave its `with` block before forgetting it")
-        self._swaps = None
+        self._cuts = None
 
     def __enter__(self) -> reduced:
-        if self._originals:
+        if self._swaps:
             raise RuntimeError("this reduction is already in place; leave its `with` block before entering it again")
         self.prepare()
         try:
-            # One expression: once the call has returned, no signal can strike before `__exit__` is due.
             return self._swap_in()
         except BaseException:
             self.restore()
             raise
 
+    @undisturbed
     def _swap_in(self) -> reduced:
-        for parameter, tensor in self._swaps or []:
-            # Remember first, then swap: an interrupt between the two lines restores a parameter to itself.
-            self._originals.append((parameter, parameter.data))
+        opened(self, partial(_dropped, self._swaps, str(self.plan)))
+        _in_place.append(self._swaps)
+        for parameter, tensor in self._cuts or []:
+            # Remember first, then swap: an exception between the two lines restores a parameter to itself.
+            self._swaps.append(_Swap.of(parameter, tensor))
             parameter.data = tensor
+        torch.clear_autocast_cache()
+        catch_up()
         return self
 
-    def keep(self) -> None:
-        """Leave the reduced weights in place for good; what was there is freed."""
-        self._originals.clear()
-        self._swaps = None
-
+    @undisturbed
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         try:
-            self.restore()
-        except BaseException:  # Ctrl-C in the middle: finish, then let it through
+            try:
+                lost = self.written_to() if kind is None else []
+            finally:
+                self.restore()
+        except BaseException:  # brought by no signal (another thread, a debugger): finish, then let it through
             self.restore()
             raise
+        if lost:
+            warnings.warn(
+                f"{', '.join(lost)}: written to while reduced by {str(self.plan)!r}. What was written is lost: the "
+                "original weights are back",
+                stacklevel=2,
+            )
+        catch_up()
 
+    @undisturbed
     def restore(self) -> None:
         """Put the original weights back. Does nothing when they are in place; goes on where an interrupt stopped it."""
-        while self._originals:
-            parameter, data = self._originals[-1]
-            parameter.data = data
-            self._originals.pop()
+        try:
+            _put_back(self._swaps)
+        finally:
+            closed(self)
+
+    def written_to(self) -> list[str]:
+        """The names of the reduced parameters that no longer hold what this has put there."""
+        later = {id(swap.parameter) for swap in _after(self._swaps)}  # a block that was entered meanwhile
+        touched = {id(s.parameter) for s in self._swaps if id(s.parameter) not in later and not s.is_untouched()}
+        return [f"`{matrix.name}`" for matrix, _ in self.matrices if id(matrix.parameter) in touched]
+
+    @undisturbed
+    def suspend(self) -> None:
+        """Put the original weights back for as long as a signal handler runs."""
+        for swap in reversed(self._swaps):
+            swap.parameter.data = swap.original
+        torch.clear_autocast_cache()
+
+    @undisturbed
+    def resume(self) -> None:
+        """End what :meth:`suspend` began."""
+        for swap in self._swaps:
+            swap.parameter.data = swap.reduced
+        torch.clear_autocast_cache()
+
+    @undisturbed
+    def stay(self) -> None:
+        """Leave the reduced weights in place also when nobody refers to this any more; :meth:`restore` still works."""
+        closed(self)
+
+    @undisturbed
+    def keep(self) -> None:
+        """Leave the reduced weights in place for good; what was there is freed."""
+        _forget(self._swaps)
+        self._swaps.clear()
+        self._cuts = None
+        closed(self)
+
+
+@undisturbed
+def _put_back(swaps: list[_Swap]) -> None:
+    while swaps:
+        swap = swaps[-1]
+        after = next((other for other in _after(swaps) if other.parameter is swap.parameter), None)
+        if after is None:
+            swap.take_back()
+        else:  # another reduction was put on top of this one: it goes back to what was there before both
+            after.original = swap.original
+        swaps.pop()
+    _forget(swaps)
+    torch.clear_autocast_cache()
+
+
+def _after(swaps: list[_Swap]) -> list[_Swap]:
+    position = next((i for i, other in enumerate(_in_place) if other is swaps), len(_in_place))
+    return [swap for other in _in_place[position + 1 :] for swap in other]
+
+
+def _forget(swaps: list[_Swap]) -> None:
+    _in_place[:] = [other for other in _in_place if other is not swaps]
+
+
+@undisturbed
+def _dropped(swaps: list[_Swap], plan: str) -> None:
+    if swaps:
+        _put_back(swaps)
+        warnings.warn(
+            f"the reduction by {plan!r} was entered, never left and dropped: its weights are back", stacklevel=1
+        )
 
 
 def _reduced_parameters(

@@ -16,6 +16,7 @@ from matrices import best
 from small_models import IDS, gpt2, run
 from tiny import tiny_causal_lm
 from torch import nn
+from weights import Snapshot
 
 from laser_callback.plans.plan import LaserPlan
 from laser_callback.spectra import store as spectra
@@ -23,32 +24,6 @@ from laser_callback.surgery import swap as surgery
 from laser_callback.surgery.swap import reduced
 
 PLAN = "1.fc_in@0.1, -1.attn@0.2, 0.fc_out@0.3:keep=tail, 2.mlp@gavish-donoho, 3.fc_up@0.5:scale=-0.25"
-
-
-class Snapshot:
-    """Everything about a model's parameters that must be as before: objects, storage, versions, values, flags."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
-        self.facts = self._facts()
-        self.values = {name: p.detach().clone() for name, p in model.named_parameters()}
-        self.state_names = list(model.state_dict())
-
-    def _facts(self) -> dict[str, tuple[Any, ...]]:
-        # `_version` of an inference tensor does not exist.
-        facts: dict[str, tuple[Any, ...]] = {}
-        for name, p in self.model.named_parameters():
-            version, gradient = None if p.is_inference() else p._version, None if p.grad is None else p.grad.data_ptr()
-            flags = p.dtype, p.requires_grad, p.is_leaf, p.is_inference()
-            facts[name] = (id(p), p.data_ptr(), version, p.stride(), gradient, *flags)
-        return facts
-
-    def is_restored(self) -> bool:
-        return (
-            self._facts() == self.facts
-            and all(torch.equal(self.values[name], p) for name, p in self.model.named_parameters())
-            and list(self.model.state_dict()) == self.state_names
-        )
 
 
 # ---- in and out ------------------------------------------------------------------------------------------------------
@@ -309,10 +284,10 @@ def test_a_swap_that_fails_in_the_middle_is_undone():
     snapshot = Snapshot(model)
     cut = reduced(model, PLAN)
     cut.prepare()
-    assert cut._swaps is not None
-    assert len(cut._swaps) > 3
-    parameter, _ = cut._swaps[3]
-    cut._swaps[3] = (parameter, torch.zeros(1).to_sparse())  # another layout is refused by torch
+    assert cut._cuts is not None
+    assert len(cut._cuts) > 3
+    parameter, _ = cut._cuts[3]
+    cut._cuts[3] = (parameter, torch.zeros(1).to_sparse())  # another layout is refused by torch
     with pytest.raises(RuntimeError), cut:
         pytest.fail("entered")
     assert snapshot.is_restored()
