@@ -148,8 +148,8 @@ class Held:
 
 
 def alike(a: Tensor, b: Tensor) -> bool:
-    """Whether both have one shape, order in memory, dtype and device."""
-    return (a.shape, a.stride(), a.dtype, a.device) == (b.shape, b.stride(), b.dtype, b.device)
+    """Whether both have one shape, dtype and device."""
+    return (a.shape, a.dtype, a.device) == (b.shape, b.dtype, b.device)
 
 
 # ---- how to look at an object: a list of the objects that it refers to, or a value that can be compared --------------
@@ -309,6 +309,7 @@ _LOOKS: dict[Any, Callable[[Any], Any]] = {
     types.BuiltinFunctionType: lambda method: [method.__self__],
     functools.partial: lambda partial: [partial.func, *partial.args, *partial.keywords, *partial.keywords.values()],
     functools._lru_cache_wrapper: lambda function: [inspect.unwrap(function)],
+    types.SimpleNamespace: _attributes,
     weakref.ref: lambda reference: [reference()],
     (bytearray, array): bytes,
     (torch.Generator, random.Random, np.random.Generator, np.random.RandomState): _state,

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
-from functools import partial
+from functools import partial, wraps
 from types import TracebackType
 from typing import Any
 
@@ -93,6 +93,7 @@ def _settle() -> None:
         nn.Module.__call__ = _before  # type: ignore[method-assign]
 
 
+@wraps(nn.Module.__call__)
 def _call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     if not torch.compiler.is_compiling():
         sees = [see for layers, see in tuple(_open.values()) if see is not None and id(self) in layers]

@@ -29,7 +29,8 @@ class Block(nn.Module):
         self.change: Callable[..., Any] | None = None
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        LOG.info("%d", self.index)
+        if not torch.compiler.is_compiling():
+            LOG.info("%d", self.index)
         y = x + self.fc_out(F.gelu(self.fc_in(self.norm(x))))
         return y if self.change is None else self.change(self, x, y, *args, **kwargs)
 
