@@ -32,7 +32,20 @@ VALUES = (Tensor, np.ndarray, np.generic, int, float, complex, str, bytes, type(
 _UNCHANGING = {int, float, complex, bool, str, bytes, type(None), torch.dtype, torch.device}
 PLAIN = (*CONTAINERS, *_Generators, *VALUES)
 # What both passes over a batch may have: it cannot change, or is no data.
-_SHARED = (type, enum.Enum, range, slice, PurePath, date, time, timedelta, UUID, np.generic, nn.Module, Dataset)
+_SHARED: tuple[Any, ...] = (
+    type,
+    enum.Enum,
+    range,
+    slice,
+    PurePath,
+    date,
+    time,
+    timedelta,
+    UUID,
+    np.generic,
+    nn.Module,
+    Dataset,
+)
 _SHARED += (DataLoader, Sampler, PreTrainedTokenizerBase, ModuleType, FunctionType, MethodType, BuiltinFunctionType)
 _SHARED += tuple(_UNCHANGING)
 
@@ -41,7 +54,7 @@ class _Batch(dict[int, Any]):
     """A memo of copies within one batch: which part of each storage its tensors use, and the copies of these parts."""
 
     def __init__(self) -> None:
-        self.spans: dict[int, list[int]] = {}  # by storage: first and last byte, number of tensors
+        self.spans: dict[int, list[Any]] = {}  # by storage: first and last byte, number of tensors
         self.parts: dict[int, Tensor] = {}
 
     def look(self, value: Any, where: str, seen: dict[int, Any]) -> None:
@@ -51,12 +64,18 @@ class _Batch(dict[int, Any]):
         seen[id(value)] = value
         if isinstance(value, Tensor):
             if _is_plain(value):
-                begin = value.storage_offset() * value.itemsize
-                end = begin + sum((n - 1) * s for n, s in zip(value.shape, value.stride(), strict=True)) * value.itemsize
+                begin: int = value.storage_offset() * value.itemsize
+                end = (
+                    begin + sum((n - 1) * s for n, s in zip(value.shape, value.stride(), strict=True)) * value.itemsize
+                )
                 span = self.spans.setdefault(value.untyped_storage().data_ptr(), [begin, end, 0])
                 span[:] = min(span[0], begin), max(span[1], end + value.itemsize), span[2] + 1
             return
-        if isinstance(value, (np.ndarray, *_Generators)) or callable(getattr(value, "clone", None)):
+        if (
+            isinstance(value, (np.ndarray, *_Generators))
+            or callable(getattr(value, "clone", None))
+            or _is_picture(value)
+        ):
             return
         held = _attributes(value)
         opaque = not held and not hasattr(value, "__dict__") and type(value) is not object
@@ -82,12 +101,12 @@ class _Batch(dict[int, Any]):
             return _copy_tensor(value)
         begin -= begin % 16  # of the largest dtype
         if storage.data_ptr() not in self.parts:
-            everything = torch.empty(0, dtype=torch.uint8, device=value.device).set_(storage)  # type: ignore[call-overload]
+            everything = torch.empty(0, dtype=torch.uint8, device=value.device).set_(storage)
             self.parts[storage.data_ptr()] = everything[begin:end].clone()
         new = torch.empty(0, dtype=value.dtype, device=value.device)
         offset = value.storage_offset() - begin // value.itemsize
         part = self.parts[storage.data_ptr()].untyped_storage()
-        new.set_(part, offset, value.shape, value.stride())  # type: ignore[call-overload]
+        new.set_(part, offset, value.shape, value.stride())
         return new.requires_grad_() if value.requires_grad else new
 
 
@@ -158,6 +177,8 @@ def copy_data(value: Any, memo: dict[int, Any] | None = None) -> Any:
                 object.__setattr__(new, item.name, copy_data(getattr(value, item.name), memo))
     elif not isinstance(value, nn.Module) and callable(getattr(value, "clone", None)):  # batches of graph libraries
         new = value.clone()
+    elif _is_picture(value):
+        new = value.copy()
     elif is_record(value) or (isinstance(memo, _Batch) and not isinstance(value, _SHARED)):
         new = copy.copy(value)
         memo[id(value)] = (value, new)
@@ -179,6 +200,10 @@ def is_record(value: Any) -> bool:
 def _copy_tensor(value: Tensor) -> Tensor:
     new = value.detach().clone()
     return new.requires_grad_() if value.requires_grad else new
+
+
+def _is_picture(value: Any) -> bool:
+    return any(cls.__module__ == "PIL.Image" for cls in type(value).__mro__)
 
 
 def _is_plain(tensor: Tensor) -> bool:

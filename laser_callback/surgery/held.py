@@ -114,9 +114,7 @@ class Held:
         """Whether a layer cannot tell one from the other, though the objects need not be the same."""
         if len(self._nodes) != len(other._nodes):
             return False
-        return all(
-            self._same_node(node, old, other) for node, old in zip(self._nodes, other._nodes, strict=True)
-        )
+        return all(self._same_node(node, old, other) for node, old in zip(self._nodes, other._nodes, strict=True))
 
     @functools.cached_property
     def storages(self) -> set[int]:
@@ -171,7 +169,7 @@ def _is_unchanging(value: Any) -> bool:
 
 
 @functools.lru_cache(maxsize=10000)
-def _of_library(cls: type) -> bool:
+def _of_library(cls: Any) -> bool:
     return _library(cls)
 
 
@@ -201,7 +199,7 @@ def _attributes(value: Any) -> list[Any]:
 
 
 @functools.cache
-def _slots(cls: type) -> list[str]:
+def _slots(cls: Any) -> list[str]:
     names: list[str] = []
     for base in cls.__mro__:
         slots = vars(base).get("__slots__", ())
@@ -241,7 +239,7 @@ def _class(cls: type) -> list[Any]:
 
 
 @functools.lru_cache(maxsize=1000)
-def _functions(cls: type) -> list[types.FunctionType]:
+def _functions(cls: Any) -> list[types.FunctionType]:
     """The functions of a class that run when it is called: of a module `forward`, and what is named from there on."""
     bases = [vars(base) for base in cls.__mro__ if not _of_library(base)]
     names = ["forward", "__getattr__", "__setattr__"] if issubclass(cls, nn.Module) else [n for b in bases for n in b]

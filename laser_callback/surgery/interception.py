@@ -116,7 +116,7 @@ def _why_not_in_place(layer: nn.Module) -> str:
     """Why nothing can take the place of the layer's forward in a call of the layer."""
     if layer._compiled_call_impl is not None or isinstance(layer, torch.jit.ScriptModule):
         return "it is compiled"
-    if torch.jit.is_tracing():
+    if torch._C._get_tracing_state() is not None:
         return "it is traced"
     if torch_module._has_any_global_hook():
         return "a global hook listens"

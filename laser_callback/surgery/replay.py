@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import operator
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -101,7 +101,7 @@ class LayerReplay:
         return Watch()
 
     @whole
-    def record(self) -> Iterator[None]:
+    def record(self) -> Generator[None, None, None]:
         """Within: calls of the layers before the last arm's first cut are recorded, replacing an earlier record.
 
         A record that is not finished, for whatever reason, is none.
@@ -121,7 +121,7 @@ class LayerReplay:
         self._calls = recorder.calls
 
     @whole
-    def replay(self, arm: str) -> Iterator[None]:
+    def replay(self, arm: str) -> Generator[None, None, None]:
         """Within: calls that match the record return its outputs. The record is lost if this is interrupted."""
         record, self._calls = self._calls, {}
         position: Counter[nn.Module] = Counter()
@@ -221,7 +221,9 @@ class _Recorder:
         self._arguments: dict[int, TensorCopy] = {}
         self._outputs: dict[int, TensorCopy] = {}  # of the latest layer: the next one's input
 
-    def see(self, layer: nn.Module, reason: str, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def see(
+        self, layer: nn.Module, reason: str, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
         """Run the layer, and remember what it was given and what came out, or why that cannot come out again."""
         if paused():
             return forward(*args, **kwargs)

@@ -110,3 +110,11 @@ def test_other_kinds_of_data(value: Any) -> None:
     new = copy_batch([value])[0]
     assert type(new) is type(value)
     assert str(new) == str(value)
+
+
+def test_pictures() -> None:
+    image = pytest.importorskip("PIL.Image")
+    value = image.new("RGB", (2, 2))
+    new = copy_batch({"image": [value]})["image"][0]
+    new.putpixel((0, 0), (9, 9, 9))
+    assert value.getpixel((0, 0)) == (0, 0, 0)

@@ -80,15 +80,27 @@ KINDS: dict[str, tuple[Callable[[], Any], Callable[[Any, Tensor], Any], Callable
     "dataclass": (Context, lambda h, y: _set("loss", float(y.sum()), h, y), lambda h: h.loss),
     "slots": (Slotted, lambda h, y: _set("loss", float(y.sum()), h, y), lambda h: h.loss),
     "namespace": (lambda: SimpleNamespace(n=0), lambda h, y: _set("n", 1, h, y), lambda h: h.n),
-    "object in an object": (Nested, lambda h, y: _set("loss", 1, h.inner[0].context, y), lambda h: h.inner[0].context.loss),
+    "object in an object": (
+        Nested,
+        lambda h, y: _set("loss", 1, h.inner[0].context, y),
+        lambda h: h.inner[0].context.loss,
+    ),
     "list in its class": (Nested, lambda h, y: h.losses.append(1.0), lambda h: list(h.losses)),
     "metric": (SumMetric, lambda h, y: h.update(y.sum()), lambda h: float(h.compute())),
     "tensor in a dict": (lambda: {"t": torch.zeros(1)}, lambda h, y: h["t"].add_(y.sum()), lambda h: h["t"].tolist()),
     "config": (lambda: hf.LlamaConfig(n=0.0), lambda h, y: _set("n", 1.0, h, y), lambda h: h.n),
     "bound method": (lambda: [].append, lambda h, y: h(float(y.sum())), lambda h: list(h.__self__)),
-    "generator": (lambda: torch.Generator().manual_seed(1), lambda h, y: torch.rand(1, generator=h), lambda h: h.get_state().tolist()),
-    "numpy generator": (lambda: np.random.default_rng(1), lambda h, y: h.random(), lambda h: str(h.bit_generator.state)),
-}  # fmt: skip
+    "generator": (
+        lambda: torch.Generator().manual_seed(1),
+        lambda h, y: torch.rand(1, generator=h),
+        lambda h: h.get_state().tolist(),
+    ),
+    "numpy generator": (
+        lambda: np.random.default_rng(1),
+        lambda h, y: h.random(),
+        lambda h: str(h.bit_generator.state),
+    ),
+}
 
 
 @pytest.mark.parametrize("place", ["attribute", "list", "closure", "partial", "submodule"])

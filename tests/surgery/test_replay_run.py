@@ -313,3 +313,83 @@ def test_a_compiled_model_is_left_alone(how: str, x: Tensor) -> None:
     with replayed.replay.record(), replayed.replay.replay("arm"):
         assert not any("forward" in vars(module) for module in model.modules() if isinstance(module, Block))
     assert "compiled" in str(replayed.report())
+
+
+# ---- transforms, modes and other tensors -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("transform", "reason"),
+    [
+        (lambda f, x: torch.func.vmap(f)(x), "torch.func transforms it"),
+        (lambda f, x: torch.func.jvp(f, (x,), (x,)), "torch.func transforms it"),
+        (lambda f, x: torch.func.jacfwd(lambda x: f(x).sum())(x), "torch.func transforms it"),
+        (lambda f, x: torch.func.grad(lambda x: f(x).sum())(x), "torch.func transforms it"),
+        (lambda f, x: torch.func.functionalize(f)(x), "torch.func transforms it"),
+    ],
+    ids=["vmap", "jvp", "jacfwd", "grad", "functionalize"],
+)
+def test_transforms_of_functions_are_run(transform: Callable[..., Any], reason: str, x: Tensor) -> None:
+    model = Stack()
+    replayed = Replayed(model)
+    replayed.once(lambda: transform(model, x), grad=True)
+    assert replayed.report().reasons == {reason: 3}
+
+
+def test_weights_of_a_functional_call(x: Tensor) -> None:
+    model = Stack().requires_grad_(False)
+    weights = {name: parameter * 0.5 for name, parameter in model.named_parameters()}
+    replayed = Replayed(model)
+    replayed.once(lambda: (torch.func.functional_call(model, weights, x), model(x)))
+    assert replayed.report().replayed == 6
+
+
+def test_forward_mode_is_run(x: Tensor) -> None:
+    model = Stack()
+
+    def step() -> Any:
+        with torch.autograd.forward_ad.dual_level():
+            return tuple(torch.autograd.forward_ad.unpack_dual(model(torch.autograd.forward_ad.make_dual(x, x))))
+
+    replayed = Replayed(model)
+    replayed.once(step)
+    assert replayed.report().reasons == {"forward-mode autograd runs through it": 3}
+
+
+def test_a_mode_that_listens(x: Tensor) -> None:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    model = Stack()
+
+    def step() -> int:
+        with FlopCounterMode(display=False) as counter:
+            model(x)
+        return counter.get_total_flops()
+
+    replayed = Replayed(model)
+    replayed.once(step)
+    assert replayed.report().run == 3
+    assert all("listens" in reason for reason in replayed.report().reasons)
+
+
+@pytest.mark.parametrize("kind", ["fake", "meta", "nested", "default device"])
+def test_tensors_of_other_kinds(kind: str, x: Tensor) -> None:
+    model = Stack()
+
+    def step() -> Any:
+        if kind == "fake":
+            with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True) as mode:
+                return tuple(model.plainly(mode.from_tensor(x)).shape)
+        if kind == "meta":
+            return tuple(model.layers[0].change(None, None, model.layers[0](x, x.to("meta")), None).shape)
+        if kind == "nested":
+            nested = torch.nested.nested_tensor([x[0], x[1, :3]], layout=torch.jagged)
+            return model.layers[0](nested).values()
+        with torch.device("cpu"):
+            return model(x)
+
+    if kind == "meta":
+        model.layers[0].change = lambda layer, x, y, extra: y
+    replayed = Replayed(model)
+    replayed.once(step)
+    assert replayed.report().replayed == (3 if kind == "default device" else 0)

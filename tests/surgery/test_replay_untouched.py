@@ -1,4 +1,4 @@
-"""What the user sees of a layer while replay watches it: nothing. And nothing is left of a watch, whatever interrupts it."""
+"""A layer looks as ever while replay watches it, and nothing is left of a watch, whatever interrupts it."""
 
 from __future__ import annotations
 
@@ -136,14 +136,14 @@ class Compiled(nn.Module):
 
 
 @pytest.mark.parametrize("before", [True, False], ids=["before", "within"])
-@pytest.mark.parametrize(
-    "how", ["closure", "attribute", "forward", "module", "wrapped", "a layer"]
-)
+@pytest.mark.parametrize("how", ["closure", "attribute", "forward", "module", "wrapped", "a layer"])
 def test_compiled_code_is_neither_replayed_nor_compiled_again(how: str, before: bool, x: Tensor) -> None:
     counter = CompileCounter()
     model = Compiled(how, counter).eval()
     replayed = Replayed(model)
-    expected = replayed.computed(lambda: model.plainly(x) if how in ("closure", "attribute") else model.net.head(model.plainly(x)))
+    expected = replayed.computed(
+        lambda: model.plainly(x) if how in ("closure", "attribute") else model.net.head(model.plainly(x))
+    )
     if before:
         with torch.no_grad():
             model(x)
