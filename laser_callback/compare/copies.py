@@ -64,7 +64,7 @@ class _Batch(dict[int, Any]):
         seen[id(value)] = value
         if isinstance(value, Tensor):
             if _is_plain(value):
-                begin: int = value.storage_offset() * value.itemsize
+                begin: Any = value.storage_offset() * value.itemsize
                 end = (
                     begin + sum((n - 1) * s for n, s in zip(value.shape, value.stride(), strict=True)) * value.itemsize
                 )

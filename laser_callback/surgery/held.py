@@ -168,9 +168,7 @@ def _is_unchanging(value: Any) -> bool:
     return opaque and type(value).__module__.split(".")[0] == "torch"  # operators, streams
 
 
-@functools.lru_cache(maxsize=10000)
-def _of_library(cls: Any) -> bool:
-    return _library(cls)
+_of_library: Callable[[type], bool] = functools.lru_cache(maxsize=10000)(lambda cls: _library(cls))
 
 
 def _library(thing: Any) -> bool:
@@ -183,16 +181,17 @@ def _how_to_look_at(value: Any) -> Callable[[Any], Any] | None:
     """A function that looks at ``value``, or ``None``."""
     if isinstance(value, np.ndarray):
         return _array if value.nbytes <= _LARGEST else None
-    for kind, look in _LOOKS.items():
-        if isinstance(value, kind):
+    for kinds, look in _LOOKS.items():
+        if isinstance(value, kinds):
             return look
     # Written in Python, as far as one can see: it has no parts but its attributes.
-    written = all(cls is object or cls.__flags__ & 1 << 9 for cls in type(value).__mro__)
-    return _attributes if written and (hasattr(value, "__dict__") or _slots(type(value))) else None
+    kind: Any = type(value)
+    written = all(cls is object or cls.__flags__ & 1 << 9 for cls in kind.__mro__)
+    return _attributes if written and (hasattr(value, "__dict__") or _slots(kind)) else None
 
 
 def _attributes(value: Any) -> list[Any]:
-    cls = type(value)
+    cls: Any = type(value)
     attributes = getattr(value, "__dict__", {})
     slots = [getattr(value, name) for name in _slots(cls) if hasattr(value, name)]
     return [*attributes, *attributes.values(), *slots, *([] if _of_library(cls) else [cls])]

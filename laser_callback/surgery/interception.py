@@ -1,11 +1,11 @@
 """See the calls of chosen layers, and leave no trace on the layers.
 
-While any :class:`Watch` is open, ``nn.Module.__call__`` is a function that looks for the called module among the watched
-ones. Nothing is put on a layer or its class: inside of the user's step a layer is pickled, copied, scripted and inspected
-as ever, its ``forward`` is its own, and the guards of compiled code hold. (``torch.fx`` takes the same way.)
+While any :class:`Watch` is open, ``nn.Module.__call__`` is a function that looks for the called module among those that
+are watched. Nothing is put on a layer or its class: inside of the user's step a layer is pickled, copied, scripted and
+inspected as ever, its ``forward`` is its own, and the guards of compiled code hold. (``torch.fx`` takes the same way.)
 
-A layer's own hooks fire around what a watch does in place of ``forward``. Code under compilation or tracing sees nothing
-of this file, and neither does a direct call of ``layer.forward``.
+A layer's own hooks fire around what a watch does in place of ``forward``. Code under compilation or tracing sees
+nothing of this file, and neither does a direct call of ``layer.forward``.
 """
 
 from __future__ import annotations

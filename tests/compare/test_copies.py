@@ -63,7 +63,7 @@ def test_objects_are_copied_with_their_data(build: Any) -> None:
         (lambda: Item(io.StringIO("x")), r"`batch.x` is a StringIO"),
         (lambda: (1, memoryview(b"x")), r"`batch\[1\]` is a memoryview"),
         (lambda: {"a": {}.values()}, r"`batch\['a'\]` is a dict_values"),
-        (lambda: zip([1], [2]), "`batch` is a zip"),
+        (lambda: zip([1], [2], strict=True), "`batch` is a zip"),
     ],
 )
 def test_what_is_used_up_is_refused(held: Any, where: str) -> None:
