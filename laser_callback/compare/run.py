@@ -25,7 +25,7 @@ from torchmetrics import MetricCollection
 
 from laser_callback.compare import arms
 from laser_callback.compare.controls import random_plan, zeroed_plan
-from laser_callback.compare.copies import copy_data
+from laser_callback.compare.copies import copy_batch
 from laser_callback.compare.reduced_arm import ReducedArm
 from laser_callback.compare.state import RandomState, Start
 from laser_callback.plans.matrices import find_matrices
@@ -157,7 +157,7 @@ class ComparisonRun:
         self._close_means()
         if len(self.examples.batches) == 1:
             self._look_for_primary()
-        self._batch = copy_data(batch)
+        self._batch = copy_batch(batch)
         self._rng = RandomState.now()
         if self._replay is not None:
             self._recording = self._replay.record()  # known before it begins: an interrupt may come in between
@@ -205,7 +205,7 @@ class ComparisonRun:
         replay = self._replay
         replaying = replay.replay(reduction.key) if replay is not None else nullcontext()
         before = arms.running_means(reduction.arm.results)
-        output = reduction.run(copy_data(self._batch), batch_idx, index, replaying)
+        output = reduction.run(copy_batch(self._batch), batch_idx, index, replaying)
         reduction.growth = _growth(before, arms.running_means(reduction.arm.results))
         return output
 
@@ -215,7 +215,7 @@ class ComparisonRun:
         original = _growth(self._original_means, arms.running_means(self._results))
         if reduction.compare(original, outputs, output) and twin is not None:
             self._rng.set()
-            reduction.probe(twin, copy_data(self._batch), batch_idx, index)
+            reduction.probe(twin, copy_batch(self._batch), batch_idx, index)
 
     def _running(self) -> list[ReducedArm]:
         return [reduction for reduction in self._reductions if reduction not in self._failed]
@@ -327,7 +327,7 @@ class ComparisonRun:
 
     def _update_own(self, metrics: MetricCollection | None, outputs: Any) -> None:
         if metrics is not None and self.options.update is not None:
-            self.options.update(metrics, outputs, copy_data(self._batch))
+            self.options.update(metrics, outputs, copy_batch(self._batch))
 
     def _own_logged(self, metrics: MetricCollection | None) -> dict[str, Logged]:
         if metrics is None:

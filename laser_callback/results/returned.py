@@ -82,12 +82,12 @@ def read_returned(outputs: Mapping[str, Any], batch: Any) -> Returned:
                 found.unused.setdefault(name, "")
                 if size == 1 and isinstance(value, _Single):
                     found.single[arm][name] = value.outcomes
-        for name, values in labels[arm].items():
-            values = [label(named[arm][name])] if values is None and size == 1 else values
-            if values is not None and len(values) == size:
-                found.described[arm][name] = values
+        for name, listed in labels[arm].items():
+            listed = [label(named[arm][name])] if listed is None and size == 1 else listed
+            if listed is not None and len(listed) == size:
+                found.described[arm][name] = listed
             else:
-                got = type(named[arm][name]).__name__ if values is None else f"{len(values)} of them"
+                got = type(named[arm][name]).__name__ if listed is None else f"{len(listed)} of them"
                 found.unused.setdefault(name, f"it must have one entry for each of the {size} examples, got {got}")
     if size in counts and size not in described and inside and size not in inside:
         found.doubt = f"the step returned {size} outcomes for a batch in which nothing has this length"

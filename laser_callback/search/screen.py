@@ -24,7 +24,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from typing_extensions import override
 
-from laser_callback.compare.copies import copy_data
+from laser_callback.compare.copies import copy_batch
 from laser_callback.plans.matrices import WeightMatrix
 from laser_callback.plans.reduction import Reduction
 from laser_callback.plans.target import Target
@@ -148,7 +148,7 @@ class GradientScreen(pl.Callback):
             return
         # Ahead of the step, which may edit the batch.
         with torch.enable_grad(), trainer.precision_plugin.val_step_context():
-            found = self._loss(pl_module, copy_data(batch))
+            found = self._loss(pl_module, copy_batch(batch))
         self._pending = self._backward(found, "`screen_loss`")
 
     @override

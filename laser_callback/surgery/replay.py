@@ -4,18 +4,18 @@ The layers before the first cut of a stack give the same output for both arms. :
 while the original model runs, and in the reduced pass returns the recorded output instead of running the layer.
 
 A recorded call is used only if running the layer could not be told from it: the layer is in eval mode, every input has
-the recorded *value*, grad mode and autocast are the same, the layer drew no random numbers, changed neither its inputs
-nor itself, nothing listens inside of it (a forward hook that would stay silent), and the key/value cache it wrote is
-one that can be written again. In all other cases the layer runs, and the report counts why. Values are compared rather
-than trusted to identity: comparing reads one hidden state per layer, which is below one percent of what a layer
-computes.
+the recorded *value*, and so has whatever else the layer can reach; grad mode and autocast are the same, the layer drew
+no random numbers, changed nothing that it was given or can reach, nothing listens inside of it (a forward hook that
+would stay silent), and the key/value cache it wrote is one that can be written again. In all other cases the layer
+runs, and the report counts why. Values are compared rather than trusted to identity: comparing reads one hidden state
+per layer, which is below one percent of what a layer computes.
 """
 
 from __future__ import annotations
 
-import copy
+import operator
 from collections import Counter
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,9 +24,10 @@ from torch.utils import _pytree as pytree
 
 from laser_callback.plans.matrices import WeightMatrix, layer_stacks
 from laser_callback.support.interrupts import whole
+from laser_callback.surgery.held import Held
+from laser_callback.surgery.interception import Forward, Watch, paused
 from laser_callback.surgery.replayable import (
     CacheEntry,
-    OwnState,
     TensorCopy,
     added_to_cache,
     cache_in,
@@ -71,6 +72,7 @@ class _Call:
     output: list[Any]
     output_structure: pytree.TreeSpec
     cache_entry: CacheEntry | None
+    own: Held
 
 
 class LayerReplay:
@@ -86,31 +88,27 @@ class LayerReplay:
         stacks = layer_stacks(model)
         self._layers = {arm: _layers_before(stacks, matrices) for arm, matrices in cuts.items()}
         if any(is_compiled(module) for module in model.modules()):
-            self._layers = {arm: [] for arm in cuts}  # a patched `forward` would force a recompilation
+            self._layers = {arm: [] for arm in cuts}
             for report in self.reports.values():
                 report.reasons["the model is compiled"] += 1
         self._calls: dict[nn.Module, list[_Call | str]] = {}
+        self._held: dict[nn.Module, Held] = {}  # as it was last seen
         self._watch: bool | None = None  # Python's and NumPy's generators around each layer; None: for now
 
-    _paused = 0  # of all objects: several callbacks may record at once
-
-    @classmethod
-    @whole
-    def paused(cls) -> Generator[None, None, None]:
+    @staticmethod
+    def paused() -> Watch:
         """Within: calls are recorded by nobody. For whatever runs the model while another callback may be recording."""
-        cls._paused += 1
-        try:
-            yield
-        finally:
-            cls._paused -= 1
+        return Watch()
 
     @whole
     def record(self) -> Generator[None, None, None]:
-        """Within: calls of the layers before the last arm's first cut are recorded, replacing an earlier record."""
+        """Within: calls of the layers before the last arm's first cut are recorded, replacing an earlier record.
+
+        A record that is not finished, for whatever reason, is none.
+        """
         self._calls = {}
-        recorder = _Recorder(self._calls, watch=self._watch is not False)
-        layers = {layer: None for layers in self._layers.values() for layer in layers}
-        with _patched(layers, recorder.wrap):
+        recorder = _Recorder(self._held, watch=self._watch is not False)
+        with Watch([layer for layers in self._layers.values() for layer in layers], recorder.see):
             yield
         # To look at these generators costs as much as a small layer. Once no layer was seen to draw, look only whether
         # anybody did, and go back to each layer for good if so.
@@ -118,37 +116,61 @@ class LayerReplay:
             self._watch = recorder.drawn
         elif not self._watch and recorder.start is not None and recorder.start != python_random_states():
             self._watch = True
-            for layer, calls in self._calls.items():
-                self._calls[layer] = [call if isinstance(call, str) else "random numbers are drawn" for call in calls]
+            for layer, calls in recorder.calls.items():
+                recorder.calls[layer] = [c if isinstance(c, str) else "random numbers are drawn" for c in calls]
+        self._calls = recorder.calls
 
     @whole
     def replay(self, arm: str) -> Generator[None, None, None]:
-        """Within: calls that match the record return its outputs."""
+        """Within: calls that match the record return its outputs. The record is lost if this is interrupted."""
+        record, self._calls = self._calls, {}
         position: Counter[nn.Module] = Counter()
         report = self.reports[arm]
 
-        def wrap(layer: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
-            modules = list(layer.modules())
+        def see(layer: nn.Module, reason: str, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            calls = record.get(layer, [])
+            call = calls[position[layer]] if position[layer] < len(calls) else "no call was recorded"
+            position[layer] += 1
+            leaves, structure, _ = flatten((args, kwargs))
+            reason = reason or self._why_not(call, layer, leaves, structure)
+            if isinstance(call, str) or reason:
+                report.run += 1
+                report.reasons[reason] += 1
+                return forward(*args, **kwargs)
+            report.replayed += 1
+            if call.cache_entry is not None:
+                call.cache_entry.add_to(cache_in(leaves))
+            return pytree.tree_unflatten(_fresh(call.output, leaves), call.output_structure)
 
-            def replayed_forward(*args: Any, **kwargs: Any) -> Any:
-                calls = self._calls.get(layer, [])
-                call = calls[position[layer]] if position[layer] < len(calls) else "no call was recorded"
-                position[layer] += 1
-                leaves, structure = flatten((args, kwargs))
-                reason = _why_not(call, modules, leaves, structure)
-                if isinstance(call, str) or reason:
-                    report.run += 1
-                    report.reasons[reason] += 1
-                    return forward(*args, **kwargs)
-                report.replayed += 1
-                if call.cache_entry is not None:
-                    call.cache_entry.add_to(cache_in(leaves))
-                return pytree.tree_unflatten(_fresh(call.output, leaves), call.output_structure)
+        try:
+            with Watch(self._layers[arm], see):
+                yield
+        except Exception:  # of the step, which may have others to follow
+            self._calls = record
+            raise
+        if self._layers[arm] and not position:
+            report.reasons["no call of a layer is seen, as in compiled code"] += 1
+        self._calls = record
 
-            return replayed_forward
-
-        with _patched(self._layers[arm], wrap):
-            yield
+    def _why_not(self, call: _Call | str, layer: nn.Module, leaves: list[Any], structure: pytree.TreeSpec) -> str:
+        """Why this call cannot be answered from ``call``; empty when it can."""
+        if isinstance(call, str):
+            return call
+        reason = why_not_call(list(layer.modules()), leaves)
+        if reason:
+            return reason
+        if structure != call.structure or context_of(leaves) != call.context:
+            return "it is called with other arguments"
+        if not all(same_value(new, old) for new, old in zip(leaves, call.leaves, strict=True)):
+            return "its inputs differ between the arms"
+        if not call.own.still_holds() and not _held(self._held, layer).same_as(call.own):
+            return "what it holds differs between the arms"
+        cache = cache_in(leaves)
+        if cache is not None and call.cache_entry is not None:
+            index = call.cache_entry.index
+            if index < len(cache.layers) and cached_length(cache.layers[index]):
+                return "its key/value cache is not empty"
+        return ""
 
     def forget(self) -> None:
         """Free the record."""
@@ -182,56 +204,72 @@ def _fresh(output: list[Any], inputs: list[Any]) -> list[Any]:
     return fresh
 
 
+def _held(known: dict[nn.Module, Held], layer: nn.Module) -> Held:
+    """What ``layer`` holds now: what is known, if that still holds."""
+    if layer not in known or not known[layer].still_holds():
+        known[layer] = Held(layer)
+    return known[layer]
+
+
 class _Recorder:
-    def __init__(self, calls: dict[nn.Module, list[_Call | str]], watch: bool) -> None:
-        self._calls = calls
+    def __init__(self, held: dict[nn.Module, Held], watch: bool) -> None:
+        self.calls: dict[nn.Module, list[_Call | str]] = {}
+        self._held = held
         self._watch = watch  # Python's and NumPy's generators around each layer
         self.drawn = False
         self.start: list[Any] | None = None  # their states ahead of the first layer
         self._arguments: dict[int, TensorCopy] = {}
         self._outputs: dict[int, TensorCopy] = {}  # of the latest layer: the next one's input
 
-    def wrap(self, layer: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
-        modules = list(layer.modules())
+    def see(
+        self, layer: nn.Module, reason: str, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Run the layer, and remember what it was given and what came out, or why that cannot come out again."""
+        if paused():
+            return forward(*args, **kwargs)
+        calls = self.calls.setdefault(layer, [])
+        leaves, structure, given = flatten((args, kwargs))
+        reason = reason or why_not_call(list(layer.modules()), leaves)
+        if not reason:
+            own = _held(self._held, layer)
+            reason = f"it holds a {own.unseen} that cannot be compared" if own.unseen else ""
+        if reason:
+            calls.append(reason)
+            return forward(*args, **kwargs)
+        copies = [self._copy(leaf, self._arguments) for leaf in leaves]
+        cache = cache_in(leaves)
+        lengths = [cached_length(entry) for entry in cache.layers] if cache is not None else []
+        context = context_of(leaves)
+        if self.start is None:
+            self.start = python_random_states()
+        before = random_states(leaves, self._watch)
 
-        def recorded_forward(*args: Any, **kwargs: Any) -> Any:
-            if LayerReplay._paused:
-                return forward(*args, **kwargs)
-            calls = self._calls.setdefault(layer, [])
-            leaves, structure = flatten((args, kwargs))
-            reason = why_not_call(modules, leaves)
-            if reason:
-                calls.append(reason)
-                return forward(*args, **kwargs)
-            copies = [self._copy(leaf, self._arguments) for leaf in leaves]
-            cache = cache_in(leaves)
-            lengths = [cached_length(entry) for entry in cache.layers] if cache is not None else []
-            context = context_of(leaves)
-            if self.start is None:
-                self.start = python_random_states()
-            before, own = random_states(leaves, self._watch), OwnState(modules)
+        output = forward(*args, **kwargs)
 
-            output = forward(*args, **kwargs)
-
-            output_leaves, output_structure = flatten(output)
-            entry, reason = added_to_cache(cache, lengths)
-            reason = reason or why_not_output(output_leaves, leaves)
-            if not same_states(before, random_states(leaves, self._watch)):
-                self.drawn, reason = True, reason or "it draws random numbers"
-            if not reason and not own.still_holds():
-                reason = "it changes its own attributes or buffers"
-            if not reason and any(not c.still_holds() for c in copies if isinstance(c, TensorCopy)):
-                reason = "it changes its inputs in place"
-            if reason:
-                calls.append(reason)
-                return output
-            self._outputs = {}
-            inputs = [c.value if isinstance(c, TensorCopy) else c for c in copies]
-            recorded = self._output(output_leaves, leaves)
-            calls.append(_Call(inputs, structure, context, recorded, output_structure, entry))
+        output_leaves, output_structure, returned = flatten(output)
+        entry, reason = added_to_cache(cache, lengths)
+        reason = reason or why_not_output(output_leaves, leaves, own.storages)
+        if not same_states(before, random_states(leaves, self._watch)):
+            self.drawn, reason = True, reason or "it draws random numbers"
+        if not own.still_holds():
+            del self._held[layer]  # with what it held then
+            reason = reason or "it changes what it holds"
+        now, structure_now, _ = flatten((args, kwargs))
+        same = structure == structure_now and all(map(operator.is_, leaves, now))
+        if not same or any(not c.still_holds() for c in copies if isinstance(c, TensorCopy)):
+            reason = reason or "it changes its inputs in place"
+        if len({*map(id, given), *map(id, returned)}) < len({*map(id, given)}) + len(returned) or any(
+            container in own for container in returned
+        ):
+            reason = reason or "it returns a container that it was given or holds"
+        if reason:
+            calls.append(reason)
             return output
-
-        return recorded_forward
+        self._outputs = {}
+        inputs = [c.value if isinstance(c, TensorCopy) else c for c in copies]
+        recorded = self._output(output_leaves, leaves)
+        calls.append(_Call(inputs, structure, context, recorded, output_structure, entry, own))
+        return output
 
     def _output(self, output: list[Any], inputs: list[Any]) -> list[Any]:
         passed: dict[int, Any] = {id(leaf): _Passed(i) for i, leaf in enumerate(inputs) if isinstance(leaf, Tensor)}
@@ -257,25 +295,6 @@ class _Recorder:
         return memory[id(leaf)]
 
 
-def _why_not(call: _Call | str, modules: list[nn.Module], leaves: list[Any], structure: pytree.TreeSpec) -> str:
-    """Why this call cannot be answered from ``call``; empty when it can."""
-    if isinstance(call, str):
-        return call
-    reason = why_not_call(modules, leaves)
-    if reason:
-        return reason
-    if structure != call.structure or context_of(leaves) != call.context:
-        return "it is called with other arguments"
-    if not all(same_value(new, old) for new, old in zip(leaves, call.leaves, strict=True)):
-        return "its inputs differ between the arms"
-    cache = cache_in(leaves)
-    if cache is not None and call.cache_entry is not None:
-        index = call.cache_entry.index
-        if index < len(cache.layers) and cached_length(cache.layers[index]):
-            return "its key/value cache is not empty"
-    return ""
-
-
 # ---- which layers ----------------------------------------------------------------------------------------------------
 
 
@@ -290,62 +309,3 @@ def _layers_before(stacks: Mapping[str, list[nn.Module]], matrices: Sequence[Wei
                 break
             layers.append(layer)
     return layers
-
-
-@whole
-def _patched(
-    layers: Iterable[nn.Module],
-    wrap: Callable[[nn.Module, Callable[..., Any]], Callable[..., Any]],
-) -> Generator[None, None, None]:
-    """Replace ``forward`` (not ``__call__``: the layer's own hooks still fire) and put the attribute back exactly."""
-    patches: list[_Patch] = []
-    try:
-        for layer in dict.fromkeys(layers):
-            patch = vars(layer).get("forward")
-            patches.append(patch if isinstance(patch, _Patch) else _Patch(layer))
-            patches[-1].add(wrap)
-        yield
-    finally:
-        for patch in patches:
-            patch.remove(wrap)
-
-
-class _Patch:
-    """A layer's ``forward`` while one or more wrappers are around it.
-
-    One object for all of them, since they need not end in the order in which they began: two callbacks of one trainer
-    start to record one after the other, and the first to start is the first to stop.
-    """
-
-    def __init__(self, layer: nn.Module) -> None:
-        self._layer = layer
-        self._before = vars(layer).get("forward")
-        self._wraps: list[Callable[[nn.Module, Callable[..., Any]], Callable[..., Any]]] = []
-        self._inner: Callable[..., Any] = layer.forward
-        self._outer = self._inner
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._outer(*args, **kwargs)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., Any]:
-        """A copy of the layer is not recorded, and computes with its own weights."""
-        return copy.deepcopy(self._inner, memo)
-
-    def add(self, wrap: Callable[[nn.Module, Callable[..., Any]], Callable[..., Any]]) -> None:
-        self._wraps.append(wrap)
-        self._outer = wrap(self._layer, self._outer)
-        vars(self._layer)["forward"] = self
-
-    def remove(self, wrap: Callable[[nn.Module, Callable[..., Any]], Callable[..., Any]]) -> None:
-        if wrap not in self._wraps:  # interrupted before it was added
-            return
-        self._wraps.remove(wrap)
-        self._outer = self._inner
-        for other in self._wraps:
-            self._outer = other(self._layer, self._outer)
-        if self._wraps or vars(self._layer).get("forward") is not self:
-            return
-        if self._before is None:
-            del vars(self._layer)["forward"]
-        else:
-            vars(self._layer)["forward"] = self._before

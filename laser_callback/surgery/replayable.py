@@ -6,8 +6,8 @@ nothing speaks against it.
 
 from __future__ import annotations
 
-import operator
 import random
+from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -15,10 +15,17 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.overrides import _get_current_function_mode_stack
 from torch.utils import _pytree as pytree
+from torch.utils._device import DeviceContext
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.utils import ModelOutput
 
-_PLAIN = (type(None), bool, int, float, str, bytes, torch.dtype, torch.device)
+from laser_callback.surgery.held import alike, version
+
+_PLAIN = (type(None), bool, int, float, str, bytes, torch.dtype, torch.device, torch.Size)
+_CONTAINERS = {list, dict, OrderedDict, defaultdict, deque}
 
 
 # ---- calls -----------------------------------------------------------------------------------------------------------
@@ -27,8 +34,7 @@ _PLAIN = (type(None), bool, int, float, str, bytes, torch.dtype, torch.device)
 def same_value(new: Any, old: Any) -> bool:
     """Whether two leaves of a call's arguments cannot be told apart. Caches are looked at elsewhere."""
     if isinstance(new, Tensor):
-        alike = isinstance(old, Tensor) and (new.shape, new.dtype, new.device) == (old.shape, old.dtype, old.device)
-        return alike and torch.equal(new, old)
+        return isinstance(old, Tensor) and alike(new, old) and torch.equal(new, old)
     return isinstance(new, Cache) or (type(new) is type(old) and new == old)
 
 
@@ -36,16 +42,22 @@ def why_not_call(modules: list[nn.Module], leaves: list[Any]) -> str:
     """Why a call of the layer made of ``modules`` (itself first) must run, whatever the record says."""
     if any(module.training for module in modules):
         return "it is in train mode"
-    if nn.modules.module._global_forward_hooks or nn.modules.module._global_forward_pre_hooks:
-        return "a global forward hook listens"
+    if torch._C._functorch.maybe_current_level() is not None:
+        return "torch.func transforms it"
+    if torch.autograd.forward_ad._current_level >= 0:
+        return "forward-mode autograd runs through it"
+    modes = [*_get_current_dispatch_mode_stack(), *_get_current_function_mode_stack()]
+    for mode in modes:
+        if not isinstance(mode, DeviceContext):  # of torch.set_default_device
+            return f"a {type(mode).__name__} listens"
     for module in modules[1:]:
         hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
         if any(map(_is_active, hooks)) or _is_captured(module):
             return "a forward hook listens inside of it"
     for leaf in leaves:
         if isinstance(leaf, Tensor):
-            if type(leaf) not in (Tensor, nn.Parameter) or leaf.layout is not torch.strided or leaf.is_nested:
-                return f"it takes a {type(leaf).__name__} that cannot be compared"
+            if type(leaf) not in (Tensor, nn.Parameter) or not _is_dense(leaf):
+                return f"it takes a {_kind(leaf)} that cannot be compared"
             if leaf.requires_grad and torch.is_grad_enabled():
                 return "autograd runs through it"
         elif isinstance(leaf, Cache):
@@ -58,20 +70,34 @@ def why_not_call(modules: list[nn.Module], leaves: list[Any]) -> str:
     return ""
 
 
-def why_not_output(leaves: list[Any], inputs: list[Any]) -> str:
-    """Why what a layer returned cannot be returned again."""
-    given = {leaf.untyped_storage().data_ptr(): leaf for leaf in inputs if isinstance(leaf, Tensor) and leaf.numel()}
+def why_not_output(leaves: list[Any], inputs: list[Any], held: set[int]) -> str:
+    """Why what a layer returned cannot be returned again. ``held`` is where the tensors lie that it holds."""
+    where = {leaf.untyped_storage().data_ptr(): leaf for leaf in inputs if isinstance(leaf, Tensor) and leaf.numel()}
+    given = set(where)
     for leaf in leaves:
         if isinstance(leaf, Tensor):
             if leaf.requires_grad:
                 return "autograd runs through it"
-            if type(leaf) is not Tensor or leaf.layout is not torch.strided or leaf.is_nested:
-                return f"it returns a {type(leaf).__name__} that cannot be copied"
-            if given.get(leaf.untyped_storage().data_ptr(), leaf) is not leaf:
-                return "it returns a part of its input"
+            if type(leaf) is not Tensor or not _is_dense(leaf):
+                return f"it returns a {_kind(leaf)} that cannot be copied"
+            place = leaf.untyped_storage().data_ptr()
+            if where.setdefault(place, leaf) is not leaf and leaf.numel():
+                return f"it returns {'a part of its input' if place in given else 'several parts of one tensor'}"
+            if place in held and place not in given:
+                return "it returns a tensor that it holds"
         elif not isinstance(leaf, _PLAIN):
             return f"it returns a {type(leaf).__name__} that cannot be copied"
     return ""
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    return tensor.layout is torch.strided and not tensor.is_nested and not tensor.is_meta
+
+
+def _kind(tensor: Tensor) -> str:
+    if type(tensor) is not Tensor:
+        return type(tensor).__name__
+    return "nested tensor" if tensor.is_nested else "tensor without data" if tensor.is_meta else "sparse tensor"
 
 
 def _is_active(hook: Callable[..., Any]) -> bool:
@@ -92,8 +118,12 @@ def _is_captured(module: nn.Module) -> bool:
 
 
 def is_compiled(module: nn.Module) -> bool:
-    """Whether torch.compile has been applied to the module itself."""
-    return module._compiled_call_impl is not None or isinstance(module, torch._dynamo.OptimizedModule)
+    """Whether torch.compile or TorchScript has been applied to the module itself or to a method of it."""
+    if module._compiled_call_impl is not None:
+        return True
+    if isinstance(module, (torch._dynamo.OptimizedModule, torch.jit.ScriptModule)):
+        return True
+    return any(hasattr(value, "_torchdynamo_orig_callable") for value in vars(module).values() if callable(value))
 
 
 def context_of(leaves: list[Any]) -> tuple[Any, ...]:
@@ -134,48 +164,31 @@ class TensorCopy:
 
     def __init__(self, tensor: Tensor) -> None:
         self._tensor = tensor
-        self._version = _version(tensor)
+        self._version = version(tensor)
         self.value = tensor.detach().clone()
 
     def still_holds(self) -> bool:
         """Whether the tensor still has that value."""
         if self._version is not None:
-            return self._version == _version(self._tensor)
+            return self._version == version(self._tensor)
         return torch.equal(self._tensor, self.value)
-
-
-def _version(tensor: Tensor) -> int | None:
-    return None if tensor.is_inference() else tensor._version
-
-
-class OwnState:
-    """What shows that a layer's attributes or buffers were rebound, appended to, or changed in place."""
-
-    def __init__(self, modules: list[nn.Module]) -> None:
-        self._modules = modules
-        self._values, self._marks = self._look()
-
-    def still_holds(self) -> bool:
-        """Whether nothing has changed since."""
-        values, marks = self._look()
-        same = len(values) == len(self._values) and all(map(operator.is_, values, self._values))
-        return same and marks == self._marks
-
-    def _look(self) -> tuple[list[Any], list[Any]]:
-        # The values themselves, not their ids: an id is used again once its object is gone.
-        values = [v for module in self._modules for name, v in vars(module).items() if name != "forward"]
-        values += [buffer for module in self._modules for buffer in module._buffers.values()]
-        marks: list[Any] = [len(value) for value in values if type(value) in (list, dict, set)]
-        marks += [_version(value) for value in values if isinstance(value, Tensor)]
-        return values, marks
 
 
 # ---- key/value caches ------------------------------------------------------------------------------------------------
 
 
-def flatten(tree: Any) -> tuple[list[Any], pytree.TreeSpec]:
-    """The leaves of arguments or outputs; a cache counts as one."""
-    return pytree.tree_flatten(tree, is_leaf=lambda node: isinstance(node, Cache))
+def flatten(tree: Any) -> tuple[list[Any], pytree.TreeSpec, list[Any]]:
+    """The leaves of arguments or outputs, and the containers among them that can be written to. A cache is one leaf."""
+    containers: list[Any] = []
+
+    def is_leaf(node: Any) -> bool:
+        if type(node) in _CONTAINERS or isinstance(node, ModelOutput):
+            containers.append(node)
+            return False
+        return not isinstance(node, tuple)  # what others have registered may hold more than its leaves
+
+    leaves, structure = pytree.tree_flatten(tree, is_leaf=is_leaf)
+    return leaves, structure, containers
 
 
 def cache_in(leaves: list[Any]) -> Any:

@@ -41,7 +41,7 @@ CHECKS = (
     "context_of",
     "random_states",
     "same_states",
-    "OwnState",
+    "_held",
     "added_to_cache",
     "why_not_output",
     "same_value",

@@ -68,8 +68,8 @@ def _object(layer: Block, x: Tensor, y: Any) -> Any:
         (_dropout, "it draws random numbers"),
         (_numpy, "it draws random numbers"),
         (_python, "it draws random numbers"),
-        (_counts, "it changes its own attributes or buffers"),
-        (_collects, "it changes its own attributes or buffers"),
+        (_counts, "it changes what it holds"),
+        (_collects, "it changes what it holds"),
         (_in_place, "it changes its inputs in place"),
         (_part, "it returns a part of its input"),
         (_subclass, "it returns a Quantity that cannot be copied"),
@@ -110,7 +110,7 @@ def test_a_layer_that_does_more_than_compute_is_run(
     assert replayed.report().replayed == 2
 
 
-@pytest.mark.parametrize("draw", [random.random, np.random.rand], ids=["random", "numpy"])
+@pytest.mark.parametrize("draw", [lambda: random.random(), lambda: np.random.rand()], ids=["random", "numpy"])
 def test_a_layer_that_begins_to_draw_in_a_later_batch(draw: Callable[[], float], x: Tensor) -> None:
     model = Stack()
     draws = [False]
@@ -199,7 +199,7 @@ def test_a_global_hook_hears_every_layer(register: str, x: Tensor) -> None:
     finally:
         handle.remove()
     assert len(heard) == 2 * once
-    assert replayed.report().reasons == {"a global forward hook listens": 3}
+    assert replayed.report().reasons == {"a global hook listens": 3}
 
 
 @pytest.mark.parametrize(
@@ -207,7 +207,7 @@ def test_a_global_hook_hears_every_layer(register: str, x: Tensor) -> None:
     [
         (Odd(), "it takes a Odd that cannot be compared"),
         (torch.ones(2).as_subclass(Quantity), "it takes a Quantity that cannot be compared"),
-        (torch.eye(2).to_sparse(), "it takes a Tensor that cannot be compared"),
+        (torch.eye(2).to_sparse(), "it takes a sparse tensor that cannot be compared"),
         (lambda: None, "it takes a function that cannot be compared"),
     ],
     ids=["object", "subclass", "sparse", "function"],
@@ -313,3 +313,83 @@ def test_a_compiled_model_is_left_alone(how: str, x: Tensor) -> None:
     with replayed.replay.record(), replayed.replay.replay("arm"):
         assert not any("forward" in vars(module) for module in model.modules() if isinstance(module, Block))
     assert "compiled" in str(replayed.report())
+
+
+# ---- transforms, modes and other tensors -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("transform", "reason"),
+    [
+        (lambda f, x: torch.func.vmap(f)(x), "torch.func transforms it"),
+        (lambda f, x: torch.func.jvp(f, (x,), (x,)), "torch.func transforms it"),
+        (lambda f, x: torch.func.jacfwd(lambda x: f(x).sum())(x), "torch.func transforms it"),
+        (lambda f, x: torch.func.grad(lambda x: f(x).sum())(x), "torch.func transforms it"),
+        (lambda f, x: torch.func.functionalize(f)(x), "torch.func transforms it"),
+    ],
+    ids=["vmap", "jvp", "jacfwd", "grad", "functionalize"],
+)
+def test_transforms_of_functions_are_run(transform: Callable[..., Any], reason: str, x: Tensor) -> None:
+    model = Stack()
+    replayed = Replayed(model)
+    replayed.once(lambda: transform(model, x), grad=True)
+    assert replayed.report().reasons == {reason: 3}
+
+
+def test_weights_of_a_functional_call(x: Tensor) -> None:
+    model = Stack().requires_grad_(False)
+    weights = {name: parameter * 0.5 for name, parameter in model.named_parameters()}
+    replayed = Replayed(model)
+    replayed.once(lambda: (torch.func.functional_call(model, weights, x), model(x)))
+    assert replayed.report().replayed == 6
+
+
+def test_forward_mode_is_run(x: Tensor) -> None:
+    model = Stack()
+
+    def step() -> Any:
+        with torch.autograd.forward_ad.dual_level():
+            return tuple(torch.autograd.forward_ad.unpack_dual(model(torch.autograd.forward_ad.make_dual(x, x))))
+
+    replayed = Replayed(model)
+    replayed.once(step)
+    assert replayed.report().reasons == {"forward-mode autograd runs through it": 3}
+
+
+def test_a_mode_that_listens(x: Tensor) -> None:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    model = Stack()
+
+    def step() -> int:
+        with FlopCounterMode(display=False) as counter:
+            model(x)
+        return counter.get_total_flops()
+
+    replayed = Replayed(model)
+    replayed.once(step)
+    assert replayed.report().run == 3
+    assert all("listens" in reason for reason in replayed.report().reasons)
+
+
+@pytest.mark.parametrize("kind", ["fake", "meta", "nested", "default device"])
+def test_tensors_of_other_kinds(kind: str, x: Tensor) -> None:
+    model = Stack()
+
+    def step() -> Any:
+        if kind == "fake":
+            with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True) as mode:
+                return tuple(model.plainly(mode.from_tensor(x)).shape)
+        if kind == "meta":
+            return tuple(model.layers[0].change(None, None, model.layers[0](x, x.to("meta")), None).shape)
+        if kind == "nested":
+            nested = torch.nested.nested_tensor([x[0], x[1, :3]], layout=torch.jagged)
+            return model.layers[0](nested).values()
+        with torch.device("cpu"):
+            return model(x)
+
+    if kind == "meta":
+        model.layers[0].change = lambda layer, x, y, extra: y
+    replayed = Replayed(model)
+    replayed.once(step)
+    assert replayed.report().replayed == (3 if kind == "default device" else 0)
