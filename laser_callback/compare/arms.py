@@ -85,7 +85,7 @@ class Arm:
 
     def __init__(self, trainer: pl.Trainer, module: pl.LightningModule, stage: str, start: Start) -> None:
         self._trainer = trainer
-        self._module = module
+        self.module = module
         self._stage = stage
         self._own = Own(start)
         self._lightning = _OfLightning(trainer, module)
@@ -95,7 +95,7 @@ class Arm:
 
     def twin(self) -> Arm:
         """Within :meth:`active`: an arm inside of this one, which starts where this one is, and leaves it there."""
-        twin = Arm(self._trainer, self._module, self._stage, self._own.start.again())
+        twin = Arm(self._trainer, self.module, self._stage, self._own.start.again())
         twin._dataloader_idx = self._dataloader_idx
         return twin
 
@@ -120,7 +120,7 @@ class Arm:
         self._connector.on_batch_start(batch, dataloader_idx)
         self._hook(f"on_{self._stage}_batch_start", *kwargs.values())
         name = f"{self._stage}_step"
-        self._module._current_fx_name = name
+        self.module._current_fx_name = name
         output = getattr(self._trainer.strategy, name)(*loop._build_step_args_from_hook_kwargs(kwargs, name))
         self._hook(f"on_{self._stage}_batch_end", output, *kwargs.values())
         self._connector.on_batch_end()
@@ -139,8 +139,8 @@ class Arm:
         self._connector.update_eval_epoch_metrics()
 
     def _hook(self, name: str, *args: Any) -> None:
-        self._module._current_fx_name = name
-        getattr(self._module, name)(*args)
+        self.module._current_fx_name = name
+        getattr(self.module, name)(*args)
 
 
 def _by_key(results: _ResultCollection) -> dict[str, Any]:

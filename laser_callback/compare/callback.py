@@ -7,7 +7,8 @@ back. No reduced weight outlives a hook, so checkpoints, early stopping and weig
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -64,9 +65,18 @@ class LaserCallback(pl.Callback):
             the files: after ``fit`` they hold the latest validation.
         publish: send tables and pictures to the trainer's loggers as well (TensorBoard, CSV, Weights & Biases).
         seed: of the random control.
+        on_error: in ``fit``, an exception of the comparison (a reduced pass that fails, a metric that refuses its
+            values) costs this epoch's comparison and is a warning: ``"warn"``; or it stops training: ``"raise"``. In
+            ``validate`` and ``test``, and with several processes, it is always raised.
+        isolate: attributes of the module of which each arm gets a deep copy: what the two passes would both write to
+            and this cannot tell apart by itself, such as the state of a library written in C.
+        skip_isolation: compare although the evaluation step changes what cannot be kept apart, such as parameters.
 
     Raises:
-        MisconfigurationException: for arguments that do not fit each other or the trainer.
+        MisconfigurationException: for arguments that do not fit each other or the trainer; at the first batch, for a
+            step that changes parameters, or writes to the weights that are cut; at the end, for weights that no pass
+            has used.
+        ReducedPassError: for what is raised in a plan's pass only.
         ValueError: before the first batch, in ``fit`` before training, for a plan or base that does not fit; at the
             first batch for weights that are not finite.
 
@@ -91,6 +101,9 @@ class LaserCallback(pl.Callback):
         report: bool | str | Path = True,
         publish: bool = False,
         seed: int = 0,
+        on_error: str = "warn",
+        isolate: str | Iterable[str] = (),
+        skip_isolation: bool = False,
     ) -> None:
         super().__init__()
         self.plans = _named_plans(plan, key_prefix)
@@ -107,6 +120,11 @@ class LaserCallback(pl.Callback):
             raise MisconfigurationException(
                 f"`report` must be a bool or a path ending in .json or .html, got {str(report)!r}"
             )
+        if on_error not in ("warn", "raise"):
+            raise MisconfigurationException(f"`on_error` must be 'warn' or 'raise', got {on_error!r}")
+        self.on_error = on_error
+        self.isolate = (isolate,) if isinstance(isolate, str) else tuple(isolate)
+        self.skip_isolation = skip_isolation
         self.base = base
         self._base_weights: Mapping[str, Tensor] | None = None  # read once for all runs
         self.metrics = None if metrics is None else _collection(metrics)
@@ -134,6 +152,8 @@ class LaserCallback(pl.Callback):
             self.key_prefix,
             self.replay,
             self.seed,
+            isolate=self.isolate,
+            skip_isolation=self.skip_isolation,
         )
 
     def _options_for(self, module: pl.LightningModule) -> RunOptions:
@@ -214,14 +234,16 @@ class LaserCallback(pl.Callback):
                 f"pass. Give the module a `{stage}_step(batch, batch_idx)`."
             )
         self._result = None
-        self._run = ComparisonRun(self._options_for(pl_module), trainer, pl_module, stage)
+        with self._giving_up(trainer):
+            self._run = ComparisonRun(self._options_for(pl_module), trainer, pl_module, stage)
 
     @override
     def on_validation_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         if self._run is not None:
-            self._run.before_step(batch)
+            with self._giving_up(trainer):
+                self._run.before_step(batch)
 
     @override
     def on_validation_batch_end(
@@ -234,12 +256,18 @@ class LaserCallback(pl.Callback):
         dataloader_idx: int = 0,
     ) -> None:
         if self._run is not None:
-            self._run.after_step(outputs, batch_idx, dataloader_idx)
+            with self._giving_up(trainer):
+                self._run.after_step(outputs, batch_idx, dataloader_idx)
 
     @override
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._run is not None:
-            self._run.before_epoch_end(partial(self._finish, self._run, trainer))
+            with self._giving_up(trainer):
+                self._run.before_epoch_end(partial(self._finished, self._run, trainer))
+
+    def _finished(self, run: ComparisonRun, trainer: pl.Trainer) -> None:
+        with self._giving_up(trainer):
+            self._finish(run, trainer)
 
     def _finish(self, run: ComparisonRun, trainer: pl.Trainer) -> None:
         """What is made of a run that has seen all batches."""
@@ -274,6 +302,21 @@ class LaserCallback(pl.Callback):
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self._abandon()
         self._print(trainer)  # after Lightning's own table
+
+    @contextmanager
+    def _giving_up(self, trainer: pl.Trainer) -> Iterator[None]:
+        """Around all that a comparison does: in training, what goes wrong there costs the comparison."""
+        try:
+            yield
+        except Exception as error:
+            # Of several processes others would wait for this one.
+            if trainer.state.fn != "fit" or self.on_error == "raise" or trainer.world_size > 1:
+                raise
+            self._abandon()
+            rank_zero_warn(
+                f"LaserCallback gives up the comparison of epoch {trainer.current_epoch}, and training goes on "
+                f"(`on_error='raise'` would stop it): {type(error).__name__}: {error}"
+            )
 
     def _abandon(self) -> None:
         if self._run is not None:

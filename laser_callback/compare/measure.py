@@ -89,6 +89,7 @@ class Lab:
     precision: Any = None
     on_arm: Callable[[float], None] = lambda share: None
     logged: dict[str, Logged] = field(default_factory=dict, init=False)  # by the base, in the latest measurement
+    failed: dict[str, str] = field(default_factory=dict, init=False)  # why plans have no values, by name
 
     def __post_init__(self) -> None:
         self._matrices = Catalogue(find_matrices(self.module))  # looked up for each candidate
@@ -129,6 +130,7 @@ class Lab:
         with self.base(base):
             self.validate(loader, measure)
         self.logged = measure.logged
+        self.failed |= {names[arm]: str(error) for arm, error in measure.failed.items()}
         table: Table = {ORIGINAL: {}, **{name: {} for name in plans}}
         keys = list(keys)
         present = [key for key in keys if key in measure.logged]
@@ -207,12 +209,20 @@ class _Measure(_WithSpectra):
         super().__init__(plans, spectra, loops="validate", report=False)
         self._on_arm = on_arm
         self._examples = PairedExamples()
+        self.failed: dict[str, Exception] = {}
         self._original: dict[str, Logged] = {}
 
     @property
     @override
     def _options(self) -> RunOptions:
-        return replace(super()._options, tensor_bytes=TENSOR_BYTES, with_spectra=False, on_arm=self._on_arm)
+        return replace(
+            super()._options,
+            tensor_bytes=TENSOR_BYTES,
+            with_spectra=False,
+            on_arm=self._on_arm,
+            on_failure=self.failed.__setitem__,
+            watched=False,  # what is recommended is confirmed by a comparison that looks
+        )
 
     @override
     def _finish(self, run: ComparisonRun, trainer: pl.Trainer) -> None:

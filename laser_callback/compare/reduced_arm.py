@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -14,8 +14,10 @@ from torch.utils import _pytree as pytree
 from torchmetrics import MetricCollection
 
 from laser_callback.compare import arms
+from laser_callback.compare.checkpoints import OriginalsInCheckpoints
 from laser_callback.compare.watch import Watch
 from laser_callback.spectra.cut import CutSpectrum
+from laser_callback.support.interrupts import whole
 from laser_callback.surgery.replay import LayerReplay
 from laser_callback.surgery.swap import reduced
 
@@ -47,6 +49,7 @@ class ReducedArm:
         self.spectra: list[CutSpectrum] = []
         self.growth: Growth = {}
         self._watch: Watch | None = None
+        self._checkpoints: OriginalsInCheckpoints | None = None
         self._passes = 0
         self._differs = False
         self._asked = True  # whether the cut acts
@@ -65,17 +68,36 @@ class ReducedArm:
         Raises:
             MisconfigurationException: if the step writes to a weight that is cut.
         """
-        rarely = self._passes & (self._passes - 1) == 0  # the first pass, and then ever more seldom
+        self.cut.prepare()  # may take long, and can be interrupted
+        rarely = self._passes & (self._passes + 1) == 0  # the first pass, and then ever more seldom
         self._passes += 1
-        with self.cut, LayerReplay.paused(), self.arm.active(), replaying:
+        with self._in_place(), self.arm.active(), replaying:
             if self._watch is None:
-                self._watch = Watch([matrix for matrix, _ in self.cut.matrices])
+                self._watch = Watch(self.cut)
                 self._watch.compare_contents()
             output = self.arm.step(batch, batch_idx, dataloader_idx)
             if rarely:
                 self._watch.compare_contents()
             self._refuse_writing(self._watch.written or self.cut.written_to())
         return output
+
+    @whole
+    def _in_place(self) -> Generator[None, None, None]:
+        if self._checkpoints is None:
+            matrices = [matrix for matrix, _ in self.cut.matrices]
+            self._checkpoints = OriginalsInCheckpoints(self.arm.module, matrices)
+        with self._checkpoints.within(), self.cut, LayerReplay.paused():
+            yield
+
+    def active(self) -> AbstractContextManager[None]:
+        """Within: the cut is in place, and the module and the trainer hold what is this arm's."""
+        self.cut.prepare()
+        return self._active()
+
+    @whole
+    def _active(self) -> Generator[None, None, None]:
+        with self._in_place(), self.arm.active():
+            yield
 
     def _refuse_writing(self, names: list[str]) -> None:
         if names:
@@ -106,7 +128,7 @@ class ReducedArm:
         """Repeat the pass to look at its weights. Its results are dropped: to be looked at may change a rounding."""
         assert self._watch is not None
         try:
-            with self.cut, LayerReplay.paused(), self.arm.active(), twin.active(), self._watch.passing():
+            with self.active(), twin.active(), self._watch.passing():
                 twin.step(batch, batch_idx, dataloader_idx)
         except Exception:  # what cannot run under such a look is not looked at
             self._watch.give_up()

@@ -145,7 +145,7 @@ class ComparisonRun:
             self._start_rng.set()
             try:
                 with self._failing(reduction, "at the start"):
-                    with reduction.cut, LayerReplay.paused(), reduction.arm.active():
+                    with reduction.active():
                         reduction.arm.start()
                     self._hold(reduction)
             finally:
@@ -269,7 +269,7 @@ class ComparisonRun:
             self._rng.set()
             try:
                 with self._failing(reduction, "at the end"):
-                    with reduction.cut, reduction.arm.active():
+                    with reduction.active():
                         logged[reduction.key] = reduction.arm.end()
                     logged[reduction.key] |= self._own_logged(reduction.metrics)
                     self._hold(reduction)

@@ -86,7 +86,7 @@ class Start:
 
     def again(self) -> Start:
         """The same from what all of it holds now."""
-        again = Start(self.module, self._others, (), self.trusting)
+        again = Start(self.module, self._others, self.isolate, self.trusting)
         movers = {id(place.owner) for place in self.places if isinstance(place, Values) and place.is_large}
         for place in again._large:
             if id(place.owner) in movers:

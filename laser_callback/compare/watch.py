@@ -8,7 +8,7 @@ original does, and "no difference" would be a wrong claim.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -17,17 +17,19 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from typing_extensions import override
 
-from laser_callback.plans.matrices import WeightMatrix
+from laser_callback.surgery.swap import reduced
 
 
 class Watch:
     """What happens to an arm's reduced weights, seen from below autograd and autocast, where kernels are called.
 
     Args:
-        matrices: what the arm cuts, with the reduced tensors in place.
+        cut: the arm's, in place.
     """
 
-    def __init__(self, matrices: Sequence[WeightMatrix]) -> None:
+    def __init__(self, cut: reduced) -> None:
+        matrices = [matrix for matrix, _ in cut.matrices]
+        self._cut = cut
         self._names: dict[int, list[str]] = {}
         for matrix in matrices:
             self._names.setdefault(id(matrix.parameter), []).append(f"`{matrix.name}`")
@@ -69,6 +71,8 @@ class Watch:
 
     def called(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], where: dict[int, int]) -> None:
         """Hear of one call of an operator. ``where`` are the places in memory of the weights, by the parameter's id."""
+        if self._cut.is_suspended:  # this call is a signal handler's
+            return
         by_memory = {memory: key for key, memory in where.items()}
         for tensor in _tensors((args, kwargs)):
             key = by_memory.get(_memory(tensor))

@@ -231,6 +231,11 @@ class Steps:
             for name, twin in twins.items():
                 alive[name].status, alive[name].reason = "dropped", f"does the same as {twin}"
             ranked = [name for name in ranked if name not in twins]
+            gains = {name: alive[name].gain for name in ranked}
+            for name in [name for name, gain in gains.items() if gain is not None and math.isnan(gain.delta)]:
+                ranked.remove(name)
+                why = self.lab.failed.get(name, "it gives values that are not finite, where the original's are")
+                alive[name].status, alive[name].reason = "dropped", why
             for place, name in enumerate(ranked):
                 alive[name].status = "dropped" if place >= rung.keep else "finalist"
                 if place >= rung.keep:
@@ -238,6 +243,8 @@ class Steps:
             alive = {name: alive[name] for name in ranked[: rung.keep]}
             table = {arm: values for arm, values in table.items() if arm == ORIGINAL or arm in alive}
             self.progress.show(leaders([*alive.values()], self.objective.keys, self.objective.loss))
+            if not alive:
+                break
             if refine is not None and number_of_rung == max(len(rungs) - 2, 0):
                 alive = refine(step, alive, table, seen, rung.keep)
         return table, list(alive.values())

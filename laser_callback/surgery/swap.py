@@ -75,6 +75,7 @@ class reduced(AbstractContextManager["reduced"]):  # noqa: N801 - reads as a ver
 
     Attributes:
         matrices: the planned matrices with their reductions, in the model's order.
+        is_suspended: whether a signal handler is running, for which the original weights are back.
 
     Raises:
         ValueError: if the plan does not fit the model, or weights are not finite. The model is then untouched.
@@ -103,6 +104,7 @@ class reduced(AbstractContextManager["reduced"]):  # noqa: N801 - reads as a ver
         self.matrices: list[tuple[WeightMatrix, Reduction]] = self.plan.resolve(model)
         self._cuts: list[tuple[nn.Parameter, Tensor]] | None = None
         self._swaps: list[_Swap] = []  # empty unless in place
+        self.is_suspended = False
 
     def prepare(self) -> list[Tensor]:
         """Factorise now, unless that has been done. Returns the reduced tensors, one per changed parameter."""
@@ -162,6 +164,7 @@ class reduced(AbstractContextManager["reduced"]):  # noqa: N801 - reads as a ver
     @undisturbed
     def restore(self) -> None:
         """Put the original weights back. Does nothing when they are in place; goes on where an interrupt stopped it."""
+        self.is_suspended = False
         try:
             _put_back(self._swaps)
         finally:
@@ -176,6 +179,7 @@ class reduced(AbstractContextManager["reduced"]):  # noqa: N801 - reads as a ver
     @undisturbed
     def suspend(self) -> None:
         """Put the original weights back for as long as a signal handler runs."""
+        self.is_suspended = bool(self._swaps)
         for swap in reversed(self._swaps):
             swap.parameter.data = swap.original
         torch.clear_autocast_cache()
@@ -185,6 +189,7 @@ class reduced(AbstractContextManager["reduced"]):  # noqa: N801 - reads as a ver
         """End what :meth:`suspend` began."""
         for swap in self._swaps:
             swap.parameter.data = swap.reduced
+        self.is_suspended = False
         torch.clear_autocast_cache()
 
     @undisturbed

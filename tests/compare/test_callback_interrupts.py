@@ -34,7 +34,7 @@ def test_interrupts_leave_nothing(trainer, loop, call, kind):
         "sigterm": lambda: os.kill(os.getpid(), signal.SIGTERM),
     }
     module.on_call = {call: acts[kind]}
-    callback = LaserCallback(PLAN, loops=("validate", "test", "fit"), report=False)
+    callback = LaserCallback(PLAN, loops=("validate", "test", "fit"), report=False, on_error="raise")
     run = trainer(callback, num_sanity_val_steps=0, val_check_interval=1, limit_train_batches=2)
     expected = {"error": RuntimeError, "ctrl-c": (SystemExit, KeyboardInterrupt), "sigterm": BaseException}[kind]
     handler = signal.getsignal(signal.SIGTERM)

@@ -42,7 +42,9 @@ class Frozen:
     x: Tensor
 
 
-@pytest.mark.parametrize("build", [Slotted, Item, Frozen, lambda x: Frozen(Item(x))], ids=str)
+@pytest.mark.parametrize(
+    "build", [Slotted, Item, Frozen, lambda x: Frozen(Item(x))], ids=["slots", "item", "frozen", "nested"]
+)
 def test_objects_are_copied_with_their_data(build: Any) -> None:
     x = torch.zeros(3)
     value = build(x)
