@@ -11,7 +11,7 @@ installed version.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -19,9 +19,10 @@ import lightning.pytorch as pl
 from lightning.pytorch.trainer.connectors.logger_connector.logger_connector import _LoggerConnector
 from lightning.pytorch.trainer.connectors.logger_connector.result import _ResultCollection
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from laser_callback.compare.silent import silent
-from laser_callback.compare.state import Own, Start
+from laser_callback.compare.state import Changes, Own, Start
 from laser_callback.results.examples import Logged
 from laser_callback.support.interrupts import catch_up, closed, opened, undisturbed, whole
 
@@ -98,6 +99,10 @@ class Arm:
         twin = Arm(self._trainer, self.module, self._stage, self._own.start.again())
         twin._dataloader_idx = self._dataloader_idx
         return twin
+
+    def share(self, changes: Changes) -> None:
+        """Take over what somebody else than a pass has changed."""
+        self._own.share(changes)
 
     @whole
     def active(self) -> Generator[None, None, None]:
@@ -196,6 +201,14 @@ def running_means(results: _ResultCollection) -> dict[str, tuple[float, float]]:
     }
 
 
+def growth(
+    before: Mapping[str, tuple[float, float]], after: Mapping[str, tuple[float, float]]
+) -> dict[str, tuple[float, float]]:
+    """What one batch has added to :func:`running_means`."""
+    zero = (0.0, 0.0)
+    return {key: (s - before.get(key, zero)[0], w - before.get(key, zero)[1]) for key, (s, w) in after.items()}
+
+
 def publish(trainer: pl.Trainer, module: pl.LightningModule, name: str, value: Tensor, like: str, meta: Logged) -> None:
     """Log ``value`` where the user's key ``like`` goes. To be called within ``on_*_epoch_end``.
 
@@ -253,6 +266,7 @@ class AfterHook:
         self._before = vars(module).get(name)
         self._hook = getattr(module, name)
         self._wrapped = self._call  # one object, to be known again
+        self._done = False
 
     def install(self) -> None:
         """From now on. :meth:`remove` undoes it at any time, also where an interrupt has come in between."""
@@ -270,5 +284,14 @@ class AfterHook:
     def _call(self, *args: Any, **kwargs: Any) -> Any:
         self.remove()
         result = self._hook(*args, **kwargs)
-        self._then()
+        if not self._done:  # another callback's arm may have it in place still
+            self._done = True
+            self._then()
         return result
+
+
+def around(trainer: pl.Trainer) -> dict[str, Any]:
+    """What a step can reach beside the module."""
+    others = [other for other in trainer.callbacks if not hasattr(other, "key_prefix")]  # all but LaserCallbacks
+    loaders = pytree.tree_leaves([trainer.val_dataloaders, trainer.test_dataloaders])
+    return {"trainer.datamodule": trainer.datamodule, "trainer.callbacks": others, "the dataloaders": loaders}

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torchmetrics import MetricCollection
 
 from laser_callback.compare import arms
-from laser_callback.compare.checkpoints import OriginalsInCheckpoints
 from laser_callback.compare.watch import Watch
+from laser_callback.plans.matrices import WeightMatrix
 from laser_callback.spectra.cut import CutSpectrum
 from laser_callback.support.interrupts import whole
 from laser_callback.surgery.replay import LayerReplay
@@ -178,3 +178,49 @@ def _same(a: Any, b: Any) -> bool:
     if isinstance(a, Tensor) and isinstance(b, Tensor):
         return a.shape == b.shape and a.dtype == b.dtype and bool(torch.equal(a, b))
     return type(a) is type(b) and bool(a == b)
+
+
+# ---- checkpoints ----------------------------------------------------------------------------------------------------
+
+
+class OriginalsInCheckpoints:
+    """What ``state_dict`` says while an arm's weights are reduced: the originals.
+
+    Signal handlers find these in place, since reduced passes step aside for them. Other threads (a timer, asynchronous
+    saving) do not wait for that, and a step may save by itself.
+
+    Args:
+        model: the module with all that share its parameters.
+        matrices: what will be reduced, with the original weights in place.
+    """
+
+    def __init__(self, model: nn.Module, matrices: Sequence[WeightMatrix]) -> None:
+        originals = {id(matrix.parameter): matrix.parameter.data for matrix in matrices}
+        self._hooks: list[tuple[nn.Module, _Originals]] = []
+        for module in model.modules():
+            own = {name: originals[id(p)] for name, p in module._parameters.items() if id(p) in originals}
+            if own:
+                self._hooks.append((module, _Originals(own)))
+
+    @whole
+    def within(self) -> Generator[None, None, None]:
+        """Around a pass."""
+        handles = [module.register_state_dict_post_hook(hook) for module, hook in self._hooks]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+class _Originals:
+    def __init__(self, tensors: dict[str, Tensor]) -> None:
+        self._tensors = tensors
+
+    def __call__(self, module: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: Any) -> None:
+        for name, tensor in self._tensors.items():
+            if f"{prefix}{name}" in state_dict:
+                state_dict[f"{prefix}{name}"] = tensor
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Originals, ({},)  # a copy of the module has weights of its own

@@ -20,7 +20,6 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
-from torch.utils import _pytree as pytree
 from torchmetrics import MetricCollection
 
 from laser_callback.compare import arms
@@ -79,7 +78,7 @@ class ComparisonRun:
         self._start_rng = RandomState.now()
         matrices = find_matrices(module)
         self._spectra = options.spectra or Spectra()
-        self._start = Start(module, _around(trainer), options.isolate, options.skip_isolation)
+        self._start = Start(module, arms.around(trainer), options.isolate, options.skip_isolation)
         self._reductions = [
             ReducedArm(
                 name, control, reduced(matrices, plan, self._spectra), arms.Arm(trainer, module, stage, self._start)
@@ -96,6 +95,8 @@ class ComparisonRun:
         self._recording: Any = None
         self._after_hook: arms.AfterHook | None = None
         self._begun = False
+        self._after_others: arms.AfterHook | None = None
+        self._hear_of_others("epoch_start")
 
     def _with_controls(self, plan: LaserPlan) -> Iterable[tuple[str, LaserPlan]]:
         yield "", plan
@@ -153,6 +154,9 @@ class ComparisonRun:
 
     def before_step(self, batch: Any) -> None:
         """Ahead of the user's pass."""
+        changes = self._start.changes()
+        for reduction in self._running():
+            reduction.arm.share(changes)
         self._begin_arms()
         self._close_means()
         if len(self.examples.batches) == 1:
@@ -168,7 +172,7 @@ class ComparisonRun:
         """After the user's pass: the reduced passes on copies of the same batch."""
         self._original_seconds += time.perf_counter() - self._begin
         if self._recording is not None:
-            self._recording.close()
+            self._recording.__exit__(None, None, None)
         if not self.examples.batches:
             self._start.after_first_pass()
         index = arms.sequential_dataloader_idx(self.trainer, dataloader_idx)
@@ -196,6 +200,7 @@ class ComparisonRun:
             if self._replay is not None:
                 self._replay.forget()
         self._start.check()
+        self._hear_of_others("batch_end")
         self.examples.add(collected, self._batch, index)
         self.examples.means.append(means)
         self._batch = None
@@ -206,13 +211,13 @@ class ComparisonRun:
         replaying = replay.replay(reduction.key) if replay is not None else nullcontext()
         before = arms.running_means(reduction.arm.results)
         output = reduction.run(copy_batch(self._batch), batch_idx, index, replaying)
-        reduction.growth = _growth(before, arms.running_means(reduction.arm.results))
+        reduction.growth = arms.growth(before, arms.running_means(reduction.arm.results))
         return output
 
     def _look_for_difference(
         self, reduction: ReducedArm, twin: arms.Arm | None, outputs: Any, output: Any, batch_idx: int, index: int | None
     ) -> None:
-        original = _growth(self._original_means, arms.running_means(self._results))
+        original = arms.growth(self._original_means, arms.running_means(self._results))
         if reduction.compare(original, outputs, output) and twin is not None:
             self._rng.set()
             reduction.probe(twin, copy_batch(self._batch), batch_idx, index)
@@ -288,8 +293,9 @@ class ComparisonRun:
         """Leave nothing behind, whatever state the run is in."""
         if self._recording is not None:
             self._recording.close()
-        if self._after_hook is not None:
-            self._after_hook.remove()
+        for hook in (self._after_hook, self._after_others):
+            if hook is not None:
+                hook.remove()
         for reduction in self._reductions:
             reduction.cut.restore()
 
@@ -298,6 +304,13 @@ class ComparisonRun:
         return self.trainer._results
 
     # ---- details ----------------------------------------------------------------------------------------------------
+
+    def _hear_of_others(self, hook: str) -> None:
+        """What the hooks of the next batch's transfer write to the module belongs to all arms."""
+        hooks = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
+        if any(is_overridden(transfer, self.module) for transfer in hooks):
+            self._after_others = arms.AfterHook(self.module, f"on_{self.stage}_{hook}", self._start.mark)
+            self._after_others.install()
 
     def _hold(self, reduction: ReducedArm) -> None:
         """Of many arms keep the reduced tensors that were used last, as far as there is room."""
@@ -315,7 +328,7 @@ class ComparisonRun:
         if not self.examples.means:
             return
         now = arms.running_means(self._results)
-        self.examples.means[-1][ORIGINAL] = _growth(self._original_means, now)
+        self.examples.means[-1][ORIGINAL] = arms.growth(self._original_means, now)
         self._original_means = now
 
     def _look_for_primary(self) -> None:
@@ -428,17 +441,3 @@ def _warn_if_absent(primary: str | None, keys: Collection[str], where: str) -> N
             f"`primary` must be a key that is logged per epoch, got {primary!r}, but {where} logged "
             f"{', '.join(keys) or 'nothing'}. Without it no row has the star, and all p values are Holm-adjusted."
         )
-
-
-def _growth(
-    before: Mapping[str, tuple[float, float]], after: Mapping[str, tuple[float, float]]
-) -> dict[str, tuple[float, float]]:
-    zero = (0.0, 0.0)
-    return {key: (s - before.get(key, zero)[0], w - before.get(key, zero)[1]) for key, (s, w) in after.items()}
-
-
-def _around(trainer: pl.Trainer) -> dict[str, Any]:
-    """What a step can reach beside the module."""
-    others = [other for other in trainer.callbacks if not hasattr(other, "key_prefix")]  # all but LaserCallbacks
-    loaders = pytree.tree_leaves([trainer.val_dataloaders, trainer.test_dataloaders])
-    return {"trainer.datamodule": trainer.datamodule, "trainer.callbacks": others, "the dataloaders": loaders}

@@ -42,6 +42,9 @@ class RandomState(NamedTuple):
         _set_rng_states(self.states)
 
 
+Changes = list[tuple[Place, Any]]
+
+
 class Start:
     """What the module and what surrounds it hold when an evaluation begins: where each arm starts from.
 
@@ -69,6 +72,7 @@ class Start:
         self.isolate = tuple(isolate)
         self.trusting = trusting
         self._others = others or {}
+        self._marked: Changes = []
         self.places = reachable({"module": module, **self._others})
         for name in self.isolate:
             try:
@@ -130,6 +134,15 @@ class Start:
                 )
         self.check()
 
+    def mark(self) -> None:
+        """After the last of the module's hooks before others have their turn (the next batch's transfer)."""
+        self._marked = [(p, p.start if p.holds(p.start) else p.read()) for p in self.places if p.start is not None]
+
+    def changes(self) -> Changes:
+        """What they have changed since :meth:`mark`; nothing if there was none."""
+        marked, self._marked = self._marked, []
+        return [(place, place.read()) for place, before in marked if not place.holds(before)]
+
     def check(self) -> None:
         """Whether something has moved that cannot be put back.
 
@@ -190,9 +203,13 @@ class Own(AbstractContextManager["Own"]):
     def __init__(self, start: Start) -> None:
         self.start = start
         self._mine: dict[Place, Any] = {}
-        self._outside: list[tuple[Place, Any]] | None = None
+        self._outside: Changes | None = None
         for name in start.isolate:
             self._isolate(name)
+
+    def share(self, changes: Changes) -> None:
+        """Take over what somebody else than a pass has changed: it belongs to all arms."""
+        self._mine.update(changes)
 
     def _isolate(self, name: str) -> None:
         path, _, attribute = name.rpartition(".")
