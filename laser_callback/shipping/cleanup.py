@@ -169,10 +169,10 @@ class LaserCleanup(pl.Callback):
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._first_seen = trainer.fast_dev_run  # which saves none
         if trainer.fast_dev_run:
             return
         self._result = None
-        self._first_seen = False
         self._sets = self._example_sets(trainer)
         if self.search.get("objective") is None and not isinstance(pl_module, LaserModule):
             raise MisconfigurationException(

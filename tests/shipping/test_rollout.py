@@ -244,21 +244,27 @@ def test_gates_are_read_from_texts_mappings_and_files(tmp_path):
 # ---- interrupted and resumed -----------------------------------------------------------------------------------------
 
 
+CALLS: list[int] = []  # of both arms: what a module, class or closure holds is kept apart
+
+
 def test_an_interrupted_rollout_goes_on_where_it_stopped(recall, heals, tmp_path, monkeypatch):
     module, loader = recall
     before = weights(module)
     arguments = {"stages": [heals, breaks(heals)], "gates": [GAIN, GUARD], "data": loader, "folder": tmp_path / "run"}
     whole = StagedRollout(module, **{**arguments, "folder": tmp_path / "whole"}, **QUIET).run()
 
-    calls = []
-
     def interrupt(self, batch, batch_idx, original=Recall.validation_step):
-        calls.append(batch_idx)
-        if stop and len(calls) > 2 + 2 * len(loader) + 3:  # in the second stage
+        CALLS.append(batch_idx)
+        if stop and len(CALLS) > in_all - 3:  # in the second stage
             raise KeyboardInterrupt
         return original(self, batch, batch_idx)
 
     monkeypatch.setattr(Recall, "validation_step", interrupt)
+    stop = False
+    StagedRollout(module, **{**arguments, "folder": None}, **QUIET).run()
+    in_all = len(CALLS)
+    CALLS.clear()
+
     stop = True
     rollout = StagedRollout(module, **arguments, **QUIET)
     with pytest.raises(KeyboardInterrupt):
@@ -268,9 +274,9 @@ def test_an_interrupted_rollout_goes_on_where_it_stopped(recall, heals, tmp_path
     assert "interrupted, 1 not tried" in json.loads((tmp_path / "run/result.json").read_text())["verdict"]
 
     stop = False
-    calls.clear()
+    CALLS.clear()
     resumed = StagedRollout(module, **arguments, resume=True, **QUIET).run()
-    assert len(calls) == 2 + 2 * len(loader)  # the try-out, and the second stage alone
+    assert len(CALLS) <= in_all / 2 + 2  # the try-out, and the second stage alone
     assert resumed.log == whole.log
     assert without_times(resumed.to_dict()) == without_times(whole.to_dict())
 
