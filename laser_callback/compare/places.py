@@ -13,7 +13,7 @@ from collections import OrderedDict, deque
 from collections.abc import Collection, Iterator
 from itertools import islice
 from types import CellType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -60,8 +60,9 @@ class Place:
 
 
 def _same(a: dict[Any, Any], b: dict[Any, Any]) -> bool:
-    # Not `a == b`: tensors and metrics are compared element by element, or into a new metric.
-    return len(a) == len(b) and all(map(operator.is_, a.values(), b.values())) and a.keys() == b.keys()
+    # Not `a == b`: tensors and metrics are compared element by element, or into a new metric. In the order of the
+    # dicts, since a dict that was not touched has kept it, and this is done thousands of times per pass.
+    return len(a) == len(b) and all(map(operator.is_, a.values(), b.values())) and all(map(operator.is_, a, b))
 
 
 def _looked_at(items: Collection[Any]) -> Iterator[Any]:
@@ -82,10 +83,7 @@ class Attributes(Place):
 
     @override
     def write(self, content: Any) -> None:
-        now = vars(self.owner)
-        for name in now.keys() - content.keys():
-            del now[name]
-        now.update(content)
+        _fill(vars(self.owner), content)
 
 
 class ClassAttributes(Place):
@@ -166,21 +164,6 @@ class Items(Place):
             self._kind.__setitem__(self.owner, key, value)
 
 
-class Submodules(Items):
-    """A module's children. A metric that one arm creates is its own; any other module belongs to all."""
-
-    @override
-    def write(self, content: Any) -> None:
-        new = {k: v for k, v in self.owner.items() if k not in content and not _holds_metrics(v)}
-        super().write(content | new)
-
-
-def _holds_metrics(child: nn.Module | None) -> bool:
-    if isinstance(child, (nn.ModuleList, nn.ModuleDict)):  # MetricCollection and MetricTracker are such containers
-        return any(_holds_metrics(grandchild) for grandchild in child._modules.values())
-    return isinstance(child, Metric)
-
-
 class Elements(Place):
     """The elements of a list, deque, set or bytearray."""
 
@@ -206,6 +189,85 @@ class Elements(Place):
             (kind.extend if kind is deque else kind.update)(owner, content)
 
 
+def _holds_metrics(child: nn.Module | None) -> bool:
+    if isinstance(child, (nn.ModuleList, nn.ModuleDict)):  # MetricCollection and MetricTracker are such containers
+        return any(_holds_metrics(grandchild) for grandchild in child._modules.values())
+    return isinstance(child, Metric)
+
+
+HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+)
+
+
+class _Module(NamedTuple):
+    attributes: dict[str, Any]
+    buffers: dict[str, Any]
+    children: dict[str, nn.Module | None]
+    hooks: list[dict[int, Any]] | None
+
+
+class ModuleAttributes(Place):
+    """What a module holds beside its parameters: attributes, buffers, children and forward hooks.
+
+    The dicts of buffers, children and hooks stay the same objects: others refer to them. A metric that one arm creates
+    is its own; any other new child belongs to all.
+    """
+
+    @override
+    def read(self) -> Any:
+        held = vars(self.owner)
+        return _Module(dict(held), dict(held["_buffers"]), dict(held["_modules"]), self._hooks())
+
+    def _hooks(self) -> list[dict[int, Any]] | None:
+        held = vars(self.owner)
+        return [dict(held[name]) for name in HOOKS] if any(map(held.__getitem__, HOOKS)) else None
+
+    @override
+    def holds(self, content: Any) -> bool:
+        held = vars(self.owner)
+        if not (
+            _same(held, content.attributes)
+            and _same(held["_buffers"], content.buffers)
+            and _same(held["_modules"], content.children)
+        ):
+            return False
+        hooks = self._hooks()
+        if hooks is None or content.hooks is None:
+            return hooks is content.hooks
+        return all(map(_same, hooks, content.hooks))
+
+    @override
+    def write(self, content: Any) -> None:
+        held = vars(self.owner)
+        _fill(held, content.attributes)
+        if not _same(held["_buffers"], content.buffers):
+            _replace(held["_buffers"], content.buffers)
+        if not _same(held["_modules"], content.children):
+            known = content.children
+            shared = {k: v for k, v in held["_modules"].items() if k not in known and not _holds_metrics(v)}
+            _replace(held["_modules"], known | shared)
+        for name, hooks in zip(HOOKS, content.hooks or [{}] * len(HOOKS), strict=True):
+            _replace(held[name], hooks)
+
+
+def _fill(held: dict[str, Any], content: dict[str, Any]) -> None:
+    """At no moment without an attribute that belongs there: other threads may look."""
+    for name in held.keys() - content.keys():
+        del held[name]
+    held.update(content)
+
+
+def _replace(held: dict[Any, Any], content: dict[Any, Any]) -> None:
+    if held or content:
+        held.clear()
+        held.update(content)
+
+
 class Cell(Place):
     """A variable that a function shares with the one around it."""
 
@@ -228,35 +290,6 @@ class Cell(Place):
             del self.owner.cell_contents
         else:
             self.owner.cell_contents = content
-
-
-class Hooks(Place):
-    """A module's forward hooks. The dicts stay the same objects: a hook's handle refers to them."""
-
-    NAMES = (
-        "_forward_hooks",
-        "_forward_hooks_with_kwargs",
-        "_forward_hooks_always_called",
-        "_forward_pre_hooks",
-        "_forward_pre_hooks_with_kwargs",
-    )
-
-    @override
-    def read(self) -> Any:
-        held = vars(self.owner)
-        return [dict(held[name]) for name in self.NAMES] if any(map(held.__getitem__, self.NAMES)) else None
-
-    @override
-    def holds(self, content: Any) -> bool:
-        now = self.read()
-        return now is content if now is None or content is None else all(map(_same, now, content))
-
-    @override
-    def write(self, content: Any) -> None:
-        for name, hooks in zip(self.NAMES, content or [{}] * len(self.NAMES), strict=True):
-            registered = vars(self.owner)[name]
-            registered.clear()
-            registered.update(hooks)
 
 
 class GeneratorState(Place):

@@ -29,13 +29,12 @@ from transformers import PreTrainedTokenizerBase
 
 from laser_callback.compare.places import (
     GENERATORS,
+    HOOKS,
     Attributes,
     ClassAttributes,
-    Hooks,
-    Items,
+    ModuleAttributes,
     Place,
     Slots,
-    Submodules,
     is_data,
     place_of,
 )
@@ -75,10 +74,7 @@ def reachable(roots: Mapping[str, Any]) -> list[Place]:
 
 def _places(value: Any, name: str) -> Iterator[Place]:
     if isinstance(value, nn.Module):
-        yield Attributes(value, name)
-        yield Items(value._buffers, name)
-        yield Submodules(value._modules, name)
-        yield Hooks(value, name)
+        yield ModuleAttributes(value, name)
         return
     if isinstance(value, type):
         if _is_users(value.__module__):
@@ -100,7 +96,7 @@ def _inside(value: Any, name: str) -> Iterator[tuple[Any, str]]:
         yield from ((item, f"{name}.{key}") for key, item in vars(value).items() if key not in _MODULE_OWN)
         children = (*value._buffers.items(), *value._modules.items())
         yield from ((item, f"{name}.{key}") for key, item in children)
-        yield from ((hook, f"{name}.{key}") for key in Hooks.NAMES for hook in vars(value)[key].values())
+        yield from ((hook, f"{name}.{key}") for key in HOOKS for hook in vars(value)[key].values())
         yield from _classes(value)
     elif isinstance(value, type):
         if _is_users(value.__module__):

@@ -22,7 +22,14 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torchmetrics import Metric
 
-from laser_callback.compare.places import Attributes, Place, Submodules, TensorValues, Values, tensor_version
+from laser_callback.compare.places import (
+    Attributes,
+    ModuleAttributes,
+    Place,
+    TensorValues,
+    Values,
+    tensor_version,
+)
 from laser_callback.compare.reach import reachable
 from laser_callback.support.interrupts import catch_up, closed, opened, undisturbed
 
@@ -217,9 +224,14 @@ class Own(AbstractContextManager["Own"]):
         memo = {id(shared): shared for shared in (self.start.module, self.start.module._trainer)}
         new = copy.deepcopy(getattr(owner, attribute), memo)
         for place in self.start.places:
-            keeper = owner if isinstance(place, Attributes) else getattr(owner, "_modules", None)
-            if isinstance(place, (Attributes, Submodules)) and place.owner is keeper and attribute in place.start:
-                self._mine[place] = {**self._mine.get(place, place.start), attribute: new}
+            if not (isinstance(place, (Attributes, ModuleAttributes)) and place.owner is owner):
+                continue
+            mine = self._mine.get(place, place.start)
+            if isinstance(place, Attributes):
+                self._mine[place] = {**mine, attribute: new}
+            else:
+                of = "children" if attribute in mine.children else "attributes"
+                self._mine[place] = mine._replace(**{of: {**getattr(mine, of), attribute: new}})
 
     @undisturbed
     def __enter__(self) -> Own:
@@ -236,28 +248,40 @@ class Own(AbstractContextManager["Own"]):
     @undisturbed
     def __exit__(self, *_: object) -> None:
         try:
-            if self._outside is not None:
-                self._take()
+            self._take_out()
+        except BaseException:  # brought by no signal (another thread, a debugger): finish, then let it through
+            self._put_back()
+            raise
         finally:
-            try:
-                self._put_back()
-            finally:
-                closed(self)
+            self._outside = None
+            closed(self)
 
     def _put_in(self) -> None:
         self._outside = []
+        moved: list[Place] = []
         for place in self.start.places:  # all are read before any is written: views share their elements
             mine = self._mine.get(place, place.start)
-            self._outside.append((place, mine if place.holds(mine) else place.read()))
-        for place, _ in self._outside:
-            mine = self._mine.get(place, place.start)
-            if not place.holds(mine):
-                place.write(mine)
+            if place.holds(mine):
+                self._outside.append((place, mine))
+            else:
+                self._outside.append((place, place.read()))
+                moved.append(place)
+        for place in moved:
+            place.write(self._mine.get(place, place.start))
 
-    def _take(self) -> None:
-        for place, _ in self._outside or []:
-            if not place.holds(self._mine.get(place, place.start)):
-                self._mine[place] = place.read()
+    def _take_out(self) -> None:
+        moved: Changes = []
+        try:
+            for place, outside in self._outside or []:
+                mine = self._mine.get(place, place.start)
+                stays = place.holds(mine)
+                if not stays:
+                    self._mine[place] = place.read()
+                if not stays or mine is not outside:
+                    moved.append((place, outside))
+        finally:
+            for place, outside in moved:
+                place.write(outside)
 
     def _put_back(self) -> None:
         for place, outside in self._outside or []:
@@ -268,10 +292,7 @@ class Own(AbstractContextManager["Own"]):
     @undisturbed
     def suspend(self) -> None:
         """Make room for a signal handler."""
-        self._take()
-        for place, outside in self._outside or []:
-            if not place.holds(outside):
-                place.write(outside)
+        self._take_out()
 
     @undisturbed
     def resume(self) -> None:
