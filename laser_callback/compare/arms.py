@@ -91,6 +91,7 @@ class Arm:
         self._own = Own(start)
         self._lightning = _OfLightning(trainer, module)
         self._dataloader_idx: int | None = None
+        self.hook = ""  # the latest that was called
         self.results = self._lightning.results
         self._connector = self._lightning.connector
 
@@ -124,7 +125,7 @@ class Arm:
         self._dataloader_idx = dataloader_idx
         self._connector.on_batch_start(batch, dataloader_idx)
         self._hook(f"on_{self._stage}_batch_start", *kwargs.values())
-        name = f"{self._stage}_step"
+        self.hook = name = f"{self._stage}_step"
         self.module._current_fx_name = name
         output = getattr(self._trainer.strategy, name)(*loop._build_step_args_from_hook_kwargs(kwargs, name))
         self._hook(f"on_{self._stage}_batch_end", output, *kwargs.values())
@@ -144,6 +145,7 @@ class Arm:
         self._connector.update_eval_epoch_metrics()
 
     def _hook(self, name: str, *args: Any) -> None:
+        self.hook = name
         self.module._current_fx_name = name
         getattr(self.module, name)(*args)
 

@@ -74,8 +74,7 @@ class LaserCallback(pl.Callback):
 
     Raises:
         MisconfigurationException: for arguments that do not fit each other or the trainer; at the first batch, for a
-            step that changes parameters, or writes to the weights that are cut; at the end, for weights that no pass
-            has used.
+            step that changes parameters, or writes to the weights that are cut.
         ReducedPassError: for what is raised in a plan's pass only.
         ValueError: before the first batch, in ``fit`` before training, for a plan or base that does not fit; at the
             first batch for weights that are not finite.

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import operator
 import random
+from array import array
 from collections import OrderedDict, deque
 from collections.abc import Collection, Iterator
 from itertools import islice
@@ -27,7 +28,7 @@ GENERATORS = (torch.Generator, random.Random, np.random.Generator, np.random.Ran
 # A tensor or array of more elements is copied ahead of time only for the first batch, and from then on if it moves.
 LARGE = 2**20
 
-_VERY_MANY = 10_000
+_VERY_MANY = 100_000
 
 
 class Place:
@@ -134,7 +135,7 @@ class Slots(Place):
 
 def _slots(kind: type) -> list[str]:
     names = vars(kind).get("__slots__", ())
-    names = [names] if isinstance(names, str) else list(names)
+    names = [names] if isinstance(names, str) else [n for n in names if n not in ("__dict__", "__weakref__")]
     # A name with two underscores in front is kept under another one.
     return [f"_{kind.__name__.lstrip('_')}{n}" if n.startswith("__") and not n.endswith("__") else n for n in names]
 
@@ -165,7 +166,7 @@ class Items(Place):
 
 
 class Elements(Place):
-    """The elements of a list, deque, set or bytearray."""
+    """The elements of a list, deque, set, bytearray or array."""
 
     @override
     def read(self) -> Any:
@@ -173,7 +174,8 @@ class Elements(Place):
 
     @override
     def holds(self, content: Any) -> bool:
-        same = map(operator.is_, _looked_at(self.owner), _looked_at(content))
+        equal = operator.eq if isinstance(self.owner, (array, bytearray)) else operator.is_
+        same = map(equal, _looked_at(self.owner), _looked_at(content))
         return len(self.owner) == len(content) and all(same)
 
     @override
@@ -183,6 +185,8 @@ class Elements(Place):
             list.__setitem__(owner, slice(None), content)
         elif isinstance(owner, bytearray):
             owner[:] = bytes(content)
+        elif isinstance(owner, array):
+            owner[:] = array(owner.typecode, content)
         else:
             kind: Any = deque if isinstance(owner, deque) else set
             kind.clear(owner)
@@ -196,6 +200,8 @@ def _holds_metrics(child: nn.Module | None) -> bool:
 
 
 HOOKS = (
+    "_backward_hooks",
+    "_backward_pre_hooks",
     "_forward_hooks",
     "_forward_hooks_with_kwargs",
     "_forward_hooks_always_called",
@@ -218,6 +224,10 @@ class ModuleAttributes(Place):
     is its own; any other new child belongs to all.
     """
 
+    def __init__(self, owner: nn.Module, name: str) -> None:
+        super().__init__(owner, name)
+        self._kind = type(owner)
+
     @override
     def read(self) -> Any:
         held = vars(self.owner)
@@ -230,6 +240,8 @@ class ModuleAttributes(Place):
     @override
     def holds(self, content: Any) -> bool:
         held = vars(self.owner)
+        if type(self.owner) is not self._kind:  # a lazy layer has been made real: it is so for all
+            return True
         if not (
             _same(held, content.attributes)
             and _same(held["_buffers"], content.buffers)
@@ -290,6 +302,25 @@ class Cell(Place):
             del self.owner.cell_contents
         else:
             self.owner.cell_contents = content
+
+
+class ParameterAttributes(Place):
+    """What a parameter has beside its elements."""
+
+    @override
+    def read(self) -> Any:
+        return self.owner.grad, self.owner.requires_grad, dict(vars(self.owner))
+
+    @override
+    def holds(self, content: Any) -> bool:
+        grad, requires_grad, attributes = content
+        owner = self.owner
+        return owner.grad is grad and owner.requires_grad == requires_grad and _same(vars(owner), attributes)
+
+    @override
+    def write(self, content: Any) -> None:
+        self.owner.grad, self.owner.requires_grad, attributes = content
+        _fill(vars(self.owner), attributes)
 
 
 class GeneratorState(Place):
@@ -430,14 +461,15 @@ class ArrayValues(Values):
 def place_of(value: Any, name: str) -> Place | None:
     """The place of a container, tensor, array or generator; ``None`` for anything else."""
     if isinstance(value, Tensor):
-        fixed = value.layout is not torch.strided or value.is_nested or value.is_meta or value.grad_fn is not None
-        return None if type(value) is not Tensor or fixed else TensorValues(value, name)
+        plain = type(value).__torch_dispatch__ is Tensor.__torch_dispatch__ and not value.is_meta
+        plain = plain and value.layout is torch.strided and not value.is_nested
+        return TensorValues(value, name) if plain and not isinstance(value, nn.Parameter) else None
     if isinstance(value, np.ndarray):
         return ArrayValues(value, name) if value.flags.writeable else None
     if isinstance(value, GENERATORS):
         return GeneratorState(value, name)
     if isinstance(value, dict):
         return Items(value, name)
-    if isinstance(value, (list, deque, set, bytearray)):
+    if isinstance(value, (list, deque, set, bytearray, array)):
         return Elements(value, name)
     return Cell(value, name) if isinstance(value, CellType) else None

@@ -12,7 +12,7 @@ import functools
 import sys
 import types
 from collections import UserDict, deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sized
 from enum import Enum
 from typing import Any
 
@@ -33,13 +33,14 @@ from laser_callback.compare.places import (
     Attributes,
     ClassAttributes,
     ModuleAttributes,
+    ParameterAttributes,
     Place,
     Slots,
     is_data,
     place_of,
 )
 
-# A container of more items is one place; its items have none. They are a dataset rather than a state.
+# Around the module a container of more items is one place; its items have none. They are data rather than state.
 _MANY = 1000
 
 # Kept by Lightning and by the callback itself; a logger is replaced as a whole.
@@ -74,7 +75,11 @@ def reachable(roots: Mapping[str, Any]) -> list[Place]:
 
 def _places(value: Any, name: str) -> Iterator[Place]:
     if isinstance(value, nn.Module):
-        yield ModuleAttributes(value, name)
+        if not isinstance(value, torch.jit.ScriptModule):  # whose attributes live in C++; its tensors are found
+            yield ModuleAttributes(value, name)
+        return
+    if isinstance(value, nn.Parameter):
+        yield ParameterAttributes(value, name)
         return
     if isinstance(value, type):
         if _is_users(value.__module__):
@@ -94,9 +99,13 @@ def _inside(value: Any, name: str) -> Iterator[tuple[Any, str]]:
     """What ``value`` refers to."""
     if isinstance(value, nn.Module):
         yield from ((item, f"{name}.{key}") for key, item in vars(value).items() if key not in _MODULE_OWN)
-        children = (*value._buffers.items(), *value._modules.items())
+        children = (
+            *value.named_parameters(recurse=False),
+            *value.named_buffers(recurse=False),
+            *value.named_children(),
+        )
         yield from ((item, f"{name}.{key}") for key, item in children)
-        yield from ((hook, f"{name}.{key}") for key in HOOKS for hook in vars(value)[key].values())
+        yield from ((hook, f"{name}.{key}") for key in HOOKS for hook in vars(value).get(key, {}).values())
         yield from _classes(value)
     elif isinstance(value, type):
         if _is_users(value.__module__):
@@ -104,11 +113,11 @@ def _inside(value: Any, name: str) -> Iterator[tuple[Any, str]]:
                 (item, f"{value.__qualname__}.{key}") for key, item in vars(value).items() if _may_keep(key, item)
             )
     elif isinstance(value, (dict, UserDict)):
-        if isinstance(value, dict) and len(value) <= _MANY:
+        if isinstance(value, dict) and _is_entered(value, name):
             yield from ((item, f"{name}[{key!r}]") for key, item in dict.items(value))
         yield from _attributes(value, name)
     elif isinstance(value, (list, tuple, deque, set, frozenset)):
-        if len(value) <= _MANY:
+        if _is_entered(value, name):
             yield from ((item, f"{name}[{i}]") for i, item in enumerate(value))
         yield from _attributes(value, name)
     elif isinstance(value, types.CellType):
@@ -135,6 +144,10 @@ def _inside(value: Any, name: str) -> Iterator[tuple[Any, str]]:
         yield from _attributes(value, name)
 
 
+def _is_entered(value: Sized, name: str) -> bool:
+    return len(value) <= _MANY or name.startswith("module")
+
+
 def _attributes(value: Any, name: str) -> Iterator[tuple[Any, str]]:
     if _is_object(value):
         yield from ((item, f"{name}.{key}") for key, item in getattr(value, "__dict__", {}).items())
@@ -148,7 +161,7 @@ def _classes(value: Any) -> Iterator[tuple[Any, str]]:
 
 def _may_keep(name: str, value: Any) -> bool:
     """Of a class: what it holds, and its functions, for their closures and defaults."""
-    routines = (types.FunctionType, classmethod, staticmethod, property)
+    routines = (types.FunctionType, classmethod, staticmethod, property, type)
     return is_data(name, value) or isinstance(value, routines)
 
 

@@ -136,24 +136,22 @@ class ReducedArm:
         self._probed = True
         self._refuse_writing(self._watch.written)
 
-    def check_use(self) -> None:
-        """At the end: "no difference" is said only of weights that were used.
-
-        Raises:
-            MisconfigurationException: if none was, and nothing differs.
-        """
+    def why_not(self) -> str:
+        """At the end: why nothing can be said of the cut; empty if it acted. "No difference" needs weights in use."""
         unused = self._watch.unused if self._watch is not None and self._probed else []
         if not unused:
-            return
+            return ""
         text = f"the reduced passes of {str(self.cut.plan)!r} did not read the weight of {', '.join(unused)}"
         if self._differs:
             rank_zero_warn(f"{text} in any batch that was looked at: this part of the plan has not been tried")
-            return
-        raise MisconfigurationException(
-            f"{text}, so the cut could not act, and nothing can be said of it. The usual causes are features that are "
-            "kept from an earlier pass (functools.cache, an attribute), a captured or frozen graph, and layers that "
-            "these data do not reach: clear what is kept in `on_validation_start`, or cut what is used"
+            return ""
+        why = (
+            f"{text}, so the cut could not act, and nothing is compared. The usual causes are features that are kept "
+            "from an earlier pass (functools.cache, an attribute), a captured or frozen graph, and layers that these "
+            "data do not reach: clear what is kept in `on_validation_start`, or cut what is used"
         )
+        rank_zero_warn(why)
+        return why
 
     def named(self, error: Exception, where: str) -> Exception:
         """``error`` with the plan's name."""

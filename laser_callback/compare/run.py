@@ -90,6 +90,8 @@ class ComparisonRun:
         self._original_seconds = 0.0
         self._held: dict[ReducedArm, int] = {}
         self._failed: list[ReducedArm] = []
+        self._late: list[Exception] = []  # of hooks that the original has not run by then
+        self._unused: dict[str, str] = {}
         self._original_means: dict[str, tuple[float, float]] = {}
         self._metrics = self._new_metrics()
         self._recording: Any = None
@@ -154,6 +156,7 @@ class ComparisonRun:
 
     def before_step(self, batch: Any) -> None:
         """Ahead of the user's pass."""
+        self._raise_late()
         changes = self._start.changes()
         for reduction in self._running():
             reduction.arm.share(changes)
@@ -232,13 +235,22 @@ class ComparisonRun:
             yield
         except Exception as error:
             named = reduction.named(error, where)
-            if self.options.on_failure is None:
-                raise named from error
             self._failed.append(reduction)
-            self.options.on_failure(reduction.key, named)
+            if self.options.on_failure is not None:
+                self.options.on_failure(reduction.key, named)
+            elif reduction.arm.hook.endswith("batch_end"):  # let the original's raise it, if it does
+                named.__cause__ = error
+                self._late.append(named)
+            else:
+                raise named from error
+
+    def _raise_late(self) -> None:
+        for error in self._late:
+            raise error
 
     def before_epoch_end(self, finish: Callable[[], None]) -> None:
         """Ahead of the module's own hook; ``finish`` follows it."""
+        self._raise_late()
         self._begin_arms()
         self._close_means()
         self._rng = RandomState.now()
@@ -278,7 +290,10 @@ class ComparisonRun:
                         logged[reduction.key] = reduction.arm.end()
                     logged[reduction.key] |= self._own_logged(reduction.metrics)
                     self._hold(reduction)
-                    reduction.check_use()
+                    why = reduction.why_not()
+                    if why:
+                        self._unused[reduction.key] = why
+                        logged[reduction.key] = {}
             finally:
                 after.set()
         for key, value in own.items():
@@ -391,7 +406,7 @@ class ComparisonRun:
         reasons = dict.fromkeys(arms.logged_on_step_only(self._results), "logged per step only")
         if not original:
             original = examples.returned(ORIGINAL)
-            logged = {reduction.key: examples.returned(reduction.key) for reduction in self._reductions}
+            logged = {key: {} if key in self._unused else examples.returned(key) for key in logged}
             why = "a barebones Trainer logs nothing" if self.trainer.barebones else "the module logs nothing per epoch"
             found = "only what the step returns is compared" if original else "the step returns no outcomes per example"
             reasons["what is logged"] = f"{why}: {found}"
@@ -416,7 +431,9 @@ class ComparisonRun:
         _warn_if_absent(self.options.primary, keys, "this evaluation")
         adjust_together(list(plans.values()), primary)
         compared = {key for arm in logged.values() for key in arm}
-        reasons |= {key: "not logged by the module" for key in original if key not in compared}
+        reasons |= {f"plan {name}": self._unused[name] for name in plans if name in self._unused}
+        if not self._unused:
+            reasons |= {key: "not logged by the module" for key in original if key not in compared}
         return LaserResult(
             plans,
             controls,

@@ -325,13 +325,14 @@ class Caches(Toy):
 
 @pytest.mark.parametrize("filled", [False, True], ids=["in the first pass", "before"])
 def test_features_under_a_cache(trainer: Any, filled: bool) -> None:
-    module = Caches()
+    module, callback = Caches(), LaserCallback(PLAN, report=False)
     if filled:
         module.features()
-    with pytest.raises(
-        MisconfigurationException, match=r"did not read the weight of `net\.encoder\.layers\.1\.linear1`"
-    ):
-        evaluate(trainer, module, LaserCallback(PLAN, report=False))
+    with pytest.warns(UserWarning, match=r"did not read the weight of `net\.encoder\.layers\.1\.linear1`"):
+        got = evaluate(trainer, module, callback)
+    assert got == evaluate(trainer, Caches())  # no key of the cut, and the user's own as ever
+    assert callback.result["laser"].rows == []
+    assert "did not read" in callback.result.not_compared["plan laser"]
 
 
 def test_weights_that_only_some_batches_use(trainer: Any) -> None:
@@ -353,16 +354,11 @@ def test_weights_that_only_some_batches_use(trainer: Any) -> None:
 class Breaks(Toy):
     """A metric refuses what the cut model gives."""
 
-    def on_fit_start(self) -> None:
-        self.whole = self.net.encoder.layers[1].linear1.weight.detach().clone()
-
-    on_validation_start = on_fit_start
-
-    def validation_step(self, batch: Any, batch_idx: int) -> Any:
+    def validation_step(self, *args: Any) -> Any:
         rank = torch.linalg.matrix_rank(self.net.encoder.layers[1].linear1.weight.detach())
         if int(rank) < 8:
             raise ValueError("Input contains NaN.")
-        return super().validation_step(batch, batch_idx)
+        return super().validation_step(*args) if len(args) == 2 else None
 
 
 def test_the_error_names_the_plan(trainer: Any) -> None:
@@ -386,6 +382,22 @@ def test_training_goes_on(trainer: Any) -> None:
         trainer(strict, max_epochs=1, num_sanity_val_steps=0).fit(Breaks(), make_data(), make_data())
     with pytest.raises(MisconfigurationException, match="`on_error` must be"):
         LaserCallback(PLAN, on_error="ignore")
+
+
+def test_an_error_of_a_hook_that_fails_for_both_is_the_users_own(trainer: Any) -> None:
+    class Fails(Toy):
+        def on_validation_batch_end(self, *args: Any) -> None:
+            raise TypeError("for both")
+
+    with pytest.raises(TypeError, match="for both"):
+        evaluate(trainer, Fails(), LaserCallback(PLAN, report=False))
+
+    class FailsReduced(Breaks):
+        validation_step = Toy.validation_step
+        on_validation_batch_end = Breaks.validation_step
+
+    with pytest.raises(ReducedPassError, match="fails on batch 0"):
+        evaluate(trainer, FailsReduced(), LaserCallback(PLAN, report=False))
 
 
 # ---- checkpoints and signals in the middle of a pass -----------------------------------------------------------------
