@@ -10,7 +10,6 @@ installed version.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Generator, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
@@ -25,6 +24,7 @@ from laser_callback.compare.silent import silent
 from laser_callback.compare.state import Changes, Own, Start
 from laser_callback.results.examples import Logged
 from laser_callback.support.interrupts import catch_up, closed, opened, undisturbed, whole
+from laser_callback.support.settings import ignoring
 
 
 class _OfLightning(AbstractContextManager[None]):
@@ -223,9 +223,8 @@ def publish(trainer: pl.Trainer, module: pl.LightningModule, name: str, value: T
     if meta.also is not None:
         connector._callback_metrics[name.removesuffix(like) + meta.also] = value
     if meta.dataloader_idx is None:
-        with warnings.catch_warnings():
-            # Lightning warns about keys without a logger or synchronisation; of the user's own it has said so.
-            warnings.filterwarnings("ignore", message=".*(but have no logger configured|sync_dist=True)")
+        # Lightning warns about keys without a logger or synchronisation; of the user's own it has said so.
+        with ignoring(".*(but have no logger configured|sync_dist=True)"):
             module.log(name, value, logger=meta.logger, prog_bar=meta.prog_bar, add_dataloader_idx=False, batch_size=1)
             results = trainer._results
             assert results is not None

@@ -5,8 +5,7 @@ Contract: nothing here knows facts or metrics, and no model is changed.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Generator, Sequence
 from typing import Literal
 
 import torch
@@ -18,6 +17,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
 )
 
+from laser_callback.support.interrupts import whole as undivided
 from laser_callback.support.pretrained import named, read_config, whole
 
 _SPACE_MARK = "\u2581"  # of SentencePiece
@@ -101,8 +101,8 @@ def logits_of(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor)
     return model(input_ids=input_ids, attention_mask=attention_mask, **options).logits
 
 
-@contextmanager
-def logits_at(model: PreTrainedModel, rows: Tensor, columns: Tensor) -> Iterator[None]:
+@undivided
+def logits_at(model: PreTrainedModel, rows: Tensor, columns: Tensor) -> Generator[None, None, None]:
     """Within: the model's output layer sees only the hidden states at (rows[i], columns[i]); logits are (1, P, V).
 
     At the output layer and not by indexing the logits, because the vocabulary is the largest matrix of a small model;

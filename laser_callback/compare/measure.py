@@ -22,7 +22,7 @@ from typing_extensions import override
 
 from laser_callback.compare.callback import LaserCallback
 from laser_callback.compare.run import ComparisonRun, RunOptions
-from laser_callback.compare.trainer import quiet_trainer
+from laser_callback.compare.trainer import left_as_found, quiet_trainer
 from laser_callback.plans.matrices import find_matrices, layer_stacks
 from laser_callback.plans.plan import LaserPlan
 from laser_callback.plans.reduction import Reduction
@@ -100,7 +100,8 @@ class Lab:
     ) -> list[Mapping[str, float]]:
         """``trainer.validate`` on one device, with nothing but the callbacks and what the module brings."""
         options = {"precision": self.precision, "inference_mode": inference_mode, "limit_val_batches": limit_batches}
-        with quiet_trainer(self.accelerator, callbacks=list(callbacks), **options) as trainer:
+        quiet = quiet_trainer(self.accelerator, callbacks=list(callbacks), **options)
+        with quiet as trainer, left_as_found(trainer, self.module, callbacks):
             return list(trainer.validate(self.module, loaders, verbose=False))
 
     def measure(

@@ -197,7 +197,7 @@ class OriginalsInCheckpoints:
         self._hooks: list[tuple[nn.Module, _Originals]] = []
         for module in model.modules():
             own = {name: originals[id(p)] for name, p in module._parameters.items() if id(p) in originals}
-            if own:
+            if own and not isinstance(module, torch.jit.ScriptModule):  # which takes no such hook
                 self._hooks.append((module, _Originals(own)))
 
     @whole

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import logging
 import signal
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Generator, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 
 from laser_callback.compare.callback import accelerator_of
+from laser_callback.support.interrupts import whole
+from laser_callback.support.settings import ignoring
 
 
-@contextmanager
-def quiet_trainer(accelerator: str = "auto", **options: Any) -> Iterator[pl.Trainer]:
+def quiet_trainer(accelerator: str = "auto", **options: Any) -> AbstractContextManager[pl.Trainer]:
     """Within: a Trainer on one device, and Lightning introduces neither it nor itself.
 
     Ctrl-C comes out as KeyboardInterrupt, and may be struck again: Lightning exits the process at the first one, and
@@ -28,14 +29,20 @@ def quiet_trainer(accelerator: str = "auto", **options: Any) -> Iterator[pl.Trai
     name, _, index = accelerator_of(accelerator).partition(":")
     shows = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
     options = {**dict.fromkeys(shows, False), **options}
+    with _quiet(None):
+        trainer = pl.Trainer(accelerator=name, devices=[int(index)] if index else 1, **options)
+    return _quiet(trainer)
+
+
+@whole
+def _quiet(trainer: Any) -> Generator[Any, None, None]:
     logger = logging.getLogger("lightning.pytorch")
     level = logger.level
-    logger.setLevel(logging.WARNING)
     handler = signal.getsignal(signal.SIGINT)
     try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*(does not have many workers|isinstance.treespec, LeafSpec)")
-            yield pl.Trainer(accelerator=name, devices=[int(index)] if index else 1, **options)
+        logger.setLevel(logging.WARNING)
+        with ignoring(".*(does not have many workers|isinstance.treespec, LeafSpec)"):
+            yield trainer
     except SystemExit as error:
         if isinstance(error.__context__, KeyboardInterrupt):
             raise KeyboardInterrupt from None
@@ -44,3 +51,28 @@ def quiet_trainer(accelerator: str = "auto", **options: Any) -> Iterator[pl.Trai
         logger.setLevel(level)
         if handler not in (None, signal.SIG_IGN) and signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
             signal.signal(signal.SIGINT, handler)
+
+
+@whole
+def left_as_found(
+    trainer: pl.Trainer, module: pl.LightningModule, callbacks: Sequence[pl.Callback]
+) -> Generator[None, None, None]:
+    """Around a run: the module is in the mode it was in, also where Lightning's loop has not come to its end.
+
+    Args:
+        trainer: of the run.
+        module: the module that it runs.
+        callbacks: told of an exception, once more where the trainer has come to do so.
+    """
+    modes = [(part, part.training) for part in module.modules()]
+    gradients = torch.is_grad_enabled()
+    try:
+        yield
+    except BaseException as error:
+        for callback in callbacks:
+            callback.on_exception(trainer, module, error)
+        raise
+    finally:
+        torch.set_grad_enabled(gradients)
+        for part, mode in modes:
+            part.training = mode

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 
 from torch import Tensor, nn
@@ -130,14 +131,29 @@ def made_weights(model: nn.Module) -> list[tuple[WeightMatrix, str]]:
     stacks = _layer_stacks(model)
     found: list[tuple[WeightMatrix, str]] = []
     for path, module in model.named_modules():
-        for attribute, cure in _made(module).items():
-            value = getattr(module, attribute, None)
-            if isinstance(value, Tensor) and value.ndim == 2:
-                stack, layer = _place(path, stacks)
-                name = f"{_clean(path)}.{attribute}".lstrip(".")
-                matrices = _matrices_of(model, module, _clean(path), attribute, stack, layer, (name,))
-                found += [(matrix, cure) for matrix in matrices]
+        made = _made(module)
+        with _at_rest(module) if made else nullcontext():
+            for attribute, cure in made.items():
+                value = getattr(module, attribute, None)
+                if isinstance(value, Tensor) and value.ndim == 2:
+                    stack, layer = _place(path, stacks)
+                    name = f"{_clean(path)}.{attribute}".lstrip(".")
+                    matrices = _matrices_of(model, module, _clean(path), attribute, stack, layer, (name,))
+                    found += [(matrix, cure) for matrix in matrices]
     return found
+
+
+@contextmanager
+def _at_rest(module: nn.Module) -> Iterator[None]:
+    """Within: to read a weight moves nothing. In train mode spectral normalisation takes a step at each reading."""
+    modes = [(child, child.training) for child in module.modules()]
+    try:
+        for child, _ in modes:
+            child.training = False
+        yield
+    finally:
+        for child, mode in modes:
+            child.training = mode
 
 
 def shared_memory(model: nn.Module) -> dict[int, list[str]]:

@@ -9,12 +9,13 @@ from __future__ import annotations
 import io
 import json
 import re
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 from xml.etree import ElementTree
 
 from markupsafe import Markup
+
+from laser_callback.support.settings import ignoring
 
 if TYPE_CHECKING:
     from matplotlib.artist import Artist
@@ -72,8 +73,7 @@ def standalone(figure: Figure) -> str:
 
 def _svg(figure: Figure, theme: Mapping[str, str], facecolor: str, **attributes: str) -> str:
     file = io.StringIO()
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph .* missing")  # a page is set in its reader's fonts
+    with ignoring("Glyph .* missing"):  # a page is set in its reader's fonts
         figure.savefig(file, format="svg", facecolor=facecolor, metadata=_METADATA)
     whole = ElementTree.fromstring(file.getvalue())
     markers = {path.get("id"): path for path in whole.iter(f"{_SVG}path")}

@@ -34,6 +34,7 @@ from laser_callback.spectra.folder import size_for
 from laser_callback.spectra.spectrum import Spectrum
 from laser_callback.spectra.store import Spectra
 from laser_callback.stats.outcomes import Outcomes
+from laser_callback.support.interrupts import catch_up, closed, opened, undisturbed
 
 LossFn = Callable[[pl.LightningModule, Any], Tensor]
 
@@ -132,11 +133,7 @@ class GradientScreen(pl.Callback):
         # No weight changes here: what memory has room for is not looked up by its content again in every batch.
         self._found: dict[str, Spectrum] = {}
         self._keeps = sum(size_for(matrix.shape) for matrix in wanted) <= self._spectra.memory_bytes
-        for parameter in pl_module.parameters():
-            self._undo.append(partial(_set_flag, parameter, parameter.requires_grad))
-            parameter.requires_grad_(id(parameter) in parameters)
-        for parameter in parameters.values():
-            self._undo.append(parameter.register_post_accumulate_grad_hook(self._collect).remove)
+        self._put_in(pl_module, parameters)
 
     @override
     def on_validation_batch_start(
@@ -197,11 +194,23 @@ class GradientScreen(pl.Callback):
 
     # ---- details ----------------------------------------------------------------------------------------------------
 
+    @undisturbed
+    def _put_in(self, module: nn.Module, parameters: Mapping[int, nn.Parameter]) -> None:
+        opened(self)
+        for parameter in module.parameters():
+            self._undo.append(partial(_set_flag, parameter, parameter.requires_grad))
+            parameter.requires_grad_(id(parameter) in parameters)
+        for parameter in parameters.values():
+            self._undo.append(parameter.register_post_accumulate_grad_hook(self._collect).remove)
+        catch_up()
+
+    @undisturbed
     def _put_back(self) -> None:
         """Put everything back. Each is forgotten only when it is done, so an interrupt loses none for the next call."""
         while self._undo:
             self._undo[-1]()
             self._undo.pop()
+        closed(self)
 
     def _zeros(self) -> Tensor:
         return torch.zeros(len(self._reductions), dtype=torch.float64)

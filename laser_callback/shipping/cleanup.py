@@ -8,6 +8,7 @@ process group are left as they were found.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -38,10 +39,10 @@ from laser_callback.shipping.trained import (
     best_path,
     device_of,
     free_path,
+    load_weights_to_clean,
     read_own,
     refuse_unreadable,
     save_cleaned,
-    weights_to_clean,
 )
 from laser_callback.spectra.delta import BaseSource, BaseWeights, read_weights
 from laser_callback.spectra.store import Spectra
@@ -249,7 +250,9 @@ class LaserCleanup(pl.Callback):
 
     def _clean(self, trainer: pl.Trainer, module: pl.LightningModule) -> CleanupResult:
         """All of the work, in one process."""
-        with as_found(trainer, module), weights_to_clean(trainer, module, self.weights) as (checkpoint, source):
+        trained = copy.deepcopy(module.state_dict()) if self.weights == "best" else None
+        with as_found(trainer, module, trained):
+            checkpoint, source = load_weights_to_clean(trainer, module, self.weights)
             result, weights = self._effective(trainer, module, source)
             path = free_path(self._folder(trainer) / f"{Path(source).stem}.cleaned.ckpt")
             if result.recipe is not None:

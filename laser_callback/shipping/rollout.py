@@ -28,6 +28,7 @@ from laser_callback.search.fingerprints import fingerprints
 from laser_callback.shipping.gates import Gates
 from laser_callback.spectra.store import Spectra
 from laser_callback.stats.gain import Gain
+from laser_callback.support.interrupts import catch_up, undisturbed
 from laser_callback.support.journal import Journal, Step
 from laser_callback.support.progress import PhaseProgress
 from laser_callback.support.provenance import versions
@@ -200,10 +201,17 @@ class StagedRollout:
         self._write()
         if self.apply and self.result.plan is not None:
             assert self._lab is not None
-            self._applied = reduced(self.module, self.result.plan, self._lab.spectra).__enter__()
-            self._applied.stay()
-            self._hashes = [matrix_hash(matrix.value) for matrix, _ in self._applied.matrices]
+            with reduced(self.module, self.result.plan, self._lab.spectra) as cut:
+                hashes = [matrix_hash(matrix.value) for matrix, _ in cut.matrices]
+            self._leave(cut, hashes)
         return self.result
+
+    @undisturbed
+    def _leave(self, cut: reduced, hashes: list[str]) -> None:
+        """In the module, for :meth:`undo` to take out."""
+        self._applied, self._hashes = cut.__enter__(), hashes
+        cut.stay()
+        catch_up()
 
     def undo(self, *, overwrite: bool = False) -> None:
         """Take out again what ``apply`` has left in the module; does nothing if there is nothing.

@@ -11,8 +11,8 @@ from __future__ import annotations
 import inspect
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
@@ -25,6 +25,7 @@ from laser_callback.plans.plan import LaserPlan
 from laser_callback.plans.reduction import Reduction
 from laser_callback.spectra.spectrum import Spectrum, as_double
 from laser_callback.spectra.store import Spectra
+from laser_callback.support.interrupts import whole
 from laser_callback.surgery.recipe import Recipe, recorded, spectra_for
 from laser_callback.surgery.swap import reduced
 
@@ -87,7 +88,6 @@ class Factored:
         self._cut.keep()
 
 
-@contextmanager
 def factored(
     model: nn.Module,
     plan: LaserPlan | str | Mapping[str, Any],
@@ -95,7 +95,7 @@ def factored(
     *,
     numbers: Mapping[str, Any] | None = None,
     max_share: float = MAX_SHARE,
-) -> Iterator[Factored]:
+) -> AbstractContextManager[Factored]:
     """Cut ``model`` within the block, with thin layers where they are worth it.
 
     Args:
@@ -139,7 +139,17 @@ def factored(
             places += [(place, layer) for place in own]
         else:
             dense[matrix.name] = layer
-    with recorded(model, plan, spectra, numbers=numbers) as (cut, recipe):
+    return _in_place(recorded(model, plan, spectra, numbers=numbers), layers, dense, places)
+
+
+@whole
+def _in_place(
+    record: AbstractContextManager[tuple[reduced, Recipe]],
+    layers: dict[str, FactoredLinear],
+    dense: dict[str, str],
+    places: Sequence[tuple[_Place, nn.Module]],
+) -> Generator[Factored, None, None]:
+    with record as (cut, recipe):
         result = Factored(layers, dense, recipe, cut)
         before = [((parent, name), parent._modules[name]) for (parent, name), _ in places]
         try:

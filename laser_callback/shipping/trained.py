@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Generator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +14,7 @@ from torch import Tensor
 from laser_callback.compare.state import RandomState
 from laser_callback.support.checkpoints import own_classes, strangers, unreadable
 from laser_callback.support.files import appearing
+from laser_callback.support.interrupts import whole
 from laser_callback.support.merging import put_effective
 from laser_callback.surgery.recipe import Recipe
 
@@ -28,15 +27,19 @@ def device_of(trainer: pl.Trainer) -> dict[str, Any]:
     return {"accelerator": str(trainer.strategy.root_device), "precision": trainer.precision}
 
 
-@contextmanager
-def as_found(trainer: pl.Trainer, module: pl.LightningModule) -> Iterator[None]:
-    """After: the module belongs to its trainer again, and the random generators stand where they stood."""
+@whole
+def as_found(
+    trainer: pl.Trainer, module: pl.LightningModule, weights: Mapping[str, Any] | None
+) -> Generator[None, None, None]:
+    """After: the module belongs to its trainer, the random generators stand where they stood, ``weights`` are back."""
     state = RandomState.now()
     try:
         yield
     finally:
         module.trainer = trainer
         state.set()
+        if weights is not None:
+            module.load_state_dict(weights, strict=module.strict_loading)
 
 
 def best_path(trainer: pl.Trainer) -> str:
@@ -44,29 +47,21 @@ def best_path(trainer: pl.Trainer) -> str:
     return str(getattr(trainer.checkpoint_callback, "best_model_path", ""))
 
 
-@contextmanager
-def weights_to_clean(
-    trainer: pl.Trainer, module: pl.LightningModule, which: str
-) -> Iterator[tuple[dict[str, Any], str]]:
-    """Within: the module has the ``"best"`` or ``"last"`` weights. Yields their checkpoint, and its name.
+def load_weights_to_clean(trainer: pl.Trainer, module: pl.LightningModule, which: str) -> tuple[dict[str, Any], str]:
+    """Put the ``"best"`` or ``"last"`` weights into the module. Returns their checkpoint, and its name.
 
     Raises:
         MisconfigurationException: if there is no best checkpoint.
     """
     if which == "last":
-        yield trainer._checkpoint_connector.dump_checkpoint(weights_only=True), "last"
-        return
+        return trainer._checkpoint_connector.dump_checkpoint(weights_only=True), "last"
     path = best_path(trainer)
     if not path:
         raise MisconfigurationException("there is no best checkpoint to clean: ModelCheckpoint has saved none")
     checkpoint = read_own(trainer, module, path)
-    trained = copy.deepcopy(module.state_dict())
     module.on_load_checkpoint(checkpoint)
-    try:
-        trainer.strategy.load_model_state_dict(checkpoint, strict=module.strict_loading)
-        yield checkpoint, path
-    finally:
-        module.load_state_dict(trained, strict=module.strict_loading)
+    trainer.strategy.load_model_state_dict(checkpoint, strict=module.strict_loading)
+    return checkpoint, path
 
 
 def read_own(trainer: pl.Trainer, module: pl.LightningModule, path: str | Path) -> dict[str, Any]:

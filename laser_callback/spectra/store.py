@@ -35,6 +35,7 @@ from laser_callback.spectra.folder import (
     size_of,
 )
 from laser_callback.spectra.spectrum import Spectrum, refuse_non_finite
+from laser_callback.support.settings import with_gradients
 
 if TYPE_CHECKING:
     from laser_callback.spectra.delta import BaseWeights
@@ -171,7 +172,7 @@ class Spectra:
     def _of(self, matrix: Tensor, name: str) -> Spectrum:
         start = time.perf_counter()
         # Ordinary tensors whatever the mode: one made in inference mode could not serve a later training run.
-        with torch.inference_mode(False), torch.no_grad():
+        with torch.inference_mode(False), with_gradients(False):
             matrix, order = _dense(matrix.detach())
             home = _home(matrix)
             key = _key(matrix, order, home)
@@ -215,7 +216,7 @@ class Spectra:
         Raises:
             ValueError: if ``matrix`` holds NaN or infinite values, or the reference method cannot do ``reduction``.
         """
-        with torch.no_grad():
+        with with_gradients(False):
             if self.method == "reference":
                 return self._reduce_as_reference(matrix, reduction, name)
             blocks = _blocks(self.operand(matrix, name), reduction, name)

@@ -11,8 +11,8 @@ import io
 import pickle
 import pickletools
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Generator
+from contextlib import suppress
 from pathlib import Path
 from types import BuiltinFunctionType, FunctionType
 from typing import Any
@@ -20,6 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from typing_extensions import override
+
+from laser_callback.support.interrupts import whole
 
 
 def read_checkpoint(path: str | Path, *owners: Any) -> dict[str, Any]:
@@ -49,8 +51,8 @@ def read_checkpoint(path: str | Path, *owners: Any) -> dict[str, Any]:
     return content
 
 
-@contextmanager
-def own_classes(*owners: Any) -> Iterator[None]:
+@whole
+def own_classes(*owners: Any) -> Generator[None, None, None]:
     """Within: torch reads what the hyperparameters of ``owners`` are made of, too, with ``weights_only=True``."""
     own: set[Any] = set()
     for owner in owners:

@@ -21,6 +21,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Generator
 from contextlib import _GeneratorContextManager
+from dataclasses import dataclass
 from functools import wraps
 from itertools import starmap
 from types import CodeType, FrameType, TracebackType
@@ -44,13 +45,23 @@ def undisturbed(function: F) -> F:
     return function
 
 
+@dataclass
+class _Wrapped:
+    """A handler in its place. Whoever remembers and sets it meanwhile, as Lightning does, sets this very handler."""
+
+    handler: Callable[[int, FrameType | None], Any]
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        _handlers.called(self.handler, number, frame)
+
+
 class _Handlers:
     """The handlers of this process, wrapped while any context is open."""
 
     def __init__(self) -> None:
-        self._contexts: dict[int, weakref.ref[Any]] = {}  # by id, in the order in which they were opened
-        self._originals: dict[int, Any] = {}
-        self._waiting: list[int] = []
+        # By id, in the order in which they were opened; and whether in the main thread.
+        self._contexts: dict[int, tuple[weakref.ref[Any], bool]] = {}
+        self._waiting: list[tuple[Any, int]] = []
         self._running = False
 
     def open(self, context: object, dropped: Callable[[], None] | None) -> None:
@@ -63,21 +74,22 @@ class _Handlers:
                 dropped()
             self.close(key)
 
-        self._contexts[key] = weakref.ref(context, gone)
-        if threading.current_thread() is not threading.main_thread():
+        main = threading.current_thread() is threading.main_thread()
+        self._contexts[key] = weakref.ref(context, gone), main
+        if not main:
             return
         for number in _CATCHABLE:
             handler = _signal.getsignal(number)
-            if callable(handler) and handler != self._called:
-                self._originals[number] = handler
-                _signal.signal(number, self._called)
+            if callable(handler) and type(handler) is not _Wrapped:
+                _signal.signal(number, _Wrapped(handler))
 
     def close(self, key: int) -> None:
         self._contexts.pop(key, None)
         if threading.current_thread() is not threading.main_thread():
             return
-        if not self._contexts:
-            ours = [item for item in self._originals.items() if _signal.getsignal(item[0]) == self._called]
+        if not any(main for _, main in list(self._contexts.values())):
+            found = [(number, _signal.getsignal(number)) for number in _CATCHABLE]
+            ours = [(number, wrapped.handler) for number, wrapped in found if type(wrapped) is _Wrapped]
             try:
                 deque(starmap(_signal.signal, ours), maxlen=0)
             except BaseException:  # a handler just put back has run at once: the others all the same
@@ -91,17 +103,17 @@ class _Handlers:
             this = _undisturbed_from(sys._getframe())
             if this is not None and _undisturbed_from(this.f_back) is not None:
                 return
-            self._run(self._waiting.pop(0), this)
+            self._run(*self._waiting.pop(0), this)
 
-    def _called(self, number: int, frame: FrameType | None) -> None:
+    def called(self, handler: Any, number: int, frame: FrameType | None) -> None:
+        """In place of ``handler``."""
         if _undisturbed_from(frame) is not None:
-            self._waiting.append(number)
+            self._waiting.append((handler, number))
         else:
-            self._run(number, frame)
+            self._run(handler, number, frame)
 
-    def _run(self, number: int, frame: FrameType | None) -> None:
-        handler = self._originals[number]
-        contexts = [ref() for ref in self._contexts.values()]
+    def _run(self, handler: Any, number: int, frame: FrameType | None) -> None:
+        contexts = [ref() for ref, _ in list(self._contexts.values())]
         aside: list[Any] = [context for context in contexts if hasattr(context, "suspend")]
         if handler is signal.default_int_handler or not aside or self._running:
             handler(number, frame)

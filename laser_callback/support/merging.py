@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Generator, Iterator, Mapping, MutableMapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -34,8 +35,7 @@ def unmerged_layers(model: nn.Module) -> list[tuple[str, Any]]:
     return [(name, layer) for name, layer in adapted_layers(model) if not layer.merged and _adds(layer)]
 
 
-@whole
-def merged(model: nn.Module) -> Generator[None, None, None]:
+def merged(model: nn.Module) -> AbstractContextManager[None]:
     """Context in which the active adapters of ``model`` are merged; nothing happens to a model without adapters.
 
     Args:
@@ -47,9 +47,13 @@ def merged(model: nn.Module) -> Generator[None, None, None]:
     """
     refuse_unmergeable(model)
     layers = [layer for _, layer in unmerged_layers(model)]
-    kept = _Kept(layers)
+    return _merged(layers, _Kept(layers))
+
+
+@whole
+def _merged(layers: Sequence[Any], kept: _Kept) -> Generator[None, None, None]:
     try:
-        kept.copy()
+        kept.make_room()
         for layer in layers:
             layer.merge()
         yield
@@ -68,17 +72,18 @@ class _Kept:
         modules = list(dict.fromkeys(module for layer in layers for module in layer.modules()))
         self._registered = [(registry, dict(registry)) for module in modules for registry in _registries(module)]
         self._notes = [(layer, list(layer.merged_adapters)) for layer in layers]
-        self._data = [(tensor, tensor.data) for layer in layers for _, tensor in _weights_under(layer)]
+        weights = [tensor for layer in layers for _, tensor in _weights_under(layer)]
+        self._data = [(tensor, tensor.data, tensor.data.clone()) for tensor in weights]
 
-    def copy(self) -> None:
-        for tensor, data in self._data:
-            tensor.data = data.clone()
+    def make_room(self) -> None:
+        for tensor, _, copy in self._data:
+            tensor.data = copy
 
     def put_back(self) -> None:
         for registry, content in self._registered:
             registry.clear()
             registry.update(content)
-        for tensor, data in self._data:
+        for tensor, data, _ in self._data:
             tensor.data = data
         for layer, names in self._notes:
             layer.merged_adapters = names

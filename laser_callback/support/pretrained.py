@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from transformers import (
 )
 
 from laser_callback.support.files import need_files
+from laser_callback.support.interrupts import whole as undivided
 from laser_callback.support.merging import adapted_layers
 from laser_callback.support.reading import shown
 from laser_callback.support.suggest import clipped
@@ -201,8 +202,8 @@ def save_weights(model: PreTrainedModel, folder: Path) -> None:
         model.save_pretrained(folder)
 
 
-@contextmanager
-def _said_to_be_dense(model: PreTrainedModel) -> Iterator[None]:
+@undivided
+def _said_to_be_dense(model: PreTrainedModel) -> Generator[None, None, None]:
     """Within: the model does not say that it is quantised, or transformers refuses to save what it has dequantised.
 
     Only for models whose weights are dense, as those are in which matrices were found. Nor does it say that it can

@@ -7,13 +7,15 @@ training gives up after half an hour and may know no CPU tensors. What the work 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch.distributed as dist
 from torch import nn
+
+from laser_callback.support.interrupts import whole
 
 _PATIENCE = timedelta(days=30)
 
@@ -45,14 +47,11 @@ def on_first_rank(group: Group, work: Callable[[], T]) -> T:
     message: list[Any] = [None, None]
     failure: Exception | None = None
     if dist.get_rank() == 0:
-        world = dist.group.WORLD
-        dist.group.WORLD = None
         try:
-            message[0] = work()
+            with _alone():
+                message[0] = work()
         except Exception as error:
             failure, message[1] = error, f"{type(error).__name__}: {error}"
-        finally:
-            dist.group.WORLD = world
     dist.broadcast_object_list(message, src=0, group=group)
     if failure is not None:
         try:
@@ -64,6 +63,17 @@ def on_first_rank(group: Group, work: Callable[[], T]) -> T:
         raise RuntimeError(f"the first process failed: {message[1]}")
     result: T = message[0]
     return result
+
+
+@whole
+def _alone() -> Generator[None, None, None]:
+    """Within: there is no process group."""
+    world = dist.group.WORLD
+    dist.group.WORLD = None
+    try:
+        yield
+    finally:
+        dist.group.WORLD = world
 
 
 def share_weights(group: Group, model: nn.Module) -> None:

@@ -6,13 +6,14 @@ import logging
 import os
 import time
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Generator, Iterator
 
 import transformers.utils.logging
 from rich.console import Console, RenderableType
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from typing_extensions import override
+
+from laser_callback.support.interrupts import whole
 
 
 def quiet_libraries() -> None:
@@ -52,8 +53,8 @@ class PhaseProgress:
         self._live: _Bar | None = None
         self._above: RenderableType | None = None
 
-    @contextmanager
-    def phase(self, description: str, total: float | None = None) -> Iterator[None]:
+    @whole
+    def phase(self, description: str, total: float | None = None) -> Generator[None, None, None]:
         """Within: the phase runs. ``total`` is in the units of :meth:`advance`; ``None`` if unknown."""
         begin = time.perf_counter()
         if not self._enabled:

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Generator, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -24,6 +24,7 @@ from laser_callback.plans.plan import LaserPlan
 from laser_callback.plans.selection import NoSuchMatrixError
 from laser_callback.spectra.folder import content_hash
 from laser_callback.spectra.store import Spectra
+from laser_callback.support.interrupts import whole
 from laser_callback.support.plain_json import plain
 from laser_callback.support.provenance import versions
 from laser_callback.support.reading import built, made, shown
@@ -197,7 +198,6 @@ def apply(
     return done
 
 
-@contextmanager
 def recorded(
     model: nn.Module,
     plan: LaserPlan | str | Mapping[str, Any],
@@ -205,7 +205,7 @@ def recorded(
     *,
     numbers: Mapping[str, Any] | None = None,
     exact: bool = True,
-) -> Iterator[tuple[reduced, Recipe]]:
+) -> AbstractContextManager[tuple[reduced, Recipe]]:
     """Cut ``model`` within the block; yields the reduction in place and the record of what it did.
 
     Args:
@@ -247,7 +247,13 @@ def recorded(
         if expected is not None:
             _check_after(expected, done, exact)
             numbers = expected.numbers if numbers is None else numbers
-        yield cut, Recipe(plan, done, spectra.method, _digest(spectra), numbers, versions())
+    return _in_place(cut, Recipe(plan, done, spectra.method, _digest(spectra), numbers, versions()))
+
+
+@whole
+def _in_place(cut: reduced, recipe: Recipe) -> Generator[tuple[reduced, Recipe], None, None]:
+    with cut:
+        yield cut, recipe
 
 
 def spectra_for(plan: LaserPlan) -> Spectra:

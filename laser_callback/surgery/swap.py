@@ -23,6 +23,7 @@ from laser_callback.plans.plan import LaserPlan
 from laser_callback.plans.reduction import Reduction
 from laser_callback.spectra.store import SIDE_BY_SIDE, Spectra
 from laser_callback.support.interrupts import catch_up, closed, opened, undisturbed
+from laser_callback.support.settings import with_gradients
 
 
 @dataclass(eq=False)
@@ -109,7 +110,7 @@ class reduced(AbstractContextManager["reduced"]):  # noqa: N801 - reads as a ver
     def prepare(self) -> list[Tensor]:
         """Factorise now, unless that has been done. Returns the reduced tensors, one per changed parameter."""
         if self._cuts is None:
-            with torch.no_grad():
+            with with_gradients(False):
                 self._cuts = _reduced_parameters(self.matrices, self._spectra or Spectra())
         return [tensor for _, tensor in self._cuts]
 

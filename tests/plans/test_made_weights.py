@@ -11,6 +11,7 @@ from torch.nn.utils import parametrizations, prune
 
 from laser_callback.plans.matrices import find_matrices
 from laser_callback.plans.plan import LaserPlan
+from laser_callback.surgery.swap import reduced
 
 
 def model(change: Callable[[nn.Linear], object] = lambda layer: layer) -> nn.Module:
@@ -65,3 +66,13 @@ def test_parts_of_one_storage_that_do_not_overlap_are_parameters_like_others() -
     apart["layers"][0]["fc_in"].weight = nn.Parameter(whole[:4])
     apart["layers"][1]["fc_in"].weight = nn.Parameter(whole[4:])
     assert len(LaserPlan.parse("*.fc_in@0.5").resolve(apart)) == 3
+
+
+def test_to_look_for_them_moves_nothing() -> None:
+    """Spectral normalisation takes a step whenever its weight is read in train mode."""
+    model = nn.Sequential(nn.utils.parametrizations.spectral_norm(nn.Linear(8, 8)), nn.Linear(8, 8)).train()
+    before = [buffer.clone() for buffer in model.buffers()]
+    with reduced(model, "/1/@0.5"):
+        pass
+    assert all(map(torch.equal, before, model.buffers()))
+    assert all(child.training for child in model.modules())
