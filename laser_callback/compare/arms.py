@@ -15,10 +15,13 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.trainer.connectors.logger_connector.logger_connector import _LoggerConnector
 from lightning.pytorch.trainer.connectors.logger_connector.result import _ResultCollection
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torch.utils import _pytree as pytree
+from torchmetrics import MetricCollection
 
 from laser_callback.compare.silent import silent
 from laser_callback.compare.state import Changes, Own, Start
@@ -209,6 +212,21 @@ def growth(
     """What one batch has added to :func:`running_means`."""
     zero = (0.0, 0.0)
     return {key: (s - before.get(key, zero)[0], w - before.get(key, zero)[1]) for key, (s, w) in after.items()}
+
+
+def own_logged(metrics: MetricCollection | None) -> dict[str, Logged]:
+    """What the metrics of :class:`LaserCallback` itself have found, as if the module had logged them."""
+    if metrics is None:
+        return {}
+    directions = {name: metric.higher_is_better for name, metric in metrics.items()}
+    values = {name: torch.as_tensor(value) for name, value in metrics.compute().items()}
+    for name, value in values.items():
+        if value.numel() != 1:
+            raise MisconfigurationException(
+                f"`metrics` must compute one number each, or a mapping of them, but {name!r} is of shape "
+                f"{tuple(value.shape)}: average it, or wrap it in torchmetrics.ClasswiseWrapper"
+            )
+    return {name: Logged(value, name, None, None, True, False, directions.get(name)) for name, value in values.items()}
 
 
 def publish(trainer: pl.Trainer, module: pl.LightningModule, name: str, value: Tensor, like: str, meta: Logged) -> None:

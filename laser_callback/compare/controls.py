@@ -31,10 +31,10 @@ def random_plan(
     Raises:
         ValueError: if the model has too few matrices outside of the plan.
     """
-    resolved = plan.resolve(model)
-    planned = {matrix.name for matrix, _ in resolved}
     matrices = find_matrices(model)
-    others = [m for m in matrices if m.kind is not None and m.name not in planned and among(m)]
+    resolved = plan.resolve(matrices)
+    planned = {matrix.name for matrix, _ in resolved}
+    others = [m for m in matrices if not m.obstacle and m.kind is not None and m.name not in planned and among(m)]
     if len(others) < len(resolved):
         raise ValueError(
             f"the random control needs {len(resolved)} matrices that the plan leaves alone, the model has "

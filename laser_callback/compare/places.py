@@ -13,7 +13,6 @@ from array import array
 from collections import OrderedDict, deque
 from collections.abc import Collection, Iterator
 from itertools import islice
-from types import CellType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -329,11 +328,9 @@ class GeneratorState(Place):
     @override
     def read(self) -> Any:
         owner = self.owner
-        if isinstance(owner, torch.Generator):
+        if isinstance(owner, (torch.Generator, np.random.RandomState)):
             return owner.get_state()
-        if isinstance(owner, random.Random):
-            return owner.getstate()
-        return owner.get_state() if isinstance(owner, np.random.RandomState) else owner.bit_generator.state
+        return owner.getstate() if isinstance(owner, random.Random) else owner.bit_generator.state
 
     @override
     def holds(self, content: Any) -> bool:
@@ -343,12 +340,10 @@ class GeneratorState(Place):
     @override
     def write(self, content: Any) -> None:
         owner = self.owner
-        if isinstance(owner, torch.Generator):
+        if isinstance(owner, (torch.Generator, np.random.RandomState)):
             owner.set_state(content)
         elif isinstance(owner, random.Random):
             owner.setstate(content)
-        elif isinstance(owner, np.random.RandomState):
-            owner.set_state(content)
         else:
             owner.bit_generator.state = content
 
@@ -413,17 +408,13 @@ class TensorValues(Values):
 
     @override
     def is_as_at_first(self) -> bool:
-        now, held = self.owner, self.start
-        return now.shape == held.value.shape and now.dtype == held.value.dtype and _equal(now, held.value)
+        now, then = self.owner, self.start.value
+        return now.shape == then.shape and now.dtype == then.dtype and _equal(now, then)
 
 
 def _is_in_place(tensor: Tensor, data: Tensor) -> bool:
-    return (
-        tensor.data_ptr() == data.data_ptr()
-        and tensor.shape == data.shape
-        and tensor.stride() == data.stride()
-        and tensor.dtype == data.dtype
-    )
+    same_form = tensor.shape == data.shape and tensor.stride() == data.stride() and tensor.dtype == data.dtype
+    return same_form and tensor.data_ptr() == data.data_ptr()
 
 
 def _equal(a: Tensor, b: Tensor) -> bool:
@@ -456,20 +447,3 @@ class ArrayValues(Values):
     @override
     def is_as_at_first(self) -> bool:
         return self.holds(self.start)
-
-
-def place_of(value: Any, name: str) -> Place | None:
-    """The place of a container, tensor, array or generator; ``None`` for anything else."""
-    if isinstance(value, Tensor):
-        plain = type(value).__torch_dispatch__ is Tensor.__torch_dispatch__ and not value.is_meta
-        plain = plain and value.layout is torch.strided and not value.is_nested
-        return TensorValues(value, name) if plain and not isinstance(value, nn.Parameter) else None
-    if isinstance(value, np.ndarray):
-        return ArrayValues(value, name) if value.flags.writeable else None
-    if isinstance(value, GENERATORS):
-        return GeneratorState(value, name)
-    if isinstance(value, dict):
-        return Items(value, name)
-    if isinstance(value, (list, deque, set, bytearray, array)):
-        return Elements(value, name)
-    return Cell(value, name) if isinstance(value, CellType) else None

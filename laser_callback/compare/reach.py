@@ -11,12 +11,14 @@ import contextlib
 import functools
 import sys
 import types
+from array import array
 from collections import UserDict, deque
 from collections.abc import Iterator, Mapping, Sized
 from enum import Enum
 from typing import Any
 
 import lightning.pytorch as pl
+import numpy as np
 import torch
 from lightning.fabric import Fabric
 from lightning.pytorch.loggers import Logger
@@ -30,14 +32,19 @@ from transformers import PreTrainedTokenizerBase
 from laser_callback.compare.places import (
     GENERATORS,
     HOOKS,
+    ArrayValues,
     Attributes,
+    Cell,
     ClassAttributes,
+    Elements,
+    GeneratorState,
+    Items,
     ModuleAttributes,
     ParameterAttributes,
     Place,
     Slots,
+    TensorValues,
     is_data,
-    place_of,
 )
 
 # Around the module a container of more items is one place; its items have none. They are data rather than state.
@@ -85,7 +92,7 @@ def _places(value: Any, name: str) -> Iterator[Place]:
         if _is_users(value.__module__):
             yield ClassAttributes(value, name)
         return
-    place = place_of(value, name)
+    place = _place_of(value, name)
     if place is not None:
         yield place
     if _is_object(value):
@@ -183,3 +190,20 @@ def _is_followed(kind: type) -> bool:
         "multiprocessing",
         "socket",
     }
+
+
+def _place_of(value: Any, name: str) -> Place | None:
+    """The place of a container, tensor, array or generator; ``None`` for anything else."""
+    if isinstance(value, Tensor):
+        plain = type(value).__torch_dispatch__ is Tensor.__torch_dispatch__ and not value.is_meta
+        plain = plain and value.layout is torch.strided and not value.is_nested
+        return TensorValues(value, name) if plain and not isinstance(value, nn.Parameter) else None
+    if isinstance(value, np.ndarray):
+        return ArrayValues(value, name) if value.flags.writeable else None
+    if isinstance(value, GENERATORS):
+        return GeneratorState(value, name)
+    if isinstance(value, dict):
+        return Items(value, name)
+    if isinstance(value, (list, deque, set, bytearray, array)):
+        return Elements(value, name)
+    return Cell(value, name) if isinstance(value, types.CellType) else None

@@ -276,7 +276,7 @@ class ComparisonRun:
     def end(self) -> tuple[dict[str, Logged], dict[str, dict[str, Logged]]]:
         """After the module's own hook: end the reduced arms. Returns what the original and each arm logged."""
         original = {k: v for k, v in arms.logged(self._results).items() if not k.startswith(self._others_keys())}
-        own = self._own_logged(self._metrics)
+        own = arms.own_logged(self._metrics)
         for key in own:
             if key in original:
                 raise MisconfigurationException(f"`metrics` has the name {key!r}, which the module logs itself")
@@ -288,7 +288,7 @@ class ComparisonRun:
                 with self._failing(reduction, "at the end"):
                     with reduction.active():
                         logged[reduction.key] = reduction.arm.end()
-                    logged[reduction.key] |= self._own_logged(reduction.metrics)
+                    logged[reduction.key] |= arms.own_logged(reduction.metrics)
                     self._hold(reduction)
                     why = reduction.why_not()
                     if why:
@@ -356,21 +356,6 @@ class ComparisonRun:
     def _update_own(self, metrics: MetricCollection | None, outputs: Any) -> None:
         if metrics is not None and self.options.update is not None:
             self.options.update(metrics, outputs, copy_batch(self._batch))
-
-    def _own_logged(self, metrics: MetricCollection | None) -> dict[str, Logged]:
-        if metrics is None:
-            return {}
-        directions = {name: metric.higher_is_better for name, metric in metrics.items()}
-        values = {name: torch.as_tensor(value) for name, value in metrics.compute().items()}
-        for name, value in values.items():
-            if value.numel() != 1:
-                raise MisconfigurationException(
-                    f"`metrics` must compute one number each, or a mapping of them, but {name!r} is of shape "
-                    f"{tuple(value.shape)}: average it, or wrap it in torchmetrics.ClasswiseWrapper"
-                )
-        return {
-            name: Logged(value, name, None, None, True, False, directions.get(name)) for name, value in values.items()
-        }
 
     def _others_keys(self) -> tuple[str, ...]:
         """How the keys begin that other LaserCallbacks of this trainer publish."""

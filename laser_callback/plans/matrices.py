@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 
 from torch import Tensor, nn
@@ -22,7 +21,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 
 from laser_callback.plans.fused import Rows, rows_of_kinds
 from laser_callback.plans.kinds import KINDS, kinds_of
-from laser_callback.plans.packed import refuse_packed
+from laser_callback.plans.packed import has_ordinary, obstacle_of, packed_buffers
 
 _Index = tuple[int | Rows, ...]
 
@@ -42,6 +41,7 @@ class WeightMatrix:
         parameter_names: every name under which the parameter is registered (several when it is tied).
         passes: how often a forward pass goes through it; more than once where layers share their weights.
         module: the module that owns the parameter, and ``attribute`` its name there.
+        obstacle: why it cannot be cut and what to do instead, or ``None``. A plan that names it is refused.
     """
 
     name: str
@@ -56,6 +56,7 @@ class WeightMatrix:
     attribute: str = field(repr=False)
     transposed: bool = field(default=False, repr=False)
     index: _Index = field(default=(), repr=False)
+    obstacle: str | None = field(default=None, repr=False)
 
     @property
     def parameter(self) -> nn.Parameter:
@@ -98,66 +99,41 @@ def find_matrices(model: nn.Module) -> list[WeightMatrix]:
 
     Returns:
         One entry per matrix, in registration order. Tied parameters appear once, with all their names. Everything 2-D
-        is listed; what has no ``kind`` (routers, embeddings, heads, adapters) is only ever cut when named.
-
-    Raises:
-        TypeError: if a weight is packed (quantised) or sharded, so that it has no matrix to factorise.
+        is listed; what has no ``kind`` (routers, embeddings, heads, adapters) is only ever cut when named, and what has
+        an ``obstacle`` (packed, sharded, complex, made from others, in the memory of another) not at all.
     """
-    refuse_packed(model)
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(_clean(name))
 
-    stacks = _layer_stacks(model)
+    stacks, shared = _layer_stacks(model), _shared_memory(model)
     matrices: list[WeightMatrix] = []
     seen: set[int] = set()
     for path, module in model.named_modules():
-        for attribute, parameter in module.named_parameters(recurse=False):
-            if id(parameter) in seen or not _holds_matrices(module, path, attribute, parameter):
+        for attribute, tensor, obstacle in _weights(path, module):
+            if id(tensor) in seen:
                 continue
-            seen.add(id(parameter))
+            seen.add(id(tensor))
             stack, layer = _place(path, stacks)
-            own_names = tuple(names[id(parameter)])
-            matrices += _matrices_of(model, module, _clean(path), attribute, stack, layer, own_names)
+            whole = f"{_clean(path)}.{attribute}".lstrip(".")
+            called = [_clean(path) if path and attribute == "weight" else whole]
+            if obstacle and path and attribute != "weight" and not has_ordinary(module):
+                called.append(_clean(path))  # what is packed goes by any attribute's name: it is what its module is
+            owned = (
+                attribute,
+                tensor,
+                obstacle or shared.get(id(tensor)),
+                stack,
+                layer,
+                (*names.get(id(tensor), [whole]),),
+            )
+            for name in called:
+                matrices += _matrices_of(model, module, _clean(path), name, *owned)
     return matrices
 
 
-def made_weights(model: nn.Module) -> list[tuple[WeightMatrix, str]]:
-    """Matrices that are no parameters, but made from others in each pass, and so cannot be cut; with the cure.
-
-    These are what weight or spectral normalisation, other parametrizations, and pruning that is not made permanent
-    leave under the name of the weight.
-    """
-    stacks = _layer_stacks(model)
-    found: list[tuple[WeightMatrix, str]] = []
-    for path, module in model.named_modules():
-        made = _made(module)
-        with _at_rest(module) if made else nullcontext():
-            for attribute, cure in made.items():
-                value = getattr(module, attribute, None)
-                if isinstance(value, Tensor) and value.ndim == 2:
-                    stack, layer = _place(path, stacks)
-                    name = f"{_clean(path)}.{attribute}".lstrip(".")
-                    matrices = _matrices_of(model, module, _clean(path), attribute, stack, layer, (name,))
-                    found += [(matrix, cure) for matrix in matrices]
-    return found
-
-
-@contextmanager
-def _at_rest(module: nn.Module) -> Iterator[None]:
-    """Within: to read a weight moves nothing. In train mode spectral normalisation takes a step at each reading."""
-    modes = [(child, child.training) for child in module.modules()]
-    try:
-        for child, _ in modes:
-            child.training = False
-        yield
-    finally:
-        for child, mode in modes:
-            child.training = mode
-
-
-def shared_memory(model: nn.Module) -> dict[int, list[str]]:
-    """By ``id`` of a parameter: the names of others that are other objects, but lie in its memory."""
+def _shared_memory(model: nn.Module) -> dict[int, str]:
+    """By ``id`` of a parameter that lies in the memory of others, which are other objects: what to do about it."""
     placed: dict[int, list[tuple[int, int, int, str]]] = {}
     for name, parameter in model.named_parameters():
         if type(parameter.data) is not Tensor or is_lazy(parameter) or parameter.is_meta or not parameter.numel():
@@ -167,12 +143,17 @@ def shared_memory(model: nn.Module) -> dict[int, list[str]]:
         memory = parameter.untyped_storage().data_ptr()
         end = first + (steps + 1) * parameter.element_size()
         placed.setdefault(memory, []).append((first, end, id(parameter), _clean(name)))
-    shared: dict[int, list[str]] = {}
+    shared: dict[int, str] = {}
     for members in placed.values():
         for first, end, key, _ in members if len(members) > 1 else ():
-            others = [name for start, stop, other, name in members if other != key and start < end and first < stop]
+            others = [
+                f"`{name}`" for start, stop, other, name in members if other != key and start < end and first < stop
+            ]
             if others:
-                shared[key] = others
+                shared[key] = (
+                    f"its memory is also that of {', '.join(others)}: tie them, so that both are one parameter, or "
+                    "give each its own, `weight.data = weight.data.clone()`"
+                )
     return shared
 
 
@@ -245,13 +226,17 @@ def _is_stack(module: nn.Module) -> bool:
     if not isinstance(module, (nn.ModuleList, nn.Sequential)):
         return False
     layers = list(_layers(module).values())
-    if not layers or not all(any(p.ndim >= 2 for p in layer.parameters()) for layer in layers):
+    if not layers or not all(map(_has_weights, layers)):
         return False
     composite = all(any(True for _ in layer.children()) for layer in layers)
     alike = len({type(layer) for layer in layers}) == 1
     if isinstance(module, nn.Sequential):  # a Sequential is a stack (timm) only when it repeats one composite block
         return alike and composite and len(layers) > 1
     return alike or composite
+
+
+def _has_weights(layer: nn.Module) -> bool:
+    return any(p.ndim >= 2 for p in layer.parameters()) or any(map(packed_buffers, layer.modules()))
 
 
 def _place(path: str, stacks: dict[str, nn.Module]) -> tuple[str | None, int | None]:
@@ -275,28 +260,45 @@ def _passes(model: nn.Module, stack: str, parameter_names: tuple[str, ...]) -> i
 # ---- matrices of one parameter ---------------------------------------------------------------------------------------
 
 
-def _holds_matrices(module: nn.Module, path: str, attribute: str, parameter: nn.Parameter) -> bool:
-    if "bias" in attribute or is_lazy(parameter):  # expert biases are (experts, features): they only look like matrices
-        return False
-    if isinstance(module, ParametrizationList) or any(attribute.startswith(f"{made}_") for made in _made(module)):
-        return False  # a part of what another weight is made from
-    return parameter.ndim == 2 or (
-        parameter.ndim == 3 and ("expert" in f"{path}.{attribute}" or "Expert" in type(module).__name__)
-    )
+def _weights(path: str, module: nn.Module) -> Iterator[tuple[str, Tensor, str | None]]:
+    """The tensors of a module that are matrices or hold some, by attribute; and why they cannot be cut."""
+    made = _made(module)
+    for attribute, parameter in module.named_parameters(recurse=False):
+        if "bias" in attribute or is_lazy(parameter):  # expert biases, (experts, features), only look like matrices
+            continue
+        if isinstance(module, ParametrizationList) or any(attribute.startswith(f"{name}_") for name in made):
+            continue  # a part of what another weight is made from
+        obstacle = obstacle_of(module, f"{_clean(path)}.{attribute}".lstrip("."), parameter)
+        experts = parameter.ndim == 3 and ("expert" in f"{path}.{attribute}" or "Expert" in type(module).__name__)
+        if parameter.ndim == 2 or experts or (obstacle and parameter.ndim > 2):
+            yield attribute, parameter, obstacle
+    for attribute, tensor in packed_buffers(module):
+        yield attribute, tensor, obstacle_of(module, f"{_clean(path)}.{attribute}".lstrip("."), tensor)
+    for attribute, (like, cure) in made.items():
+        if like is not None and like.ndim == 2:
+            yield attribute, like, f"it is no parameter, but made from others in each pass. Make it one first: {cure}"
 
 
-def _made(module: nn.Module) -> dict[str, str]:
-    """The tensors of a module that are made anew in each pass -> how to make parameters of them."""
-    made: dict[str, str] = {}
+def _made(module: nn.Module) -> dict[str, tuple[Tensor | None, str]]:
+    """The tensors of a module that are made anew in each pass -> one of their shape, and how to make them parameters.
+
+    These are what weight or spectral normalisation, other parametrizations, and pruning that is not made permanent
+    leave under the name of the weight. None is computed here, for spectral normalisation counts its passes.
+    """
+    made: dict[str, tuple[Tensor | None, str]] = {}
     for hook in module._forward_pre_hooks.values():
         if isinstance(hook, WeightNorm):
-            made[hook.name] = f"torch.nn.utils.remove_weight_norm(module, {hook.name!r})"
+            like = getattr(module, f"{hook.name}_v")
+            made[hook.name] = like, f"torch.nn.utils.remove_weight_norm(module, {hook.name!r})"
         elif isinstance(hook, SpectralNorm):
-            made[hook.name] = f"torch.nn.utils.remove_spectral_norm(module, {hook.name!r})"
+            like = getattr(module, f"{hook.name}_orig")
+            made[hook.name] = like, f"torch.nn.utils.remove_spectral_norm(module, {hook.name!r})"
         elif isinstance(hook, BasePruningMethod):
-            made[hook._tensor_name] = f"torch.nn.utils.prune.remove(module, {hook._tensor_name!r})"
-    for attribute in getattr(module, "parametrizations", ()):
-        made[attribute] = f"torch.nn.utils.parametrize.remove_parametrizations(module, {attribute!r})"
+            name = hook._tensor_name
+            made[name] = getattr(module, f"{name}_orig"), f"torch.nn.utils.prune.remove(module, {name!r})"
+    for attribute, parts in getattr(module, "parametrizations", {}).items():
+        last = [None, *parts.parameters(recurse=False)][-1]
+        made[attribute] = last, f"torch.nn.utils.parametrize.remove_parametrizations(module, {attribute!r})"
     return made
 
 
@@ -304,17 +306,18 @@ def _matrices_of(
     model: nn.Module,
     module: nn.Module,
     path: str,
+    name: str,
     attribute: str,
+    parameter: Tensor,
+    obstacle: str | None,
     stack: str | None,
     layer: int | None,
     parameter_names: tuple[str, ...],
 ) -> Iterator[WeightMatrix]:
-    parameter = getattr(module, attribute)
-    name = path if path and attribute == "weight" else f"{path}.{attribute}".lstrip(".")
-    in_layer = "" if stack is None else name.removeprefix(f"{stack}.").partition(".")[2]
     parent = _submodule(model, plain_name(path).rpartition(".")[0])
-    kinds: tuple[str | None, ...] = (None,)
     passes = 1 if stack is None else _passes(model, stack, parameter_names)
+    in_layer = "" if stack is None else name.removeprefix(f"{stack}.").partition(".")[2]
+    kinds: tuple[str | None, ...] = (None,)
     if stack is not None:  # only within its layer, since a model may be called `attention_model`
         kinds = kinds_of(plain_name(in_layer), module, parent)
 
@@ -322,7 +325,9 @@ def _matrices_of(
     transposed = type(module).__name__ == "Conv1D" or (parameter.ndim == 3 and _is_transposed(module))
     out_size, in_size = parameter.shape[-2:][:: -1 if transposed else 1]
     parts: list[Rows] | None = [slice(None)]
-    if len(kinds) > 1:
+    if obstacle:
+        parts = [slice(None) for _ in kinds]  # which rows are whose is not asked
+    elif len(kinds) > 1:
         owner = module if isinstance(module, nn.MultiheadAttention) else parent
         parts = rows_of_kinds(kinds, module, owner, out_size, in_size)
     if parts is None:
@@ -347,6 +352,7 @@ def _matrices_of(
                 attribute=attribute,
                 transposed=transposed,
                 index=(*place, slice(None), rows) if transposed else (*place, rows),
+                obstacle=obstacle,
             )
 
 

@@ -18,7 +18,7 @@ import yaml
 from torch import nn
 
 from laser_callback.plans.kinds import GROUPS, KINDS
-from laser_callback.plans.matrices import WeightMatrix, find_matrices, made_weights, shared_memory
+from laser_callback.plans.matrices import WeightMatrix, find_matrices
 from laser_callback.plans.reduction import Reduction
 from laser_callback.plans.selection import Catalogue, select
 from laser_callback.support.files import need_files, write_atomically
@@ -172,34 +172,17 @@ class LaserPlan:
         """The matrices of ``model`` (or of what was found in one) that the plan names, in the model's order.
 
         Raises:
-            ValueError: if a reduction matches nothing (the message lists what exists), is ambiguous, or two reductions
-                meet in one matrix.
+            ValueError: if a reduction matches nothing (the message lists what exists), is ambiguous, names what cannot
+                be cut (then also a TypeError), or two reductions meet in one matrix.
         """
-        if isinstance(model, nn.Module):
-            found = find_matrices(model)
-            made, shared = made_weights(model), shared_memory(model)
-            matrices = Catalogue([*found, *(matrix for matrix, _ in made)])
-        else:
-            found, made, shared = list(model), [], {}
-            matrices = model if isinstance(model, Catalogue) else Catalogue(model)
+        found = find_matrices(model) if isinstance(model, nn.Module) else model
+        matrices = found if isinstance(found, Catalogue) else Catalogue(found)
         chosen: dict[int, Reduction] = {}
         for reduction in self.reductions:
             for position in select(matrices, reduction):
-                matrix = matrices[position]
-                if position >= len(found):
-                    raise ValueError(
-                        f"the reduction {clipped(reduction)} cuts `{matrix.name}`, which is no parameter: it is made "
-                        f"from others in each pass. Make it one first: {made[position - len(found)][1]}"
-                    )
-                if others := shared.get(id(matrix.parameter)):
-                    raise ValueError(
-                        f"the reduction {clipped(reduction)} cuts `{matrix.name}`, whose memory is also that of "
-                        f"{', '.join(f'`{name}`' for name in others)}: tie them, so that both are one parameter, or "
-                        "give each its own, `weight.data = weight.data.clone()`"
-                    )
                 if position in chosen:
                     one, other = clipped(chosen[position]), clipped(reduction)
-                    raise ValueError(f"the reductions {one} and {other} both cut `{matrix.name}`")
+                    raise ValueError(f"the reductions {one} and {other} both cut `{matrices[position].name}`")
                 chosen[position] = reduction
         return [(matrices[position], chosen[position]) for position in sorted(chosen)]
 

@@ -27,6 +27,10 @@ class NoSuchMatrixError(ValueError):
     """A reduction matches no matrix of the model."""
 
 
+class UncuttableError(ValueError, TypeError):
+    """A reduction names what cannot be cut: it does not fit the model, because the weight is of the wrong sort."""
+
+
 class Catalogue(Sequence[WeightMatrix]):
     """The matrices of a model, in its order, and where each is by what a reduction may call it.
 
@@ -74,6 +78,7 @@ def select(matrices: Catalogue, reduction: Reduction) -> list[int]:
 
     Raises:
         NoSuchMatrixError: if it names none, or none in a layer of its range, with the part of it that is wrong.
+        UncuttableError: if it names one with an obstacle.
         ValueError: if it fits several layer stacks, or a weight that is tied to others.
     """
     if reduction.layer is None:
@@ -95,6 +100,8 @@ def select(matrices: Catalogue, reduction: Reduction) -> list[int]:
                 matrices, reduction, f"layer {_span(without)} of the range has no {wanted}, {_span(with_it)} has"
             )
     for i in candidates:
+        if obstacle := matrices[i].obstacle:
+            raise UncuttableError(f"the reduction {clipped(reduction)} cuts `{matrices[i].name}`: {obstacle}")
         if matrices[i].kind is None and not _names_all(reduction, matrices[i]):
             tied = [name.removesuffix(".weight") for name in matrices[i].parameter_names]
             pattern = "|".join(map(re.escape, tied))

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,7 +15,7 @@ from torch import nn
 from laser_callback.plans.matrices import WeightMatrix, find_matrices
 from laser_callback.plans.plan import LaserPlan, pieces
 from laser_callback.plans.reduction import Reduction
-from laser_callback.plans.selection import Catalogue
+from laser_callback.plans.selection import Catalogue, UncuttableError
 
 RHOS = (0.0, 0.005, 0.01, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 0.9)
 """The nine of the paper's reference code (rates 1, 2, 4, 6, 8, 9, 9.5, 9.9, 9.95), and the zero matrix."""
@@ -94,8 +93,12 @@ def _named(matrices: Catalogue, reduction: Reduction, stacks: Sequence[str]) -> 
     found = []
     if reduction.stack is None and reduction.layer is not None and len(stacks) > 1:
         for stack in stacks:
-            with suppress(ValueError):  # not every stack has what is named
+            try:
                 found += LaserPlan([replace(reduction, stack=stack)]).resolve(matrices)
+            except UncuttableError:
+                raise
+            except ValueError:  # not every stack has what is named
+                continue
     return [matrix for matrix, _ in found or LaserPlan([reduction]).resolve(matrices)]
 
 

@@ -38,16 +38,13 @@ class NotCut:
 def not_cut(model: nn.Module) -> list[NotCut]:
     """The parameters with two or more dimensions that are not cut by kind, in registration order, tied ones once.
 
-    Raises:
-        TypeError: if a weight is packed (quantised) or sharded.
-
     Example:
         >>> for each in not_cut(nn.ModuleDict({"embed": nn.Embedding(9, 4), "patch": nn.Conv1d(2, 4, 3)})):
         ...     print(each.name, each.reason, each.by_name)
         embed.weight an embedding True
         patch.weight a convolution False
     """
-    matrices = {id(matrix.parameter): matrix for matrix in find_matrices(model)}
+    matrices = {id(matrix.module._parameters.get(matrix.attribute)): matrix for matrix in find_matrices(model)}
     found: list[NotCut] = []
     seen: set[int] = set()
     for path, module in model.named_modules():
@@ -57,17 +54,20 @@ def not_cut(model: nn.Module) -> list[NotCut]:
                 continue
             seen.add(id(parameter))
             matrix = matrices.get(id(parameter))
-            if matrix is None or matrix.kind is None:
+            if matrix is None or matrix.kind is None or matrix.obstacle:
                 name = f"{path}.{attribute}".lstrip(".")
                 name = matrix.parameter_names[0] if matrix is not None else name
                 shape = () if lazy else tuple(parameter.shape)
-                found.append(NotCut(name, shape, _reason(module, attribute, parameter, matrix), matrix is not None))
+                by_name = matrix is not None and not matrix.obstacle
+                found.append(NotCut(name, shape, _reason(module, attribute, parameter, matrix), by_name))
     return found
 
 
 def _reason(module: nn.Module, attribute: str, parameter: nn.Parameter, matrix: WeightMatrix | None) -> str:
     if is_lazy(parameter):
         return "not initialised yet"
+    if matrix is not None and matrix.obstacle:
+        return matrix.obstacle.partition(":")[0]
     if parameter.numel() == max(parameter.shape):
         return "a vector"
     if "bias" in attribute:

@@ -64,7 +64,7 @@ class BaseWeights:
                 f"the difference to the base is still in adapters, {len(unmerged)} of them from `{unmerged[0]}` on: "
                 "merge them first, `model = model.merge_and_unload()` or `with laser_callback.merged(model): ...`"
             )
-        matrices = find_matrices(model)
+        matrices = [matrix for matrix in find_matrices(model) if not matrix.obstacle]
         self.name = str(source) if isinstance(source, (str, Path)) else getattr(source, "name_or_path", None)
         weights = _Weights(read_weights(source, model), matrices)
         self._pairs = weights.matched(matrices)

@@ -109,8 +109,7 @@ def inspect_model(
         progress: shown meanwhile, with the time that is left.
 
     Raises:
-        ValueError: if ``within`` matches nothing, or weights are not finite.
-        TypeError: if weights are packed or sharded.
+        ValueError: if ``within`` matches nothing or what cannot be cut, or weights are not finite.
     """
     begin = time.perf_counter()
     spectra = spectra or Spectra()

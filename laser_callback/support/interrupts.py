@@ -123,9 +123,9 @@ class _Handlers:
             for context in reversed(aside):
                 context.suspend()
             handler(number, frame)
-            for context in aside:  # not after an exception: it closes them
-                context.resume()
         finally:
+            for context in aside:  # also after an exception: not every one arrives (some strike in a finalizer)
+                context.resume()
             self._running = False
 
 

@@ -80,7 +80,7 @@ class reduced(AbstractContextManager["reduced"]):  # noqa: N801 - reads as a ver
 
     Raises:
         ValueError: if the plan does not fit the model, or weights are not finite. The model is then untouched.
-        TypeError: if a weight is packed, sharded or without storage.
+        TypeError: if a planned weight is packed, sharded, complex or without storage.
 
     Example:
         >>> model = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 2).eval()

@@ -19,6 +19,8 @@ from laser_callback.plans.kinds import _FAMILIES, KINDS
 from laser_callback.plans.matrices import find_matrices, layer_stacks
 from laser_callback.plans.plan import LaserPlan
 from laser_callback.plans.reduction import Reduction
+from laser_callback.plans.target import targets
+from laser_callback.plans.uncut import not_cut
 from laser_callback.surgery.swap import reduced
 
 # ---- what is found ---------------------------------------------------------------------------------------------------
@@ -307,15 +309,42 @@ def test_untied_head_and_router_are_cut_when_named_only():
 # ---- refused ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int32])
-def test_packed_weights_are_refused_with_the_cure(dtype):
+@pytest.mark.parametrize(
+    ("dtype", "told"),
+    [
+        (torch.int8, "holds integers.*packed, load the model without a quantization config"),
+        (torch.uint8, "holds integers"),
+        (torch.int64, "holds integers"),
+        (torch.bool, "holds truth values"),
+        (torch.complex64, "is complex.*not supported"),
+        (torch.complex128, "is complex.*not supported"),
+        (torch.float8_e4m3fn, r"packed.*FineGrainedFP8Config\(dequantize=True\)"),
+    ],
+)
+def test_what_is_no_real_matrix_is_refused_where_a_plan_names_it(dtype, told):
     model = HandWrittenGPT()
-    packed = torch.zeros(64, 16).to(dtype)
-    model.blocks[1].mlp.c_fc.weight = nn.Parameter(packed, requires_grad=False)
-    with pytest.raises(TypeError, match=r"blocks\.1\.mlp\.c_fc\.weight.*packed.*without a quantization config"):
-        find_matrices(model)
-    with pytest.raises(TypeError, match="packed"):
-        reduced(model, "0.fc_in@0.1")
+    weight = nn.Parameter(torch.zeros(64, 16).to(dtype), requires_grad=False)
+    model.blocks[1].mlp.c_fc.weight = weight
+    model.blocks[0].attn.table = nn.Parameter(torch.zeros(4, 3, 2, 2).to(dtype), requires_grad=False)
+    model.blocks[0].mlp.c_fc.mask = nn.Parameter(torch.zeros(4, 4).to(dtype), requires_grad=False)
+    matrices = find_matrices(model)
+    for cuttable in (model, matrices):
+        for plan in ("1.fc_in@0.1", "*.mlp@0.1", r"/blocks\.1\.mlp\.c_fc/@0.1"):
+            with pytest.raises(TypeError, match=rf"blocks\.1\.mlp\.c_fc\.weight.*{told}") as refused:
+                LaserPlan.parse(plan).resolve(cuttable)
+            assert isinstance(refused.value, ValueError)  # a plan that does not fit
+        assert len(LaserPlan.parse("0.mlp@0.1, 1.fc_out@0.1, *.attn@0.1").resolve(cuttable)) == 15
+    with reduced(model, "0.fc_in@0.1"):
+        pass
+    (listed,) = [each for each in not_cut(model) if each.name == "blocks.1.mlp.c_fc.weight"]
+    assert not listed.by_name
+    assert told.partition(".*")[0] in listed.reason
+    with pytest.raises(TypeError, match=told):
+        targets(model)
+    assert len(targets(model, "0.mlp")) == 2
+    assert all(
+        not matrix.obstacle for matrix, _ in random_plan(model, LaserPlan.parse("0.fc_in@0.1"), 0).resolve(model)
+    )
 
 
 class Wrapped(torch.Tensor):
@@ -325,8 +354,8 @@ class Wrapped(torch.Tensor):
 def test_subclasses_and_sharded_weights_are_refused():
     model = HandWrittenGPT()
     model.blocks[0].mlp.c_fc.weight = nn.Parameter(torch.zeros(64, 16).as_subclass(Wrapped))
-    with pytest.raises(TypeError, match=r"blocks\.0\.mlp\.c_fc\.weight.*Wrapped|packed or sharded"):
-        find_matrices(model)
+    with pytest.raises(TypeError, match=r"blocks\.0\.mlp\.c_fc\.weight.*packed or sharded \(Wrapped of"):
+        reduced(model, "0.fc_in@0.1")
 
 
 def test_dtensor_is_refused(tmp_path):
