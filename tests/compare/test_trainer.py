@@ -7,9 +7,12 @@ import sys
 
 import lightning.pytorch as pl
 import pytest
+import torch
 from lightning.pytorch.demos.boring_classes import BoringModel
 
+from laser_callback.compare.measure import Lab
 from laser_callback.compare.trainer import quiet_trainer
+from laser_callback.spectra.store import Spectra
 
 
 @pytest.mark.parametrize(
@@ -50,3 +53,25 @@ def test_ctrl_c_is_ctrl_c_and_can_be_struck_again():
     with pytest.raises(SystemExit) as caught, quiet_trainer("cpu") as trainer:
         trainer.validate(Exits(), verbose=False)
     assert caught.value.code == 7
+
+
+class Ends(BoringModel):
+    def __init__(self, error):
+        super().__init__()
+        self.frozen = torch.nn.Dropout().eval()
+        self.error = error
+
+    def validation_step(self, batch, batch_idx):
+        raise self.error
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), ValueError()])
+def test_a_run_that_does_not_end_leaves_the_module_in_its_mode(error):
+    """Else a later `fit` would train in eval mode."""
+    module = Ends(error)
+    modes = [part.training for part in module.modules()]
+    with pytest.raises(type(error)):
+        Lab(module, Spectra()).validate(module.val_dataloader())
+    assert [part.training for part in module.modules()] == modes
+    assert module.training
+    assert not module.frozen.training

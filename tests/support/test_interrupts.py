@@ -167,3 +167,32 @@ def test_other_threads_may_use_it(raising: Any) -> None:
     thread.start()
     thread.join()
     assert seen == [raising]
+
+
+def test_a_handler_composed_of_the_one_that_was_there_runs_once_and_goes(raising: Any) -> None:
+    """As Lightning does: it puts its own in front of the user's while a context is open, and then the user's back."""
+    struck: list[str] = []
+
+    def user(*_: Any) -> None:
+        struck.append("user")
+
+    signal.signal(signal.SIGALRM, user)
+
+    @whole
+    def context() -> Generator[None, None, None]:
+        yield
+
+    with context():
+        there = signal.getsignal(signal.SIGALRM)
+        assert callable(there)
+
+        def composed(number: int, frame: Any) -> None:
+            struck.append("composed")
+            there(number, frame)
+
+        signal.signal(signal.SIGALRM, composed)
+        with context():
+            os.kill(os.getpid(), signal.SIGALRM)
+        assert struck == ["composed", "user"]
+        signal.signal(signal.SIGALRM, there)
+    assert signal.getsignal(signal.SIGALRM) is user

@@ -1,0 +1,231 @@
+"""Real signals at random moments around each context of the package: python tests/benchmarks/interrupt_storm.py 20000
+
+A SIGALRM whose handler raises KeyboardInterrupt strikes at a random microsecond of entry, a short body and exit, as
+often as the argument says, shared among the contexts. Prints for each context how many struck, how often anything was
+left behind after that, and what: weights, patches, hooks, flags, handlers, generators, open contexts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import logging
+import random
+import signal
+import sys
+import time
+import warnings
+from collections import Counter
+from collections.abc import Callable, Hashable
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import peft
+import torch
+from lightning.pytorch.trainer.states import RunningStage, TrainerFn
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "shared"))
+
+from small_models import gpt2
+from toy import Toy, make_data
+
+from laser_callback import merged, reduced
+from laser_callback.compare.arms import Arm
+from laser_callback.compare.reduced_arm import ReducedArm
+from laser_callback.compare.state import Own, RandomState, Start
+from laser_callback.compare.trainer import left_as_found, quiet_trainer
+from laser_callback.plans.target import targets
+from laser_callback.search.screen import GradientScreen
+from laser_callback.shipping.thin import factored
+from laser_callback.spectra.store import Spectra
+from laser_callback.support import interrupts
+from laser_callback.surgery import interception, swap
+from laser_callback.surgery.recipe import recorded
+from laser_callback.surgery.replay import LayerReplay
+
+PLAN = "1.mlp@0.2"
+Work = Callable[[], None]
+
+
+class World:
+    """What is to be the same after an interrupt."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.modules = [(name, module) for name, module in model.named_modules()]
+        self.weights = [(p, p.detach().clone()) for p in model.parameters()]
+        self.before = self.now()
+
+    def now(self) -> dict[str, Hashable]:
+        modules = dict(self.modules)
+        random_states = RandomState.now().states
+        return {
+            "weights": tuple(bool(torch.equal(p, value)) for p, value in self.weights),
+            "storage": tuple(p.data_ptr() for p, _ in self.weights),
+            "requires_grad": tuple(p.requires_grad for p, _ in self.weights),
+            "gradients": tuple(p.grad is None for p, _ in self.weights),
+            "parameter hooks": tuple(len(p._post_accumulate_grad_hooks or ()) for p, _ in self.weights),
+            "modules": tuple((name, id(module)) for name, module in self.model.named_modules()),
+            "hooks": tuple(
+                len(getattr(module, name))
+                for module in modules.values()
+                for name in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_state_dict_hooks")
+            ),
+            "patches": tuple("forward" in vars(module) for module in modules.values()),
+            "call": id(nn.Module.__call__),
+            "watches": len(interception._open),
+            "cuts": len(swap._in_place),
+            "mode": tuple(module.training for module in modules.values()),
+            "grad mode": (torch.is_grad_enabled(), torch.is_inference_mode_enabled()),
+            "handlers": tuple(str(signal.getsignal(n)) for n in sorted(signal.valid_signals())),
+            "open contexts": len(interrupts._handlers._contexts),
+            "waiting": len(interrupts._handlers._waiting),
+            "log level": logging.getLogger("lightning.pytorch").level,
+            "warnings": (id(warnings.filters), id(warnings.showwarning)),
+            "random": str(random_states["python"][1][:5]) + str(random_states["torch"].sum()),
+        }
+
+    def left(self) -> list[str]:
+        now = self.now()
+        return [name for name, value in self.before.items() if now[name] != value]
+
+
+def within(make: Callable[[], AbstractContextManager[Any]]) -> Work:
+    def work() -> None:
+        with make():
+            sum(range(100))
+
+    return work
+
+
+def contexts() -> dict[str, tuple[nn.Module, Work]]:
+    """By name: what is changed, and entry, body and exit."""
+    spectra = Spectra(memory_bytes=2**30)
+    model = gpt2()
+    cut = reduced(model, PLAN, spectra)
+    cut.prepare()
+    found: dict[str, tuple[nn.Module, Work]] = {
+        "reduced": (model, within(lambda: cut)),
+        "reduced, factorised": (model, within(lambda: reduced(model, PLAN, spectra))),
+        "recorded": (model, within(lambda: recorded(model, PLAN, spectra))),
+        "factored": (model, within(lambda: factored(model, PLAN, spectra))),
+    }
+
+    replay = LayerReplay(model, {"arm": [matrix for matrix, _ in cut.matrices]})
+    ids = torch.arange(6)[None]
+
+    def recording() -> None:
+        with torch.inference_mode(), replay.record():
+            model(ids)
+        with torch.inference_mode(), replay.replay("arm"):
+            model(ids)
+
+    def recording_alone() -> None:
+        with replay.record():
+            sum(range(100))
+        with replay.replay("arm"):
+            sum(range(100))
+
+    found["record, replay"] = model, recording_alone
+    found["record, replay of passes"] = model, recording
+
+    config = peft.LoraConfig(r=2, target_modules=["c_proj"], init_lora_weights=False, fan_in_fan_out=True)
+    adapted = peft.get_peft_model(gpt2(), config).eval()
+    found["merged"] = adapted, within(lambda: merged(adapted))
+
+    module = Toy()
+    trainer = pl.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
+    trainer.strategy.connect(module)
+    module.trainer = trainer
+    trainer.state.fn, trainer.state.stage = TrainerFn.VALIDATING, RunningStage.VALIDATING
+    start = Start(module)
+    start.first_batch()
+    own = Own(start)
+    found["Own"] = module, within(lambda: own)
+    arm = Arm(trainer, module, "validation", start)
+    reduced_arm = ReducedArm("arm", "", reduced(module, PLAN, spectra), arm)
+    reduced_arm.cut.prepare()
+    found["ReducedArm._in_place"] = module, within(reduced_arm._in_place)
+    found["ReducedArm.active"] = module, within(reduced_arm.active)
+
+    def screening() -> None:
+        screen = GradientScreen(targets(module, "*.mlp"), [0.1], spectra)
+        with left_as_found(trainer, module, [screen]):
+            screen.setup(trainer, module, "validate")
+            screen.on_validation_start(trainer, module)
+            module.eval()
+            sum(range(100))
+            screen.teardown(trainer, module, "validate")
+
+    found["screen's hooks"] = module, screening
+    found["quiet_trainer"] = module, within(lambda: quiet_trainer("cpu"))
+
+    trained = Toy().train()
+
+    def validating() -> None:
+        with quiet_trainer("cpu") as run, left_as_found(run, trained, []):
+            run.validate(trained, make_data(), verbose=False)
+
+    found["a validation"] = trained, validating
+    return found
+
+
+def storm(model: nn.Module, work: Work, count: int, rng: random.Random) -> tuple[int, Counter[str], float]:
+    """How many struck, what was left behind, and the seconds of one round without an interrupt."""
+
+    def handler(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    times = []
+    for _ in range(5):
+        begin = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - begin)
+    length = sorted(times)[2]
+    before = signal.signal(signal.SIGALRM, handler)
+    world, struck, left = World(model), 0, Counter[str]()
+    try:
+        for _ in range(count):
+            try:
+                signal.setitimer(signal.ITIMER_REAL, max(1e-6, rng.uniform(0, 1.1 * length)))
+                work()
+                signal.setitimer(signal.ITIMER_REAL, 0)
+            except (KeyboardInterrupt, SystemExit):
+                struck += 1
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            if names := world.left():
+                gc.collect()  # what nobody refers to any more, but for a cycle of the trainer's
+                if names := world.left():
+                    left.update(names)
+                    world = World(model)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    return struck, left, length
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("count", type=int, help="rounds, shared among the contexts")
+    parser.add_argument("--only", help="the contexts with this in their name")
+    arguments = parser.parse_args()
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    warnings.simplefilter("ignore")
+    rng = random.Random(0)
+    all_of_them = {n: c for n, c in contexts().items() if arguments.only is None or arguments.only in n}
+    print(f"{'context':26} {'rounds':>7} {'struck':>7} {'left behind':>11} {'ms each':>8} {'s in all':>8}")
+    for name, (model, work) in all_of_them.items():
+        count, begin = arguments.count // len(all_of_them), time.perf_counter()
+        struck, left, length = storm(model, work, count, rng)
+        seconds = time.perf_counter() - begin
+        print(
+            f"{name:26} {count:7} {struck:7} {left.total():11} {length * 1e3:8.2f} {seconds:8.1f}  {dict(left) or ''}",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()
