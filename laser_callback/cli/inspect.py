@@ -119,5 +119,5 @@ def _not_cut(left: Sequence[NotCut]) -> list[RenderableType]:
     for (pattern, _, reason, by_name), items in groups.items():
         name = f"{pattern} ({len(items)})" if len(items) > 1 else items[0].name
         why = f"{reason}; only when named" if by_name else f"{reason}"
-        table.add_row(Text(name), "x".join(map(str, items[0].shape)) or "?", why)
+        table.add_row(Text(name), "x".join(map(str, items[0].shape)) or "?", Text(why))
     return [table, Text()]
