@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import signal
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +19,27 @@ pytest.register_assert_rewrite("brute_force", "coverage_page", "replayed", "unto
 def _one_thread() -> None:
     """Models and matrices as small as these are slower on several."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _leaves_no_setting() -> Iterator[None]:
+    """Whoever leaves a setting of the process is told, not those who come after."""
+    before, ctrl_c = _settings(), signal.getsignal(signal.SIGINT)
+    yield
+    after = _settings()
+    torch.set_grad_enabled(True)
+    signal.signal(signal.SIGINT, ctrl_c)  # a Trainer that was interrupted ignores it from then on
+    assert after == before
+
+
+def _settings() -> dict[str, Any]:
+    return {
+        "grad": torch.is_grad_enabled(),
+        "inference": torch.is_inference_mode_enabled(),
+        "dtype": torch.get_default_dtype(),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "handlers": {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGALRM)},
+    }
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Mapping
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
@@ -40,41 +41,40 @@ class _OfLightning(AbstractContextManager[None]):
         self.connector = _LoggerConnector(trainer)
         for name in ("_callback_metrics", "_logged_metrics", "_progress_bar_metrics"):
             setattr(self.connector, name, dict(getattr(trainer._logger_connector, name)))
-        self._mine: tuple[Any, ...] = self.connector, self.results, [silent(logger) for logger in trainer.loggers], None
-        self._before: tuple[Any, ...] | None = None
+        self._mine: list[Any] = [self.connector, self.results, [silent(logger) for logger in trainer.loggers], None]
+        self._before: list[Any] = []  # empty unless in place
 
     @undisturbed
     def __enter__(self) -> None:
+        opened(self, partial(_put, self._trainer, self._module, self._before))
         trainer = self._trainer
-        before = trainer._logger_connector, trainer._evaluation_loop._results, trainer.loggers
-        self._before = *before, self._module._current_fx_name
-        opened(self)
-        self._put(self._mine)
+        self._before += trainer._logger_connector, trainer._evaluation_loop._results, trainer.loggers
+        self._before.append(self._module._current_fx_name)
+        _put(trainer, self._module, self._mine)
         catch_up()
 
     @undisturbed
     def __exit__(self, *_: object) -> None:
-        if self._before is not None:
-            self._put(self._before)
-        self._before = None
+        _put(self._trainer, self._module, self._before)
+        self._before.clear()
         closed(self)
 
     @undisturbed
     def suspend(self) -> None:
         """Make room for a signal handler."""
-        if self._before is not None:
-            self._mine = (*self._mine[:3], self._module._current_fx_name)
-            self._put(self._before)
+        if self._before:
+            self._mine[3] = self._module._current_fx_name
+        _put(self._trainer, self._module, self._before)
 
     @undisturbed
     def resume(self) -> None:
         """End what :meth:`suspend` began."""
-        self._put(self._mine)
+        _put(self._trainer, self._module, self._mine if self._before else [])
 
-    def _put(self, values: tuple[Any, ...]) -> None:
-        trainer = self._trainer
-        trainer._logger_connector, trainer._evaluation_loop._results, trainer.loggers = values[:3]
-        self._module._current_fx_name = values[3]
+
+def _put(trainer: pl.Trainer, module: pl.LightningModule, values: list[Any]) -> None:
+    if len(values) == 4:  # all were remembered
+        trainer._logger_connector, trainer._evaluation_loop._results, trainer.loggers, module._current_fx_name = values
 
 
 class Arm:
@@ -95,8 +95,13 @@ class Arm:
         self._lightning = _OfLightning(trainer, module)
         self._dataloader_idx: int | None = None
         self.hook = ""  # the latest that was called
+        self.has_started = False  # with hooks of the module's own
         self.results = self._lightning.results
         self._connector = self._lightning.connector
+
+    def beginner(self) -> Arm:
+        """An arm that starts where this one has started."""
+        return Arm(self._trainer, self.module, self._stage, self._own.start)
 
     def twin(self) -> Arm:
         """Within :meth:`active`: an arm inside of this one, which starts where this one is, and leaves it there."""
@@ -116,6 +121,7 @@ class Arm:
 
     def start(self) -> None:
         """The module's hooks at the start of an evaluation. This and what follows: within :meth:`active`."""
+        self.has_started = True
         for hook in (f"on_{self._stage}_start", f"on_{self._stage}_epoch_start"):
             self._hook(hook)
 

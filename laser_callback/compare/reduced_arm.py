@@ -14,9 +14,10 @@ from torch.utils import _pytree as pytree
 from torchmetrics import MetricCollection
 
 from laser_callback.compare import arms
-from laser_callback.compare.watch import Watch
+from laser_callback.compare.watch import Watch, may_keep_weights
 from laser_callback.plans.matrices import WeightMatrix
 from laser_callback.spectra.cut import CutSpectrum
+from laser_callback.stats.outcomes import Outcomes
 from laser_callback.support.interrupts import whole
 from laser_callback.surgery.replay import LayerReplay
 from laser_callback.surgery.swap import reduced
@@ -54,6 +55,7 @@ class ReducedArm:
         self._differs = False
         self._asked = True  # whether the cut acts
         self._probed = False
+        self._blind = ""  # why that could not be seen
 
     @property
     def key(self) -> str:
@@ -108,30 +110,44 @@ class ReducedArm:
             )
 
     def compare(self, original: Growth, outputs: Any, output: Any) -> bool:
-        """Whether anything of the latest batch is as in the original, so that one may ask whether the cut acts."""
-        logged = [original.get(key) == value for key, value in self.growth.items()]
-        same = logged + _compared(outputs, output)
+        """Whether the latest batch lets one ask if the cut acts: nothing differs, or a continuous value is the same.
+
+        Right and wrong are often the same on a batch, and say nothing.
+        """
+        logged = [(original.get(key), value) for key, value in self.growth.items()]
+        pairs = [(a and a[0], b[0]) for a, b in logged] + _pairs(outputs, output)
+        same = [_same(a, b) for a, b in pairs]
+        unlikely = any(same and _is_continuous(b) for same, (_, b) in zip(same, pairs, strict=True))
         self._differs |= not all(same)
-        self._asked = not same or any(same)
+        self._asked = all(same) or unlikely
+        if all(same) and unlikely and may_keep_weights():
+            self._blind = "code was compiled in this process, and may keep weights of its own, as frozen graphs do"
         return self._asked
 
+    @property
+    def is_settled(self) -> bool:
+        """Whether it is known that the cut acts, or there is nothing to ask."""
+        used = self._probed and self._watch is not None and not self._watch.unused
+        return (used and not self._blind) or (self._differs and not self._asked)
+
     def twin(self) -> arms.Arm | None:
-        """Ahead of a pass: what :meth:`probe` needs; ``None`` when no question is open."""
+        """Ahead of a pass: what :meth:`probe` needs; ``None`` when no question is open, and in most passes."""
         rarely = self._passes & (self._passes + 1) == 0
-        unused = self._watch is None or bool(self._watch.unused)
-        if not (rarely and self._asked and unused and Watch.is_possible()):
+        if not rarely or self.is_settled:
             return None
+        if self._passes == 0 and not self.arm.has_started:
+            return self.arm.beginner()
         with self.arm.active():
             return self.arm.twin()
 
-    def probe(self, twin: arms.Arm, batch: Any, batch_idx: int, dataloader_idx: int | None) -> None:
+    def probe(self, twin: arms.Arm, batch: Any, batch_idx: int, dataloader_idx: int | None, replaying: Any) -> None:
         """Repeat the pass to look at its weights. Its results are dropped: to be looked at may change a rounding."""
         assert self._watch is not None
         try:
-            with self.active(), twin.active(), self._watch.passing():
+            with self.active(), twin.active(), replaying, self._watch.passing():
                 twin.step(batch, batch_idx, dataloader_idx)
-        except Exception:  # what cannot run under such a look is not looked at
-            self._watch.give_up()
+        except Exception as error:
+            self._blind = f"to look at them fails ({type(error).__name__}: {error})"
             return
         self._probed = True
         self._refuse_writing(self._watch.written)
@@ -139,17 +155,25 @@ class ReducedArm:
     def why_not(self) -> str:
         """At the end: why nothing can be said of the cut; empty if it acted. "No difference" needs weights in use."""
         unused = self._watch.unused if self._watch is not None and self._probed else []
-        if not unused:
-            return ""
-        text = f"the reduced passes of {str(self.cut.plan)!r} did not read the weight of {', '.join(unused)}"
+        plan = f"the plan {str(self.cut.plan)!r}"
         if self._differs:
-            rank_zero_warn(f"{text} in any batch that was looked at: this part of the plan has not been tried")
+            if unused:
+                rank_zero_warn(f"{plan}: no pass that was looked at read {', '.join(unused)}: this part was not tried")
             return ""
-        why = (
-            f"{text}, so the cut could not act, and nothing is compared. The usual causes are features that are kept "
-            "from an earlier pass (functools.cache, an attribute), a captured or frozen graph, and layers that these "
-            "data do not reach: clear what is kept in `on_validation_start`, or cut what is used"
-        )
+        if unused:
+            why = (
+                f"{plan}: its reduced passes did not read the weight of {', '.join(unused)}, so the cut could not act, "
+                "and nothing is compared. The usual causes are features that are kept from an earlier pass "
+                "(functools.cache, an attribute), a captured or frozen graph, and layers that these data do not reach: "
+                "clear what is kept in `on_validation_start`, or cut what is used"
+            )
+        elif self._blind:
+            why = (
+                f"{plan}: nothing that was logged or returned differs in any bit, and whether its weights were used "
+                f"cannot be seen: {self._blind}. Nothing is compared: log or return the loss as well"
+            )
+        else:
+            return ""
         rank_zero_warn(why)
         return why
 
@@ -164,18 +188,29 @@ class ReducedArm:
         )
 
 
-def _compared(a: Any, b: Any) -> list[bool]:
-    """Of each tensor and number that two steps have returned, whether they are the same."""
-    mine, other = pytree.tree_leaves(a), pytree.tree_leaves(b)
+def _pairs(a: Any, b: Any) -> list[tuple[Any, Any]]:
+    """The tensors and numbers that two steps have returned, side by side."""
+    mine, other = _leaves(a), _leaves(b)
     if len(mine) != len(other):
-        return [False]
-    return [_same(x, y) for x, y in zip(mine, other, strict=True) if isinstance(x, (Tensor, float))]
+        return [(None, other)]
+    return [(x, y) for x, y in zip(mine, other, strict=True) if isinstance(x, (Tensor, float))]
+
+
+def _leaves(returned: Any) -> list[Any]:
+    return [leaf.values if isinstance(leaf, Outcomes) else leaf for leaf in pytree.tree_leaves(returned)]
 
 
 def _same(a: Any, b: Any) -> bool:
     if isinstance(a, Tensor) and isinstance(b, Tensor):
         return a.shape == b.shape and a.dtype == b.dtype and bool(torch.equal(a, b))
     return type(a) is type(b) and bool(a == b)
+
+
+def _is_continuous(value: Any) -> bool:
+    """Whether a value is no count, and so would hardly be the same by chance."""
+    if isinstance(value, Tensor):
+        return value.is_floating_point() and bool((value.detach() != value.detach().round()).any())
+    return isinstance(value, float) and not value.is_integer()
 
 
 # ---- checkpoints ----------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,7 +35,7 @@ from laser_callback.spectra.cut import cut_spectra
 from laser_callback.spectra.store import Spectra
 from laser_callback.support.processes import gather
 from laser_callback.support.provenance import provenance
-from laser_callback.surgery.replay import LayerReplay
+from laser_callback.surgery.replay import LayerReplay, ReplayReport
 from laser_callback.surgery.swap import reduced
 
 UpdateFn = Callable[[MetricCollection, Any, Any], None]
@@ -197,7 +197,8 @@ class ComparisonRun:
                     if self.options.on_arm is not None:
                         self.options.on_arm(reduction.key)
                     means[reduction.key] = reduction.growth
-                    self._look_for_difference(reduction, twin, outputs, output, batch_idx, index)
+                    if self.options.watched and not reduction.is_settled:
+                        self._look_for_difference(reduction, twin, outputs, output, batch_idx, index)
         finally:
             after.set()
             if self._replay is not None:
@@ -210,12 +211,13 @@ class ComparisonRun:
 
     def _pass(self, reduction: ReducedArm, batch_idx: int, index: int | None) -> Any:
         """One reduced pass on a copy of the batch."""
-        replay = self._replay
-        replaying = replay.replay(reduction.key) if replay is not None else nullcontext()
         before = arms.running_means(reduction.arm.results)
-        output = reduction.run(copy_batch(self._batch), batch_idx, index, replaying)
+        output = reduction.run(copy_batch(self._batch), batch_idx, index, self._replaying(reduction))
         reduction.growth = arms.growth(before, arms.running_means(reduction.arm.results))
         return output
+
+    def _replaying(self, reduction: ReducedArm, report: ReplayReport | None = None) -> AbstractContextManager[None]:
+        return nullcontext() if self._replay is None else self._replay.replay(reduction.key, report)
 
     def _look_for_difference(
         self, reduction: ReducedArm, twin: arms.Arm | None, outputs: Any, output: Any, batch_idx: int, index: int | None
@@ -223,7 +225,8 @@ class ComparisonRun:
         original = arms.growth(self._original_means, arms.running_means(self._results))
         if reduction.compare(original, outputs, output) and twin is not None:
             self._rng.set()
-            reduction.probe(twin, copy_batch(self._batch), batch_idx, index)
+            replaying = self._replaying(reduction, ReplayReport())
+            reduction.probe(twin, copy_batch(self._batch), batch_idx, index, replaying)
 
     def _running(self) -> list[ReducedArm]:
         return [reduction for reduction in self._reductions if reduction not in self._failed]

@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
+from functools import partial
 from operator import attrgetter
 from typing import Any, NamedTuple
 
@@ -210,7 +211,8 @@ class Own(AbstractContextManager["Own"]):
     def __init__(self, start: Start) -> None:
         self.start = start
         self._mine: dict[Place, Any] = {}
-        self._outside: Changes | None = None
+        self._outside: Changes = []  # empty unless in place
+        self._is_aside = False
         for name in start.isolate:
             self._isolate(name)
 
@@ -236,12 +238,12 @@ class Own(AbstractContextManager["Own"]):
     @undisturbed
     def __enter__(self) -> Own:
         try:
-            opened(self)
+            opened(self, partial(_put_back, self._outside))
             self._put_in()
             catch_up()
             return self
         except BaseException:
-            self._put_back()
+            _put_back(self._outside)
             closed(self)
             raise
 
@@ -249,15 +251,12 @@ class Own(AbstractContextManager["Own"]):
     def __exit__(self, *_: object) -> None:
         try:
             self._take_out()
-        except BaseException:  # brought by no signal (another thread, a debugger): finish, then let it through
-            self._put_back()
-            raise
         finally:
-            self._outside = None
+            _put_back(self._outside)
             closed(self)
 
     def _put_in(self) -> None:
-        self._outside = []
+        self._outside.clear()
         moved: list[Place] = []
         for place in self.start.places:  # all are read before any is written: views share their elements
             mine = self._mine.get(place, place.start)
@@ -270,32 +269,32 @@ class Own(AbstractContextManager["Own"]):
             place.write(self._mine.get(place, place.start))
 
     def _take_out(self) -> None:
+        """Keep what has become of this arm's, and leave in ``_outside`` what is to be put back."""
         moved: Changes = []
-        try:
-            for place, outside in self._outside or []:
-                mine = self._mine.get(place, place.start)
-                stays = place.holds(mine)
-                if not stays:
-                    self._mine[place] = place.read()
-                if not stays or mine is not outside:
-                    moved.append((place, outside))
-        finally:
-            for place, outside in moved:
-                place.write(outside)
-
-    def _put_back(self) -> None:
-        for place, outside in self._outside or []:
-            if not place.holds(outside):
-                place.write(outside)
-        self._outside = None
+        for place, outside in self._outside:
+            mine = self._mine.get(place, place.start)
+            stays = place.holds(mine)
+            if not stays:
+                self._mine[place] = place.read()
+            if not stays or mine is not outside:
+                moved.append((place, outside))
+        self._outside[:] = moved
 
     @undisturbed
     def suspend(self) -> None:
         """Make room for a signal handler."""
+        self._is_aside = bool(self._outside)
         self._take_out()
+        _put_back(self._outside)
 
     @undisturbed
     def resume(self) -> None:
         """End what :meth:`suspend` began; what the handler has changed outside stays changed there."""
-        if self._outside is not None:
+        if self._is_aside:
             self._put_in()
+
+
+def _put_back(outside: Changes) -> None:
+    for place, content in outside:
+        place.write(content)
+    outside.clear()

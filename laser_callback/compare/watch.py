@@ -8,15 +8,17 @@ original does, and "no difference" would be a wrong claim.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
 from typing_extensions import override
 
+from laser_callback.support.interrupts import whole
+from laser_callback.surgery.replayable import Onlooker
 from laser_callback.surgery.swap import reduced
 
 
@@ -48,19 +50,11 @@ class Watch:
         """Names of those that a pass has written to, or exchanged."""
         return [name for key in self._written for name in self._names[key]]
 
-    def give_up(self) -> None:
-        """Ask no more what is unused."""
-        self._unused.clear()
-
-    def passing(self) -> TorchDispatchMode:
-        """Context around a pass, with the reduced weights in place."""
-        return _Dispatch(self)
-
-    @staticmethod
-    def is_possible() -> bool:
-        """Not where anything was compiled: torch.compile refuses to run under such a look."""
-        dynamo = sys.modules.get("torch._dynamo.utils")
-        return dynamo is None or not dynamo.counters["frames"]
+    @whole
+    def passing(self) -> Generator[None, None, None]:
+        """Around a pass, with the reduced weights in place."""
+        with _as_written(), _Dispatch(self):
+            yield
 
     def compare_contents(self) -> None:
         """With the reduced weights in place: whether they are what they were when this was first called."""
@@ -89,7 +83,7 @@ class Watch:
                         self._written[key] = None
 
 
-class _Dispatch(TorchDispatchMode):
+class _Dispatch(Onlooker):
     supports_higher_order_operators = True
 
     def __init__(self, watch: Watch) -> None:
@@ -101,6 +95,17 @@ class _Dispatch(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self._watch.called(func, args, kwargs or {}, self._where)
         return func(*args, **(kwargs or {}))
+
+
+def _as_written() -> AbstractContextManager[Any]:
+    """Compiled functions run as they were written: torch.compile skips for good what it first meets under a mode."""
+    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
+
+
+def may_keep_weights() -> bool:
+    """Whether code has been compiled in this process: it may hold weights of its own, as frozen graphs do."""
+    dynamo = sys.modules.get("torch._dynamo.utils")
+    return dynamo is not None and bool(dynamo.counters["stats"])
 
 
 def _tensors(tree: Any) -> Iterator[Tensor]:

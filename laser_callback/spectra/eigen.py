@@ -10,7 +10,6 @@ fails: cuSOLVER does at times, on matrices of low rank.
 from __future__ import annotations
 
 import warnings
-from _thread import start_new_thread
 from collections.abc import Callable
 from functools import cache
 from threading import Lock
@@ -20,6 +19,8 @@ import numpy as np
 import torch
 from threadpoolctl import ThreadpoolController
 from torch import Tensor
+
+from laser_callback.support.interrupts import elsewhere
 
 T = TypeVar("T")
 
@@ -52,24 +53,8 @@ def _by_torch(matrix: Tensor) -> tuple[Tensor, Tensor]:
 
 def _by_numpy(matrix: Tensor) -> tuple[Tensor, Tensor]:
     work = matrix.detach().contiguous().numpy()  # BLAS may sum gaps in another order
-    found: list[Any] = []
-    done = Lock()
-
-    def factorise() -> None:
-        try:
-            found.append(_one_thread(lambda: np.linalg.eigh(_gram(work))))
-        except BaseException as error:
-            found.append(error)
-        finally:
-            done.release()
-
-    # In a thread of its own, where no signal handler runs: Ctrl-C cannot strike before BLAS is as it was.
-    done.acquire()
-    start_new_thread(factorise, ())
-    done.acquire()
-    if isinstance(found[0], BaseException):
-        raise found[0]
-    values, vectors = found[0]
+    # Elsewhere, so that Ctrl-C cannot strike before BLAS is as it was.
+    values, vectors = elsewhere(lambda: _one_thread(lambda: np.linalg.eigh(_gram(work))))
     return torch.from_numpy(values), torch.from_numpy(vectors)
 
 

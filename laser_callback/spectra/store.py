@@ -35,6 +35,7 @@ from laser_callback.spectra.folder import (
     size_of,
 )
 from laser_callback.spectra.spectrum import Spectrum, refuse_non_finite
+from laser_callback.support.interrupts import elsewhere
 from laser_callback.support.settings import with_gradients
 
 if TYPE_CHECKING:
@@ -150,8 +151,12 @@ class Spectra:
         on_cpu = all(matrix.device.type == "cpu" for matrix, _ in matrices)
         if self.method == "reference" or workers < 2 or needed > self.capacity or not on_cpu:
             return
-        with ThreadPoolExecutor(workers) as pool:
-            deque(pool.map(lambda each: self._of(self.operand(*each), each[1]), matrices), maxlen=0)
+
+        def find() -> None:
+            with ThreadPoolExecutor(workers) as pool:
+                deque(pool.map(lambda each: self._of(self.operand(*each), each[1]), matrices), maxlen=0)
+
+        elsewhere(find)
 
     def operand(self, matrix: Tensor, name: str = "matrix") -> Tensor:
         """What is factorised and cut, shape (m, n): ``matrix``, or in delta mode its difference to the base."""

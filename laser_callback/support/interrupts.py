@@ -18,6 +18,7 @@ import signal
 import sys
 import threading
 import weakref
+from _thread import start_new_thread
 from collections import deque
 from collections.abc import Callable, Generator
 from contextlib import _GeneratorContextManager
@@ -150,6 +151,31 @@ def closed(context: object) -> None:
 def catch_up() -> None:
     """Called last in an undisturbed function that does not end with :func:`closed`: runs what has waited for it."""
     _handlers.run_waiting()
+
+
+def elsewhere(work: Callable[[], T]) -> T:
+    """What ``work`` returns, done in a thread of its own, where no signal handler can strike.
+
+    For what has no ends of its own to guard: locks and pools of Python's, settings of C libraries. An exception that a
+    handler raises meanwhile comes out here at once, and the work goes on by itself.
+    """
+    found: list[T | BaseException] = []
+    done = threading.Lock()
+
+    def run() -> None:
+        try:
+            found.append(work())
+        except BaseException as error:
+            found.append(error)
+        finally:
+            done.release()
+
+    done.acquire()
+    start_new_thread(run, ())
+    done.acquire()
+    if isinstance(found[0], BaseException):
+        raise found[0]
+    return found[0]
 
 
 def _undisturbed_from(frame: FrameType | None) -> FrameType | None:

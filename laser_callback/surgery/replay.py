@@ -121,11 +121,16 @@ class LayerReplay:
         self._calls = recorder.calls
 
     @whole
-    def replay(self, arm: str) -> Generator[None, None, None]:
-        """Within: calls that match the record return its outputs. The record is lost if this is interrupted."""
+    def replay(self, arm: str, report: ReplayReport | None = None) -> Generator[None, None, None]:
+        """Within: calls that match the record return its outputs. The record is lost if this is interrupted.
+
+        Args:
+            arm: whose layers.
+            report: where the calls are counted; by default with the arm's others.
+        """
         record, self._calls = self._calls, {}
         position: Counter[nn.Module] = Counter()
-        report = self.reports[arm]
+        report = self.reports[arm] if report is None else report
 
         def see(layer: nn.Module, reason: str, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             calls = record.get(layer, [])

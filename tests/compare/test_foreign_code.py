@@ -20,6 +20,7 @@ import torch
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 from toy import PLAN, Toy, evaluate, make_data, oracle
@@ -346,6 +347,48 @@ def test_weights_that_only_some_batches_use(trainer: Any) -> None:
 
     got = evaluate(trainer, Sometimes(), LaserCallback(PLAN, report=False))
     assert got["laser/delta/loss"] != 0
+
+
+class Compiled(Toy):
+    """What is logged is the same in both passes."""
+
+    log_loss = False
+
+    def __init__(self, backend: Any) -> None:
+        super().__init__()
+        torch._dynamo.reset()
+        self.compiled = torch.compile(lambda x: self.net(x) * 1, backend=backend, fullgraph=True)
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        logits = self.compiled(batch[0])
+        self.log("rows", float(logits.isfinite().all(1).sum()), reduce_fx="sum")
+        if self.log_loss:
+            self.log("loss", F.cross_entropy(logits, batch[1]))
+
+
+def test_compiled_code_is_looked_at_and_stays_compiled(trainer: Any) -> None:
+    alone, counter = CompileCounter(), CompileCounter()
+    evaluate(trainer, Compiled(alone))
+    module, callback = Compiled(counter), LaserCallback(PLAN, report=False)
+    for _ in range(2):
+        got = evaluate(trainer, module, callback)
+        assert got["laser/rows"] == got["rows"] > 0
+        assert counter.frame_count == alone.frame_count
+    assert not callback.result.not_compared
+
+
+def test_a_graph_that_keeps_weights_of_its_own(trainer: Any) -> None:
+    def frozen(graph: Any, inputs: list[Any]) -> Any:
+        kept = [value.detach().clone() if isinstance(value, nn.Parameter) else None for value in inputs]
+        assert any(value is not None for value in kept)
+        return lambda *new: graph(*[now if own is None else own for own, now in zip(kept, new, strict=True)])
+
+    module, callback = Compiled(frozen), LaserCallback(PLAN, report=False)
+    module.log_loss = True
+    with pytest.warns(UserWarning, match="code was compiled in this process"):
+        got = evaluate(trainer, module, callback)
+    assert set(got) == {"rows", "loss"}
+    assert "may keep weights of its own" in callback.result.not_compared["plan laser"]
 
 
 # ---- what breaks in the reduced pass only ----------------------------------------------------------------------------
