@@ -27,6 +27,8 @@ from laser_callback.support.interrupts import catch_up, closed, opened, undistur
 Forward = Callable[..., Any]
 See = Callable[[nn.Module, str, Forward, tuple[Any, ...], dict[str, Any]], Any]
 
+_GLOBAL = [f"_global_{kind}_hooks" for kind in ("forward_pre", "forward", "backward_pre", "backward")]
+
 _open: dict[int, tuple[dict[int, nn.Module], See | None]] = {}  # by the id of the watch; without `See`: a pause
 _before: Forward = nn.Module.__call__  # what ours has replaced, or replaced last
 _installed = False
@@ -118,7 +120,7 @@ def _why_not_in_place(layer: nn.Module) -> str:
         return "it is compiled"
     if torch._C._get_tracing_state() is not None:
         return "it is traced"
-    if torch_module._has_any_global_hook():
+    if any(vars(torch_module)[hooks] for hooks in _GLOBAL):
         return "a global hook listens"
     if layer._backward_hooks or layer._backward_pre_hooks:
         return "a backward hook listens"
