@@ -49,7 +49,8 @@ def test_a_model_is_cut_where_text_goes_through(name: str, trainer: Any) -> None
     run(trainer, module, rows)
     before = brute_force(model, tokenizer, rows)["metrics"]["log_loss"]
     ((matrix, _),) = LaserPlan.parse(plan).resolve(model)
-    assert matrix.name == f"model.{part}.layers.1.mlp.gate_proj"
+    assert part in matrix.name
+    assert matrix.name.endswith("layers.1.mlp.gate_proj")
     left, values, right = torch.linalg.svd(matrix.value.double(), full_matrices=False)
     matrix.value.copy_((left[:, :3] * values[:3]) @ right[:3])
     row = module.result["laser"]["log_loss"]
@@ -87,7 +88,7 @@ def test_the_random_control_is_cut_where_text_goes_through(name: str) -> None:
     model, plan = multimodal(name), LaserPlan.parse(f"{_text_part(name)}.1.fc_up@0.1")
     for seed in range(20):
         ((matrix, _),) = random_plan(model, plan, seed).resolve(model)
-        assert matrix.stack == f"model.{_text_part(name)}.layers"
+        assert _text_part(name) in str(matrix.stack)
 
 
 def test_a_model_is_asked_probes(trainer: Any) -> None:
