@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from rich.filesize import decimal
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import AutoProcessor, AutoTokenizer, PreTrainedModel
 
 from laser_callback.cli.command import Answer
 from laser_callback.results.search import SearchResult, result_of
@@ -110,14 +110,15 @@ def _about(file: Path) -> Iterator[None]:
 
 
 def _tokenizer(model: str) -> Any:
+    """What makes inputs for the model: with a processor of images or sound, where it has one that loads here."""
     if model.endswith(".gguf"):
         path = Path(model)
         return AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
-    try:
-        return AutoTokenizer.from_pretrained(model)
-    except (OSError, ValueError):
-        print(f"note: {model} has no tokenizer, so none is written", file=sys.stderr)
-        return None
+    for kind in (AutoProcessor, AutoTokenizer):  # the first is the second where a model takes text only
+        with suppress(OSError, ValueError, ImportError):
+            return kind.from_pretrained(model)
+    print(f"note: {model} has no tokenizer, so none is written", file=sys.stderr)
+    return None
 
 
 def _answer(what: str, path: Path, recipe: Recipe) -> Answer:

@@ -28,6 +28,8 @@ def random_plan(
 ) -> LaserPlan:
     """As many other matrices, drawn without replacement ``among`` those of all kinds, each cut like one of the plan's.
 
+    From the plan's own layer stacks where these have enough: text does not go through a vision tower.
+
     Raises:
         ValueError: if the model has too few matrices outside of the plan.
     """
@@ -40,6 +42,9 @@ def random_plan(
             f"the random control needs {len(resolved)} matrices that the plan leaves alone, the model has "
             f"{len(others)}: set `controls=False` for a plan that cuts most of the model"
         )
+    stacks = {matrix.stack for matrix, _ in resolved}
+    near = [matrix for matrix in others if matrix.stack in stacks]
+    others = near if len(near) >= len(resolved) else others
     drawn = random.Random(seed).sample(others, len(resolved))
     return LaserPlan(_on(matrix, reduction, matrices) for matrix, (_, reduction) in zip(drawn, resolved, strict=True))
 
@@ -48,6 +53,7 @@ def _on(matrix: WeightMatrix, reduction: Reduction, matrices: list[WeightMatrix]
     """``reduction`` of another matrix: by its layer and kind, or where two matrices share these, by its whole name."""
     at = (matrix.layer, matrix.kind, matrix.expert)
     namesakes = [m for m in matrices if (m.layer, m.kind, m.expert) == at]
-    if namesakes == [matrix] and matrix.kind is not None:
+    elsewhere = any(m.kind == matrix.kind and m.stack not in (None, matrix.stack) for m in matrices)
+    if namesakes == [matrix] and matrix.kind is not None and not elsewhere:
         return replace(reduction, layer=matrix.layer, matrix=matrix.kind, stack=None, expert=matrix.expert)
     return replace(reduction, stack=None, **by_name(matrix))

@@ -5,16 +5,19 @@ Contract: nothing here knows facts or metrics, and no model is changed.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Generator, Sequence
 from typing import Literal
 
 import torch
+import transformers
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForMultimodalLM, PreTrainedModel
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
 )
 
 from laser_callback.support.interrupts import whole as undivided
@@ -24,22 +27,37 @@ _SPACE_MARK = "\u2581"  # of SentencePiece
 
 
 def load_language_model(name: str) -> PreTrainedModel:
-    """The masked or causal model of a folder or hub name; causal where its config does not say."""
+    """The masked or causal model of a folder or hub name; causal where its config does not say.
+
+    What also sees or hears is loaded in its own class, so that its matrices have the names that they have everywhere.
+
+    Raises:
+        MisconfigurationException: if its config names a class that cannot go through text alone.
+    """
     with named(name):
-        architectures = read_config(name).architectures or ()
-        masked = any(kind_of(str(architecture)) == "masked" for architecture in architectures)
-        return whole(AutoModelForMaskedLM if masked else AutoModelForCausalLM, name)
+        architectures = list(map(str, read_config(name).architectures or ()))
+        kinds = {kind_of(architecture) for architecture in architectures}
+        for architecture in architectures if kinds == {None} else ():
+            if obstacle := _obstacle(getattr(transformers, architecture, None)):
+                raise _no_language_model(architecture, obstacle)
+        if "masked" in kinds:
+            return whole(AutoModelForMaskedLM, name)
+        multimodal = "causal" in kinds and any(map(_is_multimodal, architectures))
+        return whole(AutoModelForMultimodalLM if multimodal else AutoModelForCausalLM, name)
 
 
 def kind_of(name: str) -> Literal["masked", "causal"] | None:
     """What a class of this name models; ``None`` if no language.
 
     Not all classes are among transformers' own: PEFT wraps them, and a model may bring its code. Those tell by suffix.
+    A class that also sees or hears is causal if it can go through text alone.
     """
     # Masked first: XLM's class is both.
     if name in MODEL_FOR_MASKED_LM_MAPPING_NAMES.values() or name.endswith("MaskedLM"):
         return "masked"
     causal = name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() or name.endswith(("CausalLM", "LMHeadModel"))
+    if _is_multimodal(name) and not causal:
+        causal = _obstacle(getattr(transformers, name, None)) is None
     return "causal" if causal else None
 
 
@@ -47,15 +65,41 @@ def is_masked(model: PreTrainedModel) -> bool:
     """Whether it is a masked language model, and not a causal one.
 
     Raises:
-        MisconfigurationException: if it is neither.
+        MisconfigurationException: if it is neither, or a causal one whose tokens see those behind them.
     """
     kind = kind_of(name := type(model).__name__)
     if kind is None:
-        raise MisconfigurationException(
-            f"`model` must be a causal or masked language model, got {name}. Use LaserCallback with a LightningModule "
-            "of your own for other tasks"
-        )
+        raise _no_language_model(name, _obstacle(type(model)))
+    ahead = getattr(model.config.get_text_config(), "use_bidirectional_attention", None)
+    if kind == "causal" and ahead in (True, "all"):  # Gemma 4's "vision" is for images only
+        raise _no_language_model(name, "which reads its prompt in both directions and would see the answer")
     return kind == "masked"
+
+
+def _is_multimodal(name: str) -> bool:
+    return name in MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES.values()
+
+
+def _obstacle(kind: type[nn.Module] | None) -> str | None:
+    """Why a class does not take text alone, from left to right; ``None`` if its ``forward`` does not say."""
+    if kind is None:
+        return None
+    inputs = inspect.signature(kind.forward).parameters
+    if "decoder_input_ids" in inputs:
+        return "an encoder-decoder"
+    if "input_ids" not in inputs:
+        return "which takes no `input_ids`"
+    plain = [each for each in list(inputs.values())[1:] if each.kind is each.POSITIONAL_OR_KEYWORD]
+    needed = [f"`{each.name}`" for each in plain if each.default is each.empty and each.name != "input_ids"]
+    return f"which needs {', '.join(needed)} beside text" if needed else None
+
+
+def _no_language_model(name: str, obstacle: str | None) -> MisconfigurationException:
+    return MisconfigurationException(
+        f"`model` must be a causal or masked language model, got {name}{f', {obstacle}' if obstacle else ''}. A model "
+        "that also takes images or sound is scored on text if AutoModelForMultimodalLM loads it and it needs no more "
+        "than `input_ids`. Use LaserCallback with a LightningModule of your own for other tasks"
+    )
 
 
 def context_length(model: PreTrainedModel) -> int | None:

@@ -51,6 +51,8 @@ _SHARES_OF_FACTS = (
 class LaserModule(pl.LightningModule):
     """Score the answers of a causal or masked language model, original against reduced.
 
+    A model that also takes images or sound is causal if it goes through text alone.
+
     Logs the metrics of ``METRICS``, ``perplexity`` of running text, and
     ``refusal_rate`` and ``answer_rate`` of refusal probes, each only where its data is there, and returns their
     per-example values from its steps.

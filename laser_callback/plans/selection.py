@@ -8,6 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
+from itertools import takewhile
 from typing import overload
 
 import regex
@@ -68,6 +69,15 @@ class Catalogue(Sequence[WeightMatrix]):
         """By stack and layer, the positions of the matrices of a kind or group, or whose module's name ends so."""
         return self._called.get(word, {})
 
+    def stack_name(self, stack: str) -> str:
+        """A stack's path behind what all stacks share, where that names it alone: the same in a model and around it."""
+        stacks = [each for each in self.depth if each is not None]
+        columns = zip(*(each.split(".") for each in stacks), strict=False)
+        shared = sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, columns))
+        short = ".".join(stack.split(".")[shared:])
+        alone = sum(f".{short}." in f".{each}." for each in stacks) == 1
+        return short if alone and STACK.fullmatch(short) else stack
+
     def fitting(self, pattern: str) -> list[int]:
         """Positions of the matrices with a name that ``/pattern/`` fits."""
         return sorted({position for name in _fitting(pattern, self._named) for position in self._named[name]})
@@ -127,9 +137,9 @@ def _in_layers(matrices: Catalogue, reduction: Reduction, layer: int | str) -> l
     if not found:
         known = _span(each for layers in there.values() for each in layers)
         raise _no_such_matrix(matrices, reduction, f"layer {layer}: there are {known} with {clipped(reduction.matrix)}")
-    if len(found) > 1:
-        names = ", ".join(sorted(map(str, found)))
-        part = STACK.search(min(map(str, found)))
+    if len(there) > 1:  # also where only the deeper one has the layer: -1 and * mean both, and so does the word
+        names = ", ".join(sorted(map(str, there)))
+        part = STACK.search(matrices.stack_name(min(map(str, found))))
         raise ValueError(
             f"the reduction {clipped(reduction)} fits several layer stacks ({names}): put the stack's name in front"
             + (f", e.g. {replace(reduction, stack=part[0])}" if part else "")

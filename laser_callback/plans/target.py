@@ -63,17 +63,17 @@ def targets(model: nn.Module, within: str = "*.all", without: Iterable[Reduction
     by_place: dict[tuple[Any, ...], list[WeightMatrix]] = {}
     for matrix in matrices:
         by_place.setdefault((matrix.stack, matrix.layer, matrix.kind), []).append(matrix)
-    stacks_of_kind: dict[tuple[Any, ...], set[Any]] = {}
-    for stack, layer, kind in by_place:
-        stacks_of_kind.setdefault((layer, kind), set()).add(stack)
+    stacks_of_kind: dict[str | None, set[str | None]] = {}
+    for stack, _, kind in by_place:
+        stacks_of_kind.setdefault(kind, set()).add(stack)
 
     found: list[Target] = []
     for (stack, layer, kind), members in by_place.items():
         chosen = [m for m in members if m.name in wanted and m.name not in taken]
         experts = kind is not None and len(members) > 1 and all(m.expert is not None for m in members)
-        unique = kind is not None and stacks_of_kind[layer, kind] == {stack}
+        unique = kind is not None and stacks_of_kind[kind] - {None} == {stack}
         if chosen == members and kind is not None and stack is not None and (experts or len(members) == 1):
-            among = {} if unique or not stack else {"stack": stack}
+            among = {} if unique or not stack else {"stack": matrices.stack_name(stack)}
             found.append(Target(tuple(members), {**among, "layer": layer, "matrix": kind}))
         else:
             found += [Target((matrix,), by_name(matrix)) for matrix in chosen]

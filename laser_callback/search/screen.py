@@ -181,7 +181,8 @@ class GradientScreen(pl.Callback):
             shown = ", ".join(missed[:5]) + (", ..." if len(missed) > 5 else "")
             rank_zero_warn(
                 f"no gradient reached {len(missed)} of {len(names)} matrices, whose cuts score 0: {shown}. Either the "
-                "loss does not depend on them, or they run under no_grad or reentrant checkpointing"
+                "loss does not depend on them, and `within` can leave them out, or they run under no_grad or reentrant "
+                "checkpointing"
             )
 
     @override

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers as hf
+from multimodal import multimodal
 from tiny import tiny_causal_lm, tiny_tokenizer
 from weights import same
 
@@ -124,3 +125,15 @@ def test_a_file_for_another_model_and_one_that_was_used_already(original, tmp_pa
         assert run(*arguments, "--output", tmp_path / "out") == 2
         assert message in capsys.readouterr().err
     assert undo.stat().st_mode == recipe.stat().st_mode == (tmp_path / "cut" / "model.safetensors").stat().st_mode
+
+
+def test_what_prepares_sound_goes_along(tmp_path):
+    multimodal("Qwen2Audio").save_pretrained(tmp_path / "original")
+    hearing = hf.WhisperFeatureExtractor(feature_size=8)
+    hf.Qwen2AudioProcessor(hearing, tiny_tokenizer()).save_pretrained(tmp_path / "original")
+    plan = ("--plan", "language_model.1.fc_in@0.1")
+    assert run("export", "--model", tmp_path / "original", *plan, "--output", tmp_path / "cut") == 0
+    written = hf.AutoProcessor.from_pretrained(tmp_path / "cut")
+    assert type(written) is hf.Qwen2AudioProcessor
+    assert written.feature_extractor.feature_size == 8
+    assert type(hf.AutoModelForMultimodalLM.from_pretrained(tmp_path / "cut")) is hf.Qwen2AudioForConditionalGeneration
