@@ -23,12 +23,17 @@ from laser_callback.support.pretrained import named, read_config, whole
 _SPACE_MARK = "\u2581"  # of SentencePiece
 
 
-def load_language_model(name: str) -> PreTrainedModel:
-    """The masked or causal model of a folder or hub name; causal where its config does not say."""
+def load_language_model(name: str, allow_missing: bool = False) -> PreTrainedModel:
+    """The masked or causal model of a folder or hub name; causal where its config does not say.
+
+    Args:
+        name: of the model.
+        allow_missing: only warn of weights that are missing.
+    """
     with named(name):
         architectures = read_config(name).architectures or ()
         masked = any(kind_of(str(architecture)) == "masked" for architecture in architectures)
-        return whole(AutoModelForMaskedLM if masked else AutoModelForCausalLM, name)
+        return whole(AutoModelForMaskedLM if masked else AutoModelForCausalLM, name, allow_missing)
 
 
 def kind_of(name: str) -> Literal["masked", "causal"] | None:
