@@ -20,7 +20,7 @@ def ls(folder: Path | None = None) -> Answer:
     Args:
         folder: where they are; by default ``spectra`` in ``$LASER_CALLBACK_CACHE`` or in ``~/.cache/laser_callback``.
     """
-    kept = SpectrumFolder(default_folder() if folder is None else folder)
+    kept = _kept(folder)
     files = kept.files()
     size = sum(stat.st_size for _, stat in files)
     table = Table(box=None, show_header=False, pad_edge=False)
@@ -40,12 +40,18 @@ def clear(folder: Path | None = None) -> Answer:
     Args:
         folder: where they are, as for ``cache ls``.
     """
-    kept = SpectrumFolder(default_folder() if folder is None else folder)
+    kept = _kept(folder)
     files = kept.files()
     size = sum(stat.st_size for _, stat in files)
     kept.clear()
     print(f"removed {_count(len(files))}, {decimal(size)}, from {kept.path}")
     return Answer({"folder": str(kept.path), "removed": len(files), "bytes": size})
+
+
+def _kept(folder: Path | None) -> SpectrumFolder:
+    if folder is not None and folder.is_file():
+        raise NotADirectoryError(f"`folder`: {str(folder)!r} is a file, expected a folder")
+    return SpectrumFolder(default_folder() if folder is None else folder)
 
 
 def _count(files: int) -> str:

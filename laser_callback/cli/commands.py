@@ -11,6 +11,7 @@ import re
 import sys
 from argparse import SUPPRESS, ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Callable
+from functools import partial
 from importlib import import_module
 from itertools import pairwise
 from typing import Any, NoReturn
@@ -19,7 +20,6 @@ from typing_extensions import override
 
 from laser_callback import __version__
 from laser_callback.cli.command import Exit, in_lines, run
-from laser_callback.support.files import need_files
 from laser_callback.support.suggest import closest
 
 COMMANDS = {
@@ -58,6 +58,12 @@ READ_THEIR_OWN_ARGUMENTS = ("validate", "test", "fit", "recipes run")
 """Commands whose function takes the list of arguments, since their options depend on what is run."""
 
 
+_BLOCKS = ("model", "data", "trainer", "laser", "cleanup", "optimizer", "lr_scheduler")
+"""Options of the Lightning commands that take a config of their own."""
+_CLASSES = ("module", "data")
+"""Those of other commands."""
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run ``laser-callback COMMAND [options]``; returns the exit code, an :class:`Exit`."""
     arguments = sys.argv[1:] if arguments is None else arguments
@@ -71,7 +77,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def work(name: str, arguments: list[str]) -> Any:
     """Do what a command does with these arguments; returns its answer."""
-    _need_configs(arguments)  # before the imports, which take seconds
+    _need_configs(name, arguments)  # before the imports, which take seconds
     function = function_of(name)
     if "transformers" in sys.modules:  # by the import of the command
         from laser_callback.support.progress import quiet_libraries
@@ -127,9 +133,14 @@ def _parser() -> ArgumentParser:
     return root
 
 
-def _need_configs(arguments: list[str]) -> None:
+def _need_configs(name: str, arguments: list[str]) -> None:
+    """Refuse what is no config: jsonargparse has a way to fail for each."""
+    from laser_callback.support.reading import read_plain, typed
+
+    blocks = _BLOCKS if name in READ_THEIR_OWN_ARGUMENTS else _CLASSES
     for option, value in pairwise([*arguments, ""]):
         flag, _, given = option.partition("=")
-        path = given or value
-        if flag in ("--config", "-c") and path.endswith((".yaml", ".yml", ".json")):
-            need_files(config=path)
+        key, path = "config" if flag == "-c" else flag.removeprefix("--"), given or value
+        is_file = path.endswith((".yaml", ".yml", ".json"))
+        if flag != key and ((key in blocks and is_file) or (key == "config" and (is_file or os.path.exists(path)))):
+            read_plain(path, key, partial(typed, dict[str, Any]), yaml_form=True)

@@ -13,7 +13,7 @@ from laser_callback.compare.trainer import quiet_trainer
 from laser_callback.data.demo_model import demo_model_folder
 from laser_callback.data.worldfacts import write_world_facts
 from laser_callback.reports.terminal import save_picture
-from laser_callback.support.files import need_files
+from laser_callback.support.files import need_files, need_writable
 
 PLANS = {"attention": "11.q_proj@0.05", "late_mlp": "28.fc_up@0.01"}
 
@@ -26,6 +26,7 @@ def demo(
     limit: int = 300,
     batch_size: int = 32,
     chat: bool = False,
+    allow_missing: bool = False,
     controls: bool = True,
     seed: int = 0,
     output: Path = Path("laser-demo.json"),
@@ -43,6 +44,7 @@ def demo(
         limit: number of facts, a seeded sample stratified by group; 0 for all.
         batch_size: facts in a batch.
         chat: put each prompt into the model's chat template, as a user's message that the answer replies to.
+        allow_missing: go on with a model of which weights are missing: they are random, and a warning names them.
         controls: also run, beside each plan, its matrices zeroed and random matrices cut at the same rho.
         seed: of the sample and of the random controls.
         output: where to write the report as JSON; the outcomes of each fact go beside it as JSONL.
@@ -52,6 +54,7 @@ def demo(
     if model is not None and plan is None:
         raise ValueError("`--plan` must say what to cut in a model of your own, e.g. --plan 28.fc_up@0.01")
     need_files(facts=facts, text=text)
+    need_writable(output=output, picture=picture)
 
     note = ""
     if model is None:
@@ -61,7 +64,8 @@ def demo(
         if facts is None:
             facts = Path(folder) / "world_facts.jsonl"
             write_world_facts(facts)
-        module = LaserModule(model, plan=PLANS if plan is None else plan, controls=controls, report=str(output))
+        plans, path = PLANS if plan is None else plan, str(output)
+        module = LaserModule(model, plan=plans, controls=controls, report=path, allow_missing=allow_missing)
         data = facts_for(module, facts, text, limit=limit, batch_size=batch_size, seed=seed, chat=chat)
         data.setup()
         print(f"model: {Path(model).name}{note}\nfacts: {facts.name}, {len(data.encoded)} of them\n")

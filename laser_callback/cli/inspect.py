@@ -16,6 +16,7 @@ from laser_callback.plans.uncut import NotCut
 from laser_callback.reports.inspection import check_picture, save_spectra
 from laser_callback.spectra.inspection import RULES, InspectedMatrix, Inspection, inspect_model
 from laser_callback.spectra.store import Spectra
+from laser_callback.support.files import need_writable
 from laser_callback.support.pretrained import load_pretrained
 from laser_callback.support.progress import PhaseProgress
 
@@ -30,6 +31,7 @@ def inspect(
     each: bool = False,
     picture: Path | None = None,
     cache: bool = True,
+    allow_missing: bool = False,
 ) -> Answer:
     """Show a model's weight matrices by layer and kind, their spectra, what each rank rule keeps, and what is not cut.
 
@@ -39,11 +41,13 @@ def inspect(
         each: one row per matrix instead of one per kind and shape.
         picture: where to draw the energy curves (.svg, .png or .pdf).
         cache: look up factorisations on disk and keep them there for later commands.
+        allow_missing: go on with a model of which weights are missing: they are random, and a warning names them.
     """
     if picture is not None:
         check_picture(picture)
+        need_writable(picture=picture)
     spectra = Spectra.default() if cache else Spectra()
-    found = inspect_model(load_pretrained(model), within, spectra, PhaseProgress())
+    found = inspect_model(load_pretrained(model, allow_missing), within, spectra, PhaseProgress())
     if picture is not None:
         save_spectra(found, picture)
     console = Console(highlight=False)

@@ -26,8 +26,8 @@ from laser_callback.cli.options import COMMON_OPTIONS, PlainHelp
 from laser_callback.compare.callback import LaserCallback
 from laser_callback.data.datamodule import FactsDataModule
 from laser_callback.data.lm_eval import is_lm_eval
-from laser_callback.plans.plan import LaserPlan
 from laser_callback.shipping.cleanup import LaserCleanup
+from laser_callback.support.checkpoints import need_checkpoint
 from laser_callback.support.files import need_files
 
 __test__: dict[str, str] = {}  # the command `test` below is none of pytest's
@@ -51,7 +51,7 @@ def fit(arguments: list[str]) -> Answer:
 class LaserBlock(LaserCallback):
     """The ``laser:`` block: a LaserCallback whose plan may be left out where nothing is to be compared."""
 
-    def __init__(self, plan: LaserPlan | str | Mapping[str, LaserPlan | str] | None = None, **options: Any) -> None:
+    def __init__(self, plan: str | Mapping[str, str] | None = None, **options: Any) -> None:
         super().__init__({} if plan is None else plan, **options)
 
 
@@ -124,6 +124,9 @@ class LaserCLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         with told_plainly(self._options):
             self.config = parser.parse_args(args)  # without the warning that `sys.argv` holds them too
+        given = self.config[self._command].get("ckpt_path")
+        if given is not None and str(given).endswith(".ckpt") and "://" not in str(given) and not Path(given).is_dir():
+            need_checkpoint(given, "ckpt_path")  # it is no word such as `best`, and no folder of shards
 
     @override
     def before_instantiate_classes(self) -> None:

@@ -16,10 +16,11 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from traceback import walk_tb
 
+import yaml
 from jsonargparse import ArgumentParser
 
 from laser_callback.cli.command import is_mistake
-from laser_callback.support.suggest import closest
+from laser_callback.support.suggest import clipped, closest
 
 _KEY = re.compile(r'Parser key "([^"]+)"')
 _CLASS = re.compile(r"Problem with given class_path '([^']+)'")
@@ -34,6 +35,8 @@ def told_plainly(parser: ArgumentParser) -> Iterator[None]:
     """Within: what ``parser`` does not accept is an ArgumentError that names the key, what is wrong, and the cure."""
     try:
         yield
+    except yaml.YAMLError as error:
+        raise ArgumentError(None, f"expected YAML: {clipped(error)}") from error
     except (ArgumentError, TypeError, ValueError) as error:
         if not _by_jsonargparse(error):
             raise
@@ -41,7 +44,7 @@ def told_plainly(parser: ArgumentParser) -> Iterator[None]:
         found = not isinstance(innermost, (ImportError, AttributeError))  # the class that is named
         if found and not _by_jsonargparse(innermost) and not is_mistake(innermost):
             raise innermost from None  # a bug in it
-        raise ArgumentError(None, told) from error
+        raise ArgumentError(None, told + _config_of(error)) from error
 
 
 def readable_types(text: str) -> str:
@@ -95,6 +98,16 @@ def _parameters(class_path: str) -> list[str]:
     with suppress(ImportError, AttributeError, ValueError):
         return ArgumentParser().add_class_arguments(pkgutil.resolve_name(class_path), fail_untyped=False)
     return []
+
+
+def _config_of(error: BaseException | None) -> str:
+    """`` (in FILE)`` if it was raised for what a ``--config`` holds, else nothing."""
+    while error is not None:
+        for frame, _ in walk_tb(error.__traceback__):
+            if frame.f_code.co_name == "apply_config":  # of jsonargparse
+                return f" (in {frame.f_locals.get('value')})"
+        error = error.__cause__
+    return ""
 
 
 def _by_jsonargparse(error: BaseException) -> bool:

@@ -19,6 +19,7 @@ from rich.text import Text
 
 from laser_callback.cli.command import Answer, Exit
 from laser_callback.support.files import need_files, write_atomically
+from laser_callback.support.reading import read_text, shown
 from laser_callback.support.suggest import closest
 
 _HEADER = re.compile(r"# laser-callback (?P<command>\w+): (?P<summary>.+)")
@@ -41,12 +42,12 @@ class Recipe:
     @classmethod
     def read(cls, path: Path) -> Recipe:
         """Read what the recipe says of itself."""
-        first = path.read_text(encoding="utf-8").split("\n", 1)[0]
+        first = read_text(path, "name").split("\n", 1)[0]
         if path.suffix == ".py":
             return cls(path, None, first.strip('"'))
         match = _HEADER.fullmatch(first)
         if match is None:
-            raise ValueError(f"{path} must begin with `# laser-callback COMMAND: summary`, got {first!r}")
+            raise ValueError(f"{path} must begin with `# laser-callback COMMAND: summary`, got {shown(first)}")
         return cls(path, match["command"], match["summary"])
 
 
@@ -76,7 +77,7 @@ def show(name: str) -> Answer:
         name: of the recipe, as `recipes ls` shows it, or the path of one's own, e.g. ./search.yaml.
     """
     recipe = _find(name)
-    text = recipe.path.read_text(encoding="utf-8")
+    text = read_text(recipe.path, "name")
     console = Console()
     if console.is_terminal:
         console.print(Syntax(text, "python" if recipe.command is None else "yaml", background_color="default"))

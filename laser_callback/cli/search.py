@@ -42,6 +42,7 @@ def search(
     limit: int = 0,
     batch_size: int = 64,
     chat: bool = False,
+    allow_missing: bool = False,
     method: Method = "screened",
     controls: bool = True,
     minutes: float | None = None,
@@ -81,6 +82,7 @@ def search(
         limit: use a seeded sample of so many facts, stratified by group; 0 for all.
         batch_size: facts in a batch.
         chat: put each prompt into the model's chat template, as a user's message that the answer replies to.
+        allow_missing: go on with a model of which weights are missing: they are random, and a warning names them.
         method: screened; exhaustive, all candidates on all race examples; or paper, all of them as the paper's code
             cuts and selects.
         controls: confirm beside the plan its matrices zeroed and random matrices cut at the same rho.
@@ -102,7 +104,16 @@ def search(
     options: dict[str, Any] = {"limit": limit, "batch_size": batch_size, "seed": seed, "chat": chat}
     need_writable(output=output, html=html, plan=plan)
     found = LaserSearch(
-        *subject(model, facts, module, data, text, facts_from="`--facts` or `--judge`", **options),
+        *subject(
+            model,
+            facts,
+            module,
+            data,
+            text,
+            facts_from="`--facts` or `--judge`",
+            allow_missing=allow_missing,
+            **options,
+        ),
         objective=objective,
         direction=direction,
         loss=loss,

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.filesize import decimal
-from transformers import AutoProcessor, AutoTokenizer, PreTrainedModel
+from transformers import AutoProcessor, PreTrainedModel
 
 from laser_callback.cli.command import Answer
 from laser_callback.results.search import SearchResult, result_of
@@ -18,7 +18,7 @@ from laser_callback.shipping.undo import restore as restore_model
 from laser_callback.spectra.delta import BaseWeights
 from laser_callback.spectra.store import Spectra
 from laser_callback.support.files import appearing, need_files
-from laser_callback.support.pretrained import load_pretrained, save_dense
+from laser_callback.support.pretrained import load_pretrained, load_tokenizer, save_dense
 from laser_callback.support.reading import read_plain
 from laser_callback.surgery.recipe import Recipe, recorded
 
@@ -31,6 +31,7 @@ def export(
     form: Form = "dense",
     result: Path | None = None,
     base: str | None = None,
+    allow_missing: bool = False,
 ) -> Answer:
     """Write what a plan makes of a model.
 
@@ -41,6 +42,7 @@ def export(
         form: recipe, dense, factored, adapter or undo.
         result: the JSON file of a search or a comparison of this plan, for the model card.
         base: what the model was fine-tuned from, a folder, hub name or checkpoint: then only the difference is cut.
+        allow_missing: go on with a model of which weights are missing: they are random, and a warning names them.
     """
     numbers = None if result is None else read_plain(result, "result", result_of)
     searched = numbers if isinstance(numbers, SearchResult) else None
@@ -49,12 +51,14 @@ def export(
         reason = "" if searched is None else f": {searched.reason}"
         raise ValueError(f"`--plan` is missing, and no result recommends one{reason}")
     chosen = Recipe.of(wanted)
-    original, spectra = _original(model, base)
+    original, spectra = _original(model, base, allow_missing)
     done = save_reduced(original, chosen, output, form, result=numbers, tokenizer=_tokenizer(model), spectra=spectra)
     return _answer(f"wrote {form}", output, done)
 
 
-def apply(*, model: str, recipe: Path, output: Path, exact: bool = True, base: str | None = None) -> Answer:
+def apply(
+    *, model: str, recipe: Path, output: Path, exact: bool = True, base: str | None = None, allow_missing: bool = False
+) -> Answer:
     """Apply a recipe to the model that it was made for, and write the reduced model for transformers.
 
     Args:
@@ -63,38 +67,40 @@ def apply(*, model: str, recipe: Path, output: Path, exact: bool = True, base: s
         output: a new folder.
         exact: demand the recorded bits; "false" accepts rounding of another processor or number of threads.
         base: what the model was fine-tuned from, if the recipe cuts the difference to it.
+        allow_missing: go on with a model of which weights are missing: they are random, and a warning names them.
     """
     need_files(recipe=recipe)
     plan = Recipe.from_file(recipe)
     if not isinstance(plan, Recipe):
         raise ValueError(f"{recipe} is a plan without hashes, not a recipe: use `laser-callback export --plan`")
-    original, spectra = _original(model, base)
+    original, spectra = _original(model, base, allow_missing)
     with _about(recipe), recorded(original, plan, spectra, exact=exact) as (_, here):
         pass  # now `here` has the hashes of what rounding makes here
     done = save_reduced(original, here, output, tokenizer=_tokenizer(model), spectra=spectra)
     return _answer("wrote the reduced model", output, done)
 
 
-def restore(*, model: str, undo: Path, output: Path) -> Answer:
+def restore(*, model: str, undo: Path, output: Path, allow_missing: bool = False) -> Answer:
     """Give a cut model its original weights back, bit for bit.
 
     Args:
         model: folder of the reduced model.
         undo: as "export --form undo" has written it.
         output: a new folder.
+        allow_missing: go on with a model of which weights are missing: they are random, and a warning names them.
     """
     need_files(undo=undo)
     with appearing(output) as folder:
-        reduced = load_pretrained(model)
+        reduced = load_pretrained(model, allow_missing)
         with _about(undo):
             recipe = restore_model(reduced, undo)
         save_dense(reduced, folder, _tokenizer(model))
     return _answer("wrote the original", output, recipe)
 
 
-def _original(model: str, base: str | None) -> tuple[PreTrainedModel, Spectra]:
+def _original(model: str, base: str | None, allow_missing: bool) -> tuple[PreTrainedModel, Spectra]:
     """The model, and the spectra of its weights, or of their difference to what it was fine-tuned from."""
-    original = load_pretrained(model)
+    original = load_pretrained(model, allow_missing)
     return original, Spectra.default(None if base is None else BaseWeights(base, original))
 
 
@@ -111,14 +117,16 @@ def _about(file: Path) -> Iterator[None]:
 
 def _tokenizer(model: str) -> Any:
     """What makes inputs for the model: with a processor of images or sound, where it has one that loads here."""
-    if model.endswith(".gguf"):
-        path = Path(model)
-        return AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
-    for kind in (AutoProcessor, AutoTokenizer):  # the first is the second where a model takes text only
+    if not model.endswith(".gguf"):
         with suppress(OSError, ValueError, ImportError):
-            return kind.from_pretrained(model)
-    print(f"note: {model} has no tokenizer, so none is written", file=sys.stderr)
-    return None
+            return AutoProcessor.from_pretrained(model)  # the tokenizer where a model takes text only
+    try:
+        return load_tokenizer(model)
+    except (OSError, ValueError):
+        if Path(model).is_file() or any(Path(model).glob("tokenizer*")):
+            raise  # there is one, and it is broken
+        print(f"note: {model} has no tokenizer, so none is written", file=sys.stderr)
+        return None
 
 
 def _answer(what: str, path: Path, recipe: Recipe) -> Answer:

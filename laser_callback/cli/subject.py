@@ -24,17 +24,19 @@ def subject(
     batch_size: int,
     seed: int,
     chat: bool,
+    allow_missing: bool = False,
     facts_from: str = "`--facts`",
 ) -> tuple[pl.LightningModule, pl.LightningDataModule]:
     """What the options of a command ask for; files are looked for before a model is loaded."""
     if model is not None and facts is not None and module is None and data is None:
         need_files(facts=file_of(facts), text=text)
-        language_model = LaserModule(model)
+        language_model = LaserModule(model, allow_missing=allow_missing)
         options: dict[str, Any] = {"limit": limit, "batch_size": batch_size, "seed": seed, "chat": chat}
         return language_model, facts_for(language_model, facts, text, **options)
     if model is None and facts is None and module is not None and data is not None:
-        if text is not None or chat:
-            raise ValueError(f"`--{'chat' if text is None else 'text'}` goes with `--model`")
+        of_models = {"text": text is not None, "chat": chat, "allow_missing": allow_missing}
+        if given := [option for option, is_given in of_models.items() if is_given]:
+            raise ValueError(f"`--{given[0]}` goes with `--model`")
         return module, data
     raise ValueError(f"give `--model` and {facts_from}, or `--module` and `--data`")
 

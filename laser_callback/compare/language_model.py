@@ -26,10 +26,14 @@ from laser_callback.support.pretrained import named, read_config, whole
 _SPACE_MARK = "\u2581"  # of SentencePiece
 
 
-def load_language_model(name: str) -> PreTrainedModel:
+def load_language_model(name: str, allow_missing: bool = False) -> PreTrainedModel:
     """The masked or causal model of a folder or hub name; causal where its config does not say.
 
     What also sees or hears is loaded in its own class, so that its matrices have the names that they have everywhere.
+
+    Args:
+        name: of the model.
+        allow_missing: only warn of weights that are missing.
 
     Raises:
         MisconfigurationException: if its config names a class that cannot go through text alone.
@@ -40,10 +44,10 @@ def load_language_model(name: str) -> PreTrainedModel:
         for architecture in architectures if kinds == {None} else ():
             if obstacle := _obstacle(getattr(transformers, architecture, None)):
                 raise _no_language_model(architecture, obstacle)
-        if "masked" in kinds:
-            return whole(AutoModelForMaskedLM, name)
-        multimodal = "causal" in kinds and any(map(_is_multimodal, architectures))
-        return whole(AutoModelForMultimodalLM if multimodal else AutoModelForCausalLM, name)
+        kind = AutoModelForMaskedLM if "masked" in kinds else AutoModelForCausalLM
+        if kinds == {"causal"} and any(map(_is_multimodal, architectures)):
+            kind = AutoModelForMultimodalLM
+        return whole(kind, name, allow_missing)
 
 
 def kind_of(name: str) -> Literal["masked", "causal"] | None:

@@ -14,7 +14,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from typing_extensions import override
 
 from laser_callback.compare.ab_test import ABTest
@@ -36,6 +36,7 @@ from laser_callback.reports.terminal import print_ab
 from laser_callback.results.ab_test import ABResult
 from laser_callback.results.comparison import LaserResult
 from laser_callback.stats.outcomes import Outcomes
+from laser_callback.support.pretrained import load_tokenizer
 
 _SHARES_OF_FACTS = (
     "first_token_accuracy",
@@ -69,6 +70,8 @@ class LaserModule(pl.LightningModule):
         ab_fraction: in ``predict``, send this share of the examples, chosen by a hash of their ids, to the reduced
             model and the others to the original; :attr:`ab_result` compares the two groups.
         ab_seed: of that choice.
+        allow_missing: load a model of which weights are missing or have other shapes: they are random, and a warning
+            names them.
 
     Raises:
         MisconfigurationException: if ``tokenizer`` is missing, the model is neither causal nor masked, or
@@ -93,6 +96,7 @@ class LaserModule(pl.LightningModule):
         learning_rate: float = 1e-5,
         ab_fraction: float | None = None,
         ab_seed: int = 0,
+        allow_missing: bool = False,
     ) -> None:
         super().__init__()
         if ab_fraction is not None and not 0 <= ab_fraction <= 1:
@@ -103,8 +107,8 @@ class LaserModule(pl.LightningModule):
             if not isinstance(model, str):
                 raise MisconfigurationException("`tokenizer` must be given when `model` is not a folder or hub name")
             tokenizer = model
-        self.model = load_language_model(model) if isinstance(model, str) else model
-        self.tokenizer = AutoTokenizer.from_pretrained(tokenizer) if isinstance(tokenizer, str) else tokenizer
+        self.model = load_language_model(model, allow_missing) if isinstance(model, str) else model
+        self.tokenizer = load_tokenizer(tokenizer) if isinstance(tokenizer, str) else tokenizer
         self.masked = is_masked(self.model)
         self.plan = plan
         self.primary = primary

@@ -27,8 +27,8 @@ from laser_callback.data.encoding import (
 )
 from laser_callback.data.facts import DEFAULT_SIZES, Fact, records_of, sample_facts, split_facts
 from laser_callback.data.lm_eval import is_lm_eval, read_lm_eval
-from laser_callback.support.files import need_files
 from laser_callback.support.pretrained import load_tokenizer
+from laser_callback.support.reading import read_text
 
 
 class TextWindows(Dataset[dict[str, Any]]):
@@ -54,8 +54,7 @@ class TextWindows(Dataset[dict[str, Any]]):
         if not len(leading) + 2 <= window <= tokenizer.model_max_length:
             limits = f"between {len(leading) + 2} and {tokenizer.model_max_length}"
             raise ValueError(f"`window` must be {limits} tokens, got {window}.")
-        need_files(text=path)
-        text = Path(path).read_text(encoding="utf-8")
+        text = read_text(path, "text")
         tokens, step = tokenize(tokenizer, [text])[text], window - len(leading)
         windows = (with_leading(leading, tokens[start : start + step]) for start in range(0, len(tokens), step))
         self.windows = [ids for ids in windows if len(ids) > 1]

@@ -20,6 +20,7 @@ from urllib.parse import parse_qsl
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from laser_callback.data.facts import Fact
+from laser_callback.support.suggest import clipped
 
 PREFIX = "lm_eval:"
 ACC = "summed_choice_accuracy"
@@ -69,8 +70,8 @@ def read_lm_eval(source: str | Path) -> list[Fact]:
         tasks = manager.load(name)["tasks"]
     except Exception as error:  # each of the libraries below has its own
         raise ValueError(
-            f"lm_eval cannot build {name!r} ({type(error).__name__}: {error}); a data set that is not in the cache of "
-            "`datasets` needs internet, or a task whose `dataset_path` is json and whose `data_files` are here"
+            f"lm_eval cannot build {name!r} ({type(error).__name__}: {clipped(error)}); a data set that is not in the "
+            "cache of `datasets` needs internet, or a task whose `dataset_path` is json and whose `data_files` are here"
         ) from error
     shots = options.get("num_fewshot")
     return [fact for task in tasks.values() for fact in _facts(task, None if shots is None else int(shots))]

@@ -77,7 +77,7 @@ def print_cleanup(result: CleanupResult, console: Console | None = None) -> None
         if row is not None:
             ends = "-" if row.lower is None or row.upper is None else f"{row.lower:+.4g} .. {row.upper:+.4g}"
             numbers = [f"{row.original:.4g}", f"{row.reduced:.4g}", ends, f"{result.p_adjusted[mode]:.2g}"]
-        table.add_row(mode, Text(str(search.found or "-")), *numbers, "yes" if mode == result.mode else "no")
+        table.add_row(Text(mode), Text(str(search.found or "-")), *numbers, "yes" if mode == result.mode else "no")
     lines = [f"cleaned: {result.source}", f"report: {result.report}"]
     lines += [] if result.checkpoint is None else [f"checkpoint: {result.checkpoint}"]
     style = "bold green" if result.mode else "bold yellow"

@@ -45,10 +45,13 @@ def read_gates(gates: Any) -> list[Gate]:
     >>> [str(gate) for gate in read_gates({"accuracy": "gain, alpha 0.01", "perplexity": "ratio < 1.02"})]
     ['accuracy: gain, alpha 0.01', 'perplexity <= +2 %']
     """
-    found = list(_read(gates, set()))
+    return _some(_read(gates, set()))
+
+
+def _some(found: Sequence[Gate]) -> list[Gate]:
     if not found:
         raise ValueError("`gates` must hold at least one gate, such as 'first_token_accuracy: gain', got none")
-    return found
+    return list(found)
 
 
 def _read(gates: Any, files: set[Path]) -> Sequence[Gate]:
@@ -59,7 +62,7 @@ def _read(gates: Any, files: set[Path]) -> Sequence[Gate]:
         if file in files:
             raise ValueError(f"`gates`: the file {str(gates)!r} is named twice, or names itself")
         files.add(file)
-        return read_plain(gates, "gates", lambda data: _read(data or [], files), yaml_form=True)
+        return read_plain(gates, "gates", lambda data: _some(_read(data or [], files)), yaml_form=True)
     if isinstance(gates, str):
         return [parse_gate(gates)]
     if isinstance(gates, Mapping):

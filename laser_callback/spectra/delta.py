@@ -15,13 +15,12 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from laser_callback.plans.matrices import WeightMatrix, find_matrices, plain_name, same_name
 from laser_callback.spectra.folder import content_hash
 from laser_callback.spectra.spectrum import as_double
-from laser_callback.support.checkpoints import read_checkpoint
+from laser_callback.support.checkpoints import read_checkpoint, read_tensors
 from laser_callback.support.merging import unmerged_layers
 from laser_callback.support.pretrained import load_pretrained
 
@@ -137,7 +136,7 @@ def read_weights(source: BaseSource, *owners: Any) -> Mapping[str, Tensor]:
         return source
     path = Path(source)
     if path.suffix == ".safetensors":
-        return load_file(path)
+        return read_tensors(path, "base")
     if path.suffix in (".ckpt", ".pt", ".pth", ".bin"):
         content = read_checkpoint(path, *owners)
         weights: Mapping[str, Tensor] = content.get("state_dict", content)

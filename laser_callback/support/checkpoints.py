@@ -11,6 +11,7 @@ import io
 import pickle
 import pickletools
 import sys
+import zipfile
 from collections.abc import Generator
 from contextlib import suppress
 from pathlib import Path
@@ -18,10 +19,14 @@ from types import BuiltinFunctionType, FunctionType
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 from typing_extensions import override
 
+from laser_callback.support.files import need_files
 from laser_callback.support.interrupts import whole
+from laser_callback.support.suggest import clipped
 
 
 def read_checkpoint(path: str | Path, *owners: Any) -> dict[str, Any]:
@@ -45,10 +50,38 @@ def read_checkpoint(path: str | Path, *owners: Any) -> dict[str, Any]:
                     f"{str(path)!r} holds objects beside tensors ({', '.join(names)}), which are not loaded from a "
                     "file that might be anybody's: if you trust them, call `torch.serialization.add_safe_globals`"
                 ) from error
-            raise ValueError(f"{str(path)!r} is damaged, or no checkpoint: {error}") from error
+            raise ValueError(f"{str(path)!r} is damaged, or no checkpoint: {clipped(error)}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{str(path)!r} must be a checkpoint, a dict with weights, got a {type(content).__name__}")
     return content
+
+
+def read_tensors(path: str | Path, option: str) -> dict[str, Tensor]:
+    """The tensors of the safetensors file that an option names.
+
+    Raises:
+        OSError: if it cannot be read.
+        ValueError: if it holds something else.
+    """
+    need_files(**{option: path})
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"`{option}`: {path} is damaged, or no safetensors file: {clipped(error)}") from error
+
+
+def need_checkpoint(path: str | Path, option: str) -> None:
+    """Look, without loading it, whether a file may be one of ``torch.save``.
+
+    Raises:
+        OSError: if it cannot be read.
+        ValueError: if it is none.
+    """
+    need_files(**{option: path})
+    with Path(path).open("rb") as file:
+        pickled = file.read(2) == b"\x80\x02"  # as torch wrote them before 1.6
+    if not pickled and not zipfile.is_zipfile(path):
+        raise ValueError(f"`{option}`: {path} is damaged, or no checkpoint of torch.save")
 
 
 @whole

@@ -12,10 +12,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torch import Tensor
 
+from laser_callback.support.checkpoints import read_tensors
 from laser_callback.support.files import need_writable, write_atomically, write_json
 from laser_callback.support.plain_json import plain
 from laser_callback.support.reading import read_plain, shown, typed
@@ -79,7 +79,10 @@ class Journal:
         data_file, tensor_file = self._folder / f"{name}.json", self._folder / f"{name}.safetensors"
         if data_file.exists():
             self.restored.append(name)
-            return read_plain(data_file, "folder", make), _read_tensors(tensor_file)
+            try:
+                return read_plain(data_file, "folder", make), read_tensors(tensor_file, "folder")
+            except ValueError as error:
+                raise ValueError(f"{error}; without {name}.json the step is done anew") from error
         data, tensors = compute()
         # The tensors first: a step counts as finished when its JSON is there.
         write_atomically(tensor_file, save({key: value.contiguous() for key, value in tensors.items()}))
@@ -89,10 +92,3 @@ class Journal:
 
 def _as_json(data: Mapping[str, Any]) -> Any:
     return json.loads(json.dumps(plain(data)))
-
-
-def _read_tensors(path: Path) -> dict[str, Tensor]:
-    try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise ValueError(f"`folder`: {path} is damaged ({error}): remove it, and the .json beside it") from error

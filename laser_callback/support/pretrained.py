@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
 from torch import nn
 from transformers import (
@@ -29,32 +31,38 @@ GENERATION = "generation_config.json"
 """Where transformers keeps how a model generates."""
 
 
-def load_pretrained(name: str | Path) -> PreTrainedModel:
+def load_pretrained(name: str | Path, allow_missing: bool = False) -> PreTrainedModel:
     """The model of a folder, of a hub name, or of a ``.gguf`` file (dequantised), in its own class and dtype.
+
+    Args:
+        name: of the model.
+        allow_missing: see :func:`whole`.
 
     Raises:
         OSError: if there is no such model.
-        ValueError: if its config names no class that transformers has.
+        ValueError: if its config names no class that transformers has, or it cannot be read.
     """
-    if str(name).endswith(".gguf"):
+    gguf = str(name).endswith(".gguf")
+    if gguf:
         need_files(model=name)
-        return AutoModelForCausalLM.from_pretrained(**_place(name))
     with named(name):
-        return whole(model_class(read_config(name)), name)
+        if gguf:
+            return AutoModelForCausalLM.from_pretrained(**_place(name))
+        return whole(model_class(read_config(name)), name, allow_missing)
 
 
-def whole(kind: Any, name: str | Path) -> PreTrainedModel:
+def whole(kind: Any, name: str | Path, allow_missing: bool = False) -> PreTrainedModel:
     """A model with all of its weights.
 
     Args:
         kind: its class, or a class for any.
         name: a folder or a hub name.
+        allow_missing: only warn of weights that are missing or have other shapes, and so are random.
 
     Raises:
         OSError: if there is no such model.
         ValueError: if weights are missing or have other shapes: transformers would draw them at random, and only log
-            it. What a class ties, or makes itself, is not missing; a head that is new on purpose is the business of
-            whoever trains it.
+            it. What a class ties, or makes itself, is not missing.
     """
     model, found = kind.from_pretrained(name, output_loading_info=True, ignore_mismatched_sizes=True)
     problems = []
@@ -65,10 +73,11 @@ def whole(kind: Any, name: str | Path) -> PreTrainedModel:
         problems.append(f"has other shapes for {_some(shapes)}")
     if problems:
         unused = sorted(found["unexpected_keys"])
-        raise ValueError(
-            f"the model {str(name)!r}, as a {type(model).__name__}, {' and '.join(problems)}, which would be random"
-            + (f"; it has {_some(unused)}, which no layer is called" if unused else "")
-        )
+        about = f"the model {str(name)!r}, as a {type(model).__name__}, {' and '.join(problems)}"
+        there = f"; it has {_some(unused)}, which no layer is called" if unused else ""
+        if not allow_missing:
+            raise ValueError(f"{about}, which would be random{there}; `allow_missing=True` makes them random")
+        warnings.warn(f"{about}: these are random{there}", stacklevel=2)
     return model
 
 
@@ -103,7 +112,8 @@ def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
     Raises:
         OSError, ValueError: if there is none.
     """
-    return AutoTokenizer.from_pretrained(**_place(name))
+    with named(name, "tokenizer"):
+        return AutoTokenizer.from_pretrained(**_place(name))
 
 
 def _place(name: str | Path) -> dict[str, Any]:
@@ -114,17 +124,25 @@ def _place(name: str | Path) -> dict[str, Any]:
 
 
 @contextmanager
-def named(name: str | Path) -> Iterator[None]:
-    """Within: where transformers finds nothing under ``name``, the error says so, and not only what was tried.
+def named(name: str | Path, what: str = "model") -> Iterator[None]:
+    """Within: where transformers finds nothing under ``name``, or cannot read it, the error says so.
 
     Raises:
         OSError: if there is no such model.
+        ValueError: if it cannot be read.
     """
     try:
         yield
-    except OSError as error:
-        if Path(name).is_dir():
-            raise  # with the file that the folder lacks
+    except (ImportError, MemoryError, torch.OutOfMemoryError):
+        raise  # which no other file would mend
+    except Exception as error:  # each library below has its own for a broken file
+        if Path(name).exists():
+            if isinstance(error, (OSError, ValueError)) and str(name) in str(error):
+                raise  # with the file that the folder lacks
+            reason = clipped(error) or type(error).__name__
+            raise ValueError(f"the {what} of {str(name)!r} cannot be read: {reason}") from error
+        if not isinstance(error, OSError):
+            raise
         reason = str(error).strip().split("\n")[0]
         raise OSError(f"{str(name)!r} is neither a folder here nor found on the hub: {reason}") from error
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import lightning.pytorch as pl
 import pytest
 from jsonargparse import ArgumentParser
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tiny import tiny_causal_lm, tiny_tokenizer
 from torch import nn, zeros
 
@@ -24,6 +24,7 @@ from laser_callback.cli.search import search
 from laser_callback.data.datamodule import TextWindows
 from laser_callback.data.facts import read_facts
 from laser_callback.plans.plan import LaserPlan
+from laser_callback.shipping.export import save_reduced
 from laser_callback.support.files import appearing
 
 
@@ -212,3 +213,46 @@ def test_a_message_repeats_no_more_than_can_be_read(capsys):
     assert main(["export", "--plan", "x" * 1_000_000, "--model", "no/such", "--output", "out"]) == 2
     assert main(["inspect", "y" * 1_000_000]) == 2
     assert len(capsys.readouterr().err) < 10_000
+
+
+# ---- models of which weights are missing -----------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_missing_weights_are_refused_unless_they_are_allowed(own_cache, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    plan = "1.fc_in@0.1"
+    whole = tiny_causal_lm()
+    for form in ("recipe", "undo"):
+        save_reduced(whole, plan, tmp_path / f"{form}.{'json' if form == 'recipe' else 'safetensors'}", form)
+    save_reduced(whole, plan, tmp_path / "cut")
+    whole.save_pretrained("model")
+    for folder in ("model", "cut"):
+        tiny_tokenizer().save_pretrained(folder)
+        weights = load_file(f"{folder}/model.safetensors")
+        del weights["model.layers.3.mlp.up_proj.weight"]
+        save_file(weights, f"{folder}/model.safetensors", metadata={"format": "pt"})
+    rows = [json.dumps({"prompt": f"The capital of country {i} is", "answer": "Paris"}) for i in range(12)]
+    Path("facts.jsonl").write_text("\n".join(rows))
+    facts, model, out = ("--facts", "facts.jsonl"), ("--model", "model"), ("--output", "out")
+    gates = ("--plan", plan, "--gates", "log_loss <= +9")
+    lightning = ("--model", "laser_callback.LaserModule", "--model.model", "model", "--laser.plan", plan, "--data",
+                 "laser_callback.FactsDataModule", "--data.path", "facts.jsonl",
+                 "--trainer.accelerator", "cpu")  # fmt: skip
+    for allow, *arguments in (
+        ("--allow_missing", "search", *model, *facts, "--candidates", "1", "--rhos", "0.5", "--accelerator", "cpu"),
+        ("--allow_missing", "gate", *gates, *model, *facts, "--accelerator", "cpu"),
+        ("--allow_missing", "rollout", *gates, *model, *facts, "--accelerator", "cpu"),
+        ("--allow_missing", "demo", "--plan", plan, *model, *facts),
+        ("--allow_missing", "inspect", "model"),
+        ("--allow_missing", "export", *model, "--plan", plan, "--output", "exported"),
+        ("--allow_missing", "apply", *model, "--recipe", "recipe.json", "--output", "applied"),
+        ("--allow_missing", "restore", "--model", "cut", "--undo", "undo.safetensors", *out),
+        ("--model.allow_missing", "validate", *lightning),
+    ):
+        assert main(arguments) == 2, arguments
+        assert "has no weights for model.layers.3.mlp.up_proj.weight, which would be" in capfd.readouterr().err
+        with pytest.warns(UserWarning, match="has no weights for model.layers.3.mlp.up_proj.weight: these are random"):
+            assert main([*arguments, allow, "true"]) in (0, 3), arguments
+        capfd.readouterr()
+    assert main(["gate", *gates, "--module", "m.M", "--data", "m.D", "--allow_missing", "true"]) == 2

@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 from small_models import gpt2, t5
-from tiny import tiny_causal_lm
+from tiny import tiny_causal_lm, tiny_tokenizer
 from torch import Tensor
 
 from laser_callback.compare.language_model import load_language_model
+from laser_callback.compare.module import LaserModule
 from laser_callback.support.pretrained import load_pretrained
 
 KEY = "model.layers.1.mlp.up_proj.weight"
@@ -41,6 +42,37 @@ def test_weights_that_would_be_random_are_refused(
     save_file(change(load_file(file)), file, metadata={"format": "pt"})
     with pytest.raises(ValueError, match=said):
         load(str(folder))
+
+
+@pytest.fixture
+def partial(folder: Path) -> Path:
+    """A model in whose folder a weight is missing."""
+    file = folder / "model.safetensors"
+    save_file({k: v for k, v in load_file(file).items() if k != KEY}, file, metadata={"format": "pt"})
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def test_missing_weights_are_allowed_on_demand(partial: Path) -> None:
+    for load in (load_pretrained, load_language_model, LaserModule):
+        with pytest.raises(ValueError, match=rf"no weights for {KEY}.*`allow_missing=True` makes them random"):
+            load(str(partial))  # type: ignore[operator]
+        with pytest.warns(UserWarning, match=rf"no weights for {KEY}: these are random"):
+            load(str(partial), allow_missing=True)  # type: ignore[operator]
+
+
+def test_whole_models_are_loaded_without_a_warning(folder: Path, recwarn: pytest.WarningsRecorder) -> None:
+    load_pretrained(folder, allow_missing=True)
+    assert not recwarn.list
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json"])
+def test_a_broken_file_names_the_folder(name: str, folder: Path) -> None:
+    tiny_tokenizer().save_pretrained(folder)
+    (folder / name).write_text("null")
+    what = "model" if name.startswith("model") else "tokenizer"
+    with pytest.raises(ValueError, match=rf"the {what} of '{folder}' cannot be read: "):
+        LaserModule(str(folder))
 
 
 @pytest.mark.parametrize("make", [tiny_causal_lm, gpt2, t5])
