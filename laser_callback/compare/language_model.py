@@ -40,13 +40,14 @@ def load_language_model(name: str, allow_missing: bool = False) -> PreTrainedMod
     """
     with named(name):
         architectures = list(map(str, read_config(name).architectures or ()))
-        kinds = {kind_of(architecture) for architecture in architectures}
-        for architecture in architectures if kinds == {None} else ():
-            if obstacle := _obstacle(getattr(transformers, architecture, None)):
-                raise _no_language_model(architecture, obstacle)
-        kind = AutoModelForMaskedLM if "masked" in kinds else AutoModelForCausalLM
-        if kinds == {"causal"} and any(map(_is_multimodal, architectures)):
-            kind = AutoModelForMultimodalLM
+    kinds = {kind_of(architecture) for architecture in architectures}
+    for architecture in architectures if kinds == {None} else ():
+        if obstacle := _obstacle(getattr(transformers, architecture, None)):
+            raise _no_language_model(architecture, obstacle)
+    kind = AutoModelForMaskedLM if "masked" in kinds else AutoModelForCausalLM
+    if kinds == {"causal"} and any(map(_is_multimodal, architectures)):
+        kind = AutoModelForMultimodalLM
+    with named(name):
         return whole(kind, name, allow_missing)
 
 
