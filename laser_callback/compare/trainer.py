@@ -12,6 +12,7 @@ import lightning.pytorch as pl
 import torch
 
 from laser_callback.compare.callback import accelerator_of
+from laser_callback.compare.state import RandomState
 from laser_callback.support.interrupts import whole
 from laser_callback.support.settings import ignoring
 
@@ -49,6 +50,8 @@ def _quiet(trainer: Any) -> Generator[Any, None, None]:
         raise
     finally:
         logger.setLevel(level)
+        if trainer is not None:
+            trainer._signal_connector.teardown()  # where an interrupt has kept Lightning from doing so
         if handler not in (None, signal.SIG_IGN) and signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
             signal.signal(signal.SIGINT, handler)
 
@@ -59,16 +62,19 @@ def left_as_found(
 ) -> Generator[None, None, None]:
     """Around a run: the module is in the mode it was in, also where Lightning's loop has not come to its end.
 
+    After an exception the generators are where they were, too: Lightning's `isolate_rng` does not see to that.
+
     Args:
         trainer: of the run.
         module: the module that it runs.
         callbacks: told of an exception, once more where the trainer has come to do so.
     """
     modes = [(part, part.training) for part in module.modules()]
-    gradients = torch.is_grad_enabled()
+    gradients, rng = torch.is_grad_enabled(), RandomState.now()
     try:
         yield
     except BaseException as error:
+        rng.set()
         for callback in callbacks:
             callback.on_exception(trainer, module, error)
         raise

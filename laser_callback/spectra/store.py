@@ -35,8 +35,8 @@ from laser_callback.spectra.folder import (
     size_of,
 )
 from laser_callback.spectra.spectrum import Spectrum, refuse_non_finite
-from laser_callback.support.interrupts import elsewhere
-from laser_callback.support.settings import with_gradients
+from laser_callback.support.interrupts import elsewhere, is_awaited
+from laser_callback.support.settings import with_gradients, with_inference
 
 if TYPE_CHECKING:
     from laser_callback.spectra.delta import BaseWeights
@@ -152,11 +152,15 @@ class Spectra:
         if self.method == "reference" or workers < 2 or needed > self.capacity or not on_cpu:
             return
 
-        def find() -> None:
-            with ThreadPoolExecutor(workers) as pool:
-                deque(pool.map(lambda each: self._of(self.operand(*each), each[1]), matrices), maxlen=0)
+        def find(each: tuple[Tensor, str]) -> None:
+            if not is_awaited():  # what is left to do is done when it is asked for, if at all
+                self._of(self.operand(*each), each[1])
 
-        elsewhere(find)
+        def find_all() -> None:
+            with ThreadPoolExecutor(workers) as pool:
+                deque(pool.map(find, matrices), maxlen=0)
+
+        elsewhere(find_all)
 
     def operand(self, matrix: Tensor, name: str = "matrix") -> Tensor:
         """What is factorised and cut, shape (m, n): ``matrix``, or in delta mode its difference to the base."""
@@ -177,7 +181,7 @@ class Spectra:
     def _of(self, matrix: Tensor, name: str) -> Spectrum:
         start = time.perf_counter()
         # Ordinary tensors whatever the mode: one made in inference mode could not serve a later training run.
-        with torch.inference_mode(False), with_gradients(False):
+        with with_inference(False), with_gradients(False):
             matrix, order = _dense(matrix.detach())
             home = _home(matrix)
             key = _key(matrix, order, home)

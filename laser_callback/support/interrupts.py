@@ -153,14 +153,15 @@ def catch_up() -> None:
     _handlers.run_waiting()
 
 
+@undisturbed
 def elsewhere(work: Callable[[], T]) -> T:
     """What ``work`` returns, done in a thread of its own, where no signal handler can strike.
 
-    For what has no ends of its own to guard: locks and pools of Python's, settings of C libraries. An exception that a
-    handler raises meanwhile comes out here at once, and the work goes on by itself.
+    For what has no ends of its own to guard: locks and pools of Python's, settings of C libraries. As during any call
+    of C code, handlers wait until it has ended; long work ends early where :func:`is_awaited`.
     """
     found: list[T | BaseException] = []
-    done = threading.Lock()
+    ended = threading.Event()
 
     def run() -> None:
         try:
@@ -168,14 +169,22 @@ def elsewhere(work: Callable[[], T]) -> T:
         except BaseException as error:
             found.append(error)
         finally:
-            done.release()
+            ended.set()
 
-    done.acquire()
-    start_new_thread(run, ())
-    done.acquire()
+    opened(ended)
+    try:
+        start_new_thread(run, ())
+        ended.wait()
+    finally:
+        closed(ended)
     if isinstance(found[0], BaseException):
         raise found[0]
     return found[0]
+
+
+def is_awaited() -> bool:
+    """Whether a handler waits for what is going on."""
+    return bool(_handlers._waiting)
 
 
 def _undisturbed_from(frame: FrameType | None) -> FrameType | None:

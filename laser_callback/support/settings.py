@@ -27,3 +27,10 @@ def with_gradients(mode: bool) -> Generator[None, None, None]:
     """Within: gradients are recorded, or not."""
     with torch.set_grad_enabled(mode):
         yield
+
+
+@whole
+def with_inference(mode: bool) -> Generator[None, None, None]:
+    """Within: new tensors belong to inference mode, or are ordinary ones."""
+    with torch.inference_mode(mode):
+        yield

@@ -23,7 +23,7 @@ from laser_callback.plans.plan import LaserPlan
 from laser_callback.plans.reduction import Reduction
 from laser_callback.spectra.store import SIDE_BY_SIDE, Spectra
 from laser_callback.support.interrupts import catch_up, closed, opened, undisturbed
-from laser_callback.support.settings import with_gradients
+from laser_callback.support.settings import with_gradients, with_inference
 
 
 @dataclass(eq=False)
@@ -252,7 +252,7 @@ def _reduced_parameters(
             raise TypeError(_without_storage(matrix))
         # Normal tensors also inside of inference mode, since a later `fit` may run autograd while one is in place; for
         # a parameter that was itself made in inference mode, again such a tensor: torch cannot mix the two.
-        with torch.inference_mode(parameter.is_inference()):
+        with with_inference(parameter.is_inference()):
             original = matrix.value
             if spectra.changes_nothing(original, reduction, matrix.name):
                 continue

@@ -61,7 +61,7 @@ class World:
 
     def now(self) -> dict[str, Hashable]:
         modules = dict(self.modules)
-        random_states = RandomState.now().states
+        states = RandomState.now().states
         return {
             "weights": tuple(bool(torch.equal(p, value)) for p, value in self.weights),
             "storage": tuple(p.data_ptr() for p, _ in self.weights),
@@ -85,12 +85,18 @@ class World:
             "waiting": len(interrupts._handlers._waiting),
             "log level": logging.getLogger("lightning.pytorch").level,
             "warnings": (id(warnings.filters), id(warnings.showwarning)),
-            "random": str(random_states["python"][1][:5]) + str(random_states["torch"].sum()),
+            "random": (hash(states["python"]), states["numpy"][1].tobytes(), states["torch"].numpy().tobytes()),
         }
 
     def left(self) -> list[str]:
         now = self.now()
         return [name for name, value in self.before.items() if now[name] != value]
+
+
+def comes_from_interrupt(error: BaseException | None) -> bool:
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__cause__ or error.__context__
+    return error is not None
 
 
 def within(make: Callable[[], AbstractContextManager[Any]]) -> Work:
@@ -167,7 +173,9 @@ def contexts() -> dict[str, tuple[nn.Module, Work]]:
 
     def validating() -> None:
         with quiet_trainer("cpu") as run, left_as_found(run, trained, []):
+            rng = RandomState.now()
             run.validate(trained, make_data(), verbose=False)
+            rng.set()  # a DataLoader draws a seed for its workers
 
     found["a validation"] = trained, validating
     return found
@@ -193,7 +201,9 @@ def storm(model: nn.Module, work: Work, count: int, rng: random.Random) -> tuple
                 signal.setitimer(signal.ITIMER_REAL, max(1e-6, rng.uniform(0, 1.1 * length)))
                 work()
                 signal.setitimer(signal.ITIMER_REAL, 0)
-            except (KeyboardInterrupt, SystemExit):
+            except BaseException as error:  # of Lightning's, whose own clean-up was struck
+                if not comes_from_interrupt(error):
+                    raise
                 struck += 1
             signal.setitimer(signal.ITIMER_REAL, 0)
             if names := world.left():
