@@ -26,6 +26,7 @@ from torchmetrics import MetricCollection
 
 from laser_callback.compare.silent import silent
 from laser_callback.compare.state import Changes, Own, Start
+from laser_callback.compare.watch import WritesRefused
 from laser_callback.results.examples import Logged
 from laser_callback.support.interrupts import catch_up, closed, opened, undisturbed, whole
 from laser_callback.support.settings import ignoring
@@ -41,7 +42,8 @@ class _OfLightning(AbstractContextManager[None]):
         self.connector = _LoggerConnector(trainer)
         for name in ("_callback_metrics", "_logged_metrics", "_progress_bar_metrics"):
             setattr(self.connector, name, dict(getattr(trainer._logger_connector, name)))
-        self._mine: list[Any] = [self.connector, self.results, [silent(logger) for logger in trainer.loggers], None]
+        loggers = [silent(logger) for logger in trainer.loggers]
+        self._mine: list[Any] = [self.connector, self.results, loggers, _save_nothing, None]
         self._before: list[Any] = []  # empty unless in place
 
     @undisturbed
@@ -49,7 +51,7 @@ class _OfLightning(AbstractContextManager[None]):
         opened(self, partial(_put, self._trainer, self._module, self._before))
         trainer = self._trainer
         self._before += trainer._logger_connector, trainer._evaluation_loop._results, trainer.loggers
-        self._before.append(self._module._current_fx_name)
+        self._before += vars(trainer).get("save_checkpoint"), self._module._current_fx_name
         _put(trainer, self._module, self._mine)
         catch_up()
 
@@ -63,7 +65,7 @@ class _OfLightning(AbstractContextManager[None]):
     def suspend(self) -> None:
         """Make room for a signal handler."""
         if self._before:
-            self._mine[3] = self._module._current_fx_name
+            self._mine[-1] = self._module._current_fx_name
         _put(self._trainer, self._module, self._before)
 
     @undisturbed
@@ -73,8 +75,19 @@ class _OfLightning(AbstractContextManager[None]):
 
 
 def _put(trainer: pl.Trainer, module: pl.LightningModule, values: list[Any]) -> None:
-    if len(values) == 4:  # all were remembered
-        trainer._logger_connector, trainer._evaluation_loop._results, trainer.loggers, module._current_fx_name = values
+    if len(values) < 5:  # not all were remembered
+        return
+    trainer._logger_connector, trainer._evaluation_loop._results, trainer.loggers, save, module._current_fx_name = (
+        values
+    )
+    if save is None:
+        vars(trainer).pop("save_checkpoint", None)
+    else:
+        vars(trainer)["save_checkpoint"] = save
+
+
+def _save_nothing(*_: Any, **__: Any) -> None:
+    """In place of ``trainer.save_checkpoint``: the original's own hook has saved what is to be saved."""
 
 
 class Arm:
@@ -122,8 +135,9 @@ class Arm:
     def start(self) -> None:
         """The module's hooks at the start of an evaluation. This and what follows: within :meth:`active`."""
         self.has_started = True
-        for hook in (f"on_{self._stage}_start", f"on_{self._stage}_epoch_start"):
-            self._hook(hook)
+        with WritesRefused(self.module):
+            for hook in (f"on_{self._stage}_start", f"on_{self._stage}_epoch_start"):
+                self._hook(hook)
 
     def step(self, batch: Any, batch_idx: int, dataloader_idx: int | None) -> Any:
         """The module's hooks and its step on one batch, through the strategy (autocast and wrappers apply)."""
@@ -145,7 +159,8 @@ class Arm:
         """The module's hook at the end of the epoch. Returns what this arm logged per epoch."""
         self._close_dataloader()
         self._connector._evaluation_epoch_end()
-        self._hook(f"on_{self._stage}_epoch_end")
+        with WritesRefused(self.module):
+            self._hook(f"on_{self._stage}_epoch_end")
         self._connector.on_epoch_end()
         return logged(self.results)
 

@@ -36,6 +36,7 @@ from laser_callback.results.examples import DESCRIPTIONS, ORIGINAL
 from laser_callback.spectra.delta import BaseSource, BaseWeights, read_weights
 from laser_callback.spectra.store import Spectra
 from laser_callback.support.files import need_writable, told_if_unwritten
+from laser_callback.support.interrupts import is_of_handler
 
 LOOPS = ("validate", "test", "fit")
 
@@ -309,7 +310,7 @@ class LaserCallback(pl.Callback):
             yield
         except Exception as error:
             # Of several processes others would wait for this one.
-            if trainer.state.fn != "fit" or self.on_error == "raise" or trainer.world_size > 1:
+            if trainer.state.fn != "fit" or self.on_error == "raise" or trainer.world_size > 1 or is_of_handler(error):
                 raise
             self._abandon()
             rank_zero_warn(

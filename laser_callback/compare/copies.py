@@ -122,6 +122,17 @@ def copy_batch(batch: Any) -> Any:
     return copy_data(batch, memo)
 
 
+class _Returned(dict[int, Any]):
+    """A memo of copies of what a step has returned; tensors of more elements than this stay: logits, no outcomes."""
+
+    largest = 2**20
+
+
+def kept(output: Any) -> Any:
+    """What a step has returned, as it is now, if it goes on writing to that: a list that it keeps, a buffer."""
+    return copy_data(output, _Returned())
+
+
 def copy_data(value: Any, memo: dict[int, Any] | None = None) -> Any:
     """Copy containers, tensors and objects that hold nothing else; anything else is kept by reference.
 
@@ -135,7 +146,7 @@ def copy_data(value: Any, memo: dict[int, Any] | None = None) -> Any:
         return memo[id(value)][1]
     new: Any
     if isinstance(value, Tensor):
-        if isinstance(value, nn.Parameter):
+        if isinstance(value, nn.Parameter) or (isinstance(memo, _Returned) and value.numel() > memo.largest):
             new = value
         else:
             new = memo.copy_tensor(value) if isinstance(memo, _Batch) and _is_plain(value) else _copy_tensor(value)

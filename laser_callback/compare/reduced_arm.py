@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 from torchmetrics import MetricCollection
 
 from laser_callback.compare import arms
+from laser_callback.compare.copies import kept
 from laser_callback.compare.watch import Watch, may_keep_weights
 from laser_callback.plans.matrices import WeightMatrix
 from laser_callback.spectra.cut import CutSpectrum
@@ -81,7 +82,7 @@ class ReducedArm:
             if rarely:
                 self._watch.compare_contents()
             self._refuse_writing(self._watch.written or self.cut.written_to())
-        return output
+            return kept(output)  # now: what the step keeps, and goes on writing to, is about to be put away
 
     @whole
     def _in_place(self) -> Generator[None, None, None]:

@@ -33,6 +33,7 @@ from laser_callback.results.comparison import ArmResult, LaserResult, adjust_tog
 from laser_callback.results.examples import ORIGINAL, Logged, PairedExamples
 from laser_callback.spectra.cut import cut_spectra
 from laser_callback.spectra.store import Spectra
+from laser_callback.support.interrupts import is_of_handler
 from laser_callback.support.processes import gather
 from laser_callback.support.provenance import provenance
 from laser_callback.surgery.replay import LayerReplay, ReplayReport
@@ -178,6 +179,7 @@ class ComparisonRun:
             self._recording.__exit__(None, None, None)
         if not self.examples.batches:
             self._start.after_first_pass()
+        self._start.look()
         index = arms.sequential_dataloader_idx(self.trainer, dataloader_idx)
         collected = {ORIGINAL: outputs}
         means: dict[str, Any] = {}
@@ -237,6 +239,10 @@ class ComparisonRun:
         try:
             yield
         except Exception as error:
+            if is_of_handler(error):
+                raise
+            if isinstance(error, StopIteration):  # contextlib takes an error that it causes for its own
+                error = RuntimeError(repr(error))
             named = reduction.named(error, where)
             self._failed.append(reduction)
             if self.options.on_failure is not None:

@@ -20,7 +20,8 @@ import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.seed import _collect_rng_states, _set_rng_states
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from torch import Tensor, nn
+from torch import Tensor
+from torch.nn.parameter import is_lazy
 from torchmetrics import Metric
 
 from laser_callback.compare.places import (
@@ -119,7 +120,7 @@ class Start:
                 place.begin()
                 self.places.append(place)
         for name, parameter in self.module.named_parameters():
-            if type(parameter) is nn.Parameter and not name.startswith(self.isolate or "."):
+            if not is_lazy(parameter) and not name.startswith(self.isolate or "."):
                 self._fixed.append(_Fixed(name, parameter, f"the parameter `{name}`"))
 
     def after_first_pass(self) -> None:
@@ -141,6 +142,11 @@ class Start:
                     _Fixed(place.name, place.owner, f"`{place.name}` of {place.owner.numel():,} elements")
                 )
         self.check()
+
+    def look(self) -> None:
+        """Ahead of the reduced passes: what the user's own has written to is looked at closely after them."""
+        for fixed in self._fixed:
+            fixed.look()
 
     def mark(self) -> None:
         """After the last of the module's hooks before others have their turn (the next batch's transfer)."""
@@ -169,7 +175,11 @@ class Start:
 
 
 class _Fixed:
-    """A tensor that no pass should change, and what tells cheaply whether one has: its version, and some elements."""
+    """A tensor that no reduced pass should change, and what tells cheaply whether one has.
+
+    That is its version, and some of its elements for what is written behind torch's back. One whose version the user's
+    own pass moves, as that of a code book, is copied ahead of the reduced passes, compared, and put back.
+    """
 
     def __init__(self, name: str, tensor: Tensor, text: str) -> None:
         self.name = name
@@ -177,17 +187,28 @@ class _Fixed:
         self._tensor = tensor
         self._version = tensor_version(tensor)
         self._some = _some(tensor)
+        self._copy: Tensor | None = None
+        self._looks = 0
+
+    def look(self) -> None:
+        """Ahead of the reduced passes."""
+        version = tensor_version(self._tensor)
+        if version != self._version:
+            self._version, self._copy, self._some = version, self._tensor.detach().clone(), _some(self._tensor)
 
     def has_moved(self) -> bool:
-        version = tensor_version(self._tensor)
-        if version is not None and version == self._version and self._looked:
+        """After a pass."""
+        version, self._looks = tensor_version(self._tensor), self._looks + 1
+        rarely = self._looks & (self._looks - 1) == 0
+        if version is not None and version == self._version and not rarely:
             return False
-        self._version = version
-        self._looked = True
+        if self._copy is not None and version != self._version:
+            moved = not torch.equal(self._tensor.detach(), self._copy)
+            if moved:
+                self._tensor.data.copy_(self._copy)
+            return moved
         some = _some(self._tensor)
         return some.device == self._some.device and not torch.equal(some, self._some)
-
-    _looked = False
 
 
 def _some(tensor: Tensor) -> Tensor:

@@ -13,12 +13,13 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from typing_extensions import override
 
-from laser_callback.support.interrupts import whole
-from laser_callback.surgery.replayable import Onlooker
+from laser_callback.support.interrupts import undisturbed, whole
+from laser_callback.surgery.replayable import Onlooker, bit_sums
 from laser_callback.surgery.swap import reduced
 
 
@@ -59,7 +60,7 @@ class Watch:
     def compare_contents(self) -> None:
         """With the reduced weights in place: whether they are what they were when this was first called."""
         for key, parameter in self._parameters.items():
-            now = _sum(parameter)
+            now = bit_sums(parameter)
             if not torch.equal(self._sums.setdefault(key, now), now):
                 self._written[key] = None
 
@@ -74,13 +75,10 @@ class Watch:
                 self._unused.pop(key, None)
             elif id(tensor) in where and self._parameters[id(tensor)] is tensor:
                 self._written[id(tensor)] = None  # it points at other memory now
-        schema = getattr(func, "_schema", None)  # operators of higher order have none, and write to nothing
-        for argument, value in zip(schema.arguments if schema else (), args, strict=False):
-            if argument.alias_info is not None and argument.alias_info.is_write:
-                for tensor in _tensors(value):
-                    key = by_memory.get(_memory(tensor))
-                    if key is not None:
-                        self._written[key] = None
+        for tensor in _written_by(func, args):
+            key = by_memory.get(_memory(tensor))
+            if key is not None:
+                self._written[key] = None
 
 
 class _Dispatch(Onlooker):
@@ -108,6 +106,10 @@ def may_keep_weights() -> bool:
     return dynamo is not None and bool(dynamo.counters["stats"])
 
 
+def _version(tensor: Tensor) -> int | None:
+    return None if tensor.is_inference() else tensor._version
+
+
 def _tensors(tree: Any) -> Iterator[Tensor]:
     return (leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor))
 
@@ -119,8 +121,80 @@ def _memory(tensor: Tensor) -> int:
         return 0
 
 
-def _sum(tensor: Tensor) -> Tensor:
-    """Of the bits: another one for nearly every other content."""
-    flat = tensor.detach().contiguous().view(torch.uint8).reshape(-1)
-    whole = flat[: len(flat) // 4 * 4].view(torch.int32)
-    return torch.stack([whole.sum(dtype=torch.int64), flat.sum(dtype=torch.int64)])
+class WritesRefused(AbstractContextManager[None]):
+    """Around hooks of a reduced arm: what they write to parameters is undone, and refused.
+
+    Weight averaging that a module does by itself exchanges all weights in the hook at the start of an evaluation, and
+    puts them back in the one at its end. Done twice, the second would put back what the first has made of them.
+
+    Args:
+        module: whose parameters.
+        cure: what to do instead.
+
+    Raises:
+        MisconfigurationException: at the end, naming the first of the parameters.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._parameters = dict(module.named_parameters())
+        self._before: list[tuple[str, Tensor, int | None]] = []
+        self._where: dict[int, list[Tensor]] = {}  # by place in memory, which several may share
+        self._saved: dict[int, list[Tensor]] = {}
+        self._mode = _Saving(self)
+        self._as_written = _as_written()
+
+    @undisturbed
+    def __enter__(self) -> None:
+        self._before = [(name, p.data, _version(p)) for name, p in self._parameters.items()]
+        for _, data, _ in self._before:
+            self._where.setdefault(_memory(data), []).append(data)
+        self._as_written.__enter__()
+        self._mode.__enter__()
+
+    def save(self, tensor: Tensor) -> None:
+        """Ahead of a write to ``tensor``."""
+        memory = _memory(tensor)
+        if memory in self._where and memory not in self._saved:
+            self._saved[memory] = [data.clone() for data in self._where[memory]]
+
+    @undisturbed
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: Any) -> None:
+        self._mode.__exit__(kind, error, traceback)
+        self._as_written.__exit__(kind, error, traceback)
+        written = [n for n, data, version in self._before if self._is_other(self._parameters[n], data, version)]
+        for name, data, _ in self._before:
+            self._parameters[name].data = data
+        for memory, contents in self._saved.items():
+            for data, content in zip(self._where[memory], contents, strict=True):
+                data.copy_(content)
+        if written and kind is None:
+            more = f" and {len(written) - 1} more" if written[1:] else ""
+            raise MisconfigurationException(
+                f"a hook at the start or the end of the evaluation writes to `{written[0]}`{more}, as weight averaging "
+                "does: original and reduced model would write to the same weights. They are as they were. Put such "
+                "weights in place before the evaluation, as Lightning's WeightAveraging callback does"
+            )
+
+    def _is_other(self, parameter: Tensor, data: Tensor, version: int | None) -> bool:
+        moved = parameter.data_ptr() != data.data_ptr() or version != _version(parameter)
+        return moved or _memory(data) in self._saved
+
+
+class _Saving(Onlooker):
+    def __init__(self, refused: WritesRefused) -> None:
+        super().__init__()
+        self._refused = refused
+
+    @override
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for tensor in _written_by(func, args):
+            self._refused.save(tensor)
+        return func(*args, **(kwargs or {}))
+
+
+def _written_by(func: Any, args: tuple[Any, ...]) -> Iterator[Tensor]:
+    """The tensors that an operator writes to."""
+    schema = getattr(func, "_schema", None)  # operators of higher order have none, and write to nothing
+    for argument, value in zip(schema.arguments if schema else (), args, strict=False):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            yield from _tensors(value)

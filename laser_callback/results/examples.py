@@ -105,7 +105,9 @@ class PairedExamples:
                 if key in found or name in labels:
                     continue
                 parts = [
-                    b for b in self.batches if b.dataloader_idx == batch.dataloader_idx and name in b.outcomes[arm]
+                    b
+                    for b in self.batches
+                    if b.dataloader_idx == batch.dataloader_idx and name in b.outcomes.get(arm, {})
                 ]
                 kinds = {b.outcomes[arm][name].kind for b in parts}
                 values = _joined([b.outcomes[arm][name] for b in parts], kinds.pop() if len(kinds) == 1 else "mean")
@@ -185,7 +187,7 @@ class PairedExamples:
         batches = [self.batches[i] for i in places]
         names = dict.fromkeys(name for b in batches for name in (*b.outcomes[ORIGINAL], *b.unused))
         name = name_in(metric.name, list(names))
-        used = [b for b in batches if name in b.outcomes[ORIGINAL] and name in b.outcomes[arm]]
+        used = [b for b in batches if name in b.outcomes[ORIGINAL] and name in b.outcomes.get(arm, {})]
         reasons = [b.unused[name] for b in batches if b.unused.get(name)]
         reason = (
             f"what the step returns under this name is not one outcome per example: {reasons[0]}" if reasons else ""
@@ -196,7 +198,7 @@ class PairedExamples:
         without = [
             i
             for i, b in zip(places, batches, strict=True)
-            if not (name in b.outcomes[ORIGINAL] and name in b.outcomes[arm])
+            if not (name in b.outcomes[ORIGINAL] and name in b.outcomes.get(arm, {}))
             and (name in b.unused or means[i].get(ORIGINAL, {}).get(key, (0.0, 0.0))[1])
         ]
         if without:  # never some batches as examples, and others not
@@ -230,7 +232,7 @@ class PairedExamples:
     def _means(self, arm: str, key: str) -> tuple[tuple[Outcomes, Outcomes] | None, str]:
         """Each batch's mean of what is logged as ``key``, and which batches are left out; ``None`` if it is no mean."""
         absent = (0.0, 0.0)
-        shares = [(batch[ORIGINAL].get(key, absent), batch[arm].get(key, absent)) for batch in self.means]
+        shares = [(batch[ORIGINAL].get(key, absent), batch.get(arm, {}).get(key, absent)) for batch in self.means]
         shares = [(before, after) for before, after in shares if before[1] or after[1]]
         pairs = [(before, after) for before, after in shares if before[1] == after[1]]
         if not pairs:

@@ -117,13 +117,13 @@ class _Handlers:
         contexts = [ref() for ref, _ in list(self._contexts.values())]
         aside: list[Any] = [context for context in contexts if hasattr(context, "suspend")]
         if handler is signal.default_int_handler or not aside or self._running:
-            handler(number, frame)
+            _marked(handler, number, frame)
             return
         self._running = True
         try:
             for context in reversed(aside):
                 context.suspend()
-            handler(number, frame)
+            _marked(handler, number, frame)
         finally:
             for context in aside:  # also after an exception: not every one arrives (some strike in a finalizer)
                 context.resume()
@@ -131,6 +131,19 @@ class _Handlers:
 
 
 _handlers = _Handlers()
+
+
+def _marked(handler: Any, number: int, frame: FrameType | None) -> None:
+    try:
+        handler(number, frame)
+    except Exception as error:
+        error.__dict__["of_a_signal_handler"] = True
+        raise
+
+
+def is_of_handler(error: BaseException) -> bool:
+    """Whether a signal handler has raised it: it is no failure of the code in which it comes out."""
+    return "of_a_signal_handler" in vars(error)
 
 
 def opened(context: object, dropped: Callable[[], None] | None = None) -> None:

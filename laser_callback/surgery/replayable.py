@@ -42,6 +42,13 @@ def same_value(new: Any, old: Any) -> bool:
     return isinstance(new, Cache) or (type(new) is type(old) and new == old)
 
 
+def bit_sums(tensor: Tensor) -> Tensor:
+    """Two sums over the bits, shape (2,), int64: others for nearly every other content."""
+    flat = tensor.detach().reshape(-1).view(torch.uint8)
+    whole = flat[: len(flat) // 4 * 4].view(torch.int32)
+    return torch.stack([whole.sum(dtype=torch.int64), flat.sum(dtype=torch.int64)])
+
+
 def why_not_call(modules: list[nn.Module], leaves: list[Any]) -> str:
     """Why a call of the layer made of ``modules`` (itself first) must run, whatever the record says."""
     if any(module.training for module in modules):

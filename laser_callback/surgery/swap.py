@@ -34,10 +34,11 @@ class _Swap:
     original: Tensor
     reduced: Tensor
     version: int | None
+    matrices: list[WeightMatrix]
 
     @classmethod
-    def of(cls, parameter: nn.Parameter, tensor: Tensor) -> _Swap:
-        return cls(parameter, parameter.data, tensor, _version(parameter))
+    def of(cls, parameter: nn.Parameter, tensor: Tensor, matrices: list[WeightMatrix]) -> _Swap:
+        return cls(parameter, parameter.data, tensor, _version(parameter), matrices)
 
     def is_untouched(self) -> bool:
         """Whether the parameter holds what was put there, if on another device or in another precision."""
@@ -50,11 +51,24 @@ class _Swap:
     def take_back(self) -> None:
         # The module may have gone to another device or precision meanwhile (`Trainer(precision="bf16-true")`).
         self.parameter.data = self.original.to(self.parameter.device, self.parameter.dtype)
+        for matrix in self.matrices:
+            # Another may have taken its place (`load_state_dict(assign=True)`): one that holds the same, goes back too.
+            now = matrix.module._parameters.get(matrix.attribute)
+            if now is not None and now is not self.parameter and self._is_copy(now.data):
+                now.data = self.original.to(now.device, now.dtype)
+
+    def _is_copy(self, tensor: Tensor) -> bool:
+        if tensor.shape != self.reduced.shape or tensor.is_meta or not tensor.is_floating_point():
+            return False
+        reduced = self.reduced.to(tensor.device).double()  # it may have been in half precision meanwhile
+        return bool((tensor.double() - reduced).abs().max() <= 2**-7 * reduced.abs().max())
 
 
 def _version(parameter: nn.Parameter) -> int | None:
     return None if parameter.is_inference() else parameter._version
 
+
+_Cut = tuple[nn.Parameter, Tensor, list[WeightMatrix]]
 
 # What is in place in this process, in the order of entry, so that blocks may end in any order.
 _in_place: list[list[_Swap]] = []
@@ -66,8 +80,8 @@ class reduced(AbstractContextManager["reduced"]):  # noqa: N801 - reads as a ver
     The first entry factorises; the object can be entered again and then only swaps pointers. It cannot be entered while
     it is open. If the model's weights change between two entries, make a new object: the reduced tensors are those of
     the first entry. Blocks may overlap, and end in any order. What the block writes to a reduced parameter (an
-    optimizer's step, ``load_state_dict``) is lost at its end, and a warning names it; a move to another device or
-    precision holds for the weights that come back, too.
+    optimizer's step, ``load_state_dict``) is lost at its end, and a warning names it, but for what is written through
+    ``.data``, which cannot be seen; a move to another device or precision holds for the weights that come back, too.
 
     Args:
         model: any module, or the matrices that :func:`find_matrices` has found in it.
@@ -103,7 +117,7 @@ class reduced(AbstractContextManager["reduced"]):  # noqa: N801 - reads as a ver
         self.plan = LaserPlan.of(plan)
         self._spectra = spectra
         self.matrices: list[tuple[WeightMatrix, Reduction]] = self.plan.resolve(model)
-        self._cuts: list[tuple[nn.Parameter, Tensor]] | None = None
+        self._cuts: list[_Cut] | None = None
         self._swaps: list[_Swap] = []  # empty unless in place
         self.is_suspended = False
 
@@ -112,7 +126,7 @@ class reduced(AbstractContextManager["reduced"]):  # noqa: N801 - reads as a ver
         if self._cuts is None:
             with with_gradients(False):
                 self._cuts = _reduced_parameters(self.matrices, self._spectra or Spectra())
-        return [tensor for _, tensor in self._cuts]
+        return [tensor for _, tensor, _ in self._cuts]
 
     def forget(self) -> None:
         """Free the reduced tensors; the next entry makes them again, from the model's weights at that time."""
@@ -134,9 +148,9 @@ class reduced(AbstractContextManager["reduced"]):  # noqa: N801 - reads as a ver
     def _swap_in(self) -> reduced:
         opened(self, partial(_dropped, self._swaps, str(self.plan)))
         _in_place.append(self._swaps)
-        for parameter, tensor in self._cuts or []:
+        for parameter, tensor, matrices in self._cuts or []:
             # Remember first, then swap: an exception between the two lines restores a parameter to itself.
-            self._swaps.append(_Swap.of(parameter, tensor))
+            self._swaps.append(_Swap.of(parameter, tensor, matrices))
             parameter.data = tensor
         torch.clear_autocast_cache()
         catch_up()
@@ -148,13 +162,15 @@ class reduced(AbstractContextManager["reduced"]):  # noqa: N801 - reads as a ver
     ) -> None:
         try:
             try:
-                lost = self.written_to() if kind is None else []
+                lost = self.written_to()
             finally:
                 self.restore()
         except BaseException:  # brought by no signal (another thread, a debugger): finish, then let it through
             self.restore()
             raise
         if lost:
+            self._cuts = None  # they are not what they were: the next entry makes others
+        if lost and kind is None:
             warnings.warn(
                 f"{', '.join(lost)}: written to while reduced by {str(self.plan)!r}. What was written is lost: the "
                 "original weights are back",
@@ -174,8 +190,8 @@ class reduced(AbstractContextManager["reduced"]):  # noqa: N801 - reads as a ver
     def written_to(self) -> list[str]:
         """The names of the reduced parameters that no longer hold what this has put there."""
         later = {id(swap.parameter) for swap in _after(self._swaps)}  # a block that was entered meanwhile
-        touched = {id(s.parameter) for s in self._swaps if id(s.parameter) not in later and not s.is_untouched()}
-        return [f"`{matrix.name}`" for matrix, _ in self.matrices if id(matrix.parameter) in touched]
+        touched = [s for s in self._swaps if id(s.parameter) not in later and not s.is_untouched()]
+        return [f"`{matrix.name}`" for swap in touched for matrix in swap.matrices]
 
     @undisturbed
     def suspend(self) -> None:
@@ -239,11 +255,9 @@ def _dropped(swaps: list[_Swap], plan: str) -> None:
         )
 
 
-def _reduced_parameters(
-    matrices: list[tuple[WeightMatrix, Reduction]], spectra: Spectra
-) -> list[tuple[nn.Parameter, Tensor]]:
+def _reduced_parameters(matrices: list[tuple[WeightMatrix, Reduction]], spectra: Spectra) -> list[_Cut]:
     """One reduced tensor per parameter that changes; several matrices of a fused parameter share it."""
-    tensors: dict[int, tuple[nn.Parameter, Tensor]] = {}
+    tensors: dict[int, _Cut] = {}
     for i, (matrix, reduction) in enumerate(matrices):
         if i % SIDE_BY_SIDE == 0:
             spectra.ahead(_factorised_whole(matrices[i : i + SIDE_BY_SIDE]))
@@ -257,8 +271,9 @@ def _reduced_parameters(
             if spectra.changes_nothing(original, reduction, matrix.name):
                 continue
             if id(parameter) not in tensors:
-                tensors[id(parameter)] = parameter, parameter.data.clone(memory_format=torch.preserve_format)
+                tensors[id(parameter)] = parameter, parameter.data.clone(memory_format=torch.preserve_format), []
             matrix.write(tensors[id(parameter)][1], spectra.reduce(original, reduction, matrix.name))
+            tensors[id(parameter)][2].append(matrix)
     return list(tensors.values())
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from small_models import gpt2
 from torch import Tensor, nn
 from weights import Snapshot
 
@@ -183,3 +184,40 @@ def test_a_handler_that_raises_at_any_microsecond_leaves_nothing(net: Net) -> No
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
     assert hits > 900
+
+
+@pytest.mark.parametrize("how", ["load", "convert", "new object"])
+def test_a_parameter_object_that_is_exchanged_inside_goes_back_too(how: str) -> None:
+    model = gpt2()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with reduced(model, "1.mlp@0.1"):
+        if how == "load":
+            model.load_state_dict(model.state_dict(), assign=True)
+        elif how == "convert":
+            torch.__future__.set_overwrite_module_params_on_conversion(True)
+            try:
+                model.half().float()
+            finally:
+                torch.__future__.set_overwrite_module_params_on_conversion(False)
+        else:
+            layer = model.transformer.h[1].mlp.c_fc
+            layer.weight = torch.nn.Parameter(layer.weight.detach().clone())
+    rounding = 2e-3 if how == "convert" else 0.0
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(value, before[name], rtol=0, atol=rounding)
+
+
+def test_the_block_after_one_that_was_written_to_holds_the_cut() -> None:
+    model = gpt2()
+    cut = reduced(model, "1.fc_in@0.1")
+    weight = model.transformer.h[1].mlp.c_fc.weight
+    with cut:
+        first = weight.detach().clone()
+    with pytest.warns(UserWarning, match="What was written is lost"), cut, torch.no_grad():
+        weight.add_(1.0)
+    with cut:
+        assert torch.equal(weight, first)
+    with pytest.raises(KeyError), cut, torch.no_grad():
+        {}[weight.add_(1.0)]  # written, then raised
+    with cut:
+        assert torch.equal(weight, first)
