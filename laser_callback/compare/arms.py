@@ -10,23 +10,26 @@ installed version.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.callbacks import LambdaCallback
 from lightning.pytorch.trainer.connectors.logger_connector.logger_connector import _LoggerConnector
 from lightning.pytorch.trainer.connectors.logger_connector.result import _ResultCollection
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 from torch.utils import _pytree as pytree
 from torchmetrics import MetricCollection
 
 from laser_callback.compare.silent import silent
-from laser_callback.compare.state import Changes, Own, Start
+from laser_callback.compare.state import Own, Start
 from laser_callback.compare.watch import WritesRefused
+from laser_callback.compare.windows import Windows
 from laser_callback.results.examples import Logged
 from laser_callback.support.interrupts import catch_up, closed, opened, undisturbed, whole
 from laser_callback.support.settings import ignoring
@@ -98,13 +101,17 @@ class Arm:
         module: the user's module.
         stage: ``"validation"`` or ``"test"``, as in the names of the hooks.
         start: what the arm's steps may write to.
+        windows: what others write between the module's hooks.
     """
 
-    def __init__(self, trainer: pl.Trainer, module: pl.LightningModule, stage: str, start: Start) -> None:
+    def __init__(
+        self, trainer: pl.Trainer, module: pl.LightningModule, stage: str, start: Start, windows: Windows
+    ) -> None:
         self._trainer = trainer
         self.module = module
         self._stage = stage
         self._own = Own(start)
+        self._windows = windows
         self._lightning = _OfLightning(trainer, module)
         self._dataloader_idx: int | None = None
         self.hook = ""  # the latest that was called
@@ -114,17 +121,13 @@ class Arm:
 
     def beginner(self) -> Arm:
         """An arm that starts where this one has started."""
-        return Arm(self._trainer, self.module, self._stage, self._own.start)
+        return Arm(self._trainer, self.module, self._stage, self._own.start, self._windows)
 
     def twin(self) -> Arm:
         """Within :meth:`active`: an arm inside of this one, which starts where this one is, and leaves it there."""
-        twin = Arm(self._trainer, self.module, self._stage, self._own.start.again())
+        twin = Arm(self._trainer, self.module, self._stage, self._own.start.again(), self._windows)
         twin._dataloader_idx = self._dataloader_idx
         return twin
-
-    def share(self, changes: Changes) -> None:
-        """Take over what somebody else than a pass has changed."""
-        self._own.share(changes)
 
     @whole
     def active(self) -> Generator[None, None, None]:
@@ -170,6 +173,7 @@ class Arm:
 
     def _hook(self, name: str, *args: Any) -> None:
         self.hook = name
+        self._windows.repeat(name)
         self.module._current_fx_name = name
         getattr(self.module, name)(*args)
 
@@ -292,42 +296,79 @@ def sequential_dataloader_idx(trainer: pl.Trainer, dataloader_idx: int) -> int |
     return dataloader_idx if loop._is_sequential and loop.num_dataloaders > 1 else None
 
 
-class AfterHook:
-    """Call ``then`` once, right after the module's own hook ``name`` has run.
+class Moments:
+    """Tells of the moments right ahead of and right behind each of the module's own hooks, and of its step.
 
-    Callbacks run before the module's hook of the same name, so this is how to see what that hook logs, while logging is
-    still allowed.
+    Lightning runs each of them, and nothing else, as one action of ``trainer.profiler``: all callbacks have had their
+    turn before the module's hook begins, and none has it before the step has been told to be over. So neither the
+    module nor the order of the callbacks has to be changed to know whose code runs.
+
+    Args:
+        trainer: with an evaluation loop that is running.
+        module: the user's module.
+        stage: ``"validation"`` or ``"test"``.
+        ahead: hears the name of the hook or step that begins.
+        behind: hears the name of the one that has ended.
     """
 
-    def __init__(self, module: pl.LightningModule, name: str, then: Callable[[], None]) -> None:
-        self._module = module
-        self._name = name
-        self._then = then
-        self._before = vars(module).get(name)
-        self._hook = getattr(module, name)
-        self._wrapped = self._call  # one object, to be known again
-        self._done = False
+    def __init__(
+        self,
+        trainer: pl.Trainer,
+        module: pl.LightningModule,
+        stage: str,
+        ahead: Callable[[str], None],
+        behind: Callable[[str], None],
+    ) -> None:
+        hooks = [f"on_{stage}_{hook}" for hook in ("start", "epoch_start", "batch_start", "batch_end", "epoch_end")]
+        self.names = {f"[LightningModule]{type(module).__name__}.{hook}": hook for hook in hooks}
+        self.names[f"[Strategy]{type(trainer.strategy).__name__}.{stage}_step"] = f"{stage}_step"
+        self.ahead = ahead
+        self.behind = behind
+        self._profiler = trainer.profiler
 
     def install(self) -> None:
         """From now on. :meth:`remove` undoes it at any time, also where an interrupt has come in between."""
-        vars(self._module)[self._name] = self._wrapped
+        profile = vars(self._profiler).get("profile")
+        told = profile if isinstance(profile, _Profile) else _Profile(self._profiler)
+        told.all.append(self)
+        vars(self._profiler)["profile"] = told
 
     def remove(self) -> None:
-        """Put back what was there, unless that has been done."""
-        if vars(self._module).get(self._name) is not self._wrapped:
-            return
-        if self._before is None:
-            del vars(self._module)[self._name]
-        else:
-            vars(self._module)[self._name] = self._before
+        """Put back what was there, unless that has been done or others still listen."""
+        told = vars(self._profiler).get("profile")
+        if isinstance(told, _Profile) and self in told.all:
+            told.all.remove(self)
+            if not told.all:
+                told.remove()
 
-    def _call(self, *args: Any, **kwargs: Any) -> Any:
-        self.remove()
-        result = self._hook(*args, **kwargs)
-        if not self._done:  # another callback's arm may have it in place still
-            self._done = True
-            self._then()
-        return result
+
+class _Profile:
+    """In the place of a profiler's ``profile``: the same, and each of the :class:`Moments` is told."""
+
+    def __init__(self, profiler: Any) -> None:
+        self.all: list[Moments] = []
+        self._profiler = profiler
+        self._before = vars(profiler).get("profile")
+        self._profile = profiler.profile
+
+    def remove(self) -> None:
+        if self._before is None:
+            del vars(self._profiler)["profile"]
+        else:
+            vars(self._profiler)["profile"] = self._before
+
+    def __call__(self, action_name: str) -> Any:
+        told = [(moments, moments.names[action_name]) for moments in self.all if action_name in moments.names]
+        return self._telling(action_name, told) if told else self._profile(action_name)
+
+    @contextmanager
+    def _telling(self, action_name: str, told: list[tuple[Moments, str]]) -> Iterator[Any]:
+        for moments, hook in told:
+            moments.ahead(hook)
+        with self._profile(action_name) as profiled:
+            yield profiled
+        for moments, hook in told:
+            moments.behind(hook)
 
 
 def around(trainer: pl.Trainer) -> dict[str, Any]:
@@ -335,3 +376,14 @@ def around(trainer: pl.Trainer) -> dict[str, Any]:
     others = [other for other in trainer.callbacks if not hasattr(other, "key_prefix")]  # all but LaserCallbacks
     loaders = pytree.tree_leaves([trainer.val_dataloaders, trainer.test_dataloaders])
     return {"trainer.datamodule": trainer.datamodule, "trainer.callbacks": others, "the dataloaders": loaders}
+
+
+def others_write(trainer: pl.Trainer, module: pl.LightningModule) -> bool:
+    """Whether code of the user's runs between the module's own hooks: callbacks, or the transfer of a batch."""
+    for other in trainer.callbacks:
+        lightnings = type(other).__module__.partition(".")[0] in ("lightning", "pytorch_lightning")
+        if not hasattr(other, "key_prefix") and (not lightnings or isinstance(other, LambdaCallback)):
+            return True
+    hooks = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
+    owners = [owner for owner in (module, trainer.datamodule) if owner is not None]
+    return any(is_overridden(hook, owner) for owner in owners for hook in hooks)

@@ -26,7 +26,8 @@ from typing_extensions import override
 
 from laser_callback.compare import arms
 from laser_callback.compare.controls import random_plan
-from laser_callback.compare.run import ComparisonRun, RunOptions, UpdateFn, warn_early
+from laser_callback.compare.options import RunOptions, UpdateFn, warn_early
+from laser_callback.compare.run import ComparisonRun
 from laser_callback.plans.plan import LaserPlan
 from laser_callback.reports.loggers import publish
 from laser_callback.reports.page import save_page
@@ -236,14 +237,14 @@ class LaserCallback(pl.Callback):
         self._result = None
         with self._giving_up(trainer):
             self._run = ComparisonRun(self._options_for(pl_module), trainer, pl_module, stage)
+            self._run.listen(partial(self._ahead, trainer), partial(self._behind, trainer))
 
     @override
     def on_validation_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         if self._run is not None:
-            with self._giving_up(trainer):
-                self._run.before_step(batch)
+            self._run.take_batch(batch)
 
     @override
     def on_validation_batch_end(
@@ -256,18 +257,21 @@ class LaserCallback(pl.Callback):
         dataloader_idx: int = 0,
     ) -> None:
         if self._run is not None:
-            with self._giving_up(trainer):
-                self._run.after_step(outputs, batch_idx, dataloader_idx)
+            self._run.take_outputs(outputs, batch_idx, dataloader_idx)
 
-    @override
-    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def _ahead(self, trainer: pl.Trainer, hook: str) -> None:
+        """Right ahead of each of the module's own hooks, and of its step."""
         if self._run is not None:
             with self._giving_up(trainer):
-                self._run.before_epoch_end(partial(self._finished, self._run, trainer))
+                self._run.ahead_of(hook)
 
-    def _finished(self, run: ComparisonRun, trainer: pl.Trainer) -> None:
-        with self._giving_up(trainer):
-            self._finish(run, trainer)
+    def _behind(self, trainer: pl.Trainer, hook: str) -> None:
+        """Right behind it."""
+        if self._run is not None:
+            with self._giving_up(trainer):
+                self._run.behind(hook)
+                if hook.endswith("_epoch_end"):
+                    self._finish(self._run, trainer)
 
     def _finish(self, run: ComparisonRun, trainer: pl.Trainer) -> None:
         """What is made of a run that has seen all batches."""
@@ -291,7 +295,6 @@ class LaserCallback(pl.Callback):
     on_test_start = on_validation_start
     on_test_batch_start = on_validation_batch_start
     on_test_batch_end = on_validation_batch_end
-    on_test_epoch_end = on_validation_epoch_end
     on_test_end = on_validation_end
 
     @override

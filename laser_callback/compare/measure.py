@@ -21,7 +21,8 @@ from torch.utils.data import DataLoader
 from typing_extensions import override
 
 from laser_callback.compare.callback import LaserCallback
-from laser_callback.compare.run import ComparisonRun, RunOptions
+from laser_callback.compare.options import RunOptions
+from laser_callback.compare.run import ComparisonRun
 from laser_callback.compare.trainer import left_as_found, quiet_trainer
 from laser_callback.plans.matrices import find_matrices, layer_stacks
 from laser_callback.plans.plan import LaserPlan

@@ -9,24 +9,25 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
+from torch.utils import _pytree as pytree
 from torchmetrics import MetricCollection
 
 from laser_callback.compare import arms
 from laser_callback.compare.controls import random_plan, zeroed_plan
 from laser_callback.compare.copies import copy_batch
+from laser_callback.compare.options import RunOptions, warn_early, warn_if_absent
 from laser_callback.compare.reduced_arm import ReducedArm
 from laser_callback.compare.state import RandomState, Start
+from laser_callback.compare.windows import Windows
 from laser_callback.plans.matrices import find_matrices
 from laser_callback.plans.plan import LaserPlan
 from laser_callback.results.comparison import ArmResult, LaserResult, adjust_together
@@ -38,30 +39,6 @@ from laser_callback.support.processes import gather
 from laser_callback.support.provenance import provenance
 from laser_callback.surgery.replay import LayerReplay, ReplayReport
 from laser_callback.surgery.swap import reduced
-
-UpdateFn = Callable[[MetricCollection, Any, Any], None]
-
-
-@dataclass(frozen=True)
-class RunOptions:
-    """What a run needs to know of :class:`~laser_callback.compare.LaserCallback`'s arguments."""
-
-    plans: Mapping[str, LaserPlan]
-    metrics: MetricCollection | None
-    update: UpdateFn | None
-    primary: str | None
-    controls: bool
-    key_prefix: str
-    replay: bool
-    seed: int
-    spectra: Spectra | None = None
-    tensor_bytes: float = math.inf  # hold so much of reduced tensors, rebuild the others from their spectra
-    with_spectra: bool = True  # put the spectra of what the plans cut into the result
-    on_arm: Callable[[str], None] | None = None  # hears the name of each reduced arm that has finished a batch
-    on_failure: Callable[[str, Exception], None] | None = None  # hears of arms that fail, which then rest
-    isolate: tuple[str, ...] = ()
-    skip_isolation: bool = False
-    watched: bool = True  # see that the passes use the reduced weights
 
 
 class ComparisonRun:
@@ -80,9 +57,13 @@ class ComparisonRun:
         matrices = find_matrices(module)
         self._spectra = options.spectra or Spectra()
         self._start = Start(module, arms.around(trainer), options.isolate, options.skip_isolation)
+        self._windows = Windows(self._start, arms.others_write(trainer, module))
         self._reductions = [
             ReducedArm(
-                name, control, reduced(matrices, plan, self._spectra), arms.Arm(trainer, module, stage, self._start)
+                name,
+                control,
+                reduced(matrices, plan, self._spectra),
+                arms.Arm(trainer, module, stage, self._start, self._windows),
             )
             for name, base in options.plans.items()
             for control, plan in self._with_controls(base)
@@ -96,10 +77,37 @@ class ComparisonRun:
         self._original_means: dict[str, tuple[float, float]] = {}
         self._metrics = self._new_metrics()
         self._recording: Any = None
-        self._after_hook: arms.AfterHook | None = None
+        self._moments: arms.Moments | None = None
         self._begun = False
-        self._after_others: arms.AfterHook | None = None
-        self._hear_of_others("epoch_start")
+
+    def listen(self, ahead: Callable[[str], None], behind: Callable[[str], None]) -> None:
+        """From now on tell of each hook of the module's own, and of its step, until :meth:`close`.
+
+        They are to call :meth:`ahead_of` and :meth:`behind`.
+        """
+        self._moments = arms.Moments(self.trainer, self.module, self.stage, ahead, behind)
+        self._moments.install()
+
+    def ahead_of(self, hook: str) -> None:
+        """Right ahead of one of the module's own hooks, when all callbacks have had their turn; or of its step."""
+        if hook == f"{self.stage}_step":  # nobody has had a turn since the hook before it
+            return
+        self._windows.close(hook)
+        if hook == f"on_{self.stage}_start":
+            self._start_rng = RandomState.now()
+        elif hook == f"on_{self.stage}_batch_start":
+            self._before_step()
+        elif hook == f"on_{self.stage}_batch_end":
+            self._reduced_steps()
+        elif hook == f"on_{self.stage}_epoch_end":
+            self._before_epoch_end()
+
+    def behind(self, hook: str) -> None:
+        """Right behind one of them, before a callback has its turn."""
+        if hook == f"{self.stage}_step":
+            self._after_step()
+        if hook != f"on_{self.stage}_batch_start":
+            self._windows.open()
 
     def _with_controls(self, plan: LaserPlan) -> Iterable[tuple[str, LaserPlan]]:
         yield "", plan
@@ -142,7 +150,8 @@ class ComparisonRun:
         else:
             self._replay = None
         self._start.first_batch()
-        if not any(is_overridden(f"on_{self.stage}_{hook}", self.module) for hook in ("start", "epoch_start")):
+        hooks = [f"on_{self.stage}_{hook}" for hook in ("start", "epoch_start")]
+        if not any(is_overridden(hook, self.module) or self._windows.heard.get(hook) for hook in hooks):
             return
         rng = RandomState.now()
         for reduction in self._running():
@@ -155,30 +164,39 @@ class ComparisonRun:
             finally:
                 rng.set()
 
-    def before_step(self, batch: Any) -> None:
+    def take_batch(self, batch: Any) -> None:
+        """What the next step will be given."""
+        self._batch = batch
+
+    def take_outputs(self, outputs: Any, batch_idx: int, dataloader_idx: int) -> None:
+        """What the original's step has returned, before all callbacks have had it."""
+        self._returned = pytree.tree_map(lambda leaf: leaf, outputs), batch_idx, dataloader_idx
+
+    def _before_step(self) -> None:
         """Ahead of the user's pass."""
         self._raise_late()
-        changes = self._start.changes()
-        for reduction in self._running():
-            reduction.arm.share(changes)
         self._begin_arms()
         self._close_means()
         if len(self.examples.batches) == 1:
             self._look_for_primary()
-        self._batch = copy_batch(batch)
+        self._batch = copy_batch(self._batch)
         self._rng = RandomState.now()
         if self._replay is not None:
             self._recording = self._replay.record()  # known before it begins: an interrupt may come in between
             self._recording.__enter__()
         self._begin = time.perf_counter()
 
-    def after_step(self, outputs: Any, batch_idx: int, dataloader_idx: int) -> None:
-        """After the user's pass: the reduced passes on copies of the same batch."""
+    def _after_step(self) -> None:
+        """Right after the user's pass."""
         self._original_seconds += time.perf_counter() - self._begin
         if self._recording is not None:
             self._recording.__exit__(None, None, None)
         if not self.examples.batches:
             self._start.after_first_pass()
+
+    def _reduced_steps(self) -> None:
+        """Ahead of the last hook of the user's pass: the reduced passes on copies of the same batch."""
+        outputs, batch_idx, dataloader_idx = self._returned
         self._start.look()
         index = arms.sequential_dataloader_idx(self.trainer, dataloader_idx)
         collected = {ORIGINAL: outputs}
@@ -206,10 +224,10 @@ class ComparisonRun:
             if self._replay is not None:
                 self._replay.forget()
         self._start.check()
-        self._hear_of_others("batch_end")
         self.examples.add(collected, self._batch, index)
         self.examples.means.append(means)
         self._batch = None
+        del self._returned
 
     def _pass(self, reduction: ReducedArm, batch_idx: int, index: int | None) -> Any:
         """One reduced pass on a copy of the batch."""
@@ -257,14 +275,12 @@ class ComparisonRun:
         for error in self._late:
             raise error
 
-    def before_epoch_end(self, finish: Callable[[], None]) -> None:
-        """Ahead of the module's own hook; ``finish`` follows it."""
+    def _before_epoch_end(self) -> None:
+        """Ahead of the module's own hook; :meth:`finish` follows it."""
         self._raise_late()
         self._begin_arms()
         self._close_means()
         self._rng = RandomState.now()
-        self._after_hook = arms.AfterHook(self.module, f"on_{self.stage}_epoch_end", finish)
-        self._after_hook.install()
 
     def finish(self) -> LaserResult | None:
         """After the module's own hook: end the reduced arms, publish their keys, compare.
@@ -317,9 +333,8 @@ class ComparisonRun:
         """Leave nothing behind, whatever state the run is in."""
         if self._recording is not None:
             self._recording.close()
-        for hook in (self._after_hook, self._after_others):
-            if hook is not None:
-                hook.remove()
+        if self._moments is not None:
+            self._moments.remove()
         for reduction in self._reductions:
             reduction.cut.restore()
 
@@ -328,13 +343,6 @@ class ComparisonRun:
         return self.trainer._results
 
     # ---- details ----------------------------------------------------------------------------------------------------
-
-    def _hear_of_others(self, hook: str) -> None:
-        """What the hooks of the next batch's transfer write to the module belongs to all arms."""
-        hooks = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
-        if any(is_overridden(transfer, self.module) for transfer in hooks):
-            self._after_others = arms.AfterHook(self.module, f"on_{self.stage}_{hook}", self._start.mark)
-            self._after_others.install()
 
     def _hold(self, reduction: ReducedArm) -> None:
         """Of many arms keep the reduced tensors that were used last, as far as there is room."""
@@ -422,7 +430,7 @@ class ComparisonRun:
                 controls.setdefault(reduction.name, {})[reduction.control] = results[reduction.key]
         keys = dict.fromkeys(row.metric for arm in plans.values() for row in arm.rows)
         primary = self.options.primary if self.options.primary in keys else None
-        _warn_if_absent(self.options.primary, keys, "this evaluation")
+        warn_if_absent(self.options.primary, keys, "this evaluation")
         adjust_together(list(plans.values()), primary)
         compared = {key for arm in logged.values() for key in arm}
         reasons |= {f"plan {name}": self._unused[name] for name in plans if name in self._unused}
@@ -437,18 +445,4 @@ class ComparisonRun:
             examples,
             provenance(self.trainer, self.module, self.options.seed),
             None if self._spectra.base is None else self._spectra.base.digest,
-        )
-
-
-def warn_early(options: RunOptions, keys: Collection[str], where: str) -> None:
-    """Warn if the primary is not among the ``keys`` that are logged so far. No error: a module may log others later."""
-    if options.metrics is None:  # own metrics have their keys only when they are computed
-        _warn_if_absent(options.primary, keys, where)
-
-
-def _warn_if_absent(primary: str | None, keys: Collection[str], where: str) -> None:
-    if primary is not None and primary not in keys:
-        rank_zero_warn(
-            f"`primary` must be a key that is logged per epoch, got {primary!r}, but {where} logged "
-            f"{', '.join(keys) or 'nothing'}. Without it no row has the star, and all p values are Holm-adjusted."
         )

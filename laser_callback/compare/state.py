@@ -81,7 +81,6 @@ class Start:
         self.isolate = tuple(isolate)
         self.trusting = trusting
         self._others = others or {}
-        self._marked: Changes = []
         self.places = reachable({"module": module, **self._others})
         for name in self.isolate:
             try:
@@ -148,14 +147,13 @@ class Start:
         for fixed in self._fixed:
             fixed.look()
 
-    def mark(self) -> None:
-        """After the last of the module's hooks before others have their turn (the next batch's transfer)."""
-        self._marked = [(p, p.start if p.holds(p.start) else p.read()) for p in self.places if p.start is not None]
-
-    def changes(self) -> Changes:
-        """What they have changed since :meth:`mark`; nothing if there was none."""
-        marked, self._marked = self._marked, []
-        return [(place, place.read()) for place, before in marked if not place.holds(before)]
+    def also(self, name: str, values: list[Any]) -> None:
+        """What somebody else than a pass has put into the place ``name``: all arms start from what it holds now."""
+        known = {id(place.owner) for place in (*self.places, *self._large)}
+        for place in reachable({name: values}):
+            if id(place.owner) not in known and place.owner is not values:
+                place.begin()
+                self.places.append(place)
 
     def check(self) -> None:
         """Whether something has moved that cannot be put back.
@@ -236,10 +234,6 @@ class Own(AbstractContextManager["Own"]):
         self._is_aside = False
         for name in start.isolate:
             self._isolate(name)
-
-    def share(self, changes: Changes) -> None:
-        """Take over what somebody else than a pass has changed: it belongs to all arms."""
-        self._mine.update(changes)
 
     def _isolate(self, name: str) -> None:
         path, _, attribute = name.rpartition(".")
