@@ -223,15 +223,23 @@ class Spectra:
         """``matrix`` after ``reduction``, shape (m, n), in ``matrix``' dtype and on its device.
 
         Raises:
-            ValueError: if ``matrix`` holds NaN or infinite values, or the reference method cannot do ``reduction``.
+            ValueError: if ``matrix`` holds NaN or infinite values or no values at all, the reference method cannot do
+                ``reduction``, or its result is beyond what ``matrix``' dtype holds.
         """
         with with_gradients(False):
             if self.method == "reference":
-                return self._reduce_as_reference(matrix, reduction, name)
-            blocks = _blocks(self.operand(matrix, name), reduction, name)
-            parts = [self._reduce_block(block, reduction, name) for block in blocks]
-            reduced = parts[0] if len(parts) == 1 else torch.cat(parts)
-            return reduced if self.base is None else self.base.sum(reduced, matrix, name)
+                reduced = self._reduce_as_reference(matrix, reduction, name)
+            else:
+                blocks = _blocks(self.operand(matrix, name), reduction, name)
+                parts = [self._reduce_block(block, reduction, name) for block in blocks]
+                reduced = parts[0] if len(parts) == 1 else torch.cat(parts)
+                reduced = reduced if self.base is None else self.base.sum(reduced, matrix, name)
+            if not bool(torch.isfinite(reduced).all()):
+                raise ValueError(
+                    f"{reduction} makes values of `{name}` that are larger than {_dtype(matrix)} holds, "
+                    f"{torch.finfo(matrix.dtype).max:.4g}: load the model in float32, or scale its weights down"
+                )
+            return reduced
 
     def changes_nothing(self, matrix: Tensor, reduction: Reduction, name: str = "matrix") -> bool:
         """True where rounding would be the only effect: everything is kept, or what is removed keeps its scale.
@@ -317,6 +325,8 @@ def _reference_rank(reduction: Reduction, max_rank: int) -> int:
 
 def _blocks(matrix: Tensor, reduction: Reduction, name: str) -> tuple[Tensor, ...]:
     """The groups of rows that ``reduction`` cuts apart."""
+    if not matrix.numel():
+        raise ValueError(f"`{name}` is {matrix.shape[0]} x {matrix.shape[1]}, without any weights: leave it out")
     if reduction.blocks > len(matrix):
         raise ValueError(
             f"`blocks` of {reduction} must be at most the number of rows of `{name}`, {len(matrix)}, got "
@@ -334,6 +344,10 @@ def _moved(spectrum: Spectrum, device: torch.device) -> Spectrum:
     if spectrum.basis.device == device:
         return spectrum
     return Spectrum(spectrum.values.to(device), spectrum.basis.to(device), spectrum.shape)
+
+
+def _dtype(matrix: Tensor) -> str:
+    return str(matrix.dtype).removeprefix("torch.")
 
 
 def _shape(matrix: Tensor) -> tuple[int, int]:
