@@ -37,7 +37,7 @@ def report(
         examples: the outcomes of each example (.examples.jsonl), for the page; by default those beside the result.
     """
     need_files(result=result, examples=examples)
-    need_writable({"result": result, "examples": examples}, html=html)
+    need_writable({"result": result, "examples": examples or result.with_suffix(".examples.jsonl")}, html=html)
     need_writable_folder(pictures=pictures)
     found = read_result(result)
     rows = read_examples(result if examples is None else examples, must_exist=examples is not None)

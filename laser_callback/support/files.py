@@ -24,7 +24,6 @@ from typing import Any
 from safetensors import SafetensorError
 
 from laser_callback.support.plain_json import plain
-from laser_callback.support.suggest import clipped
 
 _fcntl: Any = importlib.import_module("fcntl") if os.name == "posix" else None  # elsewhere nothing is swept
 _MARK = ".laser-"
