@@ -9,6 +9,7 @@ kept, and either is said once. Any number of processes may share a folder, and a
 
 from __future__ import annotations
 
+import math
 import time
 import warnings
 from collections import OrderedDict, deque
@@ -234,7 +235,7 @@ class Spectra:
                 parts = [self._reduce_block(block, reduction, name) for block in blocks]
                 reduced = parts[0] if len(parts) == 1 else torch.cat(parts)
                 reduced = reduced if self.base is None else self.base.sum(reduced, matrix, name)
-            if not bool(torch.isfinite(reduced).all()):
+            if not all(map(math.isfinite, map(float, torch.aminmax(reduced)))):
                 raise ValueError(
                     f"{reduction} makes values of `{name}` that are larger than {_dtype(matrix)} holds, "
                     f"{torch.finfo(matrix.dtype).max:.4g}: load the model in float32, or scale its weights down"
@@ -274,6 +275,7 @@ class Spectra:
         return self._of(block, name).reduce(block, reduction)
 
     def _reduce_as_reference(self, matrix: Tensor, reduction: Reduction, name: str) -> Tensor:
+        _need_weights(matrix, name)
         rank = _reference_rank(reduction, min(matrix.shape))
         refuse_non_finite(matrix, name)
         start = time.perf_counter()
@@ -323,10 +325,14 @@ def _reference_rank(reduction: Reduction, max_rank: int) -> int:
     return int(max_rank * reduction.rho)
 
 
-def _blocks(matrix: Tensor, reduction: Reduction, name: str) -> tuple[Tensor, ...]:
-    """The groups of rows that ``reduction`` cuts apart."""
+def _need_weights(matrix: Tensor, name: str) -> None:
     if not matrix.numel():
         raise ValueError(f"`{name}` is {matrix.shape[0]} x {matrix.shape[1]}, without any weights: leave it out")
+
+
+def _blocks(matrix: Tensor, reduction: Reduction, name: str) -> tuple[Tensor, ...]:
+    """The groups of rows that ``reduction`` cuts apart."""
+    _need_weights(matrix, name)
     if reduction.blocks > len(matrix):
         raise ValueError(
             f"`blocks` of {reduction} must be at most the number of rows of `{name}`, {len(matrix)}, got "

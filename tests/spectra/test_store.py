@@ -165,7 +165,7 @@ def test_values_beyond_the_dtype_are_refused(dtype, method):
 
 @pytest.mark.parametrize("shape", [(0, 5), (5, 0)])
 def test_a_matrix_without_weights_is_named(shape):
-    for ask in (Spectra().reduce, Spectra().changes_nothing):
+    for ask in (Spectra().reduce, Spectra().changes_nothing, Spectra(method="reference").reduce):
         with pytest.raises(ValueError, match=rf"`3\.mlp` is {shape[0]} x {shape[1]}, without any weights"):
             ask(torch.zeros(shape), cut(0.4), "3.mlp")
 

@@ -182,7 +182,7 @@ def test_what_is_read_or_written_by_another_option_is_not_written(tmp_path):
     with pytest.raises(ValueError, match=r"`html`: .* is also `output`"):
         need_writable(output=tmp_path / "new", html=tmp_path / "new")
     need_writable({"facts": facts}, output="/dev/null", html="/dev/null")
-    with pytest.raises(NotADirectoryError, match="`pictures`: .* is no folder"):
+    with pytest.raises(NotADirectoryError, match=r"`pictures`: .* is no folder"):
         need_writable_folder(pictures=facts)
 
 
