@@ -83,7 +83,7 @@ def need_unicode(**texts: str) -> None:
         except UnicodeEncodeError as error:
             raise ValueError(
                 f"`{name}` must be text in Unicode, got half of a surrogate pair at character {error.start + 1} of "
-                f"{ascii(shown(text))[1:-1]}"
+                f"{shown(text)}"
             ) from None
 
 
