@@ -287,7 +287,13 @@ class Spectra:
             # Not `torch.manual_seed`, which seeds the generators of all devices.
             generator = torch.cuda.default_generators[work.device.index] if on_cuda else torch.default_generator
             generator.manual_seed(seed)
-            u, s, v = torch.svd_lowrank(work.float(), q=rank, niter=2)
+            try:
+                u, s, v = torch.svd_lowrank(work.float(), q=rank, niter=2)
+            except torch.linalg.LinAlgError as error:
+                raise ValueError(
+                    f"the method 'reference' computes in float32, which does not hold the products of `{name}`: use "
+                    "the method 'exact', or scale its weights down"
+                ) from error
         result = u @ torch.diag(s) @ v.T
         with _lock:
             self.factorised += 1
