@@ -289,7 +289,7 @@ class Spectra:
             generator.manual_seed(seed)
             try:
                 u, s, v = torch.svd_lowrank(work.float(), q=rank, niter=2)
-            except torch.linalg.LinAlgError as error:
+            except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
                 raise ValueError(
                     f"the method 'reference' computes in float32, which does not hold the products of `{name}`: use "
                     "the method 'exact', or scale its weights down"
