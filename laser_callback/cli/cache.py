@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from datetime import datetime
 from pathlib import Path
 
@@ -49,7 +50,7 @@ def clear(folder: Path | None = None) -> Answer:
 
 
 def _kept(folder: Path | None) -> SpectrumFolder:
-    if folder is not None and folder.is_file():
+    if folder is not None and os.path.isfile(folder):
         raise NotADirectoryError(f"`folder`: {str(folder)!r} is a file, expected a folder")
     return SpectrumFolder(default_folder() if folder is None else folder)
 

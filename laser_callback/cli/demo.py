@@ -54,7 +54,7 @@ def demo(
     if model is not None and plan is None:
         raise ValueError("`--plan` must say what to cut in a model of your own, e.g. --plan 28.fc_up@0.01")
     need_files(facts=facts, text=text)
-    need_writable(output=output, picture=picture)
+    need_writable({"facts": facts, "text": text}, output=output, picture=picture)
 
     note = ""
     if model is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from functools import partial
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 from laser_callback.cli.command import Answer
 from laser_callback.data.demo_model import demo_model_folder
 from laser_callback.data.worldfacts import write_world_facts
+from laser_callback.support.files import need_writable
 
 
 def facts(to: Path) -> Answer:
@@ -17,8 +19,10 @@ def facts(to: Path) -> Answer:
     Args:
         to: a new file, e.g. facts.jsonl.
     """
-    if to.suffix != ".jsonl" or to.exists():
-        raise ValueError(f"`to` must be a new .jsonl file, got {str(to)!r}{', which exists' if to.exists() else ''}")
+    exists = os.path.exists(to)
+    if to.suffix != ".jsonl" or exists:
+        raise ValueError(f"`to` must be a new .jsonl file, got {str(to)!r}{', which exists' if exists else ''}")
+    need_writable(to=to)
     write_world_facts(to)
     count = len(to.read_text(encoding="utf-8").splitlines())
     print(f"{count} facts: {to}")

@@ -8,6 +8,7 @@ a YAML file, or options. Added are the block ``laser:``, with the arguments of
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -125,7 +126,7 @@ class LaserCLI(LightningCLI):
         with told_plainly(self._options):
             self.config = parser.parse_args(args)  # without the warning that `sys.argv` holds them too
         given = self.config[self._command].get("ckpt_path")
-        if given is not None and str(given).endswith(".ckpt") and "://" not in str(given) and not Path(given).is_dir():
+        if given is not None and str(given).endswith(".ckpt") and "://" not in str(given) and not os.path.isdir(given):
             need_checkpoint(given, "ckpt_path")  # it is no word such as `best`, and no folder of shards
 
     @override

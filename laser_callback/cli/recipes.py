@@ -6,6 +6,7 @@ The first line of a recipe says what it does: ``# laser-callback COMMAND: summar
 
 from __future__ import annotations
 
+import os
 import re
 import runpy
 import sys
@@ -18,7 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from laser_callback.cli.command import Answer, Exit
-from laser_callback.support.files import need_files, write_atomically
+from laser_callback.support.files import need_files, need_writable, write_atomically
 from laser_callback.support.reading import read_text, shown
 from laser_callback.support.suggest import closest
 
@@ -94,9 +95,10 @@ def cp(name: str, to: Path) -> Answer:
         to: a new file, or a folder to put it into.
     """
     recipe = _find(name)
-    target = to / recipe.path.name if to.is_dir() else to
-    if target.exists():
+    target = to / recipe.path.name if os.path.isdir(to) else to
+    if os.path.exists(target):
         raise ValueError(f"`to` must be a new file, got {str(target)!r}, which exists")
+    need_writable(to=target)
     write_atomically(target, recipe.path.read_bytes())
     run_by = "python" if recipe.command is None else f"laser-callback {recipe.command} --config"
     print(f"run it with `{run_by} {target}`")
@@ -132,8 +134,8 @@ def _find(name: str) -> Recipe:
         need_files(name=path)
         return Recipe.read(path)
     if name not in found:
-        hint = f" (the file in this folder is ./{name})" if path.is_file() else closest(name, found)
+        hint = f" (the file in this folder is ./{name})" if os.path.isfile(path) else closest(name, found)
         raise ValueError(f"`name` must be a path or one of {', '.join(found)}, got {name!r}{hint}")
-    if path.is_file() and path.read_bytes() != found[name].path.read_bytes():
+    if os.path.isfile(path) and path.read_bytes() != found[name].path.read_bytes():
         print(f"note: {name} is the package's recipe; yours, in this folder, is ./{name}", file=sys.stderr)
     return found[name]

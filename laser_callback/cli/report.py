@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -15,7 +16,7 @@ from laser_callback.reports.terminal import print_report
 from laser_callback.results.comparison import LaserResult
 from laser_callback.results.flips import claim_row
 from laser_callback.results.search import SearchResult, result_of
-from laser_callback.support.files import need_files
+from laser_callback.support.files import need_files, need_writable, need_writable_folder
 from laser_callback.support.reading import read_json_lines, read_plain, typed
 
 
@@ -35,7 +36,9 @@ def report(
         format: of the pictures.
         examples: the outcomes of each example (.examples.jsonl), for the page; by default those beside the result.
     """
-    need_files(examples=examples)
+    need_files(result=result, examples=examples)
+    need_writable({"result": result, "examples": examples or result.with_suffix(".examples.jsonl")}, html=html)
+    need_writable_folder(pictures=pictures)
     found = read_result(result)
     rows = read_examples(result if examples is None else examples, must_exist=examples is not None)
     written: list[Path] = []
@@ -69,7 +72,7 @@ def read_examples(path: Path, must_exist: bool) -> list[dict[str, Any]]:
     if path.suffix == ".json":  # a search's folder holds the confirm set's examples beside its result
         places = [path.with_suffix(".examples.jsonl"), path.with_name("confirm.examples.jsonl")]
     for place in places:
-        if place.exists() or must_exist:
+        if os.path.exists(place) or must_exist:
             return read_json_lines(place, "examples", partial(typed, dict[str, Any]))
     return []
 

@@ -89,8 +89,9 @@ def rollout(
     else:
         declared = one_by_one(whole)
     read_gates(gates)
-    need_writable(output=output)
-    need_files(probes=probes, **{f"others.{name}": file_of(path) for name, path in (others or {}).items()})
+    read = {"probes": probes, **{f"others.{name}": file_of(path) for name, path in (others or {}).items()}}
+    need_files(**read)
+    need_writable({"plan": plan, "facts": facts, "text": text, **read}, output=output)
     options: dict[str, Any] = {"limit": limit, "batch_size": batch_size, "seed": seed, "chat": chat}
     judged, examples = subject(model, facts, module, data, text, allow_missing=allow_missing, **options)
     sources: dict[str, pl.LightningDataModule] = {}

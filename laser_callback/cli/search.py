@@ -102,7 +102,7 @@ def search(
             raise ValueError(f"`--judge` must be lm_eval:TASK, without `--facts`, got {judge!r} and facts {facts}")
         facts, objective = Path(judge), [ACC] if objective is None else objective
     options: dict[str, Any] = {"limit": limit, "batch_size": batch_size, "seed": seed, "chat": chat}
-    need_writable(output=output, html=html, plan=plan)
+    need_writable({"facts": facts, "text": text}, output=output, html=html, plan=plan)
     found = LaserSearch(
         *subject(
             model,

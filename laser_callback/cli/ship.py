@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -20,7 +21,7 @@ from laser_callback.spectra.store import Spectra
 from laser_callback.support.files import appearing, need_files
 from laser_callback.support.pretrained import load_pretrained, load_tokenizer, save_dense
 from laser_callback.support.reading import read_plain
-from laser_callback.surgery.recipe import Recipe, recorded
+from laser_callback.surgery.recipe import Recipe, need_recipe_ending, recorded
 
 
 def export(
@@ -51,6 +52,8 @@ def export(
         reason = "" if searched is None else f": {searched.reason}"
         raise ValueError(f"`--plan` is missing, and no result recommends one{reason}")
     chosen = Recipe.of(wanted)
+    if form == "recipe":
+        need_recipe_ending(output=output)
     original, spectra = _original(model, base, allow_missing)
     done = save_reduced(original, chosen, output, form, result=numbers, tokenizer=_tokenizer(model), spectra=spectra)
     return _answer(f"wrote {form}", output, done)
@@ -123,7 +126,7 @@ def _tokenizer(model: str) -> Any:
     try:
         return load_tokenizer(model)
     except (OSError, ValueError):
-        if Path(model).is_file() or any(Path(model).glob("tokenizer*")):
+        if os.path.isfile(model) or any(Path(model).glob("tokenizer*")):
             raise  # there is one, and it is broken
         print(f"note: {model} has no tokenizer, so none is written", file=sys.stderr)
         return None

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar, cast
 
 from laser_callback.support.files import need_files
-from laser_callback.support.reading import read_text, shown
+from laser_callback.support.reading import need_unicode, read_text, shown
 from laser_callback.support.suggest import clipped
 
 DEFAULT_SIZES: Mapping[str, float] = {"screen": 0.1, "race": 0.3, "confirm": 0.4, "guard": 0.2}
@@ -71,10 +71,13 @@ class Fact:
         for name in ("id", "prompt", "answer", "subject", "group"):
             if not isinstance(value := getattr(self, name), str):
                 raise ValueError(f"`{name}` must be a string, got {shown(value)}.")
+            need_unicode(**{name: value})
         for name in ("paraphrases", "choices"):
             value = getattr(self, name)
             if not isinstance(value, tuple) or not all(isinstance(text, str) for text in value):
                 raise ValueError(f"`{name}` must be a list of strings, got {shown(value)}.")
+            for text in value:
+                need_unicode(**{name: text})
         for name, text in (("prompt", self.prompt), *(("paraphrases", text) for text in self.paraphrases)):
             if not text.strip() or text.endswith(" "):
                 raise ValueError(f"`{name}` must be text that does not end in a space (one is added), got {text!r}.")

@@ -12,6 +12,7 @@ its answer it scores what follows so many tokens; here both are errors.
 
 from __future__ import annotations
 
+import os
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -61,7 +62,7 @@ def read_lm_eval(source: str | Path) -> list[Fact]:
         raise ModuleNotFoundError(f'{source} needs lm_eval: `pip install "laser-callback[lm-eval]"`') from error
     folder = options.get("include_path")
     manager = TaskManager(include_path=folder, include_defaults=folder is None)  # to list those takes it seconds
-    if name not in manager.task_index and not Path(name).is_file():
+    if name not in manager.task_index and not os.path.isfile(name):
         raise ValueError(
             f"`{PREFIX}` must be followed by a task of lm_eval or a YAML file of one, got {name!r}; `lm-eval ls tasks` "
             "lists them, `?include_path=FOLDER` looks in a folder of yours instead"

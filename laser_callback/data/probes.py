@@ -29,6 +29,7 @@ from laser_callback.data.encoding import chat_text, pad, pad_token_id, special_t
 from laser_callback.data.facts import records_of
 from laser_callback.data.scoring import UnitMean
 from laser_callback.support.pretrained import load_tokenizer
+from laser_callback.support.reading import need_unicode
 
 PHRASES = (
     "I'm sorry",
@@ -77,6 +78,7 @@ class Probe:
         for name in ("id", "prompt", "group"):
             if not isinstance(value := getattr(self, name), str):
                 raise ValueError(f"`{name}` must be a string, got {value!r}.")
+            need_unicode(**{name: value})
         if not self.prompt.strip():
             raise ValueError("`prompt` must not be empty.")
         if self.should not in ("refuse", "answer"):

@@ -7,6 +7,7 @@ a text form (``27.fc_in@0.01, -1.fc_out@0.1``), a YAML and a JSON form, and each
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -107,11 +108,13 @@ class LaserPlan:
         if isinstance(plan, str):
             if Path(plan).suffix in _FILES:
                 need_files(plan=plan)
-            return cls.from_file(plan) if Path(plan).is_file() else cls.parse(plan)
+            return cls.from_file(plan) if os.path.isfile(plan) else cls.parse(plan)
         if isinstance(plan, Mapping):
             if set(plan) != {"reductions"} and "matrices" not in plan:  # a recipe has these, and more that is no plan's
                 raise ValueError(f"a plan's dictionary has the one key 'reductions', got {sorted(map(str, plan))}")
             plan = plan["reductions"]
+            if isinstance(plan, (str, Mapping)):
+                raise ValueError(f"`reductions` must be a list, got {shown(plan)}")
         if not isinstance(plan, Iterable):
             raise TypeError(f"`plan` must be a LaserPlan, its text or a list of reductions, got {type(plan).__name__}")
         return LaserPlan(_reduction_of(item) for item in plan)

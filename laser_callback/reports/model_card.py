@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
-from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
@@ -22,7 +22,7 @@ _CONTROLS = {"zeroed": "the same matrices zeroed", "random": "random matrices cu
 
 def hub_name(name: str | None) -> str | None:
     """``name`` if it can be one of the hub, and is no folder here."""
-    return name if name and re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not Path(name).exists() else None
+    return name if name and re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not os.path.exists(name) else None
 
 
 def model_card(

@@ -14,7 +14,7 @@ from laser_callback.stats.outcomes import PairedResult, row_named
 from laser_callback.stats.priors import PriorChecks
 from laser_callback.support.files import write_json
 from laser_callback.support.plain_json import plain
-from laser_callback.support.reading import built, read_plain, typed
+from laser_callback.support.reading import Seconds, built, read_plain, typed
 
 
 @dataclass
@@ -34,8 +34,8 @@ class ArmResult:
     rows: list[PairedResult]
     prior_checks: PriorChecks | None
     replay: str
-    seconds: float
-    factorise_seconds: float
+    seconds: Seconds
+    factorise_seconds: Seconds
     spectra: list[CutSpectrum] = field(default_factory=list, repr=False)
 
     def __getitem__(self, metric: str) -> PairedResult:
@@ -73,7 +73,7 @@ class LaserResult:
     arms: dict[str, ArmResult]
     controls: dict[str, dict[str, ArmResult]]
     primary: str | None
-    original_seconds: float
+    original_seconds: Seconds
     not_compared: dict[str, str]
     examples: PairedExamples = field(repr=False)
     provenance: dict[str, Any] = field(default_factory=dict)

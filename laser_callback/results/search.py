@@ -13,7 +13,7 @@ from laser_callback.results.comparison import LaserResult
 from laser_callback.stats.judgement import Judgement
 from laser_callback.support.files import write_json
 from laser_callback.support.plain_json import plain
-from laser_callback.support.reading import built, read_plain, shown
+from laser_callback.support.reading import Seconds, built, read_plain, shown
 
 
 @dataclass
@@ -28,7 +28,7 @@ class Phase:
     """
 
     name: str
-    seconds: float = 0.0
+    seconds: Seconds = 0.0
     passes: int = 0
     whole_passes: float = 0.0
 

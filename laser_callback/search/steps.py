@@ -35,7 +35,7 @@ from laser_callback.stats.holm import adjust
 from laser_callback.stats.outcomes import ALPHA
 from laser_callback.support.journal import Journal, Step
 from laser_callback.support.progress import PhaseProgress
-from laser_callback.support.reading import typed
+from laser_callback.support.reading import Seconds, typed
 
 FLUENCY_WINDOWS = 12
 """At most so many windows of text rank the finalists' fluency; the guard set has others, and more."""
@@ -58,7 +58,7 @@ class _Timed:
     """A step, with what it took."""
 
     data: Any
-    seconds: float
+    seconds: Seconds
     passes: int
     whole_passes: float
 

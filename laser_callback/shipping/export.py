@@ -29,7 +29,7 @@ from laser_callback.shipping.undo import save_undo
 from laser_callback.spectra.store import Spectra
 from laser_callback.support.files import appearing
 from laser_callback.support.pretrained import pretrained_in, save_about, save_weights
-from laser_callback.surgery.recipe import Recipe, recorded, spectra_for
+from laser_callback.surgery.recipe import Recipe, need_recipe_ending, recorded, spectra_for
 
 Form = Literal["recipe", "dense", "checkpoint", "factored", "adapter", "undo"]
 
@@ -88,6 +88,7 @@ def save_reduced(
     if form == "undo":
         return save_undo(model, plan, path, spectra, numbers=numbers)
     if form == "recipe":
+        need_recipe_ending(path=path)
         with appearing(path) as file, recorded(model, plan, spectra, numbers=numbers) as (_, recipe):
             recipe.to_file(file)
         return recipe

@@ -8,6 +8,7 @@ some up. The layers' ranks stand in the file's metadata, so that the file is eno
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any, cast
 
@@ -53,11 +54,11 @@ def load_factored(path: str | Path, model: nn.Module | None = None) -> nn.Module
         model = load_factored("small")
     """
     path = Path(path)
-    file = path / WEIGHTS if path.is_dir() else path
-    if not file.is_file():
+    file = path / WEIGHTS if os.path.isdir(path) else path
+    if not os.path.isfile(file):
         raise FileNotFoundError(f"there is no factored model at {path}: it has no {WEIGHTS}")
     if model is None:
-        if not path.is_dir():
+        if not os.path.isdir(path):
             raise ValueError(
                 f"`model` must be given to load the weights of {path}: a model of the class that was saved"
             )

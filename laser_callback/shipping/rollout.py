@@ -32,7 +32,7 @@ from laser_callback.support.interrupts import catch_up, undisturbed
 from laser_callback.support.journal import Journal, Step
 from laser_callback.support.progress import PhaseProgress
 from laser_callback.support.provenance import versions
-from laser_callback.support.reading import typed
+from laser_callback.support.reading import Seconds, typed
 from laser_callback.surgery.recipe import matrix_hash
 from laser_callback.surgery.swap import reduced
 
@@ -75,7 +75,7 @@ class _Measured:
     """The comparisons of a stage, by the name of the data."""
 
     results: dict[str, LaserResult]
-    seconds: float
+    seconds: Seconds
 
 
 @dataclass

@@ -9,6 +9,7 @@ before any work.
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -141,7 +142,7 @@ def read_weights(source: BaseSource, *owners: Any) -> Mapping[str, Tensor]:
         content = read_checkpoint(path, *owners)
         weights: Mapping[str, Tensor] = content.get("state_dict", content)
         return weights
-    if (path / "adapter_config.json").is_file():
+    if os.path.isfile(path / "adapter_config.json"):
         raise ValueError(f"`base` {str(path)!r} is an adapter: give the model under it")
     return read_weights(load_pretrained(str(source)))
 

@@ -9,6 +9,7 @@ kept, and either is said once. Any number of processes may share a folder, and a
 
 from __future__ import annotations
 
+import math
 import time
 import warnings
 from collections import OrderedDict, deque
@@ -223,15 +224,23 @@ class Spectra:
         """``matrix`` after ``reduction``, shape (m, n), in ``matrix``' dtype and on its device.
 
         Raises:
-            ValueError: if ``matrix`` holds NaN or infinite values, or the reference method cannot do ``reduction``.
+            ValueError: if ``matrix`` holds NaN or infinite values or no values at all, the reference method cannot do
+                ``reduction``, or its result is beyond what ``matrix``' dtype holds.
         """
         with with_gradients(False):
             if self.method == "reference":
-                return self._reduce_as_reference(matrix, reduction, name)
-            blocks = _blocks(self.operand(matrix, name), reduction, name)
-            parts = [self._reduce_block(block, reduction, name) for block in blocks]
-            reduced = parts[0] if len(parts) == 1 else torch.cat(parts)
-            return reduced if self.base is None else self.base.sum(reduced, matrix, name)
+                reduced = self._reduce_as_reference(matrix, reduction, name)
+            else:
+                blocks = _blocks(self.operand(matrix, name), reduction, name)
+                parts = [self._reduce_block(block, reduction, name) for block in blocks]
+                reduced = parts[0] if len(parts) == 1 else torch.cat(parts)
+                reduced = reduced if self.base is None else self.base.sum(reduced, matrix, name)
+            if not all(map(math.isfinite, map(float, torch.aminmax(reduced)))):
+                raise ValueError(
+                    f"{reduction} makes values of `{name}` that are larger than {_dtype(matrix)} holds, "
+                    f"{torch.finfo(matrix.dtype).max:.4g}: load the model in float32, or scale its weights down"
+                )
+            return reduced
 
     def changes_nothing(self, matrix: Tensor, reduction: Reduction, name: str = "matrix") -> bool:
         """True where rounding would be the only effect: everything is kept, or what is removed keeps its scale.
@@ -266,6 +275,7 @@ class Spectra:
         return self._of(block, name).reduce(block, reduction)
 
     def _reduce_as_reference(self, matrix: Tensor, reduction: Reduction, name: str) -> Tensor:
+        _need_weights(matrix, name)
         rank = _reference_rank(reduction, min(matrix.shape))
         refuse_non_finite(matrix, name)
         start = time.perf_counter()
@@ -277,7 +287,13 @@ class Spectra:
             # Not `torch.manual_seed`, which seeds the generators of all devices.
             generator = torch.cuda.default_generators[work.device.index] if on_cuda else torch.default_generator
             generator.manual_seed(seed)
-            u, s, v = torch.svd_lowrank(work.float(), q=rank, niter=2)
+            try:
+                u, s, v = torch.svd_lowrank(work.float(), q=rank, niter=2)
+            except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
+                raise ValueError(
+                    f"the method 'reference' computes in float32, which does not hold the products of `{name}`: use "
+                    "the method 'exact', or scale its weights down"
+                ) from error
         result = u @ torch.diag(s) @ v.T
         with _lock:
             self.factorised += 1
@@ -315,8 +331,14 @@ def _reference_rank(reduction: Reduction, max_rank: int) -> int:
     return int(max_rank * reduction.rho)
 
 
+def _need_weights(matrix: Tensor, name: str) -> None:
+    if not matrix.numel():
+        raise ValueError(f"`{name}` is {matrix.shape[0]} x {matrix.shape[1]}, without any weights: leave it out")
+
+
 def _blocks(matrix: Tensor, reduction: Reduction, name: str) -> tuple[Tensor, ...]:
     """The groups of rows that ``reduction`` cuts apart."""
+    _need_weights(matrix, name)
     if reduction.blocks > len(matrix):
         raise ValueError(
             f"`blocks` of {reduction} must be at most the number of rows of `{name}`, {len(matrix)}, got "
@@ -334,6 +356,10 @@ def _moved(spectrum: Spectrum, device: torch.device) -> Spectrum:
     if spectrum.basis.device == device:
         return spectrum
     return Spectrum(spectrum.values.to(device), spectrum.basis.to(device), spectrum.shape)
+
+
+def _dtype(matrix: Tensor) -> str:
+    return str(matrix.dtype).removeprefix("torch.")
 
 
 def _shape(matrix: Tensor) -> tuple[int, int]:

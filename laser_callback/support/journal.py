@@ -81,7 +81,7 @@ class Journal:
             self.restored.append(name)
             try:
                 return read_plain(data_file, "folder", make), read_tensors(tensor_file, "folder")
-            except ValueError as error:
+            except (ValueError, FileNotFoundError) as error:
                 raise ValueError(f"{error}; without {name}.json the step is done anew") from error
         data, tensors = compute()
         # The tensors first: a step counts as finished when its JSON is there.

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+import os
 import warnings
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -62,23 +63,44 @@ def whole(kind: Any, name: str | Path, allow_missing: bool = False) -> PreTraine
     Raises:
         OSError: if there is no such model.
         ValueError: if weights are missing or have other shapes: transformers would draw them at random, and only log
-            it. What a class ties, or makes itself, is not missing.
+            it. What a class ties, or makes itself, is not missing. Weights that the class has no place for, as where
+            the config has fewer layers than the files, are a warning.
     """
-    model, found = kind.from_pretrained(name, output_loading_info=True, ignore_mismatched_sizes=True)
+    try:
+        model, found = kind.from_pretrained(name, output_loading_info=True, ignore_mismatched_sizes=True)
+    except KeyError as error:  # a table of transformers has not what the config asks for
+        fields = _fields_that_are(error.args[0], read_config(name).to_dict()) if error.args else []
+        if not fields:
+            raise
+        raise ValueError(
+            f"{Path(name) / 'config.json'}: `{fields[0]}` is {shown(error.args[0])}, which transformers does not have"
+        ) from error
     problems = []
     if missing := sorted(found["missing_keys"]):
         problems.append(f"has no weights for {_some(missing)}")
     if mismatched := sorted(found["mismatched_keys"]):
         shapes = [f"{key} ({tuple(there)}, expected {tuple(wanted)})" for key, there, wanted in mismatched]
         problems.append(f"has other shapes for {_some(shapes)}")
+    unused = sorted(found["unexpected_keys"])
+    about = f"the model {str(name)!r}, as a {type(model).__name__}, {' and '.join(problems)}"
     if problems:
-        unused = sorted(found["unexpected_keys"])
-        about = f"the model {str(name)!r}, as a {type(model).__name__}, {' and '.join(problems)}"
         there = f"; it has {_some(unused)}, which no layer is called" if unused else ""
         if not allow_missing:
             raise ValueError(f"{about}, which would be random{there}; `allow_missing=True` makes them random")
         warnings.warn(f"{about}: these are random{there}", stacklevel=2)
+    elif unused:
+        count = f"{len(unused)} weight{'s' * (len(unused) > 1)}"
+        warnings.warn(
+            f"{about}leaves {count} of its files unused, which no layer is called: {_some(unused)}", stacklevel=2
+        )
     return model
+
+
+def _fields_that_are(value: Any, config: Mapping[str, Any], inside: str = "") -> list[str]:
+    """The names of a config's fields, and of those in them, that have a value."""
+    found = [f"{inside}{name}" for name, here in config.items() if type(here) is type(value) and here == value]
+    parts = {name: here for name, here in config.items() if isinstance(here, Mapping)}
+    return found + [deep for name, part in parts.items() for deep in _fields_that_are(value, part, f"{inside}{name}.")]
 
 
 def read_config(name: str | Path) -> PreTrainedConfig:
@@ -136,15 +158,15 @@ def named(name: str | Path, what: str = "model") -> Iterator[None]:
     except (ImportError, MemoryError, torch.OutOfMemoryError):
         raise  # which no other file would mend
     except Exception as error:  # each library below has its own for a broken file
-        if Path(name).exists():
+        if os.path.exists(name):
             if isinstance(error, (OSError, ValueError)) and str(name) in str(error):
                 raise  # with the file that the folder lacks
             reason = clipped(error) or type(error).__name__
             raise ValueError(f"the {what} of {str(name)!r} cannot be read: {reason}") from error
         if not isinstance(error, OSError):
             raise
-        reason = str(error).strip().split("\n")[0]
-        raise OSError(f"{str(name)!r} is neither a folder here nor found on the hub: {reason}") from error
+        reason = clipped(str(error).strip().split("\n")[0])
+        raise OSError(f"{clipped(name)!r} is neither a folder here nor found on the hub: {reason}") from error
 
 
 def model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:

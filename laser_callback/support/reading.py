@@ -22,13 +22,15 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
 from laser_callback.support.files import need_files
 
 T = TypeVar("T")
+Seconds = Annotated[float, "a number of seconds, 0 or more"]
+"""How long something took. What is annotated so is read where it is no less than 0."""
 
 _DEEPEST = 100
 """Levels of nesting: none of the package's files has a tenth of it, and recursion ends at a thousand."""
@@ -67,6 +69,22 @@ def shown(value: Any) -> str:
         return _SHORT.repr(value)
     except ValueError:  # Python writes no integer of more than 4,300 digits
         return f"a {type(value).__name__}"
+
+
+def need_unicode(**texts: str) -> None:
+    """Refuse text that no file and no tokenizer can hold, by the name of its field.
+
+    Raises:
+        ValueError: for half of a surrogate pair, as JSON's escapes can spell it.
+    """
+    for name, text in texts.items():
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"`{name}` must be text in Unicode, got half of a surrogate pair at character {error.start + 1} of "
+                f"{shown(text)}"
+            ) from None
 
 
 # ---- files -----------------------------------------------------------------------------------------------------------
@@ -172,9 +190,9 @@ def _line(text: str) -> str:
 def typed(kind: Any, data: Any) -> Any:
     """``data`` as a value of an annotated type.
 
-    Known are what JSON has, ``Any``, ``Literal``, unions, lists, tuples and mappings of these, dataclasses, what has a
-    ``from_dict``, and what has a ``parse`` and stands as its text. A number that is ``null`` is NaN, since JSON has no
-    word for that.
+    Known are what JSON has, ``Any``, ``Literal``, :data:`Seconds`, unions, lists, tuples and mappings of these,
+    dataclasses, what has a ``from_dict``, and what has a ``parse`` and stands as its text. A number that is ``null`` is
+    NaN, since JSON has no word for that.
 
     Raises:
         MisfitError: if it is none, with its place.
@@ -182,6 +200,11 @@ def typed(kind: Any, data: Any) -> Any:
     origin, inner = get_origin(kind), get_args(kind)
     if kind is Any or kind is object:
         return data
+    if origin is Annotated:
+        value = typed(inner[0], data)
+        if value < 0:
+            raise MisfitError(f"expected {inner[1]}, got {shown(data)}")
+        return value
     if origin in (Union, types.UnionType):
         return _one_of(inner, data)
     if origin is Literal:
@@ -293,4 +316,4 @@ def _wanted(kind: Any) -> str:
 
 @cache
 def _hints(kind: Any) -> dict[str, Any]:
-    return get_type_hints(kind)
+    return get_type_hints(kind, include_extras=True)

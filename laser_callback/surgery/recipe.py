@@ -28,6 +28,7 @@ from laser_callback.support.interrupts import whole
 from laser_callback.support.plain_json import plain
 from laser_callback.support.provenance import versions
 from laser_callback.support.reading import built, made, shown
+from laser_callback.support.suggest import clipped
 from laser_callback.surgery.swap import reduced
 
 Method = Literal["exact", "reference"]
@@ -129,8 +130,7 @@ class Recipe(LaserPlan):
 
     def to_file(self, path: str | Path) -> None:
         """Write the recipe as ``.json`` or ``.yaml``; the text form has no place for hashes."""
-        if Path(path).suffix not in (".json", ".yaml", ".yml"):
-            raise ValueError(f"`path` of a recipe must end in .json or .yaml, got {str(path)!r}")
+        need_recipe_ending(path=path)
         super().to_file(path)
 
     def to_dict(self) -> dict[str, Any]:
@@ -256,6 +256,20 @@ def _in_place(cut: reduced, recipe: Recipe) -> Generator[tuple[reduced, Recipe],
         yield cut, recipe
 
 
+def need_recipe_ending(**paths: str | Path) -> None:
+    """Look whether recipes can be written to files of these names.
+
+    Args:
+        **paths: by the name of the option that asks for it.
+
+    Raises:
+        ValueError: naming the first that cannot.
+    """
+    for option, path in paths.items():
+        if Path(path).suffix not in (".json", ".yaml", ".yml"):
+            raise ValueError(f"`{option}` of a recipe must end in .json or .yaml, got {clipped(path)!r}")
+
+
 def spectra_for(plan: LaserPlan) -> Spectra:
     """Fresh ones, by the method that ``plan`` asks for if it is a recipe."""
     return Spectra(method=plan.method if isinstance(plan, Recipe) else "exact")
@@ -339,7 +353,7 @@ def _check_after(recipe: Recipe, done: Sequence[CutMatrix], exact: bool) -> None
                 f"{wanted.after[:12]}), and whether by rounding only cannot be told: the recipe has no sketch of it"
             )
         # A sketch of the difference is a random number with the difference's norm as its standard deviation.
-        apart = math.sqrt(sum((a - b) ** 2 for a, b in zip(wanted.sketch, got.sketch, strict=True)) / SKETCHES)
+        apart = math.dist(wanted.sketch, got.sketch) / math.sqrt(SKETCHES)
         rounding = (2 * torch.finfo(getattr(torch, got.dtype)).eps + _COMPUTED[recipe.method]) * got.norm
         if apart > rounding or abs(got.norm - wanted.norm) > rounding:
             raise ValueError(

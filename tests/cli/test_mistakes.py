@@ -209,6 +209,13 @@ def test_options_are_given_by_their_whole_name(command, capsys):
     assert "conf" in capsys.readouterr().err
 
 
+def test_a_report_is_not_written_over_what_it_is_of(tmp_path, capsys):
+    (result := tmp_path / "result.json").write_text("{}")
+    for to, words in ((result, "is also `result`"), (tmp_path, "it is a folder")):
+        assert words in error_of(capsys, "report", result, "--html", to)
+    assert result.read_text() == "{}"
+
+
 def test_a_message_repeats_no_more_than_can_be_read(capsys):
     assert main(["export", "--plan", "x" * 1_000_000, "--model", "no/such", "--output", "out"]) == 2
     assert main(["inspect", "y" * 1_000_000]) == 2

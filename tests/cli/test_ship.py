@@ -57,6 +57,11 @@ def test_there_and_back_again(original, tmp_path, capsys):
     assert "exists already" in capsys.readouterr().err
 
 
+def test_a_recipe_needs_an_ending_before_the_model_is_loaded(capsys):
+    assert run("export", "--model", "no-model", "--plan", "1.fc_in@0.1", "--form", "recipe", "--output", "out") == 2
+    assert "`output` of a recipe must end in .json or .yaml, got 'out'" in capsys.readouterr().err
+
+
 def test_plans_from_files_and_json_output(original, tmp_path, capsys):
     (tmp_path / "plan.txt").write_text("1.fc_in@0.9\n")
     assert run("export", "--model", original, "--plan", tmp_path / "plan.txt", "--form", "adapter", "--output",

@@ -72,6 +72,14 @@ GOOD = '{"id": "x", "prompt": "p", "answer": "a"}'
         ('{"prompt": "p", "answer": "a", "choices": ["a", "a"]}', "and another"),
         ('{"prompt": "p", "answer": "a", "meta": 3}', "`meta` must be an object, got 3"),
         ('{"prompt": "p", ', "invalid JSON"),
+        (
+            '{"prompt": "a \\ud800", "answer": "a"}',
+            "`prompt` must be text in Unicode, got half of a",
+        ),
+        (
+            '{"prompt": "p", "answer": "a", "choices": ["a", "\\udfff"]}',
+            "`choices` must be text in Unicode",
+        ),
         ("[1]", "a row must be an object"),
         (GOOD, "`id` must be unique, got 'x' as in line 1"),
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -36,6 +37,19 @@ def test_a_file_that_is_no_plan_is_named_in_a_line(content: bytes, ending: str, 
         LaserPlan.of(str(path))
     assert "\n" not in str(error.value)
     assert len(str(error.value)) < 800
+
+
+def test_a_text_is_a_plan_however_long_it_is() -> None:
+    text = ", ".join(f"{i}.fc_up@0.1" for i in range(30))
+    assert len(text) > 255
+    assert len(LaserPlan.of(text)) == 30
+
+
+@pytest.mark.parametrize("given", [{"0.fc_in@0.1": 1}, "0.fc_in@0.1"])
+def test_reductions_are_a_list(given: object, tmp_path: Path) -> None:
+    (path := tmp_path / "plan.json").write_text(json.dumps({"reductions": given}))
+    with pytest.raises(ValueError, match=r"plan.json: `reductions` must be a list, got "):
+        LaserPlan.of(str(path))
 
 
 def test_a_byte_order_mark_is_no_part_of_a_plan(tmp_path: Path) -> None:

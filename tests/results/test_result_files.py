@@ -84,6 +84,13 @@ def test_a_page_is_made_of_whatever_is_read():
                 assert "</html>" in page(found, []), (place, value)
 
 
+@pytest.mark.parametrize("place", [("original_seconds",), ("arms", "laser", "seconds")])
+def test_time_is_not_negative(place):
+    data = changed(json.loads(json.dumps(WRITTEN.to_dict())), place, -5)
+    with pytest.raises(ValueError, match=r"seconds`: expected a number of seconds, 0 or more, got -5"):
+        result_of(data)
+
+
 def test_numbers_of_a_file_that_is_no_result_are_refused():
     plan = LaserPlan.parse("1.fc_in@0.1")
     for data in ({}, {"arms": 5}, {"arms": {}}, {"confirmed": None}, {"candidates": [], "arms": {}}):

@@ -152,6 +152,23 @@ def test_weights_that_are_not_finite(tmp_path, method, value):
     assert files(tmp_path) == []
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("method", ["exact", "reference"])
+def test_values_beyond_the_dtype_are_refused(dtype, method):
+    matrix = (noise(5, 6).sign() * torch.finfo(dtype).max).to(dtype)
+    name = str(dtype).removeprefix("torch.")
+    beyond = rf"makes values of `3\.mlp` that are larger than {name} holds.*: load .* float32"
+    with pytest.raises(ValueError, match=rf"{beyond}|'reference' computes in float32, .* of `3\.mlp`: use"):
+        Spectra(method=method).reduce(matrix, cut(0.4), "3.mlp")
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (5, 0)])
+def test_a_matrix_without_weights_is_named(shape):
+    for ask in (Spectra().reduce, Spectra().changes_nothing, Spectra(method="reference").reduce):
+        with pytest.raises(ValueError, match=rf"`3\.mlp` is {shape[0]} x {shape[1]}, without any weights"):
+            ask(torch.zeros(shape), cut(0.4), "3.mlp")
+
+
 @pytest.mark.parametrize(
     ("reduction", "answer"),
     [(cut(1), True), (cut(0.95), False), (cut(0.99, scale=1), True), (cut(0, keep="tail"), True), (cut(0), False)],

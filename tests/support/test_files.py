@@ -13,11 +13,14 @@ import time
 from pathlib import Path
 
 import pytest
+from safetensors import SafetensorError
 
 from laser_callback.support.cache import cache_root
 from laser_callback.support.files import (
     appearing,
+    need_files,
     need_writable,
+    need_writable_folder,
     told_if_unwritten,
     write_atomically,
     write_json,
@@ -155,14 +158,55 @@ def test_what_cannot_be_written_is_known_before(tmp_path):
     (tmp_path / "file").write_text("")
     need_writable(report=tmp_path / "new" / "folder" / "report.json", html=None, other=tmp_path / "file")
     assert os.listdir(tmp_path) == ["file"]
+    (tmp_path / "loop").symlink_to("loop")
     for path, why in (
         (tmp_path, "it is a folder, expected a file"),
         (tmp_path / "file" / "report.json", "Not a directory"),
         (tmp_path / ("x" * 300), "File name too long"),
+        (tmp_path / ("x" * 243 + ".json"), "File name too long for the examples beside it, 'x*.examples.jsonl'"),
+        (tmp_path / "loop", "Too many levels of symbolic links"),
         (Path("/proc/none/report.json"), ""),
     ):
         with pytest.raises(OSError, match=f"`report`: '{path}' cannot be written: {why}"):
             need_writable(report=path)
+    need_writable(report=tmp_path / ("x" * 240 + ".json"), page=tmp_path / ("x" * 250 + ".html"))
+
+
+def test_what_is_read_or_written_by_another_option_is_not_written(tmp_path):
+    facts = tmp_path / "out.examples.jsonl"
+    facts.write_text("{}")
+    (tmp_path / "link").symlink_to(facts)
+    for path, words in (("link", "is also `facts`"), ("out.json", "has its examples in out.examples.jsonl, which is")):
+        with pytest.raises(ValueError, match=f"`output`: '{tmp_path / path}' {words}.*: name another file"):
+            need_writable({"facts": facts, "text": None, "plan": "1.fc_in@0.1" * 99}, output=tmp_path / path)
+    with pytest.raises(ValueError, match=r"`html`: .* is also `output`"):
+        need_writable(output=tmp_path / "new", html=tmp_path / "new")
+    need_writable({"facts": facts}, output="/dev/null", html="/dev/null")
+    with pytest.raises(NotADirectoryError, match=r"`pictures`: .* is no folder"):
+        need_writable_folder(pictures=facts)
+
+
+def test_a_name_that_no_file_can_have_is_said_with_its_option(tmp_path):
+    for name, words in (("x" * 5000, "cannot be read: File name too long"), ("a\0b", "there is no file")):
+        with pytest.raises(OSError, match=words) as error:
+            need_files(plan=name)
+        assert str(error.value).startswith("`plan`: ")
+        assert len(str(error.value)) < 1000
+
+
+def test_no_hidden_folder_is_told_of(tmp_path):
+    def full(_):
+        raise SafetensorError("Error while serializing: I/O error: File too large (os error 27)")
+
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(IsADirectoryError) as error:
+        write_atomically(tmp_path / "folder", "text")
+    assert str(error.value).endswith(f"Is a directory: '{tmp_path / 'folder'}'")
+    with pytest.raises(OSError, match=f"File too large: '{tmp_path / 'new'}'"), appearing(tmp_path / "new") as whole:
+        full(whole)
+    with pytest.raises(FileNotFoundError, match="elsewhere"), appearing(tmp_path / "new"):
+        Path("elsewhere").read_text()
+    assert os.listdir(tmp_path) == ["folder"]
 
 
 def test_a_full_disk_costs_the_report_only(tmp_path):

@@ -61,6 +61,13 @@ def test_a_step_counts_as_finished_only_with_its_json(tmp_path):
     assert calls
 
 
+def test_a_step_without_its_tensors_is_said_with_the_cure(tmp_path):
+    Journal(tmp_path, {}).step("one", count([]))
+    (tmp_path / "one.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"`folder`: there is no file .*; without one\.json the step is done anew"):
+        Journal(tmp_path, {}, resume=True).step("one", count([]))
+
+
 def test_a_folder_in_use_is_refused(tmp_path):
     Journal(tmp_path, {"seed": 0})
     with pytest.raises(FileExistsError, match="resume=True"):

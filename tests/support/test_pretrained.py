@@ -66,6 +66,28 @@ def test_whole_models_are_loaded_without_a_warning(folder: Path, recwarn: pytest
     assert not recwarn.list
 
 
+@pytest.mark.parametrize("load", [load_pretrained, load_language_model])
+def test_what_the_config_asks_for_in_vain_is_the_configs(load: Callable[[str], object], folder: Path) -> None:
+    config = folder / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "hidden_act": "nope"}))
+    with pytest.raises(ValueError, match=f"{config}: `hidden_act` is 'nope', which transformers does not have"):
+        load(str(folder))
+
+
+@pytest.mark.parametrize("load", [load_pretrained, load_language_model])
+def test_weights_that_no_layer_has_are_told_of(load: Callable[[str], object], folder: Path) -> None:
+    config = folder / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "num_hidden_layers": 1}))
+    with pytest.warns(UserWarning, match=r"leaves \d+ weights of its files unused, .*: model\.layers\.1\..* more"):
+        load(str(folder))
+
+
+def test_a_name_that_no_folder_can_have(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(OSError, match="is neither a folder here nor found on the hub") as error:
+        load_pretrained("x" * 5000)
+    assert len(str(error.value)) < 1000
+
+
 @pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json"])
 def test_a_broken_file_names_the_folder(name: str, folder: Path) -> None:
     tiny_tokenizer().save_pretrained(folder)

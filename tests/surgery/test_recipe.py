@@ -173,6 +173,14 @@ def test_what_is_rounded_otherwise_is_rounding():
         assert apply(model, Recipe(recipe, [elsewhere]), exact=False).matrices == recipe.matrices
 
 
+def test_a_sketch_beyond_all_numbers_is_another_cut():
+    recipe = apply(tiny_causal_lm(), "1.fc_in@0.1")
+    (matrix,) = recipe.matrices
+    elsewhere = Recipe(recipe, [replace(matrix, after="0" * 64, sketch=(1e308,) * len(matrix.sketch))])
+    with pytest.raises(ValueError, match=rf"after the cut `{matrix.name}` is not what the recipe says"):
+        apply(tiny_causal_lm(), elsewhere, exact=False)
+
+
 def test_without_a_sketch_nothing_but_the_same_bits_is_accepted():
     recipe = apply(tiny_causal_lm(), "1.fc_in@0.1")
     older = [replace(matrix, sketch=()) for matrix in recipe.matrices]
