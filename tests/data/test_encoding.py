@@ -6,11 +6,11 @@ import pytest
 import torch
 from language_models import SMALL, build
 from tokenizer_kinds import KINDS, tokenizer_of
-from tokenizers import pre_tokenizers
 from trainers import quiet_trainer
 from transformers import ByT5Tokenizer, LlamaConfig, LlamaForCausalLM
 
 from laser_callback import FactsDataModule, LaserModule
+from laser_callback.compare.language_model import token_texts
 from laser_callback.data.encoding import encode_facts
 from laser_callback.data.facts import Fact
 from laser_callback.data.probes import Probe, ProbesDataModule
@@ -67,14 +67,6 @@ def test_byte_level_targets_are_those_of_the_answer_alone():
             apart = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in (prompt, f" {answer}")]
             assert [*row.input_ids, row.targets[-1]] == [0, *apart[0], *apart[1]]
             assert list(row.targets) == apart[1]
-
-
-def test_a_tokenizer_that_joins_prompt_and_answer_is_an_error_that_names_the_fact():
-    tokenizer = tokenizer_of("byte level")
-    tokenizer.backend_tokenizer.add_tokens(["is Paris"])
-    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    with pytest.raises(ValueError, match=r"joins the prompt 'The capital of France is' of fact 'fr' to .*'Paris'; end"):
-        encode_facts(FACTS, tokenizer, masked=False)
 
 
 # ---- what begins a text ----------------------------------------------------------------------------------------------
@@ -176,9 +168,5 @@ def test_scores_and_prior_checks_are_about_the_same_tokens(kind):
 def test_tokens_that_differ_by_the_mark_only_are_two_answers():
     tokenizer = tokenizer_of("llama2")
     names = [name for name in ("\u2581a", "a", "\u2581", "\u2581is", "is") if name in tokenizer.get_vocab()]
-    module = LaserModule(
-        build(LlamaForCausalLM, LlamaConfig(**{**SMALL, "vocab_size": len(tokenizer) + 3})), tokenizer, report=False
-    )
     ids = tokenizer.convert_tokens_to_ids(names)
-    assert module._texts(torch.tensor(ids)) == [name.replace("\u2581", " ") for name in names]
-    assert len(module._texts(torch.tensor([len(tokenizer) + 1]))) == 1  # a row of the vocabulary that has no token
+    assert token_texts(tokenizer, ids) == [name.replace("\u2581", " ") for name in names]
