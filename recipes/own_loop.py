@@ -65,10 +65,11 @@ def main(
 
 def first_token_right(network: Any, tokenizer: Any, batch: list[Fact]) -> dict[str, bool]:
     rows = [encoded.rows[0] for encoded in encode_facts(batch, tokenizer, masked=False)]
-    prompts = [list(row.input_ids[: row.positions[0] + 1]) for row in rows]
+    prompts = [list(row.input_ids[: row.positions[row.first] + 1]) for row in rows]  # with the space before a number
     inputs = tokenizer.pad({"input_ids": prompts}, return_tensors="pt").to(network.device)
     said = network(**inputs).logits[:, -1].argmax(-1)
-    return {fact.id: token == row.targets[0] for fact, row, token in zip(batch, rows, said.tolist(), strict=True)}
+    right = [token == row.targets[row.first] for row, token in zip(rows, said.tolist(), strict=True)]
+    return {fact.id: each for fact, each in zip(batch, right, strict=True)}
 
 
 def gathered(fabric: Fabric, outcomes: dict[str, bool]) -> dict[str, bool]:

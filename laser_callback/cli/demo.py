@@ -26,6 +26,7 @@ def demo(
     limit: int = 300,
     batch_size: int = 32,
     chat: bool = False,
+    system: str | None = None,
     allow_missing: bool = False,
     controls: bool = True,
     seed: int = 0,
@@ -44,6 +45,7 @@ def demo(
         limit: number of facts, a seeded sample stratified by group; 0 for all.
         batch_size: facts in a batch.
         chat: put each prompt into the model's chat template, as a user's message that the answer replies to.
+        system: the system message of that chat.
         allow_missing: go on with a model of which weights are missing: they are random, and a warning names them.
         controls: also run, beside each plan, its matrices zeroed and random matrices cut at the same rho.
         seed: of the sample and of the random controls.
@@ -66,7 +68,8 @@ def demo(
             write_world_facts(facts)
         plans, path = PLANS if plan is None else plan, str(output)
         module = LaserModule(model, plan=plans, controls=controls, report=path, allow_missing=allow_missing)
-        data = facts_for(module, facts, text, limit=limit, batch_size=batch_size, seed=seed, chat=chat)
+        of_facts = {"limit": limit, "batch_size": batch_size, "seed": seed}
+        data = facts_for(module, facts, text, **of_facts, chat=chat, system=system)
         data.setup()
         print(f"model: {Path(model).name}{note}\nfacts: {facts.name}, {len(data.encoded)} of them\n")
         with quiet_trainer(enable_progress_bar=True) as trainer:

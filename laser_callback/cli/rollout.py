@@ -40,6 +40,7 @@ def rollout(
     limit: int = 0,
     batch_size: int = 64,
     chat: bool = False,
+    system: str | None = None,
     allow_missing: bool = False,
     folder: Path | None = None,
     resume: bool = False,
@@ -71,6 +72,7 @@ def rollout(
         limit: use a seeded sample of so many facts, stratified by group; 0 for all.
         batch_size: facts in a batch.
         chat: put each prompt into the model's chat template, as a user's message that the answer replies to.
+        system: the system message of that chat.
         allow_missing: go on with a model of which weights are missing: they are random, and a warning names them.
         folder: keep each finished stage here.
         resume: go on with the rollout in the folder.
@@ -92,7 +94,7 @@ def rollout(
     read = {"probes": probes, **{f"others.{name}": file_of(path) for name, path in (others or {}).items()}}
     need_files(**read)
     need_writable({"plan": plan, "facts": facts, "text": text, **read}, output=output)
-    options: dict[str, Any] = {"limit": limit, "batch_size": batch_size, "seed": seed, "chat": chat}
+    options: dict[str, Any] = {"limit": limit, "batch_size": batch_size, "seed": seed, "chat": chat, "system": system}
     judged, examples = subject(model, facts, module, data, text, allow_missing=allow_missing, **options)
     sources: dict[str, pl.LightningDataModule] = {}
     if isinstance(judged, LaserModule) and model is not None:

@@ -42,6 +42,7 @@ def search(
     limit: int = 0,
     batch_size: int = 64,
     chat: bool = False,
+    system: str | None = None,
     allow_missing: bool = False,
     method: Method = "screened",
     controls: bool = True,
@@ -82,6 +83,7 @@ def search(
         limit: use a seeded sample of so many facts, stratified by group; 0 for all.
         batch_size: facts in a batch.
         chat: put each prompt into the model's chat template, as a user's message that the answer replies to.
+        system: the system message of that chat.
         allow_missing: go on with a model of which weights are missing: they are random, and a warning names them.
         method: screened; exhaustive, all candidates on all race examples; or paper, all of them as the paper's code
             cuts and selects.
@@ -101,7 +103,7 @@ def search(
         if facts is not None or not is_lm_eval(judge):
             raise ValueError(f"`--judge` must be lm_eval:TASK, without `--facts`, got {judge!r} and facts {facts}")
         facts, objective = Path(judge), [ACC] if objective is None else objective
-    options: dict[str, Any] = {"limit": limit, "batch_size": batch_size, "seed": seed, "chat": chat}
+    options: dict[str, Any] = {"limit": limit, "batch_size": batch_size, "seed": seed, "chat": chat, "system": system}
     need_writable({"facts": facts, "text": text}, output=output, html=html, plan=plan)
     found = LaserSearch(
         *subject(

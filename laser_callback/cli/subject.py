@@ -24,6 +24,7 @@ def subject(
     batch_size: int,
     seed: int,
     chat: bool,
+    system: str | None,
     allow_missing: bool = False,
     facts_from: str = "`--facts`",
 ) -> tuple[pl.LightningModule, pl.LightningDataModule]:
@@ -32,9 +33,10 @@ def subject(
         need_files(facts=file_of(facts), text=text)
         language_model = LaserModule(model, allow_missing=allow_missing)
         options: dict[str, Any] = {"limit": limit, "batch_size": batch_size, "seed": seed, "chat": chat}
-        return language_model, facts_for(language_model, facts, text, **options)
+        return language_model, facts_for(language_model, facts, text, **options, system=system)
     if model is None and facts is None and module is not None and data is not None:
-        of_models = {"text": text is not None, "chat": chat, "allow_missing": allow_missing}
+        of_models = {"text": text is not None, "chat": chat, "system": system is not None}
+        of_models["allow_missing"] = allow_missing
         if given := [option for option, is_given in of_models.items() if is_given]:
             raise ValueError(f"`--{given[0]}` goes with `--model`")
         return module, data
@@ -42,7 +44,15 @@ def subject(
 
 
 def facts_for(
-    module: LaserModule, facts: Path, text: Path | None = None, *, limit: int, batch_size: int, seed: int, chat: bool
+    module: LaserModule,
+    facts: Path,
+    text: Path | None = None,
+    *,
+    limit: int,
+    batch_size: int,
+    seed: int,
+    chat: bool,
+    system: str | None,
 ) -> FactsDataModule:
     """Facts as the model reads them; a limit of 0 is none."""
     return FactsDataModule(
@@ -54,4 +64,5 @@ def facts_for(
         batch_size=batch_size,
         masked=module.masked,
         chat=chat,
+        system=system,
     )

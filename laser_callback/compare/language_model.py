@@ -6,14 +6,22 @@ Contract: nothing here knows facts or metrics, and no model is changed.
 from __future__ import annotations
 
 import inspect
+import itertools
 from collections.abc import Generator, Sequence
+from functools import lru_cache
 from typing import Literal
 
 import torch
 import transformers
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForMultimodalLM, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForMultimodalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
@@ -24,6 +32,7 @@ from laser_callback.support.interrupts import whole as undivided
 from laser_callback.support.pretrained import named, read_config, whole
 
 _SPACE_MARK = "\u2581"  # of SentencePiece
+_PART = "\ufffd"  # what a part of a character decodes to
 
 
 def load_language_model(name: str, allow_missing: bool = False) -> PreTrainedModel:
@@ -130,18 +139,38 @@ def refuse_too_long(
     )
 
 
-def token_text(name: str, text: str) -> str:
-    """The text of a token alone: with the spaces that the name in the vocabulary marks, where decoding has cut them.
+def token_texts(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]) -> list[str]:
+    """Each token as a text of its own: two tokens have the same text only if they are the same.
 
-    A token that is only a part of a character goes by its name.
-
-    >>> token_text("▁Paris", "Paris"), token_text("Paris", "Paris")
-    (' Paris', 'Paris')
+    That is what the token decodes to, with the spaces that its name in the vocabulary marks where decoding has cut
+    them. Where this is nothing, a part of a character or the text of another token, it is the name.
     """
-    if "\ufffd" in text:
-        return name
-    marks = len(name) - len(name.lstrip(_SPACE_MARK))
-    return " " * marks + text.lstrip(" ") if marks else text
+    texts = _vocabulary(tokenizer, len(tokenizer))
+    return [texts.get(token, f"token {token}") for token in tokens]  # a model may have rows for more than there are
+
+
+@lru_cache(maxsize=2)
+def _vocabulary(tokenizer: PreTrainedTokenizerBase, size: int) -> dict[int, str]:
+    """The texts of all ``size`` tokens."""
+    decode = tokenizer.backend_tokenizer.decode if tokenizer.is_fast else tokenizer.decode  # ten times as fast
+
+    def text_of(name: str, token: int) -> str:
+        text, marks = decode([token], skip_special_tokens=False), len(name) - len(name.lstrip(_SPACE_MARK))
+        return " " * marks + text.lstrip(" ") if marks else text
+
+    names = {token: name for name, token in tokenizer.get_vocab().items()}
+    texts = {token: text_of(name, token) for token, name in sorted(names.items())}
+
+    def rank(token: int) -> tuple[bool, bool]:  # "A" is first called so, and then <0x41>, which also decodes to it
+        text = texts[token]
+        return not text or _PART in text, names[token].replace(_SPACE_MARK, " ") != text
+
+    taken: dict[str, int] = {}
+    for token in sorted(texts, key=rank):
+        others = (_PART * count + names[token] for count in itertools.count())
+        options = others if rank(token)[0] else itertools.chain([texts[token]], others)
+        taken[next(text for text in options if text not in taken)] = token
+    return {token: text for text, token in taken.items()}
 
 
 def logits_of(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor) -> Tensor:

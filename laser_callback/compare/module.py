@@ -26,7 +26,7 @@ from laser_callback.compare.language_model import (
     logits_at,
     logits_of,
     refuse_too_long,
-    token_text,
+    token_texts,
 )
 from laser_callback.data import probes
 from laser_callback.data.row_scores import AnswerScores, Role, RowScores, score_rows
@@ -266,15 +266,11 @@ class LaserModule(pl.LightningModule):
         prompts = scores.role == Role.PROMPT
         order = scores.fact[prompts].argsort()
         said = scores.first_token[prompts][order]
-        gold = torch.cat([chunk["targets"][:, 0] for chunk in batch["chunks"]])[prompts][order]
-        outcomes["prediction"], outcomes["answer"] = self._texts(said), self._texts(gold)
+        first = [chunk["targets"].gather(1, chunk["first"][:, None])[:, 0] for chunk in batch["chunks"]]
+        gold = torch.cat(first)[prompts][order]
+        for name, tokens in (("prediction", said), ("answer", gold)):
+            outcomes[name] = token_texts(self.tokenizer, tokens.tolist())
         return outcomes
-
-    def _texts(self, tokens: Tensor) -> list[str]:
-        """Each token as its own text, so that two texts are one answer only where the tokens are."""
-        texts = self.tokenizer.batch_decode(tokens[:, None], clean_up_tokenization_spaces=False)
-        names = self.tokenizer.convert_ids_to_tokens(tokens.tolist())
-        return [token_text(name or "", text) for name, text in zip(names, texts, strict=True)]
 
     def _text_step(self, batch: dict[str, Any], count: bool = True) -> dict[str, Any]:
         if self.masked:
@@ -310,7 +306,7 @@ class LaserModule(pl.LightningModule):
         rows = torch.arange(len(mask), device=mask.device)[:, None].expand_as(mask)[mask]
         with logits_at(self.model, rows, chunk["positions"][mask]):
             logits = logits_of(self.model, chunk["input_ids"], chunk["attention_mask"])
-        return score_rows(logits[0], chunk["targets"], mask)
+        return score_rows(logits[0], chunk["targets"], mask, chunk["first"])
 
 
 class _OwnCallback(LaserCallback):

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from lightning.pytorch import LightningDataModule
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedTokenizerBase
 from typing_extensions import override
@@ -21,6 +22,7 @@ from laser_callback.data.encoding import (
     encode_facts,
     pad,
     pad_token_id,
+    shared_first_token,
     special_tokens,
     tokenize,
     with_leading,
@@ -103,6 +105,7 @@ class FactsDataModule(LightningDataModule):
         masked: whether answers are predicted at masks; by default if the tokenizer has a mask token.
         max_length: the longest row the model takes, in tokens; by default what the tokenizer says.
         chat: put each prompt into the tokenizer's chat template, as a user's message that the answer replies to.
+        system: the system message that goes ahead of it.
 
     Raises:
         ValueError: in ``__init__`` if ``split`` is no set; in ``setup`` for bad data, as the functions named above.
@@ -124,6 +127,7 @@ class FactsDataModule(LightningDataModule):
         masked: bool | None = None,
         max_length: int | None = None,
         chat: bool = False,
+        system: str | None = None,
     ) -> None:
         super().__init__()
         self.sizes = DEFAULT_SIZES if sizes is None else sizes
@@ -133,7 +137,8 @@ class FactsDataModule(LightningDataModule):
             raise ValueError(f"`batch_size` must be at least 1, got {batch_size}.")
         self.path, self.tokenizer, self.text, self.split, self.seed = path, tokenizer, text, split, seed
         self.batch_size, self.rows_per_forward, self.limit = batch_size, rows_per_forward, limit
-        self.num_workers, self.masked, self.max_length, self.chat = num_workers, masked, max_length, chat
+        self.num_workers, self.masked, self.max_length = num_workers, masked, max_length
+        self.chat, self.system = chat, system
         self.encoded: list[EncodedFact] = []
 
     @override
@@ -155,7 +160,11 @@ class FactsDataModule(LightningDataModule):
         self.collate = FactCollator(pad_token_id(tokenizer), self.rows_per_forward)
         if isinstance(self.text, (str, Path)):
             self.text = TextWindows(self.text, tokenizer)
-        self.encoded = encode_facts(facts, tokenizer, masked=masked, max_length=self.max_length, chat=self.chat)
+        self.encoded = encode_facts(
+            facts, tokenizer, masked=masked, max_length=self.max_length, chat=self.chat, system=self.system
+        )
+        if warning := shared_first_token(self.encoded, tokenizer):
+            rank_zero_warn(warning)
 
     def loaded_tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer, read at the first call.

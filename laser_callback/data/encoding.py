@@ -7,13 +7,21 @@ does not fit the model is an error that names the fact.
 
 What is scored is running text, as the model has learnt it: an answer's tokens are those that follow the prompt's in the
 tokens of prompt, space and answer together. Alone, ``" " + answer`` would have others wherever a tokenizer puts
-something in front of every text, as those of SentencePiece do.
+something in front of every text, as those of SentencePiece do. A token that holds the end of the prompt and the
+beginning of the answer is the answer's: in the context it would give the answer away. One that joins only the space to
+the prompt's end is the prompt's.
+
+An answer's *first token* is the first one that is not white space. Many tokenizers write the space before a number, or
+before a word that they do not know, as a token of its own: it says nothing about the answer.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
+from itertools import takewhile
 from typing import Any, Literal
 
 import torch
@@ -23,6 +31,7 @@ from transformers import PreTrainedTokenizerBase
 
 from laser_callback.data.facts import Fact
 from laser_callback.data.row_scores import Role
+from laser_callback.support.suggest import clipped
 
 
 @dataclass(frozen=True)
@@ -34,12 +43,14 @@ class EncodedRow:
         positions: A indices into them; the logits there predict the targets.
         targets: A tokens.
         role: what the row is to its fact.
+        first: index into the targets of the first token, the first that is not white space.
     """
 
     input_ids: tuple[int, ...]
     positions: tuple[int, ...]
     targets: tuple[int, ...]
     role: Role
+    first: int = 0
 
 
 @dataclass(frozen=True)
@@ -57,26 +68,30 @@ def encode_facts(
     masked: bool,
     max_length: int | None = None,
     chat: bool = False,
+    system: str | None = None,
 ) -> list[EncodedFact]:
     """Tokenise facts.
 
     A row of a causal model is the prompt after the tokenizer's leading special tokens (once, also where the prompt
     brings them; trailing ones, such as an appended EOS, would stand between prompt and answer and are left out), then
     the answer without its last token, from which nothing is predicted. A row of a masked model is the prompt, one mask
-    per answer token and a full stop (without one, BERT-like models fill the masks with punctuation), all between the
-    special tokens.
+    per answer token and the full stop's tokens behind the answer (without one, BERT-like models fill the masks with
+    punctuation), all between the special tokens.
 
     Args:
         facts: what to encode.
         tokenizer: of the model.
         masked: whether answers are predicted at masks rather than left to right.
         max_length: the longest row the model takes, in tokens; by default ``tokenizer.model_max_length``.
-        chat: put each prompt into the tokenizer's chat template, as a user's message that the answer replies to.
+        chat: put each prompt into the tokenizer's chat template, as a user's message that the answer replies to. All
+            special tokens are then the template's own: a BOS that it does not write is not there.
+        system: the system message that goes ahead of it.
 
     Raises:
-        ValueError: with the id of the fact, if its answer or prompt has no tokens, the tokenizer joins the two, or a
-            row is too long; if ``masked`` is asked of a tokenizer without a mask token, or ``chat`` of one without a
-            chat template or for a masked model.
+        ValueError: with the id of the fact, if its answer or prompt has no tokens, nothing is left to predict the
+            answer from, or a row is too long; if ``masked`` is asked of a tokenizer without a mask token, ``chat`` of
+            one without a chat template or for a masked model, or ``system`` without ``chat`` or of a template that
+            takes none.
     """
     if masked and tokenizer.mask_token_id is None:
         raise ValueError(
@@ -84,40 +99,49 @@ def encode_facts(
         )
     if masked and chat:
         raise ValueError("`chat` must be False for a masked model, which replies to nothing, got True.")
+    if system is not None and not chat:
+        raise ValueError(f"`system` must be None without `chat`, got {system!r}; put it into the prompts.")
     limit = tokenizer.model_max_length if max_length is None else max_length
     leading, trailing = special_tokens(tokenizer)
     prompts = dict.fromkeys(text for fact in facts for text in (fact.prompt, *fact.paraphrases))
-    starts = _before_answers(tokenizer, prompts) if chat else {text: (text, " ") for text in prompts}
+    starts = _before_answers(tokenizer, prompts, system) if chat else {text: (text, " ") for text in prompts}
     asked = [(prompt, answer) for fact in facts for prompt, answer, _ in _asked(fact)]
     wholes = {pair: "".join((*starts[pair[0]], pair[1])) for pair in asked}
-    tokens = tokenize(tokenizer, [*(text for text, _ in starts.values()), *wholes.values()])
-    full_stop = _full_stop(tokenizer) if masked else ()
+    stopped = [f"{whole}." for whole in wholes.values()] if masked else []
+    tokens = tokenize(tokenizer, [*(text for text, _ in starts.values()), *wholes.values(), *stopped, "."])
+
+    @cache
+    def is_blank(token: int) -> bool:
+        return not tokenizer.decode([token]).strip()
 
     def encode(fact: Fact, prompt: str, answer: str, role: Role) -> EncodedRow:
-        before, whole = tokens[starts[prompt][0]], tokens[wholes[prompt, answer]]
-        if not before or whole == before:
-            what = f"answer {answer!r}" if before else f"prompt {prompt!r}"
+        start, text = starts[prompt][0], wholes[prompt, answer]
+        whole = tokens[text]
+        border = _border(tokenizer, start, text, len(text) - len(answer), tokens)
+        before, targets = whole[:border], whole[border:]
+        if not tokens[start] or not targets:
+            what = f"answer {answer!r}" if tokens[start] else f"prompt {prompt!r}"
             raise ValueError(f"every text must have tokens, but the {what} of fact {fact.id!r} has none.")
-        if whole[: len(before)] != before:
-            raise ValueError(
-                f"the tokens of a prompt must begin those of prompt and answer, but this tokenizer joins the prompt "
-                f"{_shorten(prompt)!r} of fact {fact.id!r} to the answer {_shorten(answer)!r}; end the prompt in "
-                "another way, or leave the fact out."
-            )
-        targets = whole[len(before) :]
         context = before if chat else with_leading(leading, before)  # a template writes all special tokens itself
+        if not context and not masked:
+            raise ValueError(
+                f"a prompt must have tokens of its own, but this tokenizer joins all of {_shorten(prompt)!r} of fact "
+                f"{fact.id!r} to the answer {_shorten(answer)!r}; lengthen the prompt, or leave the fact out."
+            )
         if masked:
+            full_stop = _full_stop(tokenizer, whole, tokens[f"{text}."]) or tokens["."]
             input_ids = context + (tokenizer.mask_token_id,) * len(targets) + full_stop + trailing
-            first = len(context)
+            position = len(context)
         else:
             input_ids = context + targets[:-1]
-            first = len(context) - 1
+            position = len(context) - 1
         if len(input_ids) > limit:
             raise ValueError(
                 f"a row must have at most {limit} tokens, but the prompt {_shorten(prompt)!r} of fact {fact.id!r} with "
                 f"the answer {_shorten(answer)!r} makes {len(input_ids)}; shorten it or leave the fact out."
             )
-        return EncodedRow(input_ids, tuple(range(first, first + len(targets))), targets, role)
+        first = next((i for i, token in enumerate(targets) if not is_blank(token)), 0)
+        return EncodedRow(input_ids, tuple(range(position, position + len(targets))), targets, role, first)
 
     return [EncodedFact(fact, tuple(encode(fact, *row) for row in _asked(fact))) for fact in facts]
 
@@ -154,42 +178,102 @@ def with_leading(leading: tuple[int, ...], tokens: tuple[int, ...]) -> tuple[int
     return tokens if tokens[: len(leading)] == leading else leading + tokens
 
 
-def _full_stop(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """The tokens of a full stop that follows a word, or stands alone where it would become a part of the word."""
-    alone, word, whole = tokenize(tokenizer, [".", "a", "a."]).values()
-    return whole[len(word) :] if whole[: len(word)] == word and whole != word else alone
+def _border(
+    tokenizer: PreTrainedTokenizerBase, start: str, text: str, answer: int, tokens: dict[str, tuple[int, ...]]
+) -> int:
+    """How many tokens of a text are those of its start.
+
+    Where the start alone has other tokens at its end, it is those that hold nothing of the answer, which begins at the
+    character ``answer``. Tokenizers in Python cannot tell which: there it is those that are the same.
+    """
+    same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(tokens[start], tokens[text], strict=False)))
+    if same == len(tokens[start]) or not tokenizer.is_fast:
+        return same
+    spans = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)["offset_mapping"]
+    return same + sum(1 for _ in takewhile(lambda span: span[1] <= answer, spans[same:]))
+
+
+def _full_stop(tokenizer: PreTrainedTokenizerBase, text: tuple[int, ...], stopped: tuple[int, ...]) -> tuple[int, ...]:
+    """The tokens of the full stop behind a text; where it becomes a part of the last word, the vocabulary's own."""
+    if stopped[: len(text)] == text:
+        return stopped[len(text) :]
+    token = tokenizer.get_vocab().get(".")
+    return () if token is None else (token,)
+
+
+def shared_first_token(encoded: Sequence[EncodedFact], tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """A sentence about the one first token of most answers, if these differ: it does not tell them apart."""
+    answers: dict[int, set[str]] = {}
+    counts = Counter[int]()
+    for item in encoded:
+        token = item.rows[0].targets[item.rows[0].first]
+        answers.setdefault(token, set()).add(item.fact.answer)
+        counts[token] += 1
+    (token, count), *_ = counts.most_common(1)
+    if 2 * count <= len(encoded) or len(answers[token]) == 1:
+        return None
+    return (
+        f"{count} of {len(encoded)} answers begin with the token {tokenizer.convert_ids_to_tokens(token)!r}, "
+        f"{len(answers[token])} different ones: metrics of the first token and of paraphrases hardly tell them apart; "
+        "judge by `answer_accuracy` (`primary` of a LaserModule, `objective` of a search)"
+    )
 
 
 def chat_text(tokenizer: PreTrainedTokenizerBase, prompt: str, system: str | None = None) -> str:
     """A user's message in the tokenizer's chat template, up to where the model replies, at once and not after thinking.
 
+    A BOS that the prompt brings is left out where the template writes one.
+
     Raises:
-        ValueError: if the tokenizer has no chat template.
+        ValueError: if the tokenizer has no chat template, or its template takes no system message.
     """
     if not tokenizer.chat_template:
         raise ValueError(
             "`chat` must be False for a tokenizer without a chat template, got True; take the tokenizer of the chat "
             "model, or set its `chat_template`."
         )
-    messages = [] if system is None else [{"role": "system", "content": system}]
-    messages.append({"role": "user", "content": prompt})
+    if (bos := tokenizer.bos_token) and prompt.startswith(bos):
+        text = chat_text(tokenizer, prompt.removeprefix(bos), system)
+        if text.startswith(bos):
+            return text
+    user = {"role": "user", "content": prompt}
+    if system is None:
+        return _render(tokenizer, [user], add_generation_prompt=True)
+    try:
+        text, refusal = (
+            _render(tokenizer, [{"role": "system", "content": system}, user], add_generation_prompt=True),
+            None,
+        )
+    except Exception as error:  # jinja2's own, which transformers does not need elsewhere
+        text, refusal = "", error
+    if refusal is not None or text == chat_text(tokenizer, prompt):
+        said = f"refuses it ({clipped(refusal)})" if refusal is not None else "leaves it out"
+        raise ValueError(
+            f"`system` must be None for a chat template that takes no system message, got {system!r}, and this one "
+            f"{said}; put the text into the prompts."
+        ) from refusal
+    return text
+
+
+def _render(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], **options: Any) -> str:
     # Templates know no other variables than they use, so that only those of models that think ask for the last one.
-    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, enable_thinking=False)
+    return tokenizer.apply_chat_template(messages, tokenize=False, enable_thinking=False, **options)
 
 
-def _before_answers(tokenizer: PreTrainedTokenizerBase, prompts: Iterable[str]) -> dict[str, tuple[str, str]]:
+def _before_answers(
+    tokenizer: PreTrainedTokenizerBase, prompts: Iterable[str], system: str | None
+) -> dict[str, tuple[str, str]]:
     """For each prompt the text before a reply to it, and the space, if any, that the template writes between the two.
 
     A space belongs to the answer, in whose first token it is; other white space to the text before it.
     """
     ask = chat_text(tokenizer, "a")
-    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    whole = tokenizer.apply_chat_template(messages, tokenize=False, enable_thinking=False)
+    whole = _render(tokenizer, [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])
     reply = whole.removeprefix(ask) if whole.startswith(ask) else ""
     blank = reply[: len(reply) - len(reply.lstrip())]
     starts = {}
     for prompt in prompts:
-        text = chat_text(tokenizer, prompt) + blank
+        text = chat_text(tokenizer, prompt, system) + blank
         starts[prompt] = text.removesuffix(" "), " " if text.endswith(" ") else ""
     return starts
 
@@ -237,8 +321,8 @@ class FactCollator:
             ``row_fact``, ``row_role``: (R,) int64, index of each row's fact and its
             :class:`~laser_callback.data.row_scores.Role`, in the order of the chunks.
             ``chunks``: a list of dicts with ``input_ids`` and ``attention_mask``, (r, T) int64, ``positions`` and
-            ``targets``, (r, A) int64, and ``target_mask``, (r, A) bool. Row by row, the logits at
-            ``positions[target_mask]`` predict ``targets[target_mask]``.
+            ``targets``, (r, A) int64, ``target_mask``, (r, A) bool, and ``first``, (r,) int64. Row by row, the logits
+            at ``positions[target_mask]`` predict ``targets[target_mask]``; ``first`` is each first token's column.
         """
         rows = [(index, row) for index, item in enumerate(encoded) for row in item.rows]
         rows.sort(key=lambda pair: len(pair[1].input_ids))
@@ -274,6 +358,7 @@ class FactCollator:
             "positions": pad([row.positions for row in rows], 0),
             "targets": pad([row.targets for row in rows], 0),
             "target_mask": pad([(1,) * len(row.targets) for row in rows], 0).bool(),
+            "first": torch.tensor([row.first for row in rows]),
         }
 
 

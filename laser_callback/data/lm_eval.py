@@ -6,8 +6,9 @@ what ``lm_eval`` reports as ``acc``, to the example. What cannot be said as a fa
 
 They can differ in two places. A right choice that is in the list twice is wrong for ``lm_eval``, whose best choice is
 the first of equals, where the second is the right one; and a tie with another choice is wrong here.
-What is longer than the model's context ``lm_eval`` cuts on the left, and where a tokenizer joins the end of a prompt to
-its answer it scores what follows so many tokens; here both are errors.
+What is longer than the model's context ``lm_eval`` cuts on the left; here it is an error. Where a tokenizer joins the
+end of a prompt to its answer, ``lm_eval`` scores what follows as many tokens as the prompt alone has; here the joined
+token is scored as the answer's.
 """
 
 from __future__ import annotations

@@ -1,5 +1,7 @@
 """What is kept of a language model's logits at the answers: a few numbers per row, joined to the facts they belong to.
 
+The *first token* of an answer is its first one that is not white space: those before it are context.
+
 :func:`score_rows` reads the logits at the answer positions once. Logits of any dtype are compared and normalised in
 float32. Nothing here knows models, tokenizers or text; ``scoring.py`` makes metrics of it.
 
@@ -36,14 +38,15 @@ class RowScores:
     """What is kept of the logits of R rows whose answers have up to A tokens.
 
     Attributes:
-        first_rank: (R,) int64, how many other tokens score at least as high as the first target token: 0 means that
-            it is the greedy next token. Ties count against it (half-precision logits tie often), and so does NaN.
+        first_rank: (R,) int64, how many other tokens score at least as high as the answer's first token: 0 means that
+            it is the greedy one there. Ties count against it (half-precision logits tie often), and so does NaN.
         all_greedy: (R,) bool, whether every target token has rank 0, each given the target tokens before it.
         log_prob: (R,) float32, sum over the target tokens of the log probability, in nats.
         mean_log_prob: (R,) float32, the same per target token.
         tokens: (R, A) int64, the greedy token at each answer position (the lowest id of a tie), -1 where there is none.
-        soft_error: (R,) float32, sigmoid((a - b) / 2), where b is the first target token's logit and a the highest
-            other: a smooth version of ``first_rank > 0``.
+        first_token: (R,) int64, the greedy token at the answer's first token.
+        soft_error: (R,) float32, sigmoid((a - b) / 2), where b is the first token's logit and a the highest other: a
+            smooth version of ``first_rank > 0``.
     """
 
     first_rank: Tensor
@@ -51,21 +54,18 @@ class RowScores:
     log_prob: Tensor
     mean_log_prob: Tensor
     tokens: Tensor
+    first_token: Tensor
     soft_error: Tensor
 
-    @property
-    def first_token(self) -> Tensor:
-        """(R,) int64, the greedy first token of the answer."""
-        return self.tokens[:, 0]
 
-
-def score_rows(logits: Tensor, targets: Tensor, target_mask: Tensor) -> RowScores:
+def score_rows(logits: Tensor, targets: Tensor, target_mask: Tensor, first: Tensor | None = None) -> RowScores:
     """Score the answers of R rows from the logits at their P answer positions.
 
     Args:
         logits: (P, V), any float dtype; row by row, the positions where ``target_mask`` is true.
         targets: (R, A) int64, answer tokens, padded on the right.
         target_mask: (R, A) bool, true at answer tokens; every row has at least one, in the first column.
+        first: (R,) int64, the column of each answer's first token; by default 0.
 
     Raises:
         ValueError: if P is not the number of answer tokens.
@@ -82,20 +82,22 @@ def score_rows(logits: Tensor, targets: Tensor, target_mask: Tensor) -> RowScore
     def per_row(values: Tensor, fill: int) -> Tensor:  # (P,) -> (R, A)
         return torch.full_like(target_mask, fill, dtype=values.dtype).masked_scatter(target_mask, values)
 
+    column = target_mask.new_zeros(len(targets), 1, dtype=torch.int64) if first is None else first[:, None]  # (R, 1)
+    at_first = target_mask.flatten().cumsum(0).reshape(target_mask.shape).gather(1, column)[:, 0] - 1  # (R,) among P
+    target, highest = target_logit[at_first, 0], greedy.values[at_first]
     # The highest logit is the highest other, but where the target itself is: only there is the row read again.
-    first = target_mask.flatten().cumsum(0).reshape(target_mask.shape)[:, 0] - 1  # (R,) among the P positions
-    target, highest = target_logit[first, 0], greedy.values[first]
     right = (highest == target).nonzero()[:, 0]
-    second = logits[first[right]].scatter(1, targets[right, :1], -torch.inf).amax(1)
+    second = logits[at_first[right]].scatter(1, targets.gather(1, column)[right], -torch.inf).amax(1)
     others = highest.index_put((right,), second)
 
-    ranks, row_log_prob = per_row(rank, 0), per_row(log_prob, 0).sum(1)
+    row_log_prob = per_row(log_prob, 0).sum(1)
     return RowScores(
-        first_rank=ranks[:, 0],
-        all_greedy=(ranks == 0).all(1),
+        first_rank=rank[at_first],
+        all_greedy=(per_row(rank, 0) == 0).all(1),
         log_prob=row_log_prob,
         mean_log_prob=row_log_prob / target_mask.sum(1),
         tokens=per_row(greedy.indices, -1),
+        first_token=greedy.indices[at_first],
         soft_error=torch.sigmoid((others - target) / SOFTNESS),
     )
 
@@ -134,6 +136,7 @@ class AnswerScores(RowScores):
             log_prob=torch.cat([chunk.log_prob for chunk in chunks]),
             mean_log_prob=torch.cat([chunk.mean_log_prob for chunk in chunks]),
             tokens=torch.cat([F.pad(c.tokens, (0, width - c.tokens.shape[1]), value=-1) for c in chunks]),
+            first_token=torch.cat([chunk.first_token for chunk in chunks]),
             soft_error=torch.cat([chunk.soft_error for chunk in chunks]),
             fact=batch["row_fact"],
             role=batch["row_role"],

@@ -2,7 +2,7 @@ r"""The answers of a language model, judged: every metric is a function of the s
 
 Every metric of :data:`METRICS` gives one number per fact with ``per_fact`` (what paired tests need) and the total with
 ``update`` and ``compute``. Sums are kept in float64 and all states add up, so the result depends neither on batches nor
-on ranks.
+on ranks. The *first token* of an answer is its first one that is not white space: those before it are context.
 
 Example: two facts. The first has one paraphrase, on which the model fails; the second has one wrong choice, which the
 model prefers.
@@ -108,7 +108,7 @@ class _PromptMetric(AnswerMetric):
 
 
 class FirstTokenAccuracy(_PromptMetric):
-    """Share of facts whose first answer token is the greedy next token after the prompt."""
+    """Share of facts whose first token is the greedy one there."""
 
     @override
     def value(self, scores: AnswerScores) -> Tensor:
@@ -124,7 +124,7 @@ class AnswerAccuracy(_PromptMetric):
 
 
 class Top5Accuracy(_PromptMetric):
-    """Share of facts whose first answer token is among the five most probable."""
+    """Share of facts whose first token is among the five most probable."""
 
     @override
     def value(self, scores: AnswerScores) -> Tensor:
@@ -132,7 +132,7 @@ class Top5Accuracy(_PromptMetric):
 
 
 class Top10Accuracy(_PromptMetric):
-    """Share of facts whose first answer token is among the ten most probable."""
+    """Share of facts whose first token is among the ten most probable."""
 
     @override
     def value(self, scores: AnswerScores) -> Tensor:
@@ -179,7 +179,7 @@ class SummedChoiceAccuracy(ChoiceAccuracy):
 
 
 class _ParaphraseMetric(AnswerMetric):
-    """Prompts and paraphrases; an answer is its greedy first token, right if that is the first target token."""
+    """Prompts and paraphrases; what a model says is its greedy token in the place of the first token."""
 
     def prompts(self, scores: AnswerScores) -> tuple[Tensor, Tensor]:
         """Rows that are prompts, (R,) bool, and their number per fact, (F,) float64."""
@@ -219,7 +219,7 @@ class ParaphraseAccuracy(_ParaphraseMetric):
 class SoftError(_ParaphraseMetric):
     """Mean over prompts, paraphrases included, of how far from right the first token is, from 0 to 1.
 
-    It is the mean of sigmoid((a - b) / 2), where b is the logit of the first target token and a the highest other. It
+    It is the mean of sigmoid((a - b) / 2), where b is the logit of the first token and a the highest other. It
     changes where answers come nearer to being right, or grow safer, and so tells two models apart on fewer facts than
     shares of right answers do; unlike the log loss it gains nothing from probability that decides no answer.
     """

@@ -275,7 +275,7 @@ def test_prior_checks_know_tokens_apart_that_look_alike():
     assert tokenizer.decode(alike[:1]) == tokenizer.decode(alike[1:])
     module.model.lm_head.weight.data[alike[0]] = 0
     for chunk in batch["chunks"]:
-        chunk["targets"][:, 0] = alike[1]
+        chunk["targets"].scatter_(1, chunk["first"][:, None], alike[1])
 
     def only(_: Any, __: Any, output: torch.Tensor) -> torch.Tensor:
         output = torch.zeros_like(output)

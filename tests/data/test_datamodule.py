@@ -31,7 +31,7 @@ def score(model, batch):
     for chunk in batch["chunks"]:
         logits = model(input_ids=chunk["input_ids"], attention_mask=chunk["attention_mask"]).logits
         picked = logits.gather(1, chunk["positions"][..., None].expand(-1, -1, logits.shape[-1]))
-        chunks.append(score_rows(picked[chunk["target_mask"]], chunk["targets"], chunk["target_mask"]))
+        chunks.append(score_rows(picked[chunk["target_mask"]], chunk["targets"], chunk["target_mask"], chunk["first"]))
     return AnswerScores.gather(chunks, batch)
 
 

@@ -6,11 +6,11 @@ import pytest
 import torch
 from language_models import SMALL, build
 from tokenizer_kinds import KINDS, tokenizer_of
-from tokenizers import pre_tokenizers
 from trainers import quiet_trainer
 from transformers import ByT5Tokenizer, LlamaConfig, LlamaForCausalLM
 
 from laser_callback import FactsDataModule, LaserModule
+from laser_callback.compare.language_model import token_texts
 from laser_callback.data.encoding import encode_facts
 from laser_callback.data.facts import Fact
 from laser_callback.data.probes import Probe, ProbesDataModule
@@ -67,14 +67,6 @@ def test_byte_level_targets_are_those_of_the_answer_alone():
             apart = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in (prompt, f" {answer}")]
             assert [*row.input_ids, row.targets[-1]] == [0, *apart[0], *apart[1]]
             assert list(row.targets) == apart[1]
-
-
-def test_a_tokenizer_that_joins_prompt_and_answer_is_an_error_that_names_the_fact():
-    tokenizer = tokenizer_of("byte level")
-    tokenizer.backend_tokenizer.add_tokens(["is Paris"])
-    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    with pytest.raises(ValueError, match=r"joins the prompt 'The capital of France is' of fact 'fr' to .*'Paris'; end"):
-        encode_facts(FACTS, tokenizer, masked=False)
 
 
 # ---- what begins a text ----------------------------------------------------------------------------------------------
@@ -141,7 +133,48 @@ def test_a_model_that_thinks_is_asked_to_reply_at_once():
     assert tokenizer.decode(item.rows[0].input_ids).startswith("[user]The capital of France is[assistant](no thoughts)")
 
 
+SAYS_BOS = "{{ bos_token }}{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{{ '<assistant>' }}"
+SAYS_NONE = SAYS_BOS.removeprefix("{{ bos_token }}")
+NO_SYSTEM = "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+IGNORES = "{% for m in messages if m.role != 'system' %}{{ m.content }}{% endfor %}"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("leading", [True, False], ids=["tokenizer adds one", "tokenizer adds none"])
+@pytest.mark.parametrize(("template", "count"), [(SAYS_BOS, 1), (SAYS_NONE, 0)], ids=["writes one", "writes none"])
+@pytest.mark.parametrize("system", [None, "Be short."])
+def test_a_chat_has_the_bos_that_its_template_writes_and_no_other(kind, leading, template, count, system):
+    tokenizer = tokenizer_of(kind, bos=leading)
+    tokenizer.chat_template = template
+    before = [] if system is None else [{"role": "system", "content": system}]
+    for item in encode_facts(FACTS, tokenizer, masked=False, chat=True, system=system):
+        for row, (prompt, _) in zip(item.rows, pairs(item.fact), strict=True):
+            assert row.input_ids.count(tokenizer.bos_token_id) == count
+            talk = [*before, {"role": "user", "content": prompt}]
+            asked = tokenizer.apply_chat_template(talk, add_generation_prompt=True)["input_ids"]
+            assert list(row.input_ids[: len(asked)]) == asked
+    said = Fact("a", "<s>The claim is", "true")
+    (item,) = encode_facts([said], tokenizer, masked=False, chat=True, system=system)
+    assert item.rows[0].input_ids.count(tokenizer.bos_token_id) == 1  # the prompt's own, or the template's
+
+
+@pytest.mark.parametrize(
+    ("template", "said"), [(NO_SYSTEM + SAYS_BOS, "refuses it .*no system"), (IGNORES, "leaves it")]
+)
+def test_a_template_that_takes_no_system_message(template, said):
+    tokenizer = tokenizer_of("byte level")
+    tokenizer.chat_template = template
+    FactsDataModule(FACTS, tokenizer, chat=True).setup()
+    with pytest.raises(ValueError, match=f"`system` must be None .* got 'Be short.', and this one {said}.*the prompts"):
+        FactsDataModule(FACTS, tokenizer, chat=True, system="Be short.").setup()
+    probes = [Probe("a", "The capital", "answer")]
+    with pytest.raises(ValueError, match=f"`system` must be None .* got 'Be short.', and this one {said}.*the prompts"):
+        ProbesDataModule(probes, tokenizer, system="Be short.").setup()
+
+
 def test_chat_is_refused_where_there_is_no_template(tmp_path):
+    with pytest.raises(ValueError, match=r"`system` must be None without `chat`, got 'Be short.'; put it into the pro"):
+        FactsDataModule(FACTS, tokenizer_of("llama2"), system="Be short.").setup()
     with pytest.raises(ValueError, match=r"`chat` must be False for a tokenizer without a chat template.*chat model"):
         FactsDataModule(FACTS, tokenizer_of("llama2"), chat=True).setup()
     with pytest.raises(ValueError, match="`chat` must be False for a masked model"):
@@ -176,9 +209,5 @@ def test_scores_and_prior_checks_are_about_the_same_tokens(kind):
 def test_tokens_that_differ_by_the_mark_only_are_two_answers():
     tokenizer = tokenizer_of("llama2")
     names = [name for name in ("\u2581a", "a", "\u2581", "\u2581is", "is") if name in tokenizer.get_vocab()]
-    module = LaserModule(
-        build(LlamaForCausalLM, LlamaConfig(**{**SMALL, "vocab_size": len(tokenizer) + 3})), tokenizer, report=False
-    )
     ids = tokenizer.convert_tokens_to_ids(names)
-    assert module._texts(torch.tensor(ids)) == [name.replace("\u2581", " ") for name in names]
-    assert len(module._texts(torch.tensor([len(tokenizer) + 1]))) == 1  # a row of the vocabulary that has no token
+    assert token_texts(tokenizer, ids) == [name.replace("\u2581", " ") for name in names]

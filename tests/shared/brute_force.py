@@ -37,6 +37,11 @@ def answer_log_probs(
     return logits[where].log_softmax(-1), targets
 
 
+def first_token(tokenizer: Any, targets: list[int]) -> int:
+    """The place of the first token with which the text of an answer is more than white space."""
+    return next(i for i in range(len(targets)) if tokenizer.decode(targets[: i + 1]).strip())
+
+
 def brute_force(model: Any, tokenizer: Any, rows: list[dict[str, Any]], masked: bool = False) -> dict[str, Any]:
     """Each metric, and each metric's value per fact."""
     each: dict[str, list[float | None]] = {name: [] for name in BASE + CHOICES + PARAPHRASES}
@@ -46,10 +51,11 @@ def brute_force(model: Any, tokenizer: Any, rows: list[dict[str, Any]], masked: 
         table, targets = answer_log_probs(model, tokenizer, row["prompt"], row["answer"], masked)
         ranks = [int((line >= line[t]).sum()) - 1 for line, t in zip(table, targets, strict=True)]
         score = float(sum(line[t] for line, t in zip(table, targets, strict=True))) / len(targets)
-        each["first_token_accuracy"].append(float(ranks[0] == 0))
+        first = first_token(tokenizer, targets)
+        each["first_token_accuracy"].append(float(ranks[first] == 0))
         each["answer_accuracy"].append(float(max(ranks) == 0))
-        each["top5_accuracy"].append(float(ranks[0] < 5))
-        each["top10_accuracy"].append(float(ranks[0] < 10))
+        each["top5_accuracy"].append(float(ranks[first] < 5))
+        each["top10_accuracy"].append(float(ranks[first] < 10))
         each["log_loss"].append(-score)
         others, other_sums = [], []
         for choice in row.get("choices", []):
@@ -63,9 +69,10 @@ def brute_force(model: Any, tokenizer: Any, rows: list[dict[str, Any]], masked: 
         said, soft = [], []
         for prompt in [row["prompt"], *row.get("paraphrases", [])]:
             t, tokens = answer_log_probs(model, tokenizer, prompt, row["answer"], masked)
-            said.append((int(t[0].argmax()), tokens[0]))
-            highest = max(float(x) for token, x in enumerate(t[0]) if token != tokens[0])
-            soft.append(1 / (1 + math.exp((float(t[0][tokens[0]]) - highest) / 2)))
+            line, gold = t[first], tokens[first]
+            said.append((int(line.argmax()), gold))
+            highest = max(float(x) for token, x in enumerate(line) if token != gold)
+            soft.append(1 / (1 + math.exp((float(line[gold]) - highest) / 2)))
         right = [s == gold for s, gold in said]
         prompts_right, prompts, softly = prompts_right + sum(right), prompts + len(right), softly + sum(soft)
         same = [a[0] == b[0] for i, a in enumerate(said) for b in said[i + 1 :]]

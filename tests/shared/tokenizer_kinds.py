@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -45,12 +46,28 @@ def _metaspace(scheme: str) -> Tokenizer:
     return tokenizer
 
 
-def _unigram() -> Tokenizer:
-    """XLM-RoBERTa, ALBERT, T5."""
-    words = pre_tokenizers.Metaspace(prepend_scheme="always")
+def _unigram(scheme: str) -> Tokenizer:
+    """XLM-RoBERTa, ALBERT, T5; without a mark in front of every text, what SentencePiece calls no dummy prefix."""
+    words = pre_tokenizers.Metaspace(prepend_scheme=scheme)
     tokenizer = _trained(models.Unigram(), trainers.UnigramTrainer, words, vocab_size=120, unk_token="<unk>")
-    tokenizer.decoder = decoders.Metaspace(prepend_scheme="always")
+    tokenizer.decoder = decoders.Metaspace(prepend_scheme=scheme)
     return tokenizer
+
+
+def _with_bytes(tokenizer: Tokenizer) -> Tokenizer:
+    """What is not in the vocabulary becomes its bytes, as in Llama 2, Mistral and Gemma."""
+    state = json.loads(tokenizer.to_str())
+    model, names = state["model"], [f"<0x{byte:02X}>" for byte in range(256)]
+    if isinstance(model["vocab"], dict):
+        model["vocab"].update({name: len(model["vocab"]) + i for i, name in enumerate(names)})
+    else:
+        model["vocab"] += [[name, -100.0] for name in names]
+    model["byte_fallback"] = True
+    made = Tokenizer.from_str(json.dumps(state))
+    made.decoder = decoders.Sequence(
+        [decoders.Replace(MARK, " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    return made
 
 
 def _word_piece() -> Tokenizer:
@@ -61,9 +78,9 @@ def _word_piece() -> Tokenizer:
     return tokenizer
 
 
-def _byte_level() -> Tokenizer:
-    """GPT-2, Llama 3, Qwen, SmolLM2, RoBERTa."""
-    words = pre_tokenizers.ByteLevel(add_prefix_space=False)
+def _byte_level(*before: Any) -> Tokenizer:
+    """GPT-2, Llama 3, Qwen, RoBERTa; with digits split before, SmolLM2 and StarCoder."""
+    words = pre_tokenizers.Sequence([*before, pre_tokenizers.ByteLevel(add_prefix_space=False)])
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     tokenizer = _trained(models.BPE(), trainers.BpeTrainer, words, vocab_size=384, initial_alphabet=alphabet)
     tokenizer.decoder = decoders.ByteLevel()
@@ -75,9 +92,13 @@ KINDS: dict[str, Callable[[], Tokenizer]] = {
     "metaspace first": lambda: _metaspace("first"),
     "metaspace always": lambda: _metaspace("always"),
     "metaspace never": lambda: _metaspace("never"),
-    "unigram": _unigram,
+    "bytes": lambda: _with_bytes(_llama2()),
+    "unigram": lambda: _unigram("always"),
+    "unigram never": lambda: _unigram("never"),
+    "unigram bytes": lambda: _with_bytes(_unigram("always")),
     "word piece": _word_piece,
     "byte level": _byte_level,
+    "digits": lambda: _byte_level(pre_tokenizers.Digits(individual_digits=True)),
 }
 
 
