@@ -104,9 +104,14 @@ class FactsDataModule(LightningDataModule):
         max_length: the longest row the model takes, in tokens; by default what the tokenizer says.
         chat: put each prompt into the tokenizer's chat template, as a user's message that the answer replies to.
 
+    Attributes:
+        metric: what a search of these facts improves by default; ``None`` leaves that to the search.
+
     Raises:
         ValueError: in ``__init__`` if ``split`` is no set; in ``setup`` for bad data, as the functions named above.
     """
+
+    metric: str | None = None
 
     def __init__(
         self,

@@ -37,13 +37,20 @@ class ExampleSets:
 
     Attributes:
         sizes: examples in each set that there is.
+        metric: what a search improves by default, as the data says; ``None`` if it does not.
         notes: what a reader should know about how the sets were made.
     """
 
     def __init__(
-        self, sets: Mapping[str, ExampleSet], texts: Mapping[str, Loader], seed: int, notes: Sequence[str]
+        self,
+        sets: Mapping[str, ExampleSet],
+        texts: Mapping[str, Loader],
+        seed: int,
+        notes: Sequence[str],
+        metric: str | None = None,
     ) -> None:
         self._sets, self._texts, self._seed, self.notes = dict(sets), dict(texts), seed, list(notes)
+        self.metric = metric
         self.sizes = {name: len(sets[name].places) for name in SETS if name in sets}
 
     @classmethod
@@ -95,7 +102,7 @@ class ExampleSets:
         dealt = deal(whole.subjects, whole.groups, sizes, seed)
         split = {name: whole.subset([i for i, owner in enumerate(dealt) if owner == name]) for name in sizes}
         sets, notes = _with_screen(split, seed)
-        return cls(sets, texts, seed, notes)
+        return cls(sets, texts, seed, notes, _metric(data))
 
     @classmethod
     def reference(cls, data: FactsDataModule | LightningDataModule | Loader | Mapping[str, Loader]) -> ExampleSets:
@@ -113,7 +120,8 @@ class ExampleSets:
         if count < 5:
             raise ValueError(f"`data` must have at least 5 examples, of which the first fifth selects; got {count}.")
         parts = {"race": range(count // 5), "confirm": range(count // 5, count)}
-        return cls({name: whole.subset(part) for name, part in parts.items()}, _texts(data, 32), 0, [])
+        sets = {name: whole.subset(part) for name, part in parts.items()}
+        return cls(sets, _texts(data, 32), 0, [], _metric(data))
 
     def loader(self, name: str, part: Sequence[int] | None = None, *, batches: int = 1) -> Loader:
         """A set, or the examples at some positions of it, in the given order.
@@ -254,6 +262,10 @@ def _one_prompt(item: EncodedFact, seed: int) -> EncodedFact:
     prompt = (item.fact.prompt, *item.fact.paraphrases)[chosen]
     fact = replace(item.fact, prompt=prompt, paraphrases=(), choices=())
     return EncodedFact(fact, (replace(rows[chosen], role=Role.PROMPT),))
+
+
+def _metric(data: Any) -> str | None:
+    return data.metric if isinstance(data, FactsDataModule) else None
 
 
 def _texts(data: Any, most: int) -> dict[str, Loader]:

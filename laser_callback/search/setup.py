@@ -36,13 +36,16 @@ def objective_of(
     direction: str | Mapping[str, str] | None,
     loss: str | None,
     logged: Mapping[str, Logged],
+    metric: str | None = None,
 ) -> Objective:
-    """The objective, from the search's arguments and what the module logs.
+    """The objective, from the search's arguments, what the module logs, and the ``metric`` that the data names.
 
     Raises:
         MisconfigurationException: if a key is not logged, or its better direction is not known.
     """
     facts = isinstance(module, LaserModule)
+    if keys is None and metric is not None and (facts or metric in logged):
+        keys = metric
     if keys is None:
         if not facts:
             raise MisconfigurationException(
