@@ -2,8 +2,8 @@
 
 Contract: a :class:`Task` turns the rows of its public data set into facts in the data set's order, with the prompts of
 the paper's code for GPT-J and LLaMA (``prompts.py``); the paper selects on the first fifth of them and reports the
-rest. Rows come from the internet by the package ``datasets`` (extra ``hub``), or from a file. Which tasks there are, and
-the paper's numbers, is in ``tasks.yaml``.
+rest. Rows come from the internet by the package ``datasets`` (extra ``hub``), or from a file. Which tasks there are,
+and the paper's numbers, is in ``tasks.yaml``.
 
 What differs is in ``docs/howto/paper.md``: above all, where the paper generates text and looks for the answer in it
 (HotPotQA, WikidataQA, and CounterFact for LLaMA), here the answer must come at once; and prompts are those for GPT-J

@@ -23,6 +23,7 @@ import numpy
 import torch
 from torch import Tensor
 
+from laser_callback.plans.rank_rules import unit
 from laser_callback.plans.reduction import Reduction
 from laser_callback.spectra.entries import reduce_entries
 from laser_callback.spectra.folder import (
@@ -34,7 +35,7 @@ from laser_callback.spectra.folder import (
     size_for,
     size_of,
 )
-from laser_callback.spectra.spectrum import Spectrum, refuse_non_finite
+from laser_callback.spectra.spectrum import Spectrum, refuse_non_finite, refuse_out_of_range
 from laser_callback.support.interrupts import elsewhere, is_awaited
 from laser_callback.support.settings import with_gradients, with_inference
 
@@ -223,8 +224,14 @@ class Spectra:
         """``matrix`` after ``reduction``, shape (m, n), in ``matrix``' dtype and on its device.
 
         Raises:
-            ValueError: if ``matrix`` holds NaN or infinite values, or the reference method cannot do ``reduction``.
+            ValueError: if ``matrix`` holds NaN or infinite values, what is made of it is beyond its dtype, or the
+                reference method cannot do ``reduction``.
         """
+        reduced = self._reduce(matrix, reduction, name)
+        refuse_out_of_range(reduced, f"{name} after {reduction}")
+        return reduced
+
+    def _reduce(self, matrix: Tensor, reduction: Reduction, name: str) -> Tensor:
         with with_gradients(False):
             if self.method == "reference":
                 return self._reduce_as_reference(matrix, reduction, name)
@@ -252,6 +259,7 @@ class Spectra:
         if start == stop or self.base is None or reduction.of == "entries":
             return start == stop
         values = self._of(block, name).values
+        values = values / unit(values)
         return bool(values[start:stop].norm() <= NEGLIGIBLE * values.norm())
 
     def _removed(self, block: Tensor, reduction: Reduction, name: str) -> tuple[int, int]:
@@ -272,6 +280,7 @@ class Spectra:
         # Other accelerators than CUDA keep their generators in ways of their own.
         on_cuda = matrix.device.type == "cuda"
         work = matrix.detach().contiguous().to(matrix.device if on_cuda else "cpu")
+        refuse_out_of_range(work.float(), f"{name} in the single precision of method 'reference'")
         seed = int(content_hash("reference", work)[:15], 16)
         with torch.random.fork_rng(devices=[work.device.index] if on_cuda else []):
             # Not `torch.manual_seed`, which seeds the generators of all devices.
