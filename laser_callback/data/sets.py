@@ -78,7 +78,8 @@ class ExampleSets:
             seed: of the split and of all that is dealt later.
             groups: the group of each example of a dataloader's dataset, to stratify by.
             subjects: the subject of each example of a dataloader's dataset; those of one subject stay together.
-            text_windows: the most windows of running text in each of ``race`` and ``guard``; at least 2.
+            text_windows: the most windows of running text in each of ``race``, from the first half of the text, and
+                ``guard``, from the second; at least 2.
 
         Raises:
             TypeError: if ``data`` is nothing of the above.
@@ -232,9 +233,12 @@ def _given(data: Mapping[str, Loader]) -> dict[str, ExampleSet]:
         sets[name] = kept_whole(name, loader) if reason else taken_apart(loader, None, None)
         if not sets[name].places:
             raise ValueError(f"`data[{name!r}]` must have examples, got none.")
+    contents = {name: found.contents() for name, found in sets.items()}
     for one, other in combinations([name for name in SETS if name in sets], 2):
-        shared = len(sets[one].roots() & sets[other].roots())
-        if shared and (one, other) != ("screen", "race"):
+        if (one, other) == ("screen", "race"):
+            continue
+        shared = len(sets[one].roots() & sets[other].roots()) or len(contents[one] & contents[other])
+        if shared:
             raise ValueError(f"`data` must hold sets without a common example, but {one} and {other} share {shared}.")
     return sets
 
@@ -269,21 +273,25 @@ def _metric(data: Any) -> str | None:
 
 
 def _texts(data: Any, most: int) -> dict[str, Loader]:
-    """Windows from all over the text, in turn for race and guard."""
+    """Windows from all over the first half of the text for race, and of the second for guard.
+
+    Neighbours tell of the same things: no two of them are on two sides, and what is in the middle is in neither.
+    """
     windows = data.text if isinstance(data, FactsDataModule) else None
     if not isinstance(windows, TextWindows):
         return {}
-    if most < 2 or len(windows) < 4:
+    if most < 2 or len(windows) < 5:
         raise ValueError(
-            "`text` must have at least 4 windows and `text_windows` be at least 2, since one window has no variance; "
+            "`text` must have at least 5 windows and `text_windows` be at least 2, since one window has no variance; "
             f"got {len(windows)} and {most}."
         )
-    count = min(len(windows), 2 * most)
+    count = min(len(windows), 2 * most + 1)
     places = [i * len(windows) // count for i in range(count)]
     options = {
         "batch_size": max(1, data.batch_size // 4),  # as in FactsDataModule
         "collate_fn": windows.collate,
         "num_workers": data.num_workers,
     }
-    parts = {"race": places[::2], "guard": places[1::2]}
+    half = (count - 1) // 2
+    parts = {"race": places[:half], "guard": places[-half:]}
     return {name: DataLoader(Subset(windows, part), **options) for name, part in parts.items()}

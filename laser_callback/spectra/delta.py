@@ -116,9 +116,8 @@ class BaseWeights:
         """||W - W_base|| / ||W_base||, in Frobenius norms."""
         wide = torch.promote_types(matrix.value.dtype, torch.float32)
         weight, base = matrix.value.to(wide), self.matrix(matrix.name, matrix.parameter.data).to(wide)
-        scale = (
-            float(base.abs().max()) if base.numel() else 0.0
-        ) or 1.0  # squares of large weights have no room in their dtype
+        # Squares of large weights have no room in their dtype.
+        scale = (float(base.abs().max()) if base.numel() else 0.0) or 1.0
         change, size = (float((x / scale).norm()) for x in (weight - base, base))
         return change / size if size else change
 
