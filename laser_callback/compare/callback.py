@@ -54,7 +54,8 @@ class LaserCallback(pl.Callback):
         plan: what to cut: a :class:`LaserPlan`, its text, a plan file, or several of them by name.
         base: what the module was fine-tuned from, as :class:`~laser_callback.spectra.BaseWeights` takes it: then only
             the difference is cut (delta mode).
-        loops: where to compare: ``"validate"``, ``"test"``, and ``"fit"`` for the validation inside of ``trainer.fit``.
+        loops: where to compare: ``"validate"``, ``"test"``, and ``"fit"`` for the validation inside of ``trainer.fit``:
+            each of these is another look, so that their p values are exploratory.
         metrics: torchmetrics of your own, fed for both arms by ``update``; logged under their names.
         update: ``update(metrics, outputs, batch)``, called after each step with what the step returned.
         primary: the one key whose p value carries the claim; all others are Holm-adjusted. Where it is not logged,

@@ -16,6 +16,17 @@ from laser_callback.plans.matrices import WeightMatrix, find_matrices
 from laser_callback.plans.plan import LaserPlan
 from laser_callback.plans.reduction import Reduction
 from laser_callback.plans.target import by_name
+from laser_callback.spectra.delta import BaseWeights
+
+
+def control_plans(model: nn.Module, plan: LaserPlan, seed: int, base: BaseWeights | None) -> dict[str, LaserPlan]:
+    """Both controls by name; the random one, where there is a ``base``, among the matrices that differ from it.
+
+    Raises:
+        ValueError: as :func:`random_plan`.
+    """
+    drawn = random_plan(model, plan, seed, base.changed) if base else random_plan(model, plan, seed)
+    return {"zeroed": zeroed_plan(plan), "random": drawn}
 
 
 def zeroed_plan(plan: LaserPlan) -> LaserPlan:

@@ -22,7 +22,7 @@ from torch.utils import _pytree as pytree
 from torchmetrics import MetricCollection
 
 from laser_callback.compare import arms
-from laser_callback.compare.controls import random_plan, zeroed_plan
+from laser_callback.compare.controls import control_plans
 from laser_callback.compare.copies import copy_batch
 from laser_callback.compare.options import RunOptions, warn_early, warn_if_absent
 from laser_callback.compare.reduced_arm import ReducedArm
@@ -112,9 +112,7 @@ class ComparisonRun:
     def _with_controls(self, plan: LaserPlan) -> Iterable[tuple[str, LaserPlan]]:
         yield "", plan
         if self.options.controls:
-            yield "zeroed", zeroed_plan(plan)
-            base = self._spectra.base
-            yield "random", random_plan(self.module, plan, self.options.seed, base.changed if base else lambda _: True)
+            yield from control_plans(self.module, plan, self.options.seed, self._spectra.base).items()
 
     def _new_metrics(self) -> MetricCollection | None:
         # Fresh in each run: states made under inference mode cannot be updated outside of it.

@@ -107,9 +107,14 @@ class FactsDataModule(LightningDataModule):
         chat: put each prompt into the tokenizer's chat template, as a user's message that the answer replies to.
         system: the system message that goes ahead of it.
 
+    Attributes:
+        metric: what a search of these facts improves by default; ``None`` leaves that to the search.
+
     Raises:
         ValueError: in ``__init__`` if ``split`` is no set; in ``setup`` for bad data, as the functions named above.
     """
+
+    metric: str | None = None
 
     def __init__(
         self,

@@ -6,12 +6,15 @@ loaded with the collator, batch size and workers of the dataloader that it came 
 
 from __future__ import annotations
 
+import hashlib
 from collections import defaultdict
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor
+from torch.utils import _pytree as pytree
 from torch.utils.data import (
     BatchSampler,
     DataLoader,
@@ -23,7 +26,9 @@ from torch.utils.data import (
     SubsetRandomSampler,
 )
 
+from laser_callback.data.encoding import EncodedFact
 from laser_callback.data.facts import draw
+from laser_callback.spectra.folder import content_hash
 
 Loader: TypeAlias = DataLoader[Any]
 
@@ -92,6 +97,36 @@ class ExampleSet:
             indices: Any = dataset.indices
             dataset, places = dataset.dataset, [int(indices[place]) for place in places]
         return {(id(dataset), place) for place in places}
+
+    def contents(self) -> set[Hashable]:
+        """What each example is, in whatever dataset: a fact by prompt and answer, what has an id by it and all else.
+
+        Of examples that have none of these nothing is known: equal values may be two examples.
+        """
+        if self.whole is not None or not self.places or _content(self.dataset[self.places[0]]) is None:
+            return set()
+        return {_content(self.dataset[place]) for place in self.places} - {None}
+
+
+def _content(item: Any) -> Hashable:
+    if isinstance(item, EncodedFact):
+        return item.fact.prompt, item.fact.answer
+    if not isinstance(item, Mapping):
+        return None
+    if isinstance(item.get("prompt"), str) and isinstance(item.get("answer"), str):
+        return item["prompt"], item["answer"]
+    return None if item.get("id") is None else fingerprint([item])
+
+
+def fingerprint(parts: Iterable[Any]) -> str:
+    """16 hexadecimal digits that stand for all that is in nested collections, one after the other."""
+    digest = hashlib.sha256()
+    for part in parts:
+        for leaf in pytree.tree_leaves(part):
+            if isinstance(leaf, Tensor):
+                leaf = content_hash(f"{leaf.dtype} {tuple(leaf.shape)}", leaf.detach().contiguous())
+            digest.update(repr(leaf).encode())
+    return digest.hexdigest()[:16]
 
 
 def indivisible(loader: Loader) -> str:

@@ -1,8 +1,9 @@
 """The prompts of the LASER paper's tasks: rows of the public data sets as facts.
 
-They are those of the paper's code (https://github.com/pratyushasharma/laser, ``src/dataset_utils`` and the GPT-J
-scripts), to the letter, as are the filters. Contract: each function yields :class:`~laser_callback.data.Fact` in the
-order of the rows; its wording, and the columns that it reads, are in ``tasks.yaml`` under its name.
+They are those of the paper's code (https://github.com/pratyushasharma/laser, ``src/dataset_utils`` and the scripts for
+GPT-J and LLaMA), to the letter, as are the filters. Its scripts for RoBERTa ask otherwise. Contract: each function
+yields :class:`~laser_callback.data.Fact` in the order of the rows; its wording, and the columns that it reads, are in
+``tasks.yaml`` under its name.
 """
 
 from __future__ import annotations

@@ -37,13 +37,20 @@ class ExampleSets:
 
     Attributes:
         sizes: examples in each set that there is.
+        metric: what a search improves by default, as the data says; ``None`` if it does not.
         notes: what a reader should know about how the sets were made.
     """
 
     def __init__(
-        self, sets: Mapping[str, ExampleSet], texts: Mapping[str, Loader], seed: int, notes: Sequence[str]
+        self,
+        sets: Mapping[str, ExampleSet],
+        texts: Mapping[str, Loader],
+        seed: int,
+        notes: Sequence[str],
+        metric: str | None = None,
     ) -> None:
         self._sets, self._texts, self._seed, self.notes = dict(sets), dict(texts), seed, list(notes)
+        self.metric = metric
         self.sizes = {name: len(sets[name].places) for name in SETS if name in sets}
 
     @classmethod
@@ -71,7 +78,8 @@ class ExampleSets:
             seed: of the split and of all that is dealt later.
             groups: the group of each example of a dataloader's dataset, to stratify by.
             subjects: the subject of each example of a dataloader's dataset; those of one subject stay together.
-            text_windows: the most windows of running text in each of ``race`` and ``guard``; at least 2.
+            text_windows: the most windows of running text in each of ``race``, from the first half of the text, and
+                ``guard``, from the second; at least 2.
 
         Raises:
             TypeError: if ``data`` is nothing of the above.
@@ -95,7 +103,7 @@ class ExampleSets:
         dealt = deal(whole.subjects, whole.groups, sizes, seed)
         split = {name: whole.subset([i for i, owner in enumerate(dealt) if owner == name]) for name in sizes}
         sets, notes = _with_screen(split, seed)
-        return cls(sets, texts, seed, notes)
+        return cls(sets, texts, seed, notes, _metric(data))
 
     @classmethod
     def reference(cls, data: FactsDataModule | LightningDataModule | Loader | Mapping[str, Loader]) -> ExampleSets:
@@ -113,7 +121,8 @@ class ExampleSets:
         if count < 5:
             raise ValueError(f"`data` must have at least 5 examples, of which the first fifth selects; got {count}.")
         parts = {"race": range(count // 5), "confirm": range(count // 5, count)}
-        return cls({name: whole.subset(part) for name, part in parts.items()}, _texts(data, 32), 0, [])
+        sets = {name: whole.subset(part) for name, part in parts.items()}
+        return cls(sets, _texts(data, 32), 0, [], _metric(data))
 
     def loader(self, name: str, part: Sequence[int] | None = None, *, batches: int = 1) -> Loader:
         """A set, or the examples at some positions of it, in the given order.
@@ -224,9 +233,12 @@ def _given(data: Mapping[str, Loader]) -> dict[str, ExampleSet]:
         sets[name] = kept_whole(name, loader) if reason else taken_apart(loader, None, None)
         if not sets[name].places:
             raise ValueError(f"`data[{name!r}]` must have examples, got none.")
+    contents = {name: found.contents() for name, found in sets.items()}
     for one, other in combinations([name for name in SETS if name in sets], 2):
-        shared = len(sets[one].roots() & sets[other].roots())
-        if shared and (one, other) != ("screen", "race"):
+        if (one, other) == ("screen", "race"):
+            continue
+        shared = len(sets[one].roots() & sets[other].roots()) or len(contents[one] & contents[other])
+        if shared:
             raise ValueError(f"`data` must hold sets without a common example, but {one} and {other} share {shared}.")
     return sets
 
@@ -256,22 +268,30 @@ def _one_prompt(item: EncodedFact, seed: int) -> EncodedFact:
     return EncodedFact(fact, (replace(rows[chosen], role=Role.PROMPT),))
 
 
+def _metric(data: Any) -> str | None:
+    return data.metric if isinstance(data, FactsDataModule) else None
+
+
 def _texts(data: Any, most: int) -> dict[str, Loader]:
-    """Windows from all over the text, in turn for race and guard."""
+    """Windows from all over the first half of the text for race, and of the second for guard.
+
+    Neighbours tell of the same things: no two of them are on two sides, and what is in the middle is in neither.
+    """
     windows = data.text if isinstance(data, FactsDataModule) else None
     if not isinstance(windows, TextWindows):
         return {}
-    if most < 2 or len(windows) < 4:
+    if most < 2 or len(windows) < 5:
         raise ValueError(
-            "`text` must have at least 4 windows and `text_windows` be at least 2, since one window has no variance; "
+            "`text` must have at least 5 windows and `text_windows` be at least 2, since one window has no variance; "
             f"got {len(windows)} and {most}."
         )
-    count = min(len(windows), 2 * most)
+    count = min(len(windows), 2 * most + 1)
     places = [i * len(windows) // count for i in range(count)]
     options = {
         "batch_size": max(1, data.batch_size // 4),  # as in FactsDataModule
         "collate_fn": windows.collate,
         "num_workers": data.num_workers,
     }
-    parts = {"race": places[::2], "guard": places[1::2]}
+    half = (count - 1) // 2
+    parts = {"race": places[:half], "guard": places[-half:]}
     return {name: DataLoader(Subset(windows, part), **options) for name, part in parts.items()}

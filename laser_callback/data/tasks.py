@@ -1,13 +1,13 @@
 """The LASER paper's eight tasks: prompts, answers, choices, metric and split.
 
 Contract: a :class:`Task` turns the rows of its public data set into facts in the data set's order, with the prompts of
-the paper's code (``prompts.py``); the paper selects on the first fifth of them and reports the rest. Rows come
-from the internet by the package ``datasets`` (extra ``hub``), or from a file. Which tasks there are, and the paper's
-numbers, is in ``tasks.yaml``.
+the paper's code for GPT-J and LLaMA (``prompts.py``); the paper selects on the first fifth of them and reports the
+rest. Rows come from the internet by the package ``datasets`` (extra ``hub``), or from a file. Which tasks there are,
+and the paper's numbers, is in ``tasks.yaml``.
 
-What differs: the paper's accuracy on HotPotQA and WikidataQA is whether 15 (10) generated tokens contain the answer,
-here the answer must come at once (``answer_accuracy``); on Epistemic Reasoning it compares the choices' summed log
-probabilities, here their means per token.
+What differs is in ``docs/howto/paper.md``: above all, where the paper generates text and looks for the answer in it
+(HotPotQA, WikidataQA, and CounterFact for LLaMA), here the answer must come at once; and prompts are those for GPT-J
+and LLaMA, from which those for RoBERTa differ.
 """
 
 from __future__ import annotations
@@ -125,7 +125,7 @@ class Task:
 
 
 class TaskDataModule(FactsDataModule):
-    """A task of the LASER paper for ``LaserModule``.
+    """A task of the LASER paper for ``LaserModule``. A search of it improves, and confirms, the task's metric.
 
     Args:
         task: its name in :data:`TASKS`.
@@ -150,6 +150,7 @@ class TaskDataModule(FactsDataModule):
             raise ValueError(f"`part` must be 'all', 'validation' or 'test', got {part!r}")
         super().__init__((), tokenizer, **options)
         self.task, self.source, self.part = TASKS[task], source, part
+        self.metric = self.task.metric
 
     @override
     def prepare_data(self) -> None:

@@ -107,9 +107,21 @@ def rank_by(rule: str, values: Tensor, shape: tuple[int, int]) -> int:
     """
     if not len(values):
         return 0  # of a matrix without rows or columns
+    values = values / unit(values)
     if rule.startswith(_ENERGY):
         return energy_rank(values, float(rule.removeprefix(_ENERGY)))
     return _RULES[rule](values, shape)
+
+
+def unit(values: Tensor) -> float:
+    """A power of two to divide ``values`` by, so that their squares and sums stay in the range of float64.
+
+    It is 1 for all that are in that range as they are, so that nothing changes for them.
+    """
+    largest = float(values.abs().max()) if values.numel() else 0.0
+    if largest == 0 or 1e-100 < largest < 1e100:
+        return 1.0
+    return 2.0 ** min(max(math.frexp(largest)[1], -1022), 1023)
 
 
 def _quantile(values: Tensor, q: float) -> float:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from laser_callback.plans.rank_rules import unit
 from laser_callback.reports.drawing import styled
 from laser_callback.reports.pictures import new_figure, save_figure
 from laser_callback.spectra.inspection import RULES, InspectedMatrix, Inspection
@@ -55,7 +56,7 @@ def _figure(found: Inspection) -> Figure:
     axes = list(figure.subplots(rows, columns, squeeze=False).flat)
     for axis, (title, members) in zip(axes, panels.items(), strict=False):
         for matrix in members:
-            energy = matrix.values.square().cumsum(0)
+            energy = (matrix.values / unit(matrix.values)).square().cumsum(0)
             rho = torch.arange(1, matrix.max_rank + 1) / matrix.max_rank
             colour = colours((matrix.layer or 0) / max(last, 1))
             axis.plot(100 * rho, 100 * energy / energy[-1].clamp_min(1e-300), color=colour, linewidth=0.8)

@@ -96,6 +96,11 @@ def print_ab(result: ABResult, console: Console | None = None) -> None:
 def footnotes(result: LaserResult) -> list[str]:
     """What a reader of the tables must know: which p carries the claim, and what was left out."""
     lines = [_legend(result)]
+    if result.is_one_look_of_several:
+        lines.append(
+            "exploratory: each validation of `fit` is another look, and p is not corrected for their number; what is "
+            "to be claimed is compared once, in `trainer.validate()` or `test()`"
+        )
     if result.not_compared:
         listed = "; ".join(f"{key} ({reason})" for key, reason in result.not_compared.items())
         lines.append(f"not compared: {listed}")

@@ -86,6 +86,11 @@ class LaserResult:
     def __getitem__(self, name: str) -> ArmResult:
         return self.arms[name]
 
+    @property
+    def is_one_look_of_several(self) -> bool:
+        """Whether a validation of ``fit`` has given it: then its p values are exploratory, one for each look."""
+        return self.provenance.get("loop") == "fit"
+
     def to_dict(self) -> dict[str, Any]:
         """Ready for strict JSON; without the examples (see :meth:`PairedExamples.write`)."""
         data = {
@@ -95,6 +100,7 @@ class LaserResult:
                 for name, controls in self.controls.items()
             },
             "primary": self.primary,
+            "is_one_look_of_several": self.is_one_look_of_several,
             "original_seconds": self.original_seconds,
             "not_compared": self.not_compared,
             "duplicates_removed": self.examples.duplicates,

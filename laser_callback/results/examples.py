@@ -216,6 +216,7 @@ class PairedExamples:
             return "the step returned other weights for the reduced model: they belong to the example"
         clustered = all("cluster" in b.described[ORIGINAL] for b in used)
         clusters = [c for b in used for c in b.described[ORIGINAL]["cluster"]] if clustered else None
+        clusters = clusters or _seen_twice(used, before, after)
         for b in batches:
             b.integers.discard(name)  # no labels: they are logged
         return _Selected(before, after, clusters, next((b.doubt for b in used if b.doubt), ""))
@@ -314,6 +315,26 @@ def _joined(parts: list[Outcomes], kind: Kind) -> Outcomes:
 def _weights(outcomes: Outcomes) -> Tensor:
     weights: Tensor | None = outcomes.weights
     return torch.ones_like(outcomes.values) if weights is None else weights
+
+
+def _seen_twice(batches: list[_Batch], before: Outcomes, after: Outcomes) -> list[Hashable] | None:
+    """Clusters, where two dataloaders have the same examples: the same ids, and all else that is known of these too."""
+    if len({b.dataloader_idx for b in batches}) < 2 or not all("id" in b.described[ORIGINAL] for b in batches):
+        return None
+    names = [
+        name for name in ("id", "group", "prompt", "answer") if all(name in b.described[ORIGINAL] for b in batches)
+    ]
+    known = [row for b in batches for row in zip(*(b.described[ORIGINAL][name] for name in names), strict=True)]
+    loaders = [b.dataloader_idx for b in batches for _ in range(b.size)]
+    first: dict[Hashable, int] = {}
+    labels = [first.setdefault(row[0], i) for i, row in enumerate(known)]
+    pairs = [(i, one) for i, one in enumerate(labels) if loaders[i] != loaders[one]]
+    values = torch.stack([before.values.double(), after.values.double()], 1)
+    left, right = (values[[pair[side] for pair in pairs]] for side in (0, 1))
+    same = torch.allclose(left, right, rtol=ROUNDING, atol=1e-6, equal_nan=True)
+    if not pairs or not same or any(known[i] != known[one] for i, one in pairs):
+        return None  # ids that are running numbers of each dataloader's own
+    return [one if loaders[i] != loaders[one] else i for i, one in enumerate(labels)]
 
 
 def _unlike_logged(row: PairedResult, original: Logged, reduced: Logged, units: str) -> str:

@@ -181,7 +181,7 @@ class Course:
         winner.status, winner.reason = "chosen", ""
         self._base_gain += winner.gain.delta if winner.gain else 0.0
         for key, row in rows_of(self.steps.keys, table, str(winner.reduction)).items():
-            self._base_changes[key] = self._base_changes.get(key, 0.0) + row.delta
+            self._base_changes[key] = from_original(row, self._base_changes.get(key, 0.0)).delta
         self.steps.base.append(winner.reduction)
         self.result.found = LaserPlan(self.steps.base)
         self.result.reason = f"{self.result.found} was the best in the race; it is not confirmed"

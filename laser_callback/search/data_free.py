@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Literal
 
 from laser_callback.plans.kinds import MLP_KINDS
-from laser_callback.plans.rank_rules import rank_by
+from laser_callback.plans.rank_rules import rank_by, unit
 from laser_callback.plans.reduction import Reduction
 from laser_callback.plans.target import Target
 from laser_callback.search.candidates import grid
@@ -85,7 +85,7 @@ def _judge(kind: str, spectrum: Spectrum) -> tuple[int, float]:
         rank, ratio = laser_rmt(spectrum)
         return rank, math.log(ratio + 1e-12)
     rank = rank_by(kind, spectrum.values, spectrum.shape)
-    energy = spectrum.values**2
+    energy = (spectrum.values / unit(spectrum.values)) ** 2
     return rank, -float(energy[rank:].sum() / energy.sum().clamp_min(1e-300))
 
 
@@ -96,7 +96,8 @@ def laser_rmt(spectrum: Spectrum) -> tuple[int, float]:
     :func:`~laser_callback.plans.rank_rules.laser_rmt_rank` over the sum of those below.
     """
     rank = rank_by("laser-rmt", spectrum.values, spectrum.shape)
-    signal, noise = (float(part.sum()) for part in (spectrum.values[:rank], spectrum.values[rank:]))
+    values = spectrum.values / unit(spectrum.values)
+    signal, noise = (float(part.sum()) for part in (values[:rank], values[rank:]))
     return rank, signal / noise if noise else math.inf
 
 

@@ -25,6 +25,7 @@ from laser_callback.compare.module import LaserModule
 from laser_callback.data.sets import ExampleSets
 from laser_callback.plans.plan import LaserPlan
 from laser_callback.plans.target import RHOS
+from laser_callback.results.examples import ORIGINAL
 from laser_callback.results.search import SearchResult
 from laser_callback.search.budget import Budget
 from laser_callback.search.candidates import DELTA_RHOS, REFERENCE_RHOS
@@ -32,7 +33,14 @@ from laser_callback.search.course import Course
 from laser_callback.search.data_free import SCREENS
 from laser_callback.search.fingerprints import fingerprints
 from laser_callback.search.screen import LossFn
-from laser_callback.search.setup import constraints_of, objective_of, plain, power_warnings, probe_positions
+from laser_callback.search.setup import (
+    by_batches,
+    constraints_of,
+    objective_of,
+    plain,
+    power_warnings,
+    probe_positions,
+)
 from laser_callback.search.steps import Screen, Steps
 from laser_callback.search.verdict import confirm
 from laser_callback.spectra.delta import BaseSource, BaseWeights
@@ -61,8 +69,8 @@ class LaserSearch:
             other sizes, ``ExampleSets.of(data, sizes={"race": 300, "confirm": 0.5})``, of
             :class:`~laser_callback.data.ExampleSets`.
         objective: one or more keys that ``validation_step`` logs. The mean of their changes is improved, and the first
-            carries the claim. For a LaserModule by default ``first_token_accuracy``, and ``paraphrase_robustness``
-            where facts have paraphrases.
+            carries the claim. By default the metric of a :class:`~laser_callback.data.TaskDataModule`'s task; of other
+            facts ``first_token_accuracy``, and ``paraphrase_robustness`` where they have paraphrases.
         direction: ``"max"`` or ``"min"``, for all keys or by key; needed where what is logged does not say it (a
             torchmetrics object does).
         loss: a logged key, lower is better, that helps to tell candidates apart, and is what the screen differentiates.
@@ -84,7 +92,7 @@ class LaserSearch:
         min_gain: warn before the work if a gain of this size would be confirmed with less than 80 % probability.
         method: ``"exhaustive"`` runs all candidates on all race examples instead of screening; ``"paper"`` does so as
             the paper's code does: its nine rates, cut by ``torch.svd_lowrank``, on the first fifth of the examples, of
-            which the highest accuracy, then the lowest log loss selects.
+            which the best objective, then the lowest log loss selects.
         controls: confirm beside the plan its matrices zeroed and random matrices cut at the same rho.
         minutes: race only as many candidates as fit into so much time.
         folder: keep each finished step here; with ``resume`` go on from them.
@@ -191,15 +199,15 @@ class LaserSearch:
         loader = sets.loader("race", positions)
         lab.measure(probe, loader, ())
         loss = self.loss or ("log_loss" if paper and isinstance(self.module, LaserModule) else None)
-        objective = objective_of(self.module, self.objective, self.direction, loss, lab.logged)
+        objective = objective_of(self.module, self.objective, self.direction, loss, lab.logged, sets.metric)
         bounds = constraints_of(self.constraints, sets, objective, lab.logged)
         keys = tuple(dict.fromkeys([*objective.measured, *(b.key for b in bounds if b.key in lab.logged)]))
         begin = time.perf_counter()
-        lab.measure(probe, loader, keys)
+        values = lab.measure(probe, loader, keys)[ORIGINAL][objective.keys[0]]
         pass_seconds = (time.perf_counter() - begin) / len(positions) / (1 + lab.share(probe["probe"]))
 
         found = SearchResult(None, None, "no candidate has run yet", objective.keys, [], sets=dict(sets.sizes))
-        found.warnings += [*sets.notes, *power_warnings(sets, self.min_gain)]
+        found.warnings += [*sets.notes, *power_warnings(sets, self.min_gain, by_batches(values, loader))]
         if sets.text("guard") is None and isinstance(self.module, LaserModule):
             found.warnings.append("fluency is not checked: give the data `text=`, a file of running text")
         for warning in found.warnings:

@@ -16,6 +16,7 @@ from typing import Any
 from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 
+from laser_callback.compare.controls import control_plans
 from laser_callback.compare.measure import Lab, Table
 from laser_callback.data.sets import ExampleSets
 from laser_callback.plans.plan import LaserPlan
@@ -293,11 +294,12 @@ class Steps:
                 live[0].examples.write(Path(self.folder) / f"{name}.examples.jsonl")
             return live[0].to_dict(), {}
 
-        examples = sum(map(_length, loaders))
-        arms = 2 + 2 * controls
+        examples, arms = sum(map(_length, loaders)), [plan]
+        if controls:
+            arms += control_plans(self.lab.module, plan, self.seed, self.lab.spectra.base).values()
         what = f"{name}: {plan} on {examples} examples"
-        whole = examples * (1 + self.lab.share(plan))
-        result, _ = self.timed(name, name, what, compute, examples * arms, whole, LaserResult.from_dict)
+        whole = examples * (1 + sum(map(self.lab.share, arms)))
+        result, _ = self.timed(name, name, what, compute, examples * (1 + len(arms)), whole, LaserResult.from_dict)
         if live:
             result.examples = live[0].examples
         return result

@@ -75,9 +75,18 @@ def rows_of(keys: Iterable[str], table: Table, arm: str) -> dict[str, PairedResu
 
 
 def from_original(row: PairedResult, change: float) -> PairedResult:
-    """A row against a base as one against the original, from which the base has changed by ``change``."""
-    lower, upper = (None if end is None else end + change for end in (row.lower, row.upper))
-    return replace(row, original=row.original - change, delta=row.delta + change, lower=lower, upper=upper)
+    """A row against a base as one against the original, from which the base has changed by ``change``.
+
+    That is a share of the original's value where the row's changes are (perplexity), and a difference elsewhere.
+    """
+    relative = row.kind == "log_ratio"
+
+    def whole(further: float) -> float:
+        return (1 + change) * (1 + further) - 1 if relative else change + further
+
+    lower, upper = (None if end is None else whole(end) for end in (row.lower, row.upper))
+    original = row.original / (1 + change) if relative else row.original - change
+    return replace(row, original=original, delta=whole(row.delta), lower=lower, upper=upper)
 
 
 def keeps(bound: Constraint, row: PairedResult) -> bool:

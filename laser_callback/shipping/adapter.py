@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from laser_callback.compare.language_model import kind_of
 from laser_callback.plans.plan import LaserPlan
 from laser_callback.shipping.thin import gains_of, thin_factors, why_not_thin
+from laser_callback.spectra.spectrum import refuse_out_of_range
 from laser_callback.spectra.store import Spectra
 
 Factors = Mapping[str, tuple[Tensor, Tensor]]
@@ -88,6 +89,13 @@ def save_adapter(model: PreTrainedModel, factors: Factors, folder: Path, base_na
     most = max(ranks.values())
     different = {name: rank for name, rank in ranks.items() if rank != most}
     options: dict[str, Any] = {"task_type": "CAUSAL_LM"} if kind_of(type(model).__name__) == "causal" else {}
+    tensors: dict[str, Tensor] = {}
+    for name, (up, down) in factors.items():
+        dtype = model.get_parameter(f"{name}.weight").dtype
+        for letter, factor in (("A", down), ("B", up)):
+            key = f"base_model.model.{name}.lora_{letter}.weight"
+            tensors[key] = factor.to(device="cpu", dtype=dtype).contiguous()
+            refuse_out_of_range(tensors[key], f"{name} in the adapter")
     folder.mkdir(parents=True, exist_ok=True)
     LoraConfig(
         r=most,
@@ -100,10 +108,4 @@ def save_adapter(model: PreTrainedModel, factors: Factors, folder: Path, base_na
         inference_mode=True,
         **options,
     ).save_pretrained(str(folder))
-    tensors: dict[str, Tensor] = {}
-    for name, (up, down) in factors.items():
-        dtype = model.get_parameter(f"{name}.weight").dtype
-        for letter, factor in (("A", down), ("B", up)):
-            key = f"base_model.model.{name}.lora_{letter}.weight"
-            tensors[key] = factor.to(device="cpu", dtype=dtype).contiguous()
     save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})

@@ -264,8 +264,11 @@ def _thin_layer(matrix: WeightMatrix, reduction: Reduction, spectra: Spectra, ma
     rank, most = int((gains != 0).sum()), int(max_share * rows * columns / (rows + columns))
     if rank > most:
         return f"its rank is {rank}, and two thin layers are worth it up to {most}"
-    factors = thin_factors(original, spectrum, gains)
-    return _layer(matrix.module, *(factor.to(original.device, original.dtype).contiguous() for factor in factors))
+    found = thin_factors(original, spectrum, gains)
+    factors = [factor.to(original.device, original.dtype).contiguous() for factor in found]
+    if not all(bool(torch.isfinite(factor).all()) for factor in factors):
+        return f"its two thin layers would have values beyond {original.dtype}"
+    return _layer(matrix.module, *factors)
 
 
 def _layer(module: nn.Module, up: Tensor, down: Tensor) -> FactoredLinear:

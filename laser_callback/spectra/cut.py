@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from laser_callback.plans.matrices import WeightMatrix
+from laser_callback.plans.rank_rules import unit
 from laser_callback.plans.reduction import Reduction
 from laser_callback.spectra.spectrum import Spectrum
 from laser_callback.spectra.store import Spectra
@@ -53,7 +54,7 @@ class CutSpectrum:
         """From the whole spectrum of the matrix ``matrix``, cut as ``reduction`` says."""
         values = spectrum.values.cpu().numpy()
         start, stop = reduction.removed(spectrum.rank(reduction), len(values))
-        squares = values**2
+        squares = (values / unit(spectrum.values)) ** 2
         energy = 1 - float(squares[start:stop].sum() / squares.sum()) if squares.any() else 1.0
         places = _places(len(values))
         return cls(

@@ -115,9 +115,11 @@ class BaseWeights:
 
     def _relative_change(self, matrix: WeightMatrix) -> float:
         """||W - W_base|| / ||W_base||, in Frobenius norms."""
-        weight = matrix.value.float()
-        base = self.matrix(matrix.name, matrix.parameter.data).float()
-        change, size = float((weight - base).norm()), float(base.norm())
+        wide = torch.promote_types(matrix.value.dtype, torch.float32)
+        weight, base = matrix.value.to(wide), self.matrix(matrix.name, matrix.parameter.data).to(wide)
+        # Squares of large weights have no room in their dtype.
+        scale = (float(base.abs().max()) if base.numel() else 0.0) or 1.0
+        change, size = (float((x / scale).norm()) for x in (weight - base, base))
         return change / size if size else change
 
 

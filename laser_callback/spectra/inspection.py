@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from laser_callback.plans.rank_rules import rank_by
+from laser_callback.plans.rank_rules import rank_by, unit
 from laser_callback.plans.reduction import part_of
 from laser_callback.plans.target import RHOS, targets
 from laser_callback.plans.uncut import NotCut, not_cut
@@ -50,7 +50,7 @@ class InspectedMatrix:
     def energy(self, rho: float) -> float:
         """The share of the squared Frobenius norm that is left of the matrix cut at ``rho``, in [0, 1]."""
         rank = part_of(rho, self.max_rank)
-        energy = self.values.square()
+        energy = (self.values / unit(self.values)).square()
         return float(energy[:rank].sum() / energy.sum()) if energy.sum() > 0 else 0.0
 
     def to_dict(self) -> dict[str, Any]:
@@ -62,7 +62,7 @@ class InspectedMatrix:
             "kind": self.kind,
             "expert": self.expert,
             "shape": list(self.shape),
-            "norm": float(self.values.square().sum().sqrt()),
+            "norm": float((self.values / (scale := unit(self.values))).square().sum().sqrt() * scale),
             "largest": float(self.values[0]) if self.max_rank else None,
             "median": float(self.values.quantile(0.5)) if self.max_rank else None,
             "smallest": float(self.values[-1]) if self.max_rank else None,

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from laser_callback.plans.rank_rules import rank_by
+from laser_callback.plans.rank_rules import rank_by, unit
 from laser_callback.plans.reduction import Reduction
 from laser_callback.spectra.eigen import gram_eigen
 
@@ -39,14 +39,17 @@ class Spectrum:
         """Factorise ``matrix``, shape (m, n), any floating dtype, on its own device.
 
         Raises:
-            ValueError: if it holds NaN or infinite values, naming it.
+            ValueError: if it holds NaN or infinite values, or has singular values beyond float64, naming it.
         """
         refuse_non_finite(matrix, name)
-        eigenvalues, vectors = gram_eigen(as_double(matrix))
+        work = as_double(matrix)
+        scale = unit(work)
+        eigenvalues, vectors = gram_eigen(work / scale)
         values = eigenvalues.flip(0)
         # What the Gram matrix cannot tell from zero is zero, or a rank rule would count rounding noise.
         resolution = len(values) * torch.finfo(torch.float64).eps * values[:1]
-        values = torch.where(values > resolution, values, 0).sqrt_()
+        values = torch.where(values > resolution, values, 0).sqrt_() * scale
+        refuse_out_of_range(values, f"singular values of {name}")
         return cls(values, vectors.flip(1).contiguous(), (matrix.shape[0], matrix.shape[1]))
 
     def truncate(self, matrix: Tensor, rank: int) -> Tensor:
@@ -70,8 +73,9 @@ class Spectrum:
         """
         start, stop = reduction.removed(self.rank(reduction), len(self.values))
         work = as_double(matrix)
-        kept = self.truncate(matrix, start) + (work - self.truncate(matrix, stop))
-        result = kept + reduction.scale * (work - kept) if reduction.scale else kept
+        work = work / (scale := unit(work))
+        kept = self.truncate(work, start) + (work - self.truncate(work, stop))
+        result = (kept + reduction.scale * (work - kept) if reduction.scale else kept) * scale
         return result.to(device=matrix.device, dtype=matrix.dtype)
 
 
@@ -85,3 +89,13 @@ def refuse_non_finite(matrix: Tensor, name: str) -> None:
     """Raise where ``matrix`` holds NaN or infinite values, naming it."""
     if not bool(torch.isfinite(matrix).all()):
         raise ValueError(f"the weights of `{name}` hold NaN or infinite values: there is nothing to cut")
+
+
+def refuse_out_of_range(made: Tensor, name: str) -> None:
+    """Raise where what was made of finite weights has values that its dtype cannot hold, naming it."""
+    if not bool(torch.isfinite(made).all()):
+        raise ValueError(
+            f"`{name}` would have values beyond {made.dtype}, whose largest is {torch.finfo(made.dtype).max:.6g}: "
+            "convert the model to a dtype with a wider range (`model.bfloat16()`, `model.float()`), or leave this "
+            "matrix out of the plan, or of `within`"
+        )

@@ -24,6 +24,7 @@ import numpy
 import torch
 from torch import Tensor
 
+from laser_callback.plans.rank_rules import unit
 from laser_callback.plans.reduction import Reduction
 from laser_callback.spectra.entries import reduce_entries
 from laser_callback.spectra.folder import (
@@ -35,7 +36,7 @@ from laser_callback.spectra.folder import (
     size_for,
     size_of,
 )
-from laser_callback.spectra.spectrum import Spectrum, refuse_non_finite
+from laser_callback.spectra.spectrum import Spectrum, refuse_non_finite, refuse_out_of_range
 from laser_callback.support.interrupts import elsewhere, is_awaited
 from laser_callback.support.settings import with_gradients, with_inference
 
@@ -224,9 +225,14 @@ class Spectra:
         """``matrix`` after ``reduction``, shape (m, n), in ``matrix``' dtype and on its device.
 
         Raises:
-            ValueError: if ``matrix`` holds NaN or infinite values or no values at all, the reference method cannot do
-                ``reduction``, or its result is beyond what ``matrix``' dtype holds.
+            ValueError: if ``matrix`` holds NaN or infinite values or no values at all, what is made of it is beyond its
+                dtype, or the reference method cannot do ``reduction``.
         """
+        reduced = self._reduce(matrix, reduction, name)
+        refuse_out_of_range(reduced, f"{name} after {reduction}")
+        return reduced
+
+    def _reduce(self, matrix: Tensor, reduction: Reduction, name: str) -> Tensor:
         with with_gradients(False):
             if self.method == "reference":
                 reduced = self._reduce_as_reference(matrix, reduction, name)
@@ -235,11 +241,6 @@ class Spectra:
                 parts = [self._reduce_block(block, reduction, name) for block in blocks]
                 reduced = parts[0] if len(parts) == 1 else torch.cat(parts)
                 reduced = reduced if self.base is None else self.base.sum(reduced, matrix, name)
-            if not all(map(math.isfinite, map(float, torch.aminmax(reduced)))):
-                raise ValueError(
-                    f"{reduction} makes values of `{name}` that are larger than {_dtype(matrix)} holds, "
-                    f"{torch.finfo(matrix.dtype).max:.4g}: load the model in float32, or scale its weights down"
-                )
             return reduced
 
     def changes_nothing(self, matrix: Tensor, reduction: Reduction, name: str = "matrix") -> bool:
@@ -261,6 +262,7 @@ class Spectra:
         if start == stop or self.base is None or reduction.of == "entries":
             return start == stop
         values = self._of(block, name).values
+        values = values / unit(values)
         return bool(values[start:stop].norm() <= NEGLIGIBLE * values.norm())
 
     def _removed(self, block: Tensor, reduction: Reduction, name: str) -> tuple[int, int]:
@@ -282,6 +284,7 @@ class Spectra:
         # Other accelerators than CUDA keep their generators in ways of their own.
         on_cuda = matrix.device.type == "cuda"
         work = matrix.detach().contiguous().to(matrix.device if on_cuda else "cpu")
+        refuse_out_of_range(work.float(), f"{name} in the single precision of method 'reference'")
         seed = int(content_hash("reference", work)[:15], 16)
         with torch.random.fork_rng(devices=[work.device.index] if on_cuda else []):
             # Not `torch.manual_seed`, which seeds the generators of all devices.

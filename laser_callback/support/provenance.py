@@ -27,6 +27,7 @@ def provenance(trainer: pl.Trainer, module: pl.LightningModule, seed: int) -> di
         "module": type(module).__qualname__,
         **({"model": name} if isinstance(name, str) and name else {}),
         "loop": "" if trainer.state.fn is None else trainer.state.fn.value,
+        **({"epoch": trainer.current_epoch} if trainer.state.fn == "fit" else {}),
         "device": str(module.device),
         "processes": trainer.world_size,
         "precision": str(trainer.precision),

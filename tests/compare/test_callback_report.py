@@ -22,6 +22,7 @@ from toy import CLASSES, PLAN, Toy, evaluate, make_data
 
 from laser_callback import LaserCallback, LaserPlan
 from laser_callback.reports.terminal import plain
+from laser_callback.results.comparison import LaserResult
 
 
 def test_json_report(trainer, tmp_path, capsys):
@@ -166,6 +167,17 @@ def test_report_in_fit_does_not_garble_the_progress_bar(trainer, capfd, bar):
     assert len(expected) > 5
     for line in expected:  # each as a line of its own, with nothing of the bar in it
         assert line in shown, line
+
+
+@pytest.mark.parametrize("loop", ["validate", "fit"])
+def test_what_fit_shows_each_epoch_is_exploratory_and_says_so(trainer, loop):
+    callback = LaserCallback(PLAN, loops=(loop,), primary="acc")
+    getattr(trainer(callback, max_epochs=2), loop)(Toy(), *[make_data()] * (2 if loop == "fit" else 1))
+    result = callback.result
+    assert result.is_one_look_of_several is result.to_dict()["is_one_look_of_several"] is (loop == "fit")
+    assert result.provenance.get("epoch") == (1 if loop == "fit" else None)
+    assert ("p is not corrected for their number" in " ".join(plain(result).split())) is (loop == "fit")
+    assert LaserResult.from_dict(json.loads(json.dumps(result.to_dict()))).is_one_look_of_several is (loop == "fit")
 
 
 def test_report_in_fit_with_a_bar_that_is_off(trainer, capfd):

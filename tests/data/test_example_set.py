@@ -119,6 +119,17 @@ def test_given_sets_are_taken_as_they_are():
     assert ExampleSets.of({**loaders, "screen": DataLoader(Subset(data, range(9)), 3)}).sizes["screen"] == 9
 
 
+def test_examples_with_an_id_are_the_same_where_all_else_is_too():
+    def loader(ids, shift=0.0):
+        return DataLoader([{"id": i, "x": torch.tensor([i + shift])} for i in ids], 4, collate_fn=list)
+
+    with pytest.raises(ValueError, match="race and confirm share 2"):
+        ExampleSets.of({"race": loader(range(8)), "confirm": loader(range(6, 16))})
+    assert ExampleSets.of({"race": loader(range(8)), "confirm": loader(range(8), 0.5)}).sizes["confirm"] == 8
+    # Without ids equal values may be two examples, such as rows of a table.
+    assert ExampleSets.of({"race": DataLoader([1, 2, 3]), "confirm": DataLoader([1, 2, 3])}).sizes["race"] == 3
+
+
 @pytest.mark.parametrize(
     ("make", "error", "message"),
     [

@@ -137,23 +137,40 @@ def test_parts_and_every_stretch_of_them_have_each_groups_share(parts):
         assert ids(sets.loader("race", part)) == [names[i] for i in part]
 
 
-def test_text_windows_are_in_turn_for_race_and_guard(tmp_path):
+def test_race_has_windows_of_the_first_half_of_the_text_and_guard_of_the_second(tmp_path):
     (tmp_path / "t.txt").write_text(" ".join(SENTENCES) * 40)
     windows = TextWindows(tmp_path / "t.txt", tiny_tokenizer(bos=True), window=32)
     every = [f"t.txt:{i}" for i in range(len(windows))]
     sets = ExampleSets.of(facts_data(text=windows, batch_size=16), text_windows=1000)
     race, guard = ids(sets.text("race")), ids(sets.text("guard"))
-    assert (race, guard) == (every[::2], every[1::2])
+    half = (len(every) - 1) // 2
+    assert (race, guard) == (every[:half], every[-half:])  # and nobody the middle, between two neighbours
     assert sets.text("race").batch_size == 4
     few = ExampleSets.of(facts_data(text=windows), text_windows=3)
     six = [int(name.split(":")[1]) for name in sorted(ids(few.text("race")) + ids(few.text("guard")))]
     assert len(set(six)) == 6
     assert max(six) > 0.8 * len(windows)  # from all over the text
     assert ExampleSets.of(facts_data()).text("guard") is None
-    with pytest.raises(ValueError, match="at least 4 windows"):
+    with pytest.raises(ValueError, match="at least 5 windows"):
         ExampleSets.of(facts_data(text=TextWindows(tmp_path / "t.txt", tiny_tokenizer(), window=512)), text_windows=1)
     with pytest.raises(ValueError, match="'race' or 'guard'"):
         sets.text("screen")
+
+
+def test_the_same_facts_in_two_data_modules_are_seen_by_their_content():
+    def loader(facts, first=0):
+        data = facts_data([replace(fact, id=str(i)) for i, fact in enumerate(facts, first)])
+        data.setup()
+        return data.val_dataloader()
+
+    with pytest.raises(ValueError, match="sets without a common example, but race and confirm share 40"):
+        ExampleSets.of({"race": loader(FACTS[:40]), "confirm": loader(FACTS[:40])})
+    parts = {"race": FACTS[:40], "confirm": FACTS[40:80], "guard": FACTS[77:99]}
+    with pytest.raises(ValueError, match="but confirm and guard share 3"):
+        ExampleSets.of({name: loader(facts, i) for i, (name, facts) in enumerate(parts.items())})
+    # Running numbers as ids, the same in each module, make no facts the same.
+    apart = {"screen": FACTS[:5], "race": FACTS[:40], "confirm": FACTS[40:80]}
+    assert ExampleSets.of({name: loader(facts) for name, facts in apart.items()}).sizes["screen"] == 5
 
 
 def test_reference_split_is_the_first_fifth_in_file_order():

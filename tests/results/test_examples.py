@@ -279,6 +279,25 @@ def test_one_id_in_two_dataloaders_is_two_examples():
     assert PairedExamples().merge(parts).duplicates == 0
 
 
+@pytest.mark.parametrize(
+    ("second", "n"),
+    [
+        ({"id": list("cab"), "acc": bools("010"), "prompt": list("zxy")}, 3),  # the same, in another order
+        ({"id": list("cad"), "acc": bools("011"), "prompt": list("zxw")}, 4),  # two of them, and one that is new
+        ({"id": list("cab"), "acc": bools("011"), "prompt": list("zxy")}, 6),  # another outcome,
+        ({"id": list("cab"), "acc": bools("010"), "prompt": list("zxw")}, 6),  # another prompt:
+    ],  # ids that are running numbers of each dataloader's own
+)
+def test_the_same_examples_in_two_dataloaders_count_once(second, n):
+    first = {"id": list("abc"), "acc": bools("100"), "prompt": list("xyz")}
+    examples = together(
+        pair(first, {"acc": bools("110")}, 3, 0),
+        pair(second, {"acc": bools("011")}, 3, 1),
+    )
+    (row,) = examples.rows("laser", {"acc": log(0.5, "acc")}, {"acc": log(0.5, "acc")})
+    assert row.n == n
+
+
 def test_without_ids_nothing_is_removed():
     parts = [pair({"acc": bools("10")}, {"acc": bools("10")}, 2) for _ in range(2)]
     merged = PairedExamples().merge(parts)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import time
 from dataclasses import replace
 from types import SimpleNamespace
@@ -177,6 +178,45 @@ def test_a_row_against_a_base_becomes_one_against_the_original():
     row = from_original(row_of("acc", {ORIGINAL: table["base"], "arm": table["arm"]}, "arm"), change)
     expected = row_of("acc", table, "arm")
     assert (row.original, row.delta) == pytest.approx((expected.original, expected.delta))
+
+
+@pytest.mark.parametrize(("batch", "said"), [(80, "2 batches, .* tell as much as 6"), (4, "")])
+def test_where_pairs_are_batches_a_few_of_them_are_known_to_tell_little(recall, batch, said):
+    module, loader = recall
+    for kind in (Means, Recall):
+        data = DataLoader(loader.dataset, batch_size=batch)
+        search = LaserSearch(kind(module.model).eval(), data, **SEARCH, min_gain=0.15, controls=False)
+        search._prepare(time.perf_counter())
+        about = [warning for warning in search.result.warnings if "confirm set" in warning]
+        assert bool(about) is bool(said and kind is Means)
+        assert not about or re.search(f"160 examples in {said}:.* or return a value per example", about[0])
+
+
+def test_relative_changes_are_multiplied_and_not_added():
+    values = {ORIGINAL: [2.0, 2.2, 2.4], "base": [2.3, 2.6, 2.9], "arm": [2.1, 2.9, 3.3]}  # nats per token
+    tokens = torch.tensor([5.0, 3.0, 2.0], dtype=torch.float64)
+    table = {
+        arm: {"ppl": Values(torch.tensor(row, dtype=torch.float64), tokens, "log_ratio")} for arm, row in values.items()
+    }
+    change = row_of("ppl", table, "base").delta
+    against_base = row_of("ppl", {ORIGINAL: table["base"], "arm": table["arm"]}, "arm")
+    row, expected = from_original(against_base, change), row_of("ppl", table, "arm")
+    assert (row.original, row.delta) == pytest.approx((expected.original, expected.delta))
+    assert row.original * (1 + row.delta) == pytest.approx(row.reduced)
+    assert row.lower < row.delta < row.upper
+
+
+def test_the_passes_of_confirm_are_those_of_the_plan_and_of_its_controls(recall):
+    module, loader = recall
+    shares: list[float] = []
+    for controls in (False, True):
+        result = LaserSearch(module, loader, **SEARCH, controls=controls, within="1.mlp").run()
+        (confirm,) = [phase for phase in result.phases if phase.name == "confirm"]
+        assert confirm.passes == result.sets["confirm"] * (4 if controls else 2)
+        shares.append(confirm.whole_passes / result.sets["confirm"])
+    plans = [result.found, *(LaserPlan.parse(arm.plan) for arm in result.confirmed.controls["laser"].values())]
+    lab = Lab(module, Spectra(), "cpu")
+    assert shares == pytest.approx([1 + lab.share(plans[0]), 1 + sum(map(lab.share, plans))])
 
 
 def test_a_single_matrix_of_no_kind_in_a_layer_is_a_target_by_its_name():

@@ -6,6 +6,7 @@ import pytest
 import torch
 from recall import SEARCH
 from torch import nn
+from torch.utils.data import DataLoader
 
 from laser_callback import LaserSearch
 from laser_callback.results.examples import PairedExamples
@@ -38,6 +39,17 @@ def test_a_step_is_finished_only_with_its_examples(recall, tmp_path, monkeypatch
     assert found.confirmed is not None
     lines = (tmp_path / "run" / "confirm.examples.jsonl").read_text(encoding="utf-8").split("\n")
     assert len(lines) == found.sets["confirm"] + 1
+
+
+@pytest.mark.parametrize("changed", [0, 99])
+def test_every_example_must_be_unchanged_not_those_of_the_first_batch_alone(changed):
+    module, rows = nn.Linear(3, 3), torch.arange(100.0)
+    before = fingerprints(module, {"race": [DataLoader(rows.clone(), 8)]})
+    assert fingerprints(module, {"race": [DataLoader(rows.clone(), 8)]}) == before
+    rows[changed] += 1
+    after = fingerprints(module, {"race": [DataLoader(rows, 8)]})
+    assert after["race"] != before["race"]
+    assert after["weights"] == before["weights"]
 
 
 def test_buffers_are_part_of_what_must_be_unchanged():
