@@ -9,7 +9,6 @@ kept, and either is said once. Any number of processes may share a folder, and a
 
 from __future__ import annotations
 
-import math
 import time
 import warnings
 from collections import OrderedDict, deque

@@ -4,6 +4,7 @@ import logging
 import os
 import signal
 import sys
+from types import SimpleNamespace
 
 import lightning.pytorch as pl
 import pytest
@@ -19,8 +20,10 @@ from laser_callback.spectra.store import Spectra
     ("accelerator", "told"), [("cpu", ("cpu", 1)), ("cuda", ("cuda", 1)), ("cuda:1", ("cuda", [1]))]
 )
 def test_one_device_which_may_be_named(monkeypatch, accelerator, told):
-    monkeypatch.setattr(pl, "Trainer", lambda **options: options)
-    with quiet_trainer(accelerator, precision="16-mixed", logger=True) as options:
+    connector = SimpleNamespace(teardown=lambda: None)
+    monkeypatch.setattr(pl, "Trainer", lambda **told: SimpleNamespace(options=told, _signal_connector=connector))
+    with quiet_trainer(accelerator, precision="16-mixed", logger=True) as made:
+        options = made.options
         assert (options["accelerator"], options["devices"]) == told
         assert (options["precision"], options["logger"], options["enable_progress_bar"]) == ("16-mixed", True, False)
 
