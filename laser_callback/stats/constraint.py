@@ -128,7 +128,7 @@ class Constraint:
         bound = sign * unfavourable
         if any(map(math.isnan, (estimate, *ends))):
             return self._judged(row, change, None, "undecided", "the interval is not a number")
-        if favourable == unfavourable and row.n < ENOUGH_UNCHANGED:
+        if favourable == unfavourable and row.n < ENOUGH_UNCHANGED:  # never of right and wrong: a score has a width
             reason = f"none of {row.n} units changed; {ENOUGH_UNCHANGED} would show that few do"
             return self._judged(row, change, bound, "undecided", reason)
         note = "relative to the original's value, taken as known" if self.relative and row.kind != "log_ratio" else ""

@@ -130,7 +130,7 @@ class Gain:
 
 def _shown_from(row: PairedResult, bound: float, alpha: float) -> int | None:
     """Units from which on a row's change would be significant if it stays so; of right and wrong by the exact test."""
-    if row.fixed is None or row.broken is None:
+    if row.fixed is None or row.broken is None or row.test != "exact McNemar":
         return extrapolate(row.n, abs(row.delta - bound), abs(row.delta))
     scale = 1.0
     while scale < MOST_TIMES:
