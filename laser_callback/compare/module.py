@@ -30,7 +30,7 @@ from laser_callback.compare.language_model import (
 )
 from laser_callback.data import probes
 from laser_callback.data.row_scores import AnswerScores, Role, RowScores, score_rows
-from laser_callback.data.scoring import METRICS, AnswerMetric, Perplexity, text_nll
+from laser_callback.data.scoring import METRICS, AnswerMetric, Perplexity, rows_said, text_nll
 from laser_callback.plans.plan import LaserPlan
 from laser_callback.reports.terminal import print_ab
 from laser_callback.results.ab_test import ABResult
@@ -262,19 +262,37 @@ class LaserModule(pl.LightningModule):
                     outcomes[name] = Outcomes(total / units, kind="binary")
                 else:
                     outcomes[name] = Outcomes(total / units, None if name == "log_loss" else units, "mean")
-        # What the prior checks look at: the first token, as in `first_token_accuracy`.
-        prompts = scores.role == Role.PROMPT
-        order = scores.fact[prompts].argsort()
-        said = scores.first_token[prompts][order]
-        gold = torch.cat([chunk["targets"][:, 0] for chunk in batch["chunks"]])[prompts][order]
-        outcomes["prediction"], outcomes["answer"] = self._texts(said), self._texts(gold)
-        return outcomes
+        # Facts of one subject are not independent, and a prompt that comes again is its own subject.
+        outcomes["cluster"] = [subject.strip().casefold() for subject in batch["subject"]]
+        return outcomes | self._said(scores, batch)
+
+    def _said(self, scores: AnswerScores, batch: dict[str, Any]) -> dict[str, Any]:
+        """What the prior checks look at: right answers and what the model says, as each metric has it."""
+        prompts = (scores.role == Role.PROMPT).nonzero()[:, 0]
+        prompts = prompts[scores.fact[prompts].argsort()]  # (F,)
+        targets = [chunk["targets"].where(chunk["target_mask"], -1) for chunk in batch["chunks"]]
+        width = max(part.shape[1] for part in targets)
+        targets = torch.cat([nn.functional.pad(part, (0, width - part.shape[1]), value=-1) for part in targets])
+        whole = self._texts(targets[prompts])
+        chosen = {name: self._texts(targets[rows]) for name, rows in rows_said(scores).items()}
+        said = {"answer_accuracy": self._texts(scores.tokens[prompts]), **chosen}
+        return {
+            "answer": self._texts(targets[prompts, :1]),  # of the metrics of first tokens
+            "prediction": self._texts(scores.first_token[prompts][:, None]),
+            **{f"answer/{name}": whole for name in said},
+            **{f"prediction/{name}": texts for name, texts in said.items()},
+        }
 
     def _texts(self, tokens: Tensor) -> list[str]:
-        """Each token as its own text, so that two texts are one answer only where the tokens are."""
-        texts = self.tokenizer.batch_decode(tokens[:, None], clean_up_tokenization_spaces=False)
-        names = self.tokenizer.convert_ids_to_tokens(tokens.tolist())
-        return [token_text(name or "", text) for name, text in zip(names, texts, strict=True)]
+        """Rows of tokens, padded with -1, as text, in which each token is its own: two are one only if the tokens are."""
+        found, places = tokens.unique(return_inverse=True)
+        texts = self.tokenizer.batch_decode(found.clamp(min=0)[:, None], clean_up_tokenization_spaces=False)
+        names = self.tokenizer.convert_ids_to_tokens(found.clamp(min=0).tolist())
+        each = [
+            token_text(name or "", text) if token >= 0 else ""
+            for name, text, token in zip(names, texts, found.tolist(), strict=True)
+        ]
+        return ["".join(each[i] for i in row) for row in places.tolist()]
 
     def _text_step(self, batch: dict[str, Any], count: bool = True) -> dict[str, Any]:
         if self.masked:

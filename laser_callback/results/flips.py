@@ -12,6 +12,7 @@ from typing import Any
 
 from laser_callback.results.comparison import LaserResult
 from laser_callback.results.examples import ORIGINAL
+from laser_callback.results.returned import of_metric
 from laser_callback.stats.outcomes import PairedResult
 
 Row = Mapping[str, Any]
@@ -68,8 +69,12 @@ def flips(rows: Iterable[Row], arm: str, row: PairedResult) -> list[Flip]:
         before, after = (_outcome(example, name, metric) for name in (ORIGINAL, arm))
         if before is None or after is None or before == after:
             continue
-        described = {name: str(example.get(name, "")) for name in ("id", "group", "prompt", "answer")}
-        said = {side: str(example[name].get("prediction", "")) for side, name in (("before", ORIGINAL), ("after", arm))}
+        described = {name: str(example.get(name, "")) for name in ("id", "group", "prompt")}
+        described["answer"] = str(of_metric(example, "answer", metric) or "")
+        said = {
+            side: str(of_metric(example[name], "prediction", metric) or "")
+            for side, name in (("before", ORIGINAL), ("after", arm))
+        }
         found.append(Flip((after > before) == (row.higher_is_better is not False), **described, **said))
     return sorted(found, key=lambda flip: not flip.fixed)
 

@@ -5,7 +5,6 @@ Contract: a gain passes by a significant test in its direction, and in no other 
 
 from __future__ import annotations
 
-import math
 import re
 from dataclasses import dataclass
 from typing import Literal, TypeAlias, cast
@@ -30,6 +29,7 @@ Direction: TypeAlias = Literal["max", "min"]
 
 _TEXT = re.compile(rf"\s*(\S.*?)\s*:\s*gain((?:\s*,\s*(?:alpha\s+{NUMBER}|direction\s+(?:max|min)))*)\s*")
 _FORM = "a gain is `metric: gain`, and may go on with `, alpha 0.05` and `, direction max` (or min)"
+_UNCHECKED = "not checked for a shift of what is said, for want of answers and predictions beside outcomes per example"
 
 
 @dataclass(frozen=True)
@@ -87,13 +87,14 @@ class Gain:
 
         Args:
             row: the comparison of the metric on examples that nothing was chosen by.
-            prior: prior checks of the same examples. A gain that they do not show outside of the answers said most is
-                undecided: it may be a shift of what is said and no more.
+            prior: prior checks of this metric. A gain that may be a shift of what is said and no more is undecided.
 
         Raises:
             ValueError: if the row is of another metric, or it is not known which direction is better.
         """
         check_row(self.key, row)
+        if prior is not None and prior.metric != row.metric:
+            raise ValueError(f"`prior` must be of {row.metric!r}, got one of {prior.metric!r}")
         sign = self.sign(row)
         bound = row.lower if sign > 0 else row.upper
         relative = row.kind == "log_ratio"
@@ -104,10 +105,12 @@ class Gain:
         note = "no gain is shown"
         if row.p <= self.alpha and row.delta * sign < 0:
             verdict, note = "fail", "it is shown to get worse"
-        elif row.p <= self.alpha and prior is not None and prior.prior_shift and math.isclose(row.delta, prior.delta):
-            note = "no gain is shown outside of the answers said most"
+        elif row.p <= self.alpha and prior is not None and prior.doubt:
+            note = prior.doubt
         elif row.p <= self.alpha:
-            verdict, note = "pass", ""
+            verdict = "pass"
+            unchecked = row.higher_is_better and prior is None
+            note = _UNCHECKED if unchecked else ""
         elif row.delta * sign > 0 and self.alpha == ALPHA:  # the interval's level
             needed = _shown_from(row, bound, self.alpha)
             if needed is not None:

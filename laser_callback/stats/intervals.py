@@ -54,21 +54,22 @@ def _largest(gained: float, lost: float, n: float, z: float) -> float:
     return 1.0 if excess(1.0) <= 0 else float(optimize.brentq(excess, (gained - lost) / n, 1.0, xtol=1e-12))
 
 
-def design_effect(sums: Floats, sizes: Floats, discordant: int) -> float:
-    """By how much the variance of a share of clustered units exceeds that of independent ones; at least 1.
+def design_effect_of(values: Floats, labels: NDArray[np.int64]) -> float:
+    """By how much the variance of a mean over clustered units exceeds that of independent ones; at least 1.
 
     Args:
-        sums: gained minus lost units of each cluster.
-        sizes: units of each cluster.
-        discordant: units that were gained or lost.
+        values: shape (n,), of the units, such as their changes.
+        labels: shape (n,), each unit's cluster, from 0.
     """
-    clusters, n = len(sums), float(sizes.sum())
-    if not discordant:  # all that is known is how many there are
+    n, clusters = len(values), int(labels.max()) + 1
+    if clusters == n:
+        return 1.0
+    residuals = values - values.mean()
+    independent = n / (n - 1) * float((residuals**2).sum())
+    if clusters < 2 or independent <= 64 * np.finfo(np.float64).eps:  # all that is known is how many there are
         return n / clusters
-    share = float(sums.sum()) / n
-    independent = n / (n - 1) * (discordant - n * share**2)
-    clustered = clusters / (clusters - 1) * float(((sums - share * sizes) ** 2).sum())
-    return max(1.0, clustered / independent) if independent > 0 else n / clusters
+    clustered = clusters / (clusters - 1) * float((np.bincount(labels, residuals) ** 2).sum())
+    return max(1.0, clustered / independent)
 
 
 def sign_flip_p(differences: NDArray[np.int64]) -> float:

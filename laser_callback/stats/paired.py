@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
-from laser_callback.stats.intervals import Floats, design_effect, mean_difference, score_interval, sign_flip_p
+from laser_callback.stats.intervals import Floats, design_effect_of, mean_difference, score_interval, sign_flip_p
 from laser_callback.stats.outcomes import ALPHA, Outcomes, PairedResult, as_float64, not_tested
 
 
@@ -77,7 +77,7 @@ def compare(
         >>> row.fixed, row.broken, row.p
         (6, 0, 0.03125)
         >>> f"{row.delta:+.1f} [{row.lower:+.3f}, {row.upper:+.3f}]"
-        '+0.6 [+0.171, +0.809]'
+        '+0.6 [+0.087, +0.863]'
         >>> from laser_callback.stats import adjust
         >>> row.verdict, adjust([row], primary="accuracy")[0].verdict
         ('exploratory', 'better')
@@ -131,9 +131,9 @@ def _tested_exactly(row: PairedResult, signs: NDArray[np.int64], labels: NDArray
     elif row.n < 2:
         return replace(row, note=f"{row.note}; one independent unit has no variance")
     else:
-        sums, sizes = np.bincount(labels, signs).astype(np.float64), np.bincount(labels).astype(np.float64)
-        row = replace(row, p=sign_flip_p(sums.astype(np.int64)), test="exact cluster sign flip")
-        effect, df = design_effect(sums, sizes, gained + lost), row.n - 1
+        p = sign_flip_p(np.bincount(labels, signs).astype(np.int64))
+        row = replace(row, p=p, test="exact cluster sign flip")
+        effect, df = design_effect_of(signs.astype(np.float64), labels), row.n - 1
     assert row.p is not None
     ends = []
     for level in (1 - ALPHA, 1 - 2 * ALPHA):
@@ -188,11 +188,16 @@ def _pairs(
         notes.append(f"{dropped} of {len(before)} units dropped: absent in one arm only")
     labels = None
     if clusters is not None:
-        number: dict[Hashable, int] = {}
-        labels = np.array([number.setdefault(clusters[i], len(number)) for i in np.flatnonzero(kept).tolist()])
-        if len(number) == len(labels):
+        labels = numbered([clusters[i] for i in np.flatnonzero(kept).tolist()])
+        if not len(labels) or labels.max() + 1 == len(labels):
             labels = None
     return before[kept], after[kept], weights, labels, notes
+
+
+def numbered(clusters: Sequence[Hashable]) -> NDArray[np.int64]:
+    """Each unit's cluster as a number, from 0 in the order in which they come."""
+    number: dict[Hashable, int] = {}
+    return np.array([number.setdefault(cluster, len(number)) for cluster in clusters], dtype=np.int64)
 
 
 def _cluster_means(

@@ -486,17 +486,35 @@ def test_outcomes_absent_everywhere_fall_back():
 
 
 def test_priors():
+    def batch(answers, before, after, group):
+        right = [[a == said for a, said in zip(answers, arm, strict=True)] for arm in (before, after)]
+        one = described(answers, before, group=group) | {"acc": torch.tensor(right[0])}
+        return pair(one, described([], after) | {"acc": torch.tensor(right[1])}, len(answers))
+
     examples = together(
-        pair(described(["yes", "no"], ["no", "no"], group=["g", "h"]), described([], ["yes", "yes"]), 2),
-        pair(described(["yes", "no"], ["no", "no"], group=["g", "g"]), described([], ["yes", "no"]), 2),
-        pair({"acc": bools("1")}, {"acc": bools("1")}, 1),  # a batch of another kind
+        batch(["yes", "no"], ["no", "no"], ["yes", "yes"], ["g", "h"]),
+        batch(["yes", "no"], ["no", "no"], ["yes", "no"], ["g", "g"]),
     )
-    checks = examples.priors("laser")
-    assert checks is not None
-    assert (checks.n, checks.delta) == (4, 0.25)  # 2 of 4, then 3 of 4
+    logged = {"acc": log(0.5, "acc")}, {"acc": log(0.75, "acc")}
+    checks = examples.priors("laser", *logged)["acc"]
+    assert (checks.metric, checks.n, checks.delta) == ("acc", 4, 0.25)  # 2 of 4, then 3 of 4
     assert checks.top_predictions == {"original": [("no", 4)], "reduced": [("yes", 3), ("no", 1)]}
-    assert checks.constant_answer == 0.75  # "yes" in g (2 of 3), "no" in h (1 of 1)
-    assert pair({"acc": bools("1")}, {"acc": bools("1")}, 1).priors("laser") is None
+    assert checks.constant_answer == 0.5  # both groups are small, and taken together
+    assert pair({"acc": bools("1")}, {"acc": bools("1")}, 1).priors("laser", *logged) == {}
+
+
+def test_each_metric_is_checked_by_what_it_looks_at():
+    chosen = {"prediction": {"choice": ["a", "b"]}, "answer": {"choice": ["a", "a"]}, "choice": bools("10")}
+    one = {"answer": ["x", "y"], "prediction": ["x", "z"], "acc": bools("10"), **chosen}
+    two = {"prediction": ["x", "y"], "acc": bools("11"), "loss": torch.zeros(2), **chosen}
+    examples = pair(one | {"loss": torch.ones(2)}, two, 2)
+    logged = {name: log(0.5, name) for name in ("acc", "choice", "loss")}
+    checks = examples.priors("laser", logged, logged)
+    assert set(checks) == {"acc", "choice"}
+    assert checks["choice"].top_predictions["reduced"] == [("a", 1), ("b", 1)]
+    assert checks["acc"].top_predictions["reduced"] == [("x", 1), ("y", 1)]
+    (row, _) = examples.to_rows()
+    assert row["laser"]["prediction/choice"] == "a"
 
 
 # ---- files -----------------------------------------------------------------------------------------------------------

@@ -271,12 +271,19 @@ def test_holm_by_hand_and_roles():
         (lambda: compare("m", Outcomes(torch.zeros(2)), Outcomes(torch.zeros(2), torch.ones(2))), "weights"),
         (lambda: compare("m", Outcomes(torch.zeros(2)), Outcomes.of(torch.ones(2) > 0)), "kind"),
         (lambda: compare("m", Outcomes(torch.zeros(2)), Outcomes(torch.zeros(2)), clusters=["a"]), "`clusters`"),
-        (lambda: prior_checks(["a"], ["a"], ["a", "b"], [1], [1]), r"\[1, 2, 1, 1, 1\]"),
+        (lambda: checked(["a"], ["a"], ["a", "b"], [1.0], [1.0]), r"\[1, 2, 1, 1\]"),
+        (lambda: checked(["a"], ["a"], ["a"], [1.0], [float("nan")]), "at least one example"),
+        (lambda: prior_checks("m", ["a"], (["a"], ["a"]), (Outcomes(np.ones(1)), Outcomes(np.array([2.0])))), "got 2"),
     ],
 )
 def test_bad_input_is_named(make, message: str):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def checked(answers, before, after, right_before, right_after, groups=None, clusters=None, metric="accuracy"):
+    arms = [Outcomes(np.asarray(right, float), kind="binary") for right in (right_before, right_after)]
+    return prior_checks(metric, answers, (before, after), tuple(arms), groups, clusters)
 
 
 def test_prior_checks_by_hand():
@@ -286,7 +293,7 @@ def test_prior_checks_by_hand():
     original = ["the"] * 6 + ["a"] * 6
     reduced = ["Rome", "Oslo", "Bern", "the", "the", "the"] + ["euro"] * 6
     right = [[gold == said for gold, said in zip(answers, arm, strict=True)] for arm in (original, reduced)]
-    checks = prior_checks(answers, original, reduced, np.array(right[0]), torch.tensor(right[1]), groups)
+    checks = checked(answers, original, reduced, *right, groups)
     assert checks.delta == pytest.approx(8 / 12)
     assert checks.constant_answer == pytest.approx((1 + 5) / 12)
     rest = checks.majority_excluded
@@ -299,11 +306,66 @@ def test_prior_checks_by_hand():
 
     # Ten times the capitals, and Rome as often again: enough to show a gain, and Rome weighs no more for it in macro.
     often = [column[:6] * 10 + column[:1] * 10 for column in (answers, original, reduced, *right)]
-    many = prior_checks(*often)
+    many = checked(*often)
     assert not many.prior_shift
     assert (many.macro.reduced, many.macro.answers, many.macro.n) == (pytest.approx(0.5), 6, 70)
     # The same gain with "euro" alone: nothing is left to show it on, and that is flagged.
-    only = prior_checks(answers[6:11], original[6:11], reduced[6:11], right[0][6:11], right[1][6:11])
+    only = checked(*(column[6:11] for column in (answers, original, reduced, *right)))
     assert (only.majority_excluded, only.prior_shift) == (None, True)
     # A loss is never a prior shift.
-    assert not prior_checks(answers, reduced, original, right[1], right[0], groups).prior_shift
+    assert not checked(answers, reduced, original, right[1], right[0], groups).doubt
+
+
+@pytest.mark.parametrize("labels", [2, 4, 10])
+def test_naming_an_allowed_answer_at_random_is_a_change_of_form(labels: int):
+    """Exact moments against exchanges that are really made, and the verdict on many samples."""
+    rng = np.random.default_rng(labels)
+    names = np.array([f"label {i}" for i in range(labels)])
+    doubts = 0
+    for seed in range(200):
+        gold, said = names[rng.integers(0, labels, 200)], names[rng.integers(0, labels, 200)]
+        groups = rng.choice(["g", "h"], 200)
+        checks = checked(gold, ["the"] * 200, said, np.zeros(200), gold == said, groups)
+        doubts += bool(checks.doubt)
+        assert checks.delta > 0
+        if seed == 0:
+            exchanged = np.zeros(4000)
+            for i in range(len(exchanged)):
+                for group in "gh":
+                    of = groups == group
+                    exchanged[i] += (rng.permutation(said[of]) == gold[of]).sum()
+            assert checks.chance == pytest.approx(exchanged.mean() / 200, abs=0.003)
+            z = ((gold == said).sum() - exchanged.mean() - 0.5) / exchanged.std()
+            assert checks.chance_p == pytest.approx(stats.norm.sf(z), abs=0.03)
+    assert doubts >= 190
+    knows = np.where(rng.random(200) < 0.5, gold, said)
+    assert not checked(gold, ["the"] * 200, knows, np.zeros(200), knows == gold).doubt
+
+
+def test_what_is_said_most_needs_a_count():
+    """With one fact a group, everything is said most there; and what is said once is said most nowhere."""
+    gold = [f"answer {i}" for i in range(100)]
+    each = checked(gold, ["the"] * 100, gold, np.zeros(100), np.ones(100), groups=gold)
+    assert (each.doubt, each.majority_excluded.n) == ("", 100)
+
+
+def test_a_tie_in_one_example_does_not_hide_a_constant_answer():
+    """The checks count the metric's own outcomes, whatever texts say of one of them."""
+    gold = ["false"] * 120 + ["true"] * 80
+    right = [answer == "false" for answer in gold]
+    right[0] = False  # by rank; the texts are the same
+    assert checked(gold, ["the"] * 200, ["false"] * 200, np.zeros(200), right).doubt
+
+
+def test_clusters_reach_the_prior_checks():
+    rng = np.random.default_rng(0)
+    gold = np.repeat([f"city {i}" for i in range(20)], 5)
+    right = np.repeat(rng.random(20) < 0.3, 5)
+    said = np.where(right, gold, "the")
+    alone, together = (
+        checked(gold, ["a"] * 100, said, np.zeros(100), right, clusters=c) for c in (None, gold.tolist())
+    )
+    assert alone.majority_excluded.p < together.majority_excluded.p / 100
+    assert together.majority_excluded.n == 20
+    assert together.worth["answer"] == pytest.approx(20, abs=1)
+    assert alone.chance_p < together.chance_p
