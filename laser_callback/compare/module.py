@@ -270,9 +270,9 @@ class LaserModule(pl.LightningModule):
         """What the prior checks look at: right answers and what the model says, as each metric has it."""
         prompts = (scores.role == Role.PROMPT).nonzero()[:, 0]
         prompts = prompts[scores.fact[prompts].argsort()]  # (F,)
-        targets = [chunk["targets"].where(chunk["target_mask"], -1) for chunk in batch["chunks"]]
-        width = max(part.shape[1] for part in targets)
-        targets = torch.cat([nn.functional.pad(part, (0, width - part.shape[1]), value=-1) for part in targets])
+        parts = [chunk["targets"].where(chunk["target_mask"], -1) for chunk in batch["chunks"]]
+        width = max(part.shape[1] for part in parts)
+        targets = torch.cat([nn.functional.pad(part, (0, width - part.shape[1]), value=-1) for part in parts])
         whole = self._texts(targets[prompts])
         chosen = {name: self._texts(targets[rows]) for name, rows in rows_said(scores).items()}
         said = {"answer_accuracy": self._texts(scores.tokens[prompts]), **chosen}
@@ -284,7 +284,7 @@ class LaserModule(pl.LightningModule):
         }
 
     def _texts(self, tokens: Tensor) -> list[str]:
-        """Rows of tokens, padded with -1, as text, in which each token is its own: two are one only if the tokens are."""
+        """Rows of tokens, padded with -1, as texts. Two tokens are one text only if they are one token."""
         found, places = tokens.unique(return_inverse=True)
         texts = self.tokenizer.batch_decode(found.clamp(min=0)[:, None], clean_up_tokenization_spaces=False)
         names = self.tokenizer.convert_ids_to_tokens(found.clamp(min=0).tolist())

@@ -107,9 +107,10 @@ def spectrum_pictures(arm: ArmResult) -> list[tuple[CutSpectrum, str, Markup]]:
     ]
 
 
-def label_picture(examples: Sequence[Row], name: str) -> dict[str, Any] | None:
+def label_picture(result: LaserResult, examples: Sequence[Row], name: str) -> dict[str, Any] | None:
     """How often labels are right and are said; ``None`` without predictions."""
-    counts = label_counts(examples, name)
+    checks = result[name].prior(result.primary)
+    counts = label_counts(examples, name, checks.metric if checks else "")
     if not counts:
         return None
     shown, rest = counts[:LABELS], len(counts) - LABELS

@@ -172,8 +172,9 @@ def _prior_lines(checks: PriorChecks) -> list[RenderableType]:
     else:
         flag.append("no gain to explain")
     parts = [
-        f"best constant answer per group {percent(checks.constant_answer)}; the reduced model's answers, exchanged at "
-        f"random, {percent(checks.chance)}"
+        f"best constant answer per group {percent(checks.constant_answer)}",
+        f"the reduced model says the right answer {percent(checks.matched)}, its answers exchanged at random "
+        f"{percent(checks.chance)}",
     ]
     parts += [
         f"the changes go by {name}: the examples are worth {worth:.0f} independent ones for a claim about other {name}s"

@@ -132,8 +132,7 @@ class PairedExamples:
             else:
                 before, after, clusters, doubt, _ = selected
                 row = compare(key, before, after, clusters=clusters, higher_is_better=metric.higher_is_better)
-                units = "examples" if clusters is None else "clusters"
-                rows.append(_with_note(row, _unlike_logged(row, metric, reduced[key], units), doubt))
+                rows.append(_with_note(row, _unlike_logged(row, metric, reduced[key]), doubt))
         return rows
 
     def values(self, arm: str, key: str, metric: Logged) -> tuple[Outcomes, Outcomes] | None:
@@ -348,12 +347,12 @@ def _weights(outcomes: Outcomes) -> Tensor:
     return torch.ones_like(outcomes.values) if weights is None else weights
 
 
-def _unlike_logged(row: PairedResult, original: Logged, reduced: Logged, units: str) -> str:
+def _unlike_logged(row: PairedResult, original: Logged, reduced: Logged) -> str:
     """A note where the key was logged as something else than the row's means, such as a macro average."""
     logged, means = (float(original.value), float(reduced.value)), (row.original, row.reduced)
     if all(math.isclose(*pair, rel_tol=ROUNDING, abs_tol=1e-6) for pair in zip(logged, means, strict=True)):
         return ""
-    return f"logged as {logged[0]:.4g} and {logged[1]:.4g} (reduced): not the mean over these {units}"
+    return f"logged as {logged[0]:.4g} and {logged[1]:.4g} (reduced): not the mean over these examples"
 
 
 def _with_note(row: PairedResult, *notes: str) -> PairedResult:

@@ -84,14 +84,16 @@ def _outcome(example: Row, arm: str, metric: str) -> float | None:
     return outcomes.get(metric) if isinstance(outcomes, Mapping) else None
 
 
-def label_counts(rows: Iterable[Row], arm: str) -> list[LabelCount]:
-    """Of every label that is an answer or is said, the most frequent first."""
+def label_counts(rows: Iterable[Row], arm: str, metric: str = "") -> list[LabelCount]:
+    """Of every label that is an answer of ``metric`` or is said, the most frequent first."""
+    metric = metric.partition("/dataloader_idx_")[0]
     gold: Counter[str] = Counter()
     said: dict[str, Counter[str]] = {ORIGINAL: Counter(), arm: Counter()}
     for example in rows:
-        predictions = [example.get(name, {}).get("prediction") for name in said]
-        if "answer" in example and None not in predictions:
-            gold[str(example["answer"])] += 1
+        predictions = [of_metric(example.get(name, {}), "prediction", metric) for name in said]
+        answer = of_metric(example, "answer", metric)
+        if answer is not None and None not in predictions:
+            gold[str(answer)] += 1
             for count, prediction in zip(said.values(), predictions, strict=True):
                 count[str(prediction)] += 1
     labels = {*gold, *said[ORIGINAL], *said[arm]}

@@ -47,7 +47,7 @@ def decide(result: SearchResult, sign: int) -> None:
     assert result.confirmed is not None
     arm, key = result.confirmed["laser"], result.objective[0]
     row = arm[key]
-    gain = f"{key} {row.original:.4g} to {row.reduced:.4g} on {row.n} unseen examples"
+    gain = f"{key} {row.original:.4g} to {row.reduced:.4g} on {row.n} unseen {row.units}"
     gain += f", p = {row.p:.2g}" if row.p is not None else f", {row.test}"
     broken = [f"{j.gate} ({j.verdict})" for j in result.judgements if j.verdict != "pass"]
     judged = Gain(key, direction="max" if sign > 0 else "min").judge(row, arm.prior_checks.get(key))

@@ -9,6 +9,7 @@ import re
 from dataclasses import dataclass
 from typing import Literal, TypeAlias, cast
 
+import numpy as np
 from scipy import stats
 
 from laser_callback.stats.judgement import (
@@ -114,7 +115,8 @@ class Gain:
         elif row.delta * sign > 0 and self.alpha == ALPHA:  # the interval's level
             needed = _shown_from(row, bound, self.alpha)
             if needed is not None:
-                note = f"{note}; about {needed:,} examples in place of {row.n:,} would show one if the change stays so"
+                number = f"about {needed:,} {row.units} in place of {row.n:,}"
+                note = f"{note}; {number} would show one if the change stays so"
         return Judgement(str(self), self.key, row.n, row.delta, bound, verdict, note, row.p, relative)
 
     def sign(self, row: PairedResult) -> int:
@@ -135,10 +137,7 @@ def _shown_from(row: PairedResult, bound: float, alpha: float) -> int | None:
     """Units from which on a row's change would be significant if it stays so; of right and wrong by the exact test."""
     if row.fixed is None or row.broken is None or row.test != "exact McNemar":
         return extrapolate(row.n, abs(row.delta - bound), abs(row.delta))
-    scale = 1.0
-    while scale < MOST_TIMES:
-        scale *= 1.02
-        gained, lost = round(scale * row.fixed), round(scale * row.broken)
-        if stats.binomtest(gained, gained + lost).pvalue <= alpha:
-            return two_digits(scale * row.n)
-    return None
+    scales = np.geomspace(1.02, MOST_TIMES, 350)
+    gained, lost = np.round(scales * row.fixed), np.round(scales * row.broken)
+    shown = np.flatnonzero(2 * stats.binom.cdf(np.minimum(gained, lost), gained + lost, 0.5) <= alpha)
+    return two_digits(float(scales[shown[0]]) * row.n) if len(shown) else None

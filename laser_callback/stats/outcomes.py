@@ -7,6 +7,7 @@ claims nothing before :func:`~laser_callback.stats.adjust` has given it a role.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, TypeAlias, TypeVar
@@ -173,6 +174,11 @@ class PairedResult:
         if self.higher_is_better is None:
             return "higher" if self.delta > 0 else "lower"
         return "better" if (self.delta > 0) == self.higher_is_better else "worse"
+
+    @property
+    def units(self) -> str:
+        """What ``n`` counts: "examples", or "clusters" of them, of which the note then says how many there are."""
+        return "clusters" if re.search(r"\d units in \d+ clusters", self.note) else "examples"
 
     def to_dict(self) -> dict[str, Any]:
         """All fields and the verdict, ready for strict JSON: a number that is not finite becomes ``None``."""

@@ -51,7 +51,8 @@ def compare(
     metric stays the mean over units, and "mean" has the cluster-robust test. "binary" has the exact test that exchanges
     the arms of whole clusters, and the score interval of as many independent units as the clusters are worth: all
     counts are divided by the design effect, that variance over the one of independent units (Rao and Scott 1992), where
-    it is above 1. Clusters of one unit change nothing.
+    it is above 1. Clusters of one unit change nothing. Exchanging arms takes each cluster to be as likely gained as
+    lost where the metric stays the same; few large clusters that lose what many small ones gain are not found by it.
 
     An interval of "binary" leaves 0 out only where the exact test does.
 

@@ -50,8 +50,8 @@ class PriorChecks:
         constant_answer: share right of always giving each group's most common gold answer.
         majority_excluded: the comparison on examples whose gold answer is not what either arm says most in the
             example's group; ``None`` if no example is left.
-        chance: share of examples on which the reduced model would say the gold answer if its answers were exchanged
-            at random within each group.
+        matched: share of examples on which the reduced model says the gold answer, text for text.
+        chance: that share if its answers were exchanged at random within each group.
         chance_p: one-sided p value of "it says the gold answer no more often than that".
         macro: the metric averaged over the gold answers with at least 5 examples; ``None`` if there are none.
         entropy: Shannon entropy of each arm's predictions in nats, by "original" and "reduced".
@@ -65,6 +65,7 @@ class PriorChecks:
     delta: float
     constant_answer: float
     majority_excluded: PairedResult | None
+    matched: float
     chance: float
     chance_p: float
     macro: MacroAccuracy | None
@@ -90,10 +91,15 @@ class PriorChecks:
     @property
     def doubt(self) -> str:
         """Why a gain may be no more than another way to answer; empty if there is none, or that is ruled out."""
+        if self.format_change and not self.matched:
+            return (
+                "no answer of the reduced model is the right one, text for text, so that it cannot be checked for a "
+                "mere change of form: return both as one text where they mean the same"
+            )
         if self.format_change:
             return (
-                "the reduced model is not shown to be right more often than its own answers, exchanged at random "
-                f"({self.chance:.1%}): what changed may be the form of its answers"
+                f"the reduced model is not shown to be right more often ({self.matched:.1%}) than its own answers, "
+                f"exchanged at random ({self.chance:.1%}): what changed may be the form of its answers"
             )
         return "no gain is shown outside of the answers said most" if self.prior_shift else ""
 
@@ -181,7 +187,7 @@ def prior_checks(
         one, two = (float(np.average(values, weights=weights)) for values in right)
         macro = MacroAccuracy(one, two, two - one, len(frequent), sum(frequent.values()))
 
-    chance, chance_p = _against_chance(answers, after, groups, labels)
+    matched, chance, chance_p = _against_chance(answers, after, groups, labels)
     change = right[1] - right[0]
     by: dict[str, Sequence[Hashable]] = {"answer": list(zip(groups, answers, strict=True)), "group": groups}
     predicted = dict(zip(("original", "reduced"), map(Counter, (before, after)), strict=True))
@@ -191,6 +197,7 @@ def prior_checks(
         delta=float(np.mean(right[1]) - np.mean(right[0])),
         constant_answer=sum(max(counts.values()) for counts in gold.values()) / len(answers),
         majority_excluded=compared(f"{metric} without the answers said most", kept) if kept else None,
+        matched=matched,
         chance=chance,
         chance_p=chance_p,
         macro=macro,
@@ -202,8 +209,8 @@ def prior_checks(
 
 def _against_chance(
     answers: Sequence[str], said: Sequence[str], groups: Sequence[str], clusters: Sequence[Hashable] | None
-) -> tuple[float, float]:
-    """Share right if what is said were exchanged at random within groups, and p of "it is right no more often"."""
+) -> tuple[float, float, float]:
+    """Share right; that if what is said were exchanged at random within groups; p of "it is right no more often"."""
     gold, spoken, sizes = _count(groups, answers), _count(groups, said), Counter(groups)
     expected = variance = 0.0
     for group, m in sizes.items():
@@ -221,7 +228,7 @@ def _against_chance(
         variance *= design_effect_of(right - np.array(odds), numbered(clusters))
     excess = float(right.sum()) - expected - 0.5
     p = float(stats.norm.sf(excess / math.sqrt(variance))) if variance > 0 else 1.0
-    return expected / len(answers), p
+    return float(right.mean()), expected / len(answers), p
 
 
 def _pooled(groups: Sequence[str]) -> list[str]:

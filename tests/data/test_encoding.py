@@ -180,5 +180,6 @@ def test_tokens_that_differ_by_the_mark_only_are_two_answers():
         build(LlamaForCausalLM, LlamaConfig(**{**SMALL, "vocab_size": len(tokenizer) + 3})), tokenizer, report=False
     )
     ids = tokenizer.convert_tokens_to_ids(names)
-    assert module._texts(torch.tensor(ids)) == [name.replace("\u2581", " ") for name in names]
-    assert len(module._texts(torch.tensor([len(tokenizer) + 1]))) == 1  # a row of the vocabulary that has no token
+    assert module._texts(torch.tensor(ids)[:, None]) == [name.replace("\u2581", " ") for name in names]
+    assert module._texts(torch.tensor([[ids[0], ids[1], -1]])) == [f"{names[0]}{names[1]}".replace("\u2581", " ")]
+    assert len(module._texts(torch.tensor([[len(tokenizer) + 1]]))) == 1  # a row of the vocabulary that has no token

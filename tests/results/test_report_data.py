@@ -109,9 +109,10 @@ def test_flips_of_a_metric_that_is_better_low_and_has_a_dataloader():
 
 def test_labels_are_counted(result):
     rows = result.examples.to_rows()
-    counts = label_counts(rows, "laser")
+    checks = result["laser"].prior(None)
+    counts = label_counts(rows, "laser", checks.metric)
     assert sum(c.gold for c in counts) == sum(c.original for c in counts) == sum(c.reduced for c in counts) == 64
-    top = dict(result["laser"].prior_checks.top_predictions["reduced"])
+    top = dict(checks.top_predictions["reduced"])
     assert {c.label: c.reduced for c in counts if c.label in top} == top
     assert label_counts([{"original": {}, "laser": {}}], "laser") == []
 
