@@ -117,6 +117,14 @@ def test_labels_are_counted(result):
     assert label_counts([{"original": {}, "laser": {}}], "laser") == []
 
 
+def test_labels_are_those_of_the_metric():
+    arms = {name: {"prediction": "x", "prediction/choice": said} for name, said in (("original", "a"), ("laser", "b"))}
+    rows = [{"answer": "x", "answer/choice": "a", **arms}] * 2
+    assert [c.label for c in label_counts(rows, "laser")] == ["x"]
+    counts = label_counts(rows, "laser", "choice/dataloader_idx_0")
+    assert [(c.label, c.gold, c.original, c.reduced) for c in counts] == [("a", 2, 2, 0), ("b", 0, 0, 2)]
+
+
 # ---- panels ----------------------------------------------------------------------------------------------------------
 
 

@@ -15,6 +15,7 @@ import pytest
 import torch
 from scipy import optimize, stats
 
+from laser_callback.stats.gain import Gain
 from laser_callback.stats.holm import adjust
 from laser_callback.stats.intervals import score_interval, sign_flip_p
 from laser_callback.stats.outcomes import Outcomes, PairedResult, not_tested
@@ -355,6 +356,21 @@ def test_a_tie_in_one_example_does_not_hide_a_constant_answer():
     right = [answer == "false" for answer in gold]
     right[0] = False  # by rank; the texts are the same
     assert checked(gold, ["the"] * 200, ["false"] * 200, np.zeros(200), right).doubt
+
+
+def test_texts_that_never_match_are_told():
+    """Right by a metric that normalises them: no verdict about chance can be given, and how to get one is said."""
+    gold = [f"City {i % 20}" for i in range(100)]
+    checks = checked(gold, ["the"] * 100, [f"{text}." for text in gold], np.zeros(100), np.ones(100))
+    assert (checks.matched, checks.delta) == (0.0, 1.0)
+    assert "return both as one text where they mean the same" in checks.doubt
+
+
+def test_a_row_says_what_it_counts():
+    arms = Outcomes.of(np.zeros(4, bool)), Outcomes.of(np.array([True, True, False, False]))
+    assert (compare("m", *arms).units, compare("m", *arms, clusters="aabb").units) == ("examples", "clusters")
+    judged = Gain("m").judge(compare("m", *arms, clusters="aabb"))
+    assert "clusters in place of 2" in judged.note
 
 
 def test_clusters_reach_the_prior_checks():
