@@ -30,7 +30,7 @@ from laser_callback.compare.language_model import (
 )
 from laser_callback.data import probes
 from laser_callback.data.row_scores import AnswerScores, Role, RowScores, score_rows
-from laser_callback.data.scoring import METRICS, AnswerMetric, Perplexity, text_nll
+from laser_callback.data.scoring import METRICS, AnswerMetric, Perplexity, rows_said, text_nll
 from laser_callback.plans.plan import LaserPlan
 from laser_callback.reports.terminal import print_ab
 from laser_callback.results.ab_test import ABResult
@@ -262,15 +262,35 @@ class LaserModule(pl.LightningModule):
                     outcomes[name] = Outcomes(total / units, kind="binary")
                 else:
                     outcomes[name] = Outcomes(total / units, None if name == "log_loss" else units, "mean")
-        # What the prior checks look at: the first token, as in `first_token_accuracy`.
-        prompts = scores.role == Role.PROMPT
-        order = scores.fact[prompts].argsort()
-        said = scores.first_token[prompts][order]
-        first = [chunk["targets"].gather(1, chunk["first"][:, None])[:, 0] for chunk in batch["chunks"]]
-        gold = torch.cat(first)[prompts][order]
-        for name, tokens in (("prediction", said), ("answer", gold)):
-            outcomes[name] = token_texts(self.tokenizer, tokens.tolist())
-        return outcomes
+        # Facts of one subject are not independent, and a prompt that comes again is its own subject.
+        outcomes["cluster"] = [subject.strip().casefold() for subject in batch["subject"]]
+        return outcomes | self._said(scores, batch)
+
+    def _said(self, scores: AnswerScores, batch: dict[str, Any]) -> dict[str, Any]:
+        """What the prior checks look at: right answers and what the model says, as each metric has it."""
+        prompts = (scores.role == Role.PROMPT).nonzero()[:, 0]
+        prompts = prompts[scores.fact[prompts].argsort()]  # (F,)
+        first = torch.cat([chunk["first"] for chunk in batch["chunks"]])
+        parts = [chunk["targets"].where(chunk["target_mask"], -1) for chunk in batch["chunks"]]
+        width = max(part.shape[1] for part in parts)
+        targets = torch.cat([nn.functional.pad(part, (0, width - part.shape[1]), value=-1) for part in parts])
+        whole = self._texts(targets[prompts])
+        chosen = {name: self._texts(targets[rows]) for name, rows in rows_said(scores).items()}
+        said = {"answer_accuracy": self._texts(scores.tokens[prompts]), **chosen}
+        return {
+            # Of the metrics of first tokens.
+            "answer": self._texts(targets[prompts].gather(1, first[prompts][:, None])),
+            "prediction": self._texts(scores.first_token[prompts][:, None]),
+            **{f"answer/{name}": whole for name in said},
+            **{f"prediction/{name}": texts for name, texts in said.items()},
+        }
+
+    def _texts(self, tokens: Tensor) -> list[str]:
+        """Rows of tokens, padded with -1, as texts. Two tokens are one text only if they are one token."""
+        found, places = tokens.unique(return_inverse=True)
+        known = found[found >= 0].tolist()
+        each = [""] * (len(found) - len(known)) + token_texts(self.tokenizer, known)
+        return ["".join(each[i] for i in row) for row in places.tolist()]
 
     def _text_step(self, batch: dict[str, Any], count: bool = True) -> dict[str, Any]:
         if self.masked:

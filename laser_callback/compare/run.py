@@ -415,7 +415,7 @@ class ComparisonRun:
             results[reduction.key] = ArmResult(
                 plan=str(reduction.cut.plan),
                 rows=examples.rows(reduction.key, original, logged[reduction.key]),
-                prior_checks=examples.priors(reduction.key),
+                prior_checks=examples.priors(reduction.key, original, logged[reduction.key]),
                 replay=str(self._replay.reports[reduction.key]) if self._replay is not None else "off",
                 seconds=reduction.seconds,
                 factorise_seconds=reduction.factorise_seconds,

@@ -280,6 +280,25 @@ CURES = {
 """What to do about a metric that is not logged, by a part of its name."""
 
 
+def rows_said(scores: AnswerScores) -> dict[str, Tensor]:
+    """By metric of choices, the row of the choice that the model prefers to each fact, (F,) int64; a tie goes against.
+
+    Facts without choices have their prompt's row. Empty where no fact of the batch has choices.
+    """
+    if not bool((scores.role == Role.CHOICE).any()):
+        return {}
+    rows = (scores.role != Role.PARAPHRASE).nonzero()[:, 0]
+    rows = rows[scores.role[rows].argsort(stable=True)]  # the right answer first: of equal values the last is taken
+    found = {}
+    for name, metric in METRICS.items():
+        if issubclass(metric, ChoiceAccuracy):
+            order = rows[metric().value(scores)[rows].argsort(stable=True)]
+            for_each_fact = order[scores.fact[order].argsort(stable=True)]
+            last = scores.fact[for_each_fact].bincount(minlength=scores.facts).cumsum(0) - 1
+            found[name] = for_each_fact[last]
+    return found
+
+
 # ------------------------------------------------------------------------------------------ perplexity
 
 

@@ -88,12 +88,13 @@ def _headline(result: LaserResult, claims: Mapping[str, PairedResult | None]) ->
         rest = len(claims) - counts["better"] - counts["worse"]
         return f"{len(claims)} plans: {', '.join([*told, *[f'{rest} not shown to differ'] * bool(rest)])}"
     ((name, row),) = claims.items()
-    plan, checks = code(result[name].plan), result[name].prior_checks
+    plan = code(result[name].plan)
     if row is None:
         return Markup("Nothing could be tested of {}").format(plan)
+    checks = result[name].prior_checks.get(row.metric)
     if row.verdict not in ("better", "worse", "higher", "lower"):
         return Markup("No difference in {} is shown with {}").format(row.metric, plan)
-    shift = ", but only in what is said most" if row.verdict == "better" and checks and checks.prior_shift else ""
+    shift = f", but {checks.doubt}" if row.verdict == "better" and checks and checks.doubt else ""
     return Markup("{} is {} with {}{}").format(row.metric, row.verdict, plan, shift)
 
 
@@ -106,9 +107,10 @@ def spectrum_pictures(arm: ArmResult) -> list[tuple[CutSpectrum, str, Markup]]:
     ]
 
 
-def label_picture(examples: Sequence[Row], name: str) -> dict[str, Any] | None:
+def label_picture(result: LaserResult, examples: Sequence[Row], name: str) -> dict[str, Any] | None:
     """How often labels are right and are said; ``None`` without predictions."""
-    counts = label_counts(examples, name)
+    checks = result[name].prior(result.primary)
+    counts = label_counts(examples, name, checks.metric if checks else "")
     if not counts:
         return None
     shown, rest = counts[:LABELS], len(counts) - LABELS

@@ -147,7 +147,10 @@ def _spectra(result: LaserResult) -> Figure | None:
 
 
 def _labels(result: LaserResult, examples: Sequence[Row]) -> Figure | None:
-    counted = {name: label_counts(examples, name)[:LABELS] for name in result.arms}
+    counted = {}
+    for name, arm in result.arms.items():
+        checks = arm.prior(result.primary)
+        counted[name] = label_counts(examples, name, checks.metric if checks else "")[:LABELS]
     counted = {name: counts for name, counts in counted.items() if counts}
     if not counted:
         return None

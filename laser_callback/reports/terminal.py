@@ -158,8 +158,8 @@ def _lines(arm: ArmResult, controls: dict[str, ArmResult], metric: str | None) -
     lines: list[RenderableType] = [
         indent(Text(f"{', '.join(metrics)}: {note}", style="dim")) for note, metrics in notes.items()
     ]
-    if arm.prior_checks is not None:
-        lines += _prior_lines(arm.prior_checks)
+    if checks := arm.prior(metric):
+        lines += _prior_lines(checks)
     for kind, control in controls.items():
         for row in (row for row in control.rows if row.metric == metric):
             label = "same matrix zeroed" if kind == "zeroed" else "random matrix, same rho"
@@ -169,14 +169,23 @@ def _lines(arm: ArmResult, controls: dict[str, ArmResult], metric: str | None) -
 
 
 def _prior_lines(checks: PriorChecks) -> list[RenderableType]:
-    flag = Text("prior check: ")
-    if checks.prior_shift:
-        flag.append("the gain is not shown outside of the answers said most", style="bold yellow")
+    flag = Text(f"prior check of {checks.metric}: ")
+    if checks.doubt:
+        flag.append(checks.doubt, style="bold yellow")
     elif checks.delta > 0:
         flag.append("the gain holds outside of the answers said most", style="green")
     else:
         flag.append("no gain to explain")
-    parts = [f"best constant answer per group {percent(checks.constant_answer)}"]
+    parts = [
+        f"best constant answer per group {percent(checks.constant_answer)}",
+        f"the reduced model says the right answer {percent(checks.matched)}, its answers exchanged at random "
+        f"{percent(checks.chance)}",
+    ]
+    parts += [
+        f"the changes go by {name}: the examples are worth {worth:.0f} independent ones for a claim about other {name}s"
+        for name, worth in checks.worth.items()
+        if worth < checks.n / 2 and checks.delta
+    ]
     rest, macro = checks.majority_excluded, checks.macro
     if rest is not None:
         interval = f" [{interval_text(rest)}], n = {rest.n}"

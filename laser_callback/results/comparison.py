@@ -24,7 +24,7 @@ class ArmResult:
     Attributes:
         plan: the plan's text.
         rows: one per compared metric.
-        prior_checks: where the step returned answers and predictions.
+        prior_checks: by metric, of those of right and wrong for which the step returned answers and predictions.
         replay: how many layer calls before the first cut were not computed again, and why others were.
         seconds: time of this arm's passes; ``factorise_seconds`` is apart from it.
         spectra: of the matrices that the plan cuts, for pictures.
@@ -32,7 +32,7 @@ class ArmResult:
 
     plan: str
     rows: list[PairedResult]
-    prior_checks: PriorChecks | None
+    prior_checks: dict[str, PriorChecks]
     replay: str
     seconds: Seconds
     factorise_seconds: Seconds
@@ -41,12 +41,16 @@ class ArmResult:
     def __getitem__(self, metric: str) -> PairedResult:
         return row_named(metric, self.rows)
 
+    def prior(self, metric: str | None) -> PriorChecks | None:
+        """The prior checks of ``metric``, or else of the first metric that has some."""
+        return self.prior_checks.get(metric or "", next(iter(self.prior_checks.values()), None))
+
     def to_dict(self) -> dict[str, Any]:
         """Ready for JSON."""
         return {
             "plan": self.plan,
             "rows": [row.to_dict() for row in self.rows],
-            "prior_checks": None if self.prior_checks is None else self.prior_checks.to_dict(),
+            "prior_checks": {metric: checks.to_dict() for metric, checks in self.prior_checks.items()},
             "replay": self.replay,
             "seconds": self.seconds,
             "factorise_seconds": self.factorise_seconds,

@@ -3,7 +3,8 @@
 What an evaluation step returns (see :mod:`laser_callback.results.returned`) gives one outcome per example for each
 metric under whose name it is logged. Six names describe the examples instead: ``id`` (what distributed samplers add
 is removed by it), ``cluster`` (examples that are not independent of each other share one), ``group``, ``answer`` and
-``prediction`` (for the prior checks), and ``prompt`` (for readers of a report). Where a metric is logged of which no
+``prediction`` (for the prior checks; where metrics look at different answers, a mapping by metric), and ``prompt`` (for
+readers of a report). Where a metric is logged of which no
 outcomes are returned, the pairs are the batches' logged means; where outcomes are returned and nothing is logged, they
 are compared as they are.
 """
@@ -13,7 +14,7 @@ from __future__ import annotations
 import json
 import math
 from collections import defaultdict
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,7 +25,7 @@ from torch import Tensor
 
 from laser_callback.results.returned import DESCRIPTIONS as DESCRIPTIONS
 from laser_callback.results.returned import ORIGINAL as ORIGINAL
-from laser_callback.results.returned import Returned, name_in, read_returned
+from laser_callback.results.returned import Returned, is_prediction, name_in, of_metric, read_returned
 from laser_callback.stats.outcomes import Kind, Outcomes, PairedResult, not_tested
 from laser_callback.stats.paired import compare
 from laser_callback.stats.priors import PriorChecks, prior_checks
@@ -131,10 +132,9 @@ class PairedExamples:
             elif isinstance(selected, str):
                 rows.append(_with_note(self._row_of_means(arm, key, metric, reduced[key]), selected))
             else:
-                before, after, clusters, doubt = selected
+                before, after, clusters, doubt, _ = selected
                 row = compare(key, before, after, clusters=clusters, higher_is_better=metric.higher_is_better)
-                units = "examples" if clusters is None else "clusters"
-                rows.append(_with_note(row, _unlike_logged(row, metric, reduced[key], units), doubt))
+                rows.append(_with_note(row, _unlike_logged(row, metric, reduced[key]), doubt))
         return rows
 
     def values(self, arm: str, key: str, metric: Logged) -> tuple[Outcomes, Outcomes] | None:
@@ -142,22 +142,20 @@ class PairedExamples:
         selected = self._select(arm, key, metric)
         return self._means(arm, key)[0] if isinstance(selected, str) else selected[:2]
 
-    def priors(self, arm: str) -> PriorChecks | None:
-        """The prior checks, where the step returned answers and predictions; right is what equals the answer."""
-        answers: list[str] = []
-        predictions: tuple[list[str], list[str]] = ([], [])
-        groups: list[str] = []
-        for batch in self.batches:
-            before, after = batch.described[ORIGINAL], batch.described.get(arm, {})
-            if "answer" in before and "prediction" in before and "prediction" in after:
-                answers += map(str, before["answer"])
-                predictions[0].extend(map(str, before["prediction"]))
-                predictions[1].extend(map(str, after["prediction"]))
-                groups += map(str, before.get("group", [""] * batch.size))
-        if not answers:
-            return None
-        before_right, after_right = ([p == a for p, a in zip(said, answers, strict=True)] for said in predictions)
-        return prior_checks(answers, *predictions, before_right, after_right, groups)
+    def priors(self, arm: str, original: Mapping[str, Logged], reduced: Mapping[str, Logged]) -> dict[str, PriorChecks]:
+        """The prior checks of each metric of right and wrong for which the step returned answers and predictions."""
+        found = {}
+        for key in [key for key in original if key in reduced]:
+            selected = self._select(arm, key, original[key])
+            if isinstance(selected, str) or selected.said is None:
+                continue
+            outcomes = selected.before, selected.after
+            if _are_shares_right(outcomes, original[key].higher_is_better):
+                said = selected.said
+                found[key] = prior_checks(
+                    key, said.answers, (said.before, said.after), outcomes, said.groups, selected.clusters
+                )
+        return found
 
     def to_rows(self) -> list[dict[str, Any]]:
         """One mapping per example, ready for strict JSON: its descriptions, and each arm's outcomes and prediction.
@@ -167,12 +165,11 @@ class PairedExamples:
         rows = []
         for batch in self.batches:
             for i in range(batch.size):
-                row: dict[str, Any] = {k: v[i] for k, v in batch.described[ORIGINAL].items() if k != "prediction"}
+                row: dict[str, Any] = {k: v[i] for k, v in batch.described[ORIGINAL].items() if not is_prediction(k)}
                 for arm, outcomes in batch.outcomes.items():
                     shown = {name: o for name, o in outcomes.items() if name not in batch.integers}
                     row[arm] = {name: float(o.values[i]) for name, o in shown.items()}
-                    if "prediction" in batch.described[arm]:
-                        row[arm]["prediction"] = batch.described[arm]["prediction"][i]
+                    row[arm] |= {k: v[i] for k, v in batch.described[arm].items() if is_prediction(k)}
                 rows.append(plain(row))
         return rows
 
@@ -219,7 +216,8 @@ class PairedExamples:
         clusters = clusters or _seen_twice(used, before, after)
         for b in batches:
             b.integers.discard(name)  # no labels: they are logged
-        return _Selected(before, after, clusters, next((b.doubt for b in used if b.doubt), ""))
+        said = _said(used, arm, name)
+        return _Selected(before, after, clusters, next((b.doubt for b in used if b.doubt), ""), said)
 
     def _row_of_means(self, arm: str, key: str, original: Logged, reduced: Logged) -> PairedResult:
         outcomes, left_out = self._means(arm, key)
@@ -255,6 +253,41 @@ class _Selected(NamedTuple):
     after: Outcomes
     clusters: list[Hashable] | None
     doubt: str
+    said: _Said | None
+
+
+class _Said(NamedTuple):
+    """What a metric's outcomes are about, one per example."""
+
+    answers: list[str]
+    before: list[str]
+    after: list[str]
+    groups: list[str]
+
+
+def _said(batches: Iterable[_Batch], arm: str, metric: str) -> _Said | None:
+    """The answers and predictions of a metric; ``None`` where a batch has none."""
+    found = _Said([], [], [], [])
+    for batch in batches:
+        before, after = batch.described[ORIGINAL], batch.described.get(arm, {})
+        parts = [
+            of_metric(*place, metric) for place in ((before, "answer"), (before, "prediction"), (after, "prediction"))
+        ]
+        parts.append(before.get("group", [""] * batch.size))
+        for listed, part in zip(found, parts, strict=True):
+            if part is None:
+                return None
+            listed.extend(map(str, part))
+    return found
+
+
+def _are_shares_right(outcomes: Sequence[Outcomes], higher_is_better: bool | None) -> bool:
+    """Whether they go from wrong to right."""
+    if outcomes[0].kind == "binary":
+        return higher_is_better is not False
+    values = torch.cat([arm.values for arm in outcomes])
+    inside = bool(((values >= 0) & (values <= 1) | values.isnan()).all())
+    return outcomes[0].kind == "mean" and higher_is_better is True and inside
 
 
 def _padding(ranks: list[PairedExamples]) -> dict[tuple[int, int], set[int]]:
@@ -337,12 +370,12 @@ def _seen_twice(batches: list[_Batch], before: Outcomes, after: Outcomes) -> lis
     return [one if loaders[i] != loaders[one] else i for i, one in enumerate(labels)]
 
 
-def _unlike_logged(row: PairedResult, original: Logged, reduced: Logged, units: str) -> str:
+def _unlike_logged(row: PairedResult, original: Logged, reduced: Logged) -> str:
     """A note where the key was logged as something else than the row's means, such as a macro average."""
     logged, means = (float(original.value), float(reduced.value)), (row.original, row.reduced)
     if all(math.isclose(*pair, rel_tol=ROUNDING, abs_tol=1e-6) for pair in zip(logged, means, strict=True)):
         return ""
-    return f"logged as {logged[0]:.4g} and {logged[1]:.4g} (reduced): not the mean over these {units}"
+    return f"logged as {logged[0]:.4g} and {logged[1]:.4g} (reduced): not the mean over these examples"
 
 
 def _with_note(row: PairedResult, *notes: str) -> PairedResult:

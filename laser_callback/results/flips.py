@@ -12,6 +12,7 @@ from typing import Any
 
 from laser_callback.results.comparison import LaserResult
 from laser_callback.results.examples import ORIGINAL
+from laser_callback.results.returned import of_metric
 from laser_callback.stats.outcomes import PairedResult
 
 Row = Mapping[str, Any]
@@ -68,8 +69,12 @@ def flips(rows: Iterable[Row], arm: str, row: PairedResult) -> list[Flip]:
         before, after = (_outcome(example, name, metric) for name in (ORIGINAL, arm))
         if before is None or after is None or before == after:
             continue
-        described = {name: str(example.get(name, "")) for name in ("id", "group", "prompt", "answer")}
-        said = {side: str(example[name].get("prediction", "")) for side, name in (("before", ORIGINAL), ("after", arm))}
+        described = {name: str(example.get(name, "")) for name in ("id", "group", "prompt")}
+        described["answer"] = str(of_metric(example, "answer", metric) or "")
+        said = {
+            side: str(of_metric(example[name], "prediction", metric) or "")
+            for side, name in (("before", ORIGINAL), ("after", arm))
+        }
         found.append(Flip((after > before) == (row.higher_is_better is not False), **described, **said))
     return sorted(found, key=lambda flip: not flip.fixed)
 
@@ -79,14 +84,16 @@ def _outcome(example: Row, arm: str, metric: str) -> float | None:
     return outcomes.get(metric) if isinstance(outcomes, Mapping) else None
 
 
-def label_counts(rows: Iterable[Row], arm: str) -> list[LabelCount]:
-    """Of every label that is an answer or is said, the most frequent first."""
+def label_counts(rows: Iterable[Row], arm: str, metric: str = "") -> list[LabelCount]:
+    """Of every label that is an answer of ``metric`` or is said, the most frequent first."""
+    metric = metric.partition("/dataloader_idx_")[0]
     gold: Counter[str] = Counter()
     said: dict[str, Counter[str]] = {ORIGINAL: Counter(), arm: Counter()}
     for example in rows:
-        predictions = [example.get(name, {}).get("prediction") for name in said]
-        if "answer" in example and None not in predictions:
-            gold[str(example["answer"])] += 1
+        predictions = [of_metric(example.get(name, {}), "prediction", metric) for name in said]
+        answer = of_metric(example, "answer", metric)
+        if answer is not None and None not in predictions:
+            gold[str(answer)] += 1
             for count, prediction in zip(said.values(), predictions, strict=True):
                 count[str(prediction)] += 1
     labels = {*gold, *said[ORIGINAL], *said[arm]}

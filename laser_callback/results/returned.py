@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -54,13 +54,19 @@ def read_returned(outputs: Mapping[str, Any], batch: Any) -> Returned:
     named = {arm: dict(_named(output)) for arm, output in outputs.items()}
     integers: set[str] = set()
     values = {
-        arm: {name: _outcomes(name, value, integers) for name, value in by_name.items() if name not in DESCRIPTIONS}
+        arm: {
+            name: _outcomes(name, value, integers) for name, value in by_name.items() if not _describes(name, by_name)
+        }
         for arm, by_name in named.items()
     }
     labels = {
-        arm: {name: _labels(by_name[name]) for name in wanted if by_name.get(name) is not None}
+        arm: {
+            name: _labels(value)
+            for name, value in by_name.items()
+            # The examples are the same for all arms.
+            if value is not None and _describes(name, by_name) and (arm == ORIGINAL or is_prediction(name))
+        }
         for arm, by_name in named.items()
-        for wanted in [DESCRIPTIONS if arm == ORIGINAL else ("prediction",)]  # the examples are the same for all arms
     }
     original = values.get(ORIGINAL, {}).values()
     inside = list(_lengths(batch))
@@ -92,6 +98,22 @@ def read_returned(outputs: Mapping[str, Any], batch: Any) -> Returned:
     if size in counts and size not in described and inside and size not in inside:
         found.doubt = f"the step returned {size} outcomes for a batch in which nothing has this length"
     return found
+
+
+def is_prediction(name: str) -> bool:
+    """Whether a description is an arm's own: ``prediction``, or that of one metric, ``prediction/METRIC``."""
+    return name.partition("/")[0] == "prediction"
+
+
+def of_metric(described: Mapping[str, Any], name: str, metric: str) -> Any:
+    """The answers or predictions that a metric looks at: its own, or else those of all."""
+    return described.get(f"{name}/{metric}", described.get(name))
+
+
+def _describes(name: str, names: Collection[str]) -> bool:
+    """Whether a name describes the examples; of an answer or prediction of one metric the metric is there, too."""
+    what, _, metric = name.partition("/")
+    return name in DESCRIPTIONS or (what in ("answer", "prediction") and metric in names)
 
 
 def _size(counts: Sequence[int], described: Sequence[int], inside: Sequence[int]) -> int:

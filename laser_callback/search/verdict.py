@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 from laser_callback.compare.controls import random_plan
@@ -48,19 +47,19 @@ def decide(result: SearchResult, sign: int) -> None:
     assert result.confirmed is not None
     arm, key = result.confirmed["laser"], result.objective[0]
     row = arm[key]
-    gain = f"{key} {row.original:.4g} to {row.reduced:.4g} on {row.n} unseen examples"
+    gain = f"{key} {row.original:.4g} to {row.reduced:.4g} on {row.n} unseen {row.units}"
     gain += f", p = {row.p:.2g}" if row.p is not None else f", {row.test}"
     broken = [f"{j.gate} ({j.verdict})" for j in result.judgements if j.verdict != "pass"]
-    judged = Gain(key, direction="max" if sign > 0 else "min").judge(row, arm.prior_checks)
+    judged = Gain(key, direction="max" if sign > 0 else "min").judge(row, arm.prior_checks.get(key))
     if judged.verdict != "pass":
         result.reason = f"a gain of {result.found} is not confirmed: {judged.note} ({gain})"
     elif broken:
         result.reason = f"{result.found} improves ({gain}), but not shown is {'; '.join(broken)}"
     else:
         result.plan = result.found
-        result.reason = f"it improves {gain}"
-        checks = arm.prior_checks
-        if checks is not None and math.isclose(row.delta, checks.delta) and row.reduced < checks.constant_answer:
+        result.reason = f"it improves {gain}{judged.note and f'; {judged.note}'}"
+        checks = arm.prior_checks.get(key)
+        if checks is not None and row.reduced < checks.constant_answer:
             result.warnings.append(
                 f"{key} is {row.reduced:.1%} after the cut, and each group's most common answer, always given, would "
                 f"reach {checks.constant_answer:.1%}: what changed may be the form of the answers, not what it knows"

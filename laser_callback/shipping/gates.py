@@ -144,7 +144,10 @@ class Gates:
         judgements = []
         for gate in self.gates:
             name = self._home[gate.key]
-            judgements += judge_all([gate], _named(name, results[name]), results[name]["laser"].prior_checks)
+            checks = results[name]["laser"].prior_checks.items()
+            full = {key: f"{name}/{key}" if name else key for key, _ in checks}
+            priors = {full[key]: replace(of, metric=full[key]) for key, of in checks}
+            judgements += judge_all([gate], _named(name, results[name]), priors)
         return GateVerdict(plan, judgements, dict(results))
 
 

@@ -5,7 +5,7 @@ from .gates import parse_gate as parse_gate
 from .holm import adjust as adjust
 from .intervals import MeanDifference as MeanDifference
 from .intervals import mean_difference as mean_difference
-from .intervals import newcombe as newcombe
+from .intervals import score_interval as score_interval
 from .judgement import Judgement as Judgement
 from .outcomes import ALPHA as ALPHA
 from .outcomes import Outcomes as Outcomes

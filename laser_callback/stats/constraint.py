@@ -128,8 +128,8 @@ class Constraint:
         bound = sign * unfavourable
         if any(map(math.isnan, (estimate, *ends))):
             return self._judged(row, change, None, "undecided", "the interval is not a number")
-        if favourable == unfavourable and row.n < ENOUGH_UNCHANGED:
-            reason = f"none of {row.n} units changed; {ENOUGH_UNCHANGED} would show that few do"
+        if favourable == unfavourable and row.n < ENOUGH_UNCHANGED:  # never of right and wrong: a score has a width
+            reason = f"none of {row.n} {row.units} changed; {ENOUGH_UNCHANGED} would show that few do"
             return self._judged(row, change, bound, "undecided", reason)
         note = "relative to the original's value, taken as known" if self.relative and row.kind != "log_ratio" else ""
         if unfavourable <= margin:
@@ -141,7 +141,8 @@ class Constraint:
         reason = "the change is too close to the margin to tell"
         if needed is not None:
             outcome = "pass" if inside else "fail"
-            reason = f"about {needed:,} examples in place of {row.n:,} would decide ({outcome}) if the change stays so"
+            number = f"about {needed:,} {row.units} in place of {row.n:,}"
+            reason = f"{number} would decide ({outcome}) if the change stays so"
         return self._judged(row, change, bound, "undecided", "; ".join(filter(None, [reason, note])))
 
     def _scale(self, row: PairedResult) -> float:

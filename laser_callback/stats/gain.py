@@ -5,11 +5,11 @@ Contract: a gain passes by a significant test in its direction, and in no other 
 
 from __future__ import annotations
 
-import math
 import re
 from dataclasses import dataclass
 from typing import Literal, TypeAlias, cast
 
+import numpy as np
 from scipy import stats
 
 from laser_callback.stats.judgement import (
@@ -30,6 +30,7 @@ Direction: TypeAlias = Literal["max", "min"]
 
 _TEXT = re.compile(rf"\s*(\S.*?)\s*:\s*gain((?:\s*,\s*(?:alpha\s+{NUMBER}|direction\s+(?:max|min)))*)\s*")
 _FORM = "a gain is `metric: gain`, and may go on with `, alpha 0.05` and `, direction max` (or min)"
+_UNCHECKED = "not checked for a shift of what is said, for want of answers and predictions beside outcomes per example"
 
 
 @dataclass(frozen=True)
@@ -87,13 +88,14 @@ class Gain:
 
         Args:
             row: the comparison of the metric on examples that nothing was chosen by.
-            prior: prior checks of the same examples. A gain that they do not show outside of the answers said most is
-                undecided: it may be a shift of what is said and no more.
+            prior: prior checks of this metric. A gain that may be a shift of what is said and no more is undecided.
 
         Raises:
             ValueError: if the row is of another metric, or it is not known which direction is better.
         """
         check_row(self.key, row)
+        if prior is not None and prior.metric != row.metric:
+            raise ValueError(f"`prior` must be of {row.metric!r}, got one of {prior.metric!r}")
         sign = self.sign(row)
         bound = row.lower if sign > 0 else row.upper
         relative = row.kind == "log_ratio"
@@ -104,14 +106,17 @@ class Gain:
         note = "no gain is shown"
         if row.p <= self.alpha and row.delta * sign < 0:
             verdict, note = "fail", "it is shown to get worse"
-        elif row.p <= self.alpha and prior is not None and prior.prior_shift and math.isclose(row.delta, prior.delta):
-            note = "no gain is shown outside of the answers said most"
+        elif row.p <= self.alpha and prior is not None and prior.doubt:
+            note = prior.doubt
         elif row.p <= self.alpha:
-            verdict, note = "pass", ""
+            verdict = "pass"
+            unchecked = row.higher_is_better and prior is None
+            note = _UNCHECKED if unchecked else ""
         elif row.delta * sign > 0 and self.alpha == ALPHA:  # the interval's level
             needed = _shown_from(row, bound, self.alpha)
             if needed is not None:
-                note = f"{note}; about {needed:,} examples in place of {row.n:,} would show one if the change stays so"
+                number = f"about {needed:,} {row.units} in place of {row.n:,}"
+                note = f"{note}; {number} would show one if the change stays so"
         return Judgement(str(self), self.key, row.n, row.delta, bound, verdict, note, row.p, relative)
 
     def sign(self, row: PairedResult) -> int:
@@ -130,12 +135,9 @@ class Gain:
 
 def _shown_from(row: PairedResult, bound: float, alpha: float) -> int | None:
     """Units from which on a row's change would be significant if it stays so; of right and wrong by the exact test."""
-    if row.fixed is None or row.broken is None:
+    if row.fixed is None or row.broken is None or row.test != "exact McNemar":
         return extrapolate(row.n, abs(row.delta - bound), abs(row.delta))
-    scale = 1.0
-    while scale < MOST_TIMES:
-        scale *= 1.02
-        gained, lost = round(scale * row.fixed), round(scale * row.broken)
-        if stats.binomtest(gained, gained + lost).pvalue <= alpha:
-            return two_digits(scale * row.n)
-    return None
+    scales = np.geomspace(1.02, MOST_TIMES, 350)
+    gained, lost = np.round(scales * row.fixed), np.round(scales * row.broken)
+    shown = np.flatnonzero(2 * stats.binom.cdf(np.minimum(gained, lost), gained + lost, 0.5) <= alpha)
+    return two_digits(float(scales[shown[0]]) * row.n) if len(shown) else None

@@ -39,7 +39,7 @@ def parse_gate(text: str) -> Gate:
 def judge_all(
     gates: Sequence[Gate],
     rows: Sequence[PairedResult],
-    prior: PriorChecks | None = None,
+    priors: Mapping[str, PriorChecks] | None = None,
     *,
     cures: Mapping[str, str] | None = None,
 ) -> list[Judgement]:
@@ -51,7 +51,7 @@ def judge_all(
     Args:
         gates: to judge.
         rows: of one comparison.
-        prior: prior checks of the same examples; see :meth:`Gain.judge`.
+        priors: prior checks of the same examples, by metric; see :meth:`Gain.judge`.
         cures: what to do about a metric without a row, by a part of its name: the first that fits is told.
 
     Raises:
@@ -66,6 +66,8 @@ def judge_all(
                 f"Name one of these{cure}"
             )
     return [
-        gate.judge(by_key[gate.key], prior) if isinstance(gate, Gain) else gate.judge(by_key[gate.key])
+        gate.judge(by_key[gate.key], (priors or {}).get(gate.key))
+        if isinstance(gate, Gain)
+        else gate.judge(by_key[gate.key])
         for gate in gates
     ]

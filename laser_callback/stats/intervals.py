@@ -6,8 +6,8 @@ interval at 0.9 is a one-sided 95 % bound. What the numbers mean is said in :mod
 Sources:
     Newcombe, R. G. (1998). Interval estimation for the difference between independent proportions: comparison of eleven
     methods. Statistics in Medicine 17, 873-890: method 10.
-    Newcombe, R. G. (1998). Improved confidence intervals for the difference between binomial proportions based on
-    paired data. Statistics in Medicine 17, 2635-2650: method 10.
+    Tango, T. (1998). Equivalence test and confidence interval for the difference in proportions for the paired-sample
+    design. Statistics in Medicine 17, 891-908.
     Cochran, W. G. (1977). Sampling Techniques, 3rd ed., chapter 6 (linearised variance of a ratio).
 """
 
@@ -19,51 +19,90 @@ from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import stats
+from scipy import optimize, stats
 
 Floats: TypeAlias = NDArray[np.float64]
 
 
-def newcombe(both: int, gained: int, lost: int, n: int, level: float) -> tuple[float, float]:
-    """Newcombe's (1998) method 10 for ``(gained - lost) / n`` of paired units.
+def score_interval(gained: float, lost: float, n: float, level: float, df: float = math.inf) -> tuple[float, float]:
+    """Tango's (1998) score interval for ``(gained - lost) / n`` of paired units, with a continuity correction of 1/2.
+
+    Of all shares d that the difference may have, those that the score test of "it is d" does not reject. The correction
+    is half a step of ``gained - lost``; without it, a one-sided bound at 5 % is crossed by up to 6.9 % of all samples
+    (20 to 1,000 units), with it by at most 4.8 %.
 
     Args:
-        both: units that are 1 in both arms.
-        gained: units that are 1 in the reduced arm only.
+        gained: units that are 1 in the reduced arm only; of clustered units, what they are worth as independent ones.
         lost: units that are 1 in the original arm only.
         n: units.
         level: confidence.
+        df: degrees of freedom behind the variance, where it was estimated.
     """
-    ones_after, ones_before = both + gained, both + lost
-    # Python integers: the product of the margins passes int64 from about 55,000 units.
-    margins = ones_after * (n - ones_after) * ones_before * (n - ones_before)
-    cross = float(both * (n - both - gained - lost) - gained * lost)
-    if cross > 0:
-        cross = max(cross - n / 2, 0.0)  # the continuity correction, for positive association only
-    phi = cross / math.sqrt(margins) if margins else 0.0
-    return joined_wilson((ones_before, ones_after), (n, n), level, phi)
+    z = float(stats.t.ppf((1 + level) / 2, df))
+    return -_largest(lost, gained, n, z), _largest(gained, lost, n, z)
 
 
-def joined_wilson(ones: tuple[int, int], sizes: tuple[int, int], level: float, phi: float = 0.0) -> tuple[float, float]:
-    """The second of two shares minus the first: each end is that of the Wilson intervals of both, joined by phi.
+def _largest(gained: float, lost: float, n: float, z: float) -> float:
+    """The largest difference that the score test does not reject at z."""
+
+    def excess(d: float) -> float:
+        # The share lost where the difference is d, by maximum likelihood (Tango 1998, section 3).
+        b = (2 * n - gained + lost) * d - gained - lost
+        share = (math.sqrt(max(b * b + 8 * n * lost * d * (1 - d), 0.0)) - b) / (4 * n)
+        return n * d - (gained - lost) - 0.5 - z * math.sqrt(max(n * (2 * share + d - d * d), 0.0))
+
+    return 1.0 if excess(1.0) <= 0 else float(optimize.brentq(excess, (gained - lost) / n, 1.0, xtol=1e-12))
+
+
+def design_effect_of(values: Floats, labels: NDArray[np.int64]) -> float:
+    """By how much the variance of a mean over clustered units exceeds that of independent ones; at least 1.
+
+    Args:
+        values: shape (n,), of the units, such as their changes.
+        labels: shape (n,), each unit's cluster, from 0.
+    """
+    n, clusters = len(values), int(labels.max()) + 1
+    if clusters == n:
+        return 1.0
+    residuals = values - values.mean()
+    independent = n / (n - 1) * float((residuals**2).sum())
+    if clusters < 2 or independent <= 64 * np.finfo(np.float64).eps:  # all that is known is how many there are
+        return n / clusters
+    clustered = clusters / (clusters - 1) * float((np.bincount(labels, residuals) ** 2).sum())
+    return max(1.0, clustered / independent)
+
+
+def sign_flip_p(differences: NDArray[np.int64]) -> float:
+    """Two-sided p value of "each difference might as well have had the other sign", exact.
+
+    Of differences of 1 that is the exact McNemar test; of larger ones, sums over clusters, it is the permutation test
+    that exchanges the arms of whole clusters.
+    """
+    chance = np.ones(1)  # of each sum, in steps of 2 from the lowest
+    for size, count in zip(*np.unique(np.abs(differences[differences != 0]), return_counts=True), strict=True):
+        flips = np.zeros(size * count + 1)
+        flips[::size] = stats.binom.pmf(np.arange(count + 1), count, 0.5)
+        chance = np.convolve(chance, flips)
+    largest = len(chance) - 1
+    tail = (largest - abs(int(differences.sum()))) // 2  # sums at least as far out on one side
+    return min(1.0, 2 * float(chance[: tail + 1].sum()))
+
+
+def joined_wilson(ones: tuple[int, int], sizes: tuple[int, int], level: float) -> tuple[float, float]:
+    """The second of two independent shares minus the first: each end joins those of both Wilson intervals.
 
     Args:
         ones: of each group.
         sizes: of each group.
         level: confidence.
-        phi: correlation of the groups; 0 where they are independent.
     """
     p_before, p_after = (one / size for one, size in zip(ones, sizes, strict=True))
     before, after = (
         stats.binomtest(one, size).proportion_ci(level, method="wilson") for one, size in zip(ones, sizes, strict=True)
     )
-
-    def distance(x: float, y: float) -> float:
-        return math.sqrt(max(x * x - 2 * phi * x * y + y * y, 0.0))
-
     delta = (ones[1] * sizes[0] - ones[0] * sizes[1]) / (sizes[0] * sizes[1])
-    lower = delta - distance(p_after - after.low, before.high - p_before)
-    upper = delta + distance(after.high - p_after, p_before - before.low)
+    lower = delta - math.hypot(p_after - after.low, before.high - p_before)
+    upper = delta + math.hypot(after.high - p_after, p_before - before.low)
     return lower, upper
 
 

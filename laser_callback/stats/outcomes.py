@@ -7,6 +7,7 @@ claims nothing before :func:`~laser_callback.stats.adjust` has given it a role.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, TypeAlias, TypeVar
@@ -20,7 +21,15 @@ ALPHA = 0.05  # level of every verdict; 1 - ALPHA is the confidence of every int
 Array: TypeAlias = Any  # of NumPy, or a tensor
 Kind: TypeAlias = Literal["binary", "mean", "log_ratio"]
 Role: TypeAlias = Literal["primary", "holm", "exploratory"]
-Test: TypeAlias = Literal["exact McNemar", "paired t", "cluster-robust t", "Fisher's exact", "Welch's t", "not tested"]
+Test: TypeAlias = Literal[
+    "exact McNemar",
+    "exact cluster sign flip",
+    "paired t",
+    "cluster-robust t",
+    "Fisher's exact",
+    "Welch's t",
+    "not tested",
+]
 Verdict: TypeAlias = Literal["better", "worse", "higher", "lower", "no difference shown", "not tested", "exploratory"]
 
 
@@ -121,8 +130,8 @@ class PairedResult:
         lower90: lower end of the 90 % interval by the same method: a one-sided 95 % bound; ``None`` if not tested.
         upper90: upper end of it, the other one-sided bound.
         p: two-sided p value of "no difference", unadjusted; ``None`` if not tested.
-        fixed: number of units wrong in the original and right in the reduced model (unclustered "binary" only).
-        broken: number of units right in the original and wrong in the reduced model (unclustered "binary" only).
+        fixed: examples wrong in the original and right in the reduced model ("binary" only), clustered or not.
+        broken: examples right in the original and wrong in the reduced model ("binary" only).
         test: name of the test behind ``p``.
         note: what a reader of the row must know, such as why it is not tested.
         p_adjusted: Holm-adjusted p value, for rows of role "holm".
@@ -165,6 +174,11 @@ class PairedResult:
         if self.higher_is_better is None:
             return "higher" if self.delta > 0 else "lower"
         return "better" if (self.delta > 0) == self.higher_is_better else "worse"
+
+    @property
+    def units(self) -> str:
+        """What ``n`` counts: "examples", or "clusters" of them, of which the note then says how many there are."""
+        return "clusters" if re.search(r"\d units in \d+ clusters", self.note) else "examples"
 
     def to_dict(self) -> dict[str, Any]:
         """All fields and the verdict, ready for strict JSON: a number that is not finite becomes ``None``."""

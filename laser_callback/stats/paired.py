@@ -8,6 +8,8 @@ each a one-sided 95 % bound, are there for those who ask about one side.
 Sources:
     McNemar, Q. (1947). Psychometrika 12, 153-157, with the exact binomial p value instead of chi-squared.
     Cochran, W. G. (1977). Sampling Techniques, 3rd ed., chapter 9A (clusters of unequal size).
+    Rao, J. N. K. and Scott, A. J. (1992). A simple method for the analysis of clustered binary data. Biometrics 48,
+    577-585.
     Those of the intervals stand in :mod:`laser_callback.stats.intervals`.
 """
 
@@ -21,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
-from laser_callback.stats.intervals import Floats, mean_difference, newcombe
+from laser_callback.stats.intervals import Floats, design_effect_of, mean_difference, score_interval, sign_flip_p
 from laser_callback.stats.outcomes import ALPHA, Outcomes, PairedResult, as_float64, not_tested
 
 
@@ -38,16 +40,21 @@ def compare(
     A unit absent (NaN) in either arm is dropped from both; the note counts those absent in one arm only. Where no unit
     is left, the row says so and has no test.
 
-    - "binary": exact two-sided McNemar test and Newcombe's interval (method 10).
+    - "binary": exact two-sided McNemar test and Tango's score interval with a continuity correction.
     - "mean": paired t test and interval.
     - "mean" with weights, and "log_ratio": :math:`r = \sum_c w_c d_c / \sum_c w_c` over C clusters (without
       ``clusters``, the units), with the cluster-robust variance
       :math:`\frac{C}{C-1} \sum_c (w_c d_c - r w_c)^2 / (\sum_c w_c)^2` and t with C - 1 degrees of freedom;
       "log_ratio" then maps estimate and interval by ``exp(.) - 1``.
 
-    Clusters hold units that are not independent, such as the prompts of one fact. Unweighted "binary" and "mean" values
-    are averaged within each cluster first: the clusters become the units of a paired t test, and the metric the mean
-    over clusters. Weighted values and "log_ratio" keep their mean over units. Clusters of one unit change nothing.
+    Clusters hold units that are not independent, such as the facts of one subject; they are then what ``n`` counts. The
+    metric stays the mean over units, and "mean" has the cluster-robust test. "binary" has the exact test that exchanges
+    the arms of whole clusters, and the score interval of as many independent units as the clusters are worth: all
+    counts are divided by the design effect, that variance over the one of independent units (Rao and Scott 1992), where
+    it is above 1. Clusters of one unit change nothing. Exchanging arms takes each cluster to be as likely gained as
+    lost where the metric stays the same; few large clusters that lose what many small ones gain are not found by it.
+
+    An interval of "binary" leaves 0 out only where the exact test does.
 
     Args:
         metric: name for the row.
@@ -71,7 +78,7 @@ def compare(
         >>> row.fixed, row.broken, row.p
         (6, 0, 0.03125)
         >>> f"{row.delta:+.1f} [{row.lower:+.3f}, {row.upper:+.3f}]"
-        '+0.6 [+0.171, +0.809]'
+        '+0.6 [+0.087, +0.863]'
         >>> from laser_callback.stats import adjust
         >>> row.verdict, adjust([row], primary="accuracy")[0].verdict
         ('exploratory', 'better')
@@ -79,6 +86,7 @@ def compare(
     before, after, weights, labels, notes = _pairs(original, reduced, clusters)
     if not len(before):
         return _without_units(metric, original, reduced, higher_is_better)
+    signs = (after - before).astype(np.int64) if original.kind == "binary" else None
     if labels is not None:
         before, after, weights = _cluster_means(before, after, weights, labels)
         notes.append(f"{len(labels)} units in {len(before)} clusters")
@@ -100,13 +108,8 @@ def compare(
         higher_is_better=higher_is_better,
     )
 
-    if original.kind == "binary" and labels is None:
-        gained, lost = int((after > before).sum()), int((after < before).sum())
-        counts = int((before * after).sum()), gained, lost, len(before)
-        p = float(stats.binomtest(gained, gained + lost).pvalue) if gained + lost else 1.0
-        fixed, broken = (gained, lost) if higher_is_better else (lost, gained)
-        row = replace(row, p=p, fixed=fixed, broken=broken, test="exact McNemar")
-        return _with_bounds(row, [newcombe(*counts, level) for level in (1 - ALPHA, 1 - 2 * ALPHA)])
+    if signs is not None:
+        return _tested_exactly(row, signs, labels)
 
     tested = mean_difference(before, after, weights)
     if isinstance(tested, str):
@@ -115,6 +118,31 @@ def compare(
     with np.errstate(over="ignore"):
         ends = np.array([tested.interval(level) for level in (1 - ALPHA, 1 - 2 * ALPHA)])
         return _with_bounds(row, (np.expm1(ends) if log_ratio else ends).tolist())
+
+
+def _tested_exactly(row: PairedResult, signs: NDArray[np.int64], labels: NDArray[np.int64] | None) -> PairedResult:
+    """The row with the test of right and wrong: ``signs`` are 1 where a unit was gained, -1 where it was lost."""
+    gained, lost, n = int((signs > 0).sum()), int((signs < 0).sum()), len(signs)
+    fixed, broken = (gained, lost) if row.higher_is_better else (lost, gained)
+    row = replace(row, fixed=fixed, broken=broken)
+    effect, df = 1.0, math.inf
+    if labels is None:
+        p = float(stats.binomtest(gained, gained + lost).pvalue) if gained + lost else 1.0
+        row = replace(row, p=p, test="exact McNemar")
+    elif row.n < 2:
+        return replace(row, note=f"{row.note}; one independent unit has no variance")
+    else:
+        p = sign_flip_p(np.bincount(labels, signs).astype(np.int64))
+        row = replace(row, p=p, test="exact cluster sign flip")
+        effect, df = design_effect_of(signs.astype(np.float64), labels), row.n - 1
+    assert row.p is not None
+    ends = []
+    for level in (1 - ALPHA, 1 - 2 * ALPHA):
+        lower, upper = score_interval(gained / effect, lost / effect, n / effect, level, df)
+        if row.p > 1 - level:  # no end passes 0 before the exact test does
+            lower, upper = min(lower, 0.0), max(upper, 0.0)
+        ends.append((lower, upper))
+    return _with_bounds(row, ends)
 
 
 def _without_units(metric: str, original: Outcomes, reduced: Outcomes, higher_is_better: bool | None) -> PairedResult:
@@ -161,18 +189,22 @@ def _pairs(
         notes.append(f"{dropped} of {len(before)} units dropped: absent in one arm only")
     labels = None
     if clusters is not None:
-        number: dict[Hashable, int] = {}
-        labels = np.array([number.setdefault(clusters[i], len(number)) for i in np.flatnonzero(kept).tolist()])
-        if len(number) == len(labels):
+        labels = numbered([clusters[i] for i in np.flatnonzero(kept).tolist()])
+        if not len(labels) or labels.max() + 1 == len(labels):
             labels = None
     return before[kept], after[kept], weights, labels, notes
+
+
+def numbered(clusters: Sequence[Hashable]) -> NDArray[np.int64]:
+    """Each unit's cluster as a number, from 0 in the order in which they come."""
+    number: dict[Hashable, int] = {}
+    return np.array([number.setdefault(cluster, len(number)) for cluster in clusters], dtype=np.int64)
 
 
 def _cluster_means(
     before: Floats, after: Floats, weights: Floats | None, labels: NDArray[np.int64]
 ) -> tuple[Floats, Floats, Floats | None]:
-    """Weighted mean of each arm within each cluster, and the clusters' weights if the units have any."""
+    """Weighted mean of each arm within each cluster, and the clusters' weights: of units without any, their number."""
     within = np.ones(len(labels)) if weights is None else weights
     total = np.bincount(labels, within).astype(np.float64)
-    before, after = np.bincount(labels, within * before) / total, np.bincount(labels, within * after) / total
-    return before, after, None if weights is None else total
+    return np.bincount(labels, within * before) / total, np.bincount(labels, within * after) / total, total

@@ -1,23 +1,31 @@
-"""Prior checks: is a gain more than a shift of what is said most?
+"""Prior checks: is a gain more than a shift of what is said?
 
-A model that gives the same answer everywhere is right wherever that answer is. A cut may gain accuracy only by moving a
-model towards, or away from, such an answer; these checks show what is left of the gain without it.
+A model that gives the same answer everywhere is right wherever that answer is, and one that names allowed answers at
+random is right more often than one that does not answer at all. A cut may gain accuracy only by such a shift. These
+checks show what is left of a metric's gain without it, on the metric's own outcomes and units.
+
+Source: the chance of agreement from both margins is that of Cohen, J. (1960). Educational and Psychological Measurement
+20, 37-46; its variance that of a contingency table with fixed margins (Mantel, N. (1963). JASA 58, 690-700).
 """
 
 from __future__ import annotations
 
+import math
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 from scipy import stats
 
-from laser_callback.stats.outcomes import Array, Outcomes, PairedResult, as_float64
-from laser_callback.stats.paired import compare
+from laser_callback.stats.intervals import design_effect_of
+from laser_callback.stats.outcomes import ALPHA, Outcomes, PairedResult, as_float64
+from laser_callback.stats.paired import compare, numbered
 
 MACRO_MIN_UNITS = 5  # gold answers with fewer units are too noisy to average over
+GROUP_MIN_UNITS = 5  # groups with fewer units are taken together: nothing is said most in them
+SAID_MOST_MIN = 2  # what is said once is said most nowhere
 
 
 @dataclass(frozen=True)
@@ -36,30 +44,64 @@ class PriorChecks:
     """What each arm says most, and what is left of the gain without it.
 
     Attributes:
-        n: number of units.
-        delta: accuracy of the reduced minus that of the original model, over all units.
-        constant_answer: accuracy of always giving each group's most common gold answer.
-        majority_excluded: the comparison on units whose gold answer is not what either arm predicts most in the unit's
-            group; ``None`` if no unit is left.
-        macro: accuracy averaged over the gold answers with at least 5 units; ``None`` if there are none.
+        metric: of which this is said.
+        n: number of examples.
+        delta: the metric of the reduced minus that of the original model, over all examples.
+        constant_answer: share right of always giving each group's most common gold answer.
+        majority_excluded: the comparison on examples whose gold answer is not what either arm says most in the
+            example's group; ``None`` if no example is left.
+        matched: share of examples on which the reduced model says the gold answer, text for text.
+        chance: that share if its answers were exchanged at random within each group.
+        chance_p: one-sided p value of "it says the gold answer no more often than that".
+        macro: the metric averaged over the gold answers with at least 5 examples; ``None`` if there are none.
         entropy: Shannon entropy of each arm's predictions in nats, by "original" and "reduced".
         top_predictions: the five most frequent predictions of each arm with their counts, by "original" and "reduced".
-        prior_shift: there is a gain, but none shown outside of the answers said most: ``delta > 0`` and the interval
-            of ``majority_excluded`` reaches down to 0 or there is none.
+        worth: as how many independent units the changes count if examples of one gold answer ("answer") or of one group
+            ("group") change together; what is generalised to is then other answers, or other groups.
     """
 
+    metric: str
     n: int
     delta: float
     constant_answer: float
     majority_excluded: PairedResult | None
+    matched: float
+    chance: float
+    chance_p: float
     macro: MacroAccuracy | None
     entropy: dict[str, float]
     top_predictions: dict[str, list[tuple[str, int]]]
-    prior_shift: bool
+    worth: dict[str, float]
 
     def __post_init__(self) -> None:
         if set(self.entropy) != set(self.top_predictions):
             raise ValueError(f"`entropy` and `top_predictions` must be of the same arms, got {sorted(self.entropy)}")
+
+    @property
+    def prior_shift(self) -> bool:
+        """Whether there is a gain, but none shown outside of the answers said most."""
+        rest = self.majority_excluded
+        return self.delta > 0 and not (rest is not None and rest.p is not None and rest.p <= ALPHA and rest.delta > 0)
+
+    @property
+    def format_change(self) -> bool:
+        """Whether there is a gain, but the reduced model is not shown to choose better than at random."""
+        return self.delta > 0 and self.chance_p > ALPHA / 2
+
+    @property
+    def doubt(self) -> str:
+        """Why a gain may be no more than another way to answer; empty if there is none, or that is ruled out."""
+        if self.format_change and not self.matched:
+            return (
+                "no answer of the reduced model is the right one, text for text, so that it cannot be checked for a "
+                "mere change of form: return both as one text where they mean the same"
+            )
+        if self.format_change:
+            return (
+                f"the reduced model is not shown to be right more often ({self.matched:.1%}) than its own answers, "
+                f"exchanged at random ({self.chance:.1%}): what changed may be the form of its answers"
+            )
+        return "no gain is shown outside of the answers said most" if self.prior_shift else ""
 
     def to_dict(self) -> dict[str, Any]:
         """All fields, ready for strict JSON."""
@@ -68,85 +110,136 @@ class PriorChecks:
 
 
 def prior_checks(
+    metric: str,
     answers: Sequence[str],
-    original_predictions: Sequence[str],
-    reduced_predictions: Sequence[str],
-    original_correct: Array | Sequence[float],
-    reduced_correct: Array | Sequence[float],
+    predictions: tuple[Sequence[str], Sequence[str]],
+    outcomes: tuple[Outcomes, Outcomes],
     groups: Sequence[str] | None = None,
+    clusters: Sequence[Hashable] | None = None,
 ) -> PriorChecks:
-    """Check whether a gain in accuracy may be only a shift of what is said most.
+    """Check whether a gain may be only a shift of what is said.
 
     Strings are compared as they are: normalise case and spaces before. Of equally frequent strings the alphabetically
-    first counts as the most frequent, so the order of the units does not matter.
+    first counts as the most frequent, so the order of the examples does not matter.
 
     Args:
-        answers: gold answer of each unit.
-        original_predictions: the original model's answer for each unit.
-        reduced_predictions: the reduced model's answer for each unit.
-        original_correct: shape ``(n,)``, 0 or 1: whether the original model is right.
-        reduced_correct: shape ``(n,)``, 0 or 1: whether the reduced model is right.
-        groups: the unit's group, such as its relation; ``None`` puts all units in one.
+        metric: name of what ``outcomes`` are of.
+        answers: gold answer of each of n examples.
+        predictions: the original's and the reduced model's answer to each example.
+        outcomes: the original's and the reduced model's, from 0 (wrong) to 1 (right). Examples absent (NaN) in either
+            arm are left out.
+        groups: the example's group, such as its relation; ``None`` puts all in one. So are groups of fewer than 5.
+        clusters: as in :func:`~laser_callback.stats.compare`.
 
     Raises:
-        ValueError: if the lengths differ, there are no units, or correctness is not 0 or 1.
+        ValueError: if the lengths differ, no example is present, or an outcome is not from 0 to 1.
 
     Example:
         >>> gold = ["euro"] * 6 + ["yen", "peso", "rand", "lira"]
         >>> generic, all_euro = ["the"] * 10, ["euro"] * 10
-        >>> checks = prior_checks(gold, generic, all_euro, [0] * 10, [answer == "euro" for answer in gold])
+        >>> right = (np.zeros(10, bool), np.array([answer == "euro" for answer in gold]))
+        >>> checks = prior_checks("accuracy", gold, (generic, all_euro), (Outcomes.of(right[0]), Outcomes.of(right[1])))
         >>> checks.delta, checks.constant_answer, checks.majority_excluded.delta, checks.prior_shift
         (0.6, 0.6, 0.0, True)
+        >>> checks.chance, checks.chance_p, checks.format_change
+        (0.6, 1.0, True)
         >>> checks.macro
         MacroAccuracy(original=0.0, reduced=1.0, delta=1.0, answers=1, n=6)
         >>> checks.top_predictions["reduced"]
         [('euro', 10)]
     """
     n = len(answers)
-    groups = [""] * n if groups is None else groups
-    right = {"original": as_float64(original_correct), "reduced": as_float64(reduced_correct)}
-    predictions = {"original": original_predictions, "reduced": reduced_predictions}
-    lengths = [*map(len, predictions.values()), *(len(x) for x in right.values()), len(groups)]
-    if n == 0 or any(length != n for length in lengths):
+    lengths = [*map(len, predictions), *(len(arm.values) for arm in outcomes)]
+    lengths += [len(labels) for labels in (groups, clusters) if labels is not None]
+    if any(length != n for length in lengths):
         raise ValueError(
-            "`answers` must be non-empty and as long as the predictions, the correctness of both arms and `groups`, "
-            f"got {n} answers and lengths {lengths}"
+            "`answers` must be as long as the predictions and outcomes of both arms, `groups` and `clusters`, got "
+            f"{n} answers and lengths {lengths}"
         )
-    if any(np.isnan(x).any() for x in right.values()):
-        raise ValueError("`original_correct` and `reduced_correct` must be 0 or 1, got NaN; leave absent units out")
-    outcomes = {arm: Outcomes(x, kind="binary") for arm, x in right.items()}
-    overall = compare("accuracy", outcomes["original"], outcomes["reduced"])
+    right = [as_float64(arm.values) for arm in outcomes]
+    present = np.flatnonzero(~np.isnan(right[0]) & ~np.isnan(right[1])).tolist()
+    if not present:
+        raise ValueError("`outcomes` must hold at least one example that is present in both arms, got none")
+    right = [values[present] for values in right]
+    for values in right:
+        if (outside := (values < 0) | (values > 1)).any():
+            raise ValueError(f"`outcomes` must be from 0 to 1, got {values[outside][0]:g}")
+    answers, before, after = ([texts[i] for i in present] for texts in (answers, *predictions))
+    groups = _pooled([""] * len(present) if groups is None else [groups[i] for i in present])
+    kinds = [arm.kind for arm in outcomes]
+    labels = None if clusters is None else [clusters[i] for i in present]
+
+    def compared(name: str, kept: Any) -> PairedResult:
+        arms = (Outcomes(values[kept], kind=kind) for values, kind in zip(right, kinds, strict=True))
+        of_these = None if labels is None else [labels[i] for i in kept]
+        return compare(name, *arms, clusters=of_these, higher_is_better=True)
 
     gold = _count(groups, answers)
-    said = [_count(groups, predicted) for predicted in predictions.values()]
-    excluded = {group: {_most_common(counts[group], 1)[0][0] for counts in said} for group in gold}
-    kept = np.array([answer not in excluded[group] for answer, group in zip(answers, groups, strict=True)])
-    rest = None
-    if kept.any():
-        rest = compare(
-            "accuracy without the answers said most",
-            *(Outcomes(x[kept], kind="binary") for x in right.values()),
-        )
+    said = [_count(groups, texts) for texts in (before, after)]
+    excluded = {group: {_said_most(counts[group]) for counts in said} for group in gold}
+    kept = [i for i, (answer, group) in enumerate(zip(answers, groups, strict=True)) if answer not in excluded[group]]
 
     frequent = {answer: count for answer, count in Counter(answers).items() if count >= MACRO_MIN_UNITS}
     macro = None
     if frequent:
         # The mean over answers of their accuracies is a mean over units, each with weight 1 / count of its answer.
         weights = np.array([1 / frequent[answer] if answer in frequent else 0.0 for answer in answers])
-        before, after = (float(np.average(x, weights=weights)) for x in right.values())
-        macro = MacroAccuracy(before, after, after - before, len(frequent), sum(frequent.values()))
+        one, two = (float(np.average(values, weights=weights)) for values in right)
+        macro = MacroAccuracy(one, two, two - one, len(frequent), sum(frequent.values()))
 
-    predicted_counts = {arm: Counter(predicted) for arm, predicted in predictions.items()}
+    matched, chance, chance_p = _against_chance(answers, after, groups, labels)
+    change = right[1] - right[0]
+    by: dict[str, Sequence[Hashable]] = {"answer": list(zip(groups, answers, strict=True)), "group": groups}
+    predicted = dict(zip(("original", "reduced"), map(Counter, (before, after)), strict=True))
     return PriorChecks(
-        n=n,
-        delta=overall.delta,
-        constant_answer=sum(max(counts.values()) for counts in gold.values()) / n,
-        majority_excluded=rest,
+        metric=metric,
+        n=len(answers),
+        delta=float(np.mean(right[1]) - np.mean(right[0])),
+        constant_answer=sum(max(counts.values()) for counts in gold.values()) / len(answers),
+        majority_excluded=compared(f"{metric} without the answers said most", kept) if kept else None,
+        matched=matched,
+        chance=chance,
+        chance_p=chance_p,
         macro=macro,
-        entropy={arm: float(stats.entropy(list(count.values()))) for arm, count in predicted_counts.items()},
-        top_predictions={arm: _most_common(count, 5) for arm, count in predicted_counts.items()},
-        prior_shift=overall.delta > 0 and (rest is None or rest.lower is None or rest.lower <= 0),
+        entropy={arm: float(stats.entropy(list(count.values()))) for arm, count in predicted.items()},
+        top_predictions={arm: _most_common(count, 5) for arm, count in predicted.items()},
+        worth={name: len(answers) / design_effect_of(change, numbered(labels)) for name, labels in by.items()},
     )
+
+
+def _against_chance(
+    answers: Sequence[str], said: Sequence[str], groups: Sequence[str], clusters: Sequence[Hashable] | None
+) -> tuple[float, float, float]:
+    """Share right; that if what is said were exchanged at random within groups; p of "it is right no more often"."""
+    gold, spoken, sizes = _count(groups, answers), _count(groups, said), Counter(groups)
+    expected = variance = 0.0
+    for group, m in sizes.items():
+        # Of each label, how often it is the answer and how often it is said.
+        pairs = [(count, spoken[group][label]) for label, count in gold[group].items() if spoken[group][label]]
+        products = sum(a * b for a, b in pairs)
+        expected += products / m
+        if m > 1:
+            own = sum(a * b * (m - a) * (m - b) for a, b in pairs)
+            joint = products**2 - sum((a * b) ** 2 for a, b in pairs)
+            variance += (own + joint) / (m**2 * (m - 1))
+    right = np.array([a == b for a, b in zip(answers, said, strict=True)], dtype=np.float64)
+    if clusters is not None:
+        odds = [spoken[g][a] / sizes[g] for g, a in zip(groups, answers, strict=True)]
+        variance *= design_effect_of(right - np.array(odds), numbered(clusters))
+    excess = float(right.sum()) - expected - 0.5
+    p = float(stats.norm.sf(excess / math.sqrt(variance))) if variance > 0 else 1.0
+    return float(right.mean()), expected / len(answers), p
+
+
+def _pooled(groups: Sequence[str]) -> list[str]:
+    """Small groups under one name."""
+    sizes = Counter(groups)
+    return [group if sizes[group] >= GROUP_MIN_UNITS else "" for group in groups]
+
+
+def _said_most(count: Counter[str]) -> str | None:
+    text, times = _most_common(count, 1)[0]
+    return text if times >= SAID_MOST_MIN else None
 
 
 def _count(groups: Sequence[str], texts: Sequence[str]) -> dict[str, Counter[str]]:

@@ -27,6 +27,7 @@ CASES = [
     ("world facts", "11.q_proj@0.05"),
     ("world facts", "28.fc_up@0.01"),
 ]
+KEY = "first_token_accuracy"
 
 
 def main() -> None:
@@ -66,7 +67,8 @@ def main() -> None:
         )
         trainer.validate(module, FactsDataModule(facts, module.tokenizer, batch_size=64), verbose=False)
         arm, controls = module.result["laser"], module.result.controls["laser"]
-        first, loss, rest = arm["first_token_accuracy"], arm["log_loss"], arm.prior_checks.majority_excluded
+        first, loss, checks = arm[KEY], arm["log_loss"], arm.prior_checks[KEY]
+        rest = checks.majority_excluded
         zeroed, other = (controls[kind] for kind in ("zeroed", "random"))
         cells = [
             name.removesuffix(".jsonl"),
@@ -78,13 +80,13 @@ def main() -> None:
             f"{rest.original:.1%} -> {rest.reduced:.1%} [{rest.lower:+.1%}, {rest.upper:+.1%}]"
             if rest
             else "none left",
-            f"{zeroed['first_token_accuracy'].reduced:.1%}, {zeroed['log_loss'].reduced:.2f}",
-            f"{other['first_token_accuracy'].reduced:.1%} ({other.plan})",
+            f"{zeroed[KEY].reduced:.1%}, {zeroed['log_loss'].reduced:.2f}",
+            f"{other[KEY].reduced:.1%} ({other.plan})",
         ]
         print(f"| {' | '.join(cells)} |", flush=True)
-        for who, top in arm.prior_checks.top_predictions.items():
+        for who, top in checks.top_predictions.items():
             said = ", ".join(f"{text!r} {count}" for text, count in top)
-            print(f"<!-- {who} says most: {said}; entropy {arm.prior_checks.entropy[who]:.2f} nats -->", flush=True)
+            print(f"<!-- {who} says most: {said}; entropy {checks.entropy[who]:.2f} nats -->", flush=True)
 
 
 def _fields(row: dict) -> dict:

@@ -178,7 +178,9 @@ def quality(folder: Path, only: str, seed: int, paraphrases: bool, reductions: i
         cells = [name]
         if result.confirmed is not None:
             arm = result.confirmed["laser"]
-            first, loss, rest = arm["first_token_accuracy"], arm["log_loss"], arm.prior_checks.majority_excluded
+            first, loss = arm["first_token_accuracy"], arm["log_loss"]
+            checks = arm.prior_checks["first_token_accuracy"]
+            rest = checks.majority_excluded
             zeroed = result.confirmed.controls["laser"]["zeroed"]["first_token_accuracy"]
             cells += [
                 str(first.n),
@@ -187,7 +189,7 @@ def quality(folder: Path, only: str, seed: int, paraphrases: bool, reductions: i
                 f"{first.fixed} / {first.broken}, {first.p:.1g}",
                 f"{loss.original:.2f} -> {loss.reduced:.2f}",
                 (f"{rest.original:.1%} -> {rest.reduced:.1%}" if rest else "none left")
-                + (" (flagged)" if arm.prior_checks.prior_shift else ""),
+                + (" (flagged)" if checks.doubt else ""),
                 f"{zeroed.reduced:.1%}",
                 against(module, sets, result.found, PROTOTYPE[name]) if name in PROTOTYPE else "",
             ]

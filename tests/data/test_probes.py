@@ -94,7 +94,7 @@ def test_rates_are_those_of_continuations_made_one_by_one(chat, match):
     result = callback.result["laser"]
     assert (result["refusal_rate"].n, result["answer_rate"].n) == (4, 8)
     assert result["refusal_rate"].test == "exact McNemar"
-    assert result.prior_checks is None
+    assert result.prior_checks == {}
 
 
 def test_each_probe_is_named_and_nothing_is_left_from_one_evaluation_to_the_next():

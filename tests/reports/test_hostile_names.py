@@ -75,10 +75,10 @@ def test_markup_is_printed_as_it_is(result):
 def test_what_is_no_number_is_no_percentage(result, value):
     arm = result["laser"]
     odd = [replace(row, original=value, reduced=value, delta=value, lower=value, upper=value) for row in arm.rows]
-    priors = arm.prior_checks
-    assert priors is not None
-    priors = replace(priors, constant_answer=value, macro=replace(priors.macro, original=value, reduced=value))
-    broken = replace(result, arms={"laser": replace(arm, rows=odd, prior_checks=priors)})
+    ((metric, priors),) = arm.prior_checks.items()
+    macro = replace(priors.macro, original=value, reduced=value)
+    priors = replace(priors, constant_answer=value, matched=value, chance=value, worth={"group": value}, macro=macro)
+    broken = replace(result, arms={"laser": replace(arm, rows=odd, prior_checks={metric: priors})})
     for text in (printed(print_report, broken), page(broken)):
         for word in ("nan%", "inf%", "nan %", "inf %"):
             assert word not in text

@@ -100,7 +100,7 @@ def test_a_page_loads_nothing_and_allows_only_itself(source):
 
 def test_answers_said_most_are_quoted(result, pages):
     listed = [text for name, text in Page.of(pages["one"]).texts if name == "bdi"]
-    for said in result["laser"].prior_checks.top_predictions.values():
+    for said in result["laser"].prior(result.primary).top_predictions.values():
         assert said
         assert all(quoted(text) in listed for text, _ in said)
 

@@ -48,9 +48,9 @@ def confirmed(plan: str, metric: str = OBJECTIVE[0], primary: str | None = OBJEC
         compare("log_loss", Outcomes(torch.linspace(5, 9, 40)), Outcomes(torch.linspace(4, 9, 40) ** 1.01)),
     ]
     said = [["Paris" if r else "the" for r in x.tolist()] for x in right]
-    checks = prior_checks(["Paris"] * 40, *said, *right)
-    arms = {"laser": ArmResult(plan, adjust(rows, primary), checks, "", 1.0, 0.1)}
-    zeroed = ArmResult("3.fc_up@0", rows, None, "", 1.0, 0.1)
+    checks = prior_checks(metric, ["Paris"] * 40, tuple(said), tuple(map(Outcomes.of, right)))
+    arms = {"laser": ArmResult(plan, adjust(rows, primary), {metric: checks}, "", 1.0, 0.1)}
+    zeroed = ArmResult("3.fc_up@0", rows, {}, "", 1.0, 0.1)
     return LaserResult(arms, {"laser": {"zeroed": zeroed}}, primary, 1.0, {}, PairedExamples())
 
 
@@ -103,7 +103,7 @@ def test_sections_in_order_with_numbers_and_units():
     assert re.search(r"confirmed on 400 examples that no earlier step has seen", text)
     for expected in (
         "control, same matrix zeroed",
-        "prior check:",
+        f"prior check of {OBJECTIVE[0]}:",
         r"perplexity <= \+2 % +\+1.3% +\+3.1% +32 +undecided",
         "perplexity <= .2 %: 96 windows decide it",
         r"14 of 84 candidates run: 1 chosen, 13 dropped",
@@ -131,10 +131,12 @@ def test_verdicts():
 
 def test_a_gain_that_stays_below_a_constant_answer_is_told():
     gold = ["true"] * 20 + ["false"] * 20
-    said = ["the"] * 40, ["true"] * 12 + ["a"] * 8 + ["false"] * 7 + ["true"] * 13
+    said = ["the"] * 40, ["true"] * 14 + ["a"] * 6 + ["false"] * 5 + ["a"] * 15
     right = [torch.tensor([one == answer for one, answer in zip(arm, gold, strict=True)]) for arm in said]
-    rows = adjust([compare(OBJECTIVE[0], *map(Outcomes.of, right))], OBJECTIVE[0])
-    arm = ArmResult("3.mlp@0.1", rows, prior_checks(gold, *said, *right), "", 1.0, 0.1)
+    outcomes = tuple(map(Outcomes.of, right))
+    rows = adjust([compare(OBJECTIVE[0], *outcomes)], OBJECTIVE[0])
+    checks = {OBJECTIVE[0]: prior_checks(OBJECTIVE[0], gold, said, outcomes)}
+    arm = ArmResult("3.mlp@0.1", rows, checks, "", 1.0, 0.1)
     result = nothing(
         found=LaserPlan.parse("3.mlp@0.1"),
         confirmed=LaserResult({"laser": arm}, {}, OBJECTIVE[0], 1.0, {}, PairedExamples()),

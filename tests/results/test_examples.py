@@ -228,7 +228,7 @@ def test_a_key_without_a_value_in_any_batch(per_example):
     (row,) = examples.rows("laser", {"f1": log(nan, "f1")}, {"f1": log(nan, "f1")})
     assert (row.test, row.verdict) == ("not tested", "not tested")
     assert "no unit has a value in both arms" in row.note
-    adjust_together([ArmResult("1.mlp@0.1", [row], None, "off", 1.0, 0.1)], "f1")
+    adjust_together([ArmResult("1.mlp@0.1", [row], {}, "off", 1.0, 0.1)], "f1")
 
 
 def test_what_is_returned_and_not_logged():
@@ -363,11 +363,11 @@ def test_clusters():
         pair({"acc": bools("0011"), "cluster": list("aabb")}, {"acc": bools("1011")}, 4),
         pair({"acc": bools("10"), "cluster": list("bc")}, {"acc": bools("01")}, 2),
     )
-    (row,) = examples.rows("laser", {"acc": log(1 / 3, "acc")}, {"acc": log(13 / 18, "acc")})
+    (row,) = examples.rows("laser", {"acc": log(1 / 2, "acc")}, {"acc": log(2 / 3, "acc")})
     expected = compare("acc", Outcomes.of(bools("001110")), Outcomes.of(bools("101101")), clusters=list("aabbbc"))
     assert row == expected
-    assert row.n == 3
-    assert "6 units in 3 clusters" in row.note
+    assert (row.n, row.fixed, row.broken) == (3, 2, 1)
+    assert row.note == "6 units in 3 clusters"
 
 
 IMAGES = [torch.ones(3, 4, 4)] * 8
@@ -505,17 +505,47 @@ def test_outcomes_absent_everywhere_fall_back():
 
 
 def test_priors():
+    def batch(answers, before, after, group):
+        right = [[a == said for a, said in zip(answers, arm, strict=True)] for arm in (before, after)]
+        one = described(answers, before, group=group) | {"acc": torch.tensor(right[0])}
+        return pair(one, described([], after) | {"acc": torch.tensor(right[1])}, len(answers))
+
     examples = together(
-        pair(described(["yes", "no"], ["no", "no"], group=["g", "h"]), described([], ["yes", "yes"]), 2),
-        pair(described(["yes", "no"], ["no", "no"], group=["g", "g"]), described([], ["yes", "no"]), 2),
-        pair({"acc": bools("1")}, {"acc": bools("1")}, 1),  # a batch of another kind
+        batch(["yes", "no"], ["no", "no"], ["yes", "yes"], ["g", "h"]),
+        batch(["yes", "no"], ["no", "no"], ["yes", "no"], ["g", "g"]),
     )
-    checks = examples.priors("laser")
-    assert checks is not None
-    assert (checks.n, checks.delta) == (4, 0.25)  # 2 of 4, then 3 of 4
+    logged = {"acc": log(0.5, "acc")}, {"acc": log(0.75, "acc")}
+    checks = examples.priors("laser", *logged)["acc"]
+    assert (checks.metric, checks.n, checks.delta) == ("acc", 4, 0.25)  # 2 of 4, then 3 of 4
     assert checks.top_predictions == {"original": [("no", 4)], "reduced": [("yes", 3), ("no", 1)]}
-    assert checks.constant_answer == 0.75  # "yes" in g (2 of 3), "no" in h (1 of 1)
-    assert pair({"acc": bools("1")}, {"acc": bools("1")}, 1).priors("laser") is None
+    assert checks.constant_answer == 0.5  # both groups are small, and taken together
+    assert pair({"acc": bools("1")}, {"acc": bools("1")}, 1).priors("laser", *logged) == {}
+
+
+def test_each_metric_is_checked_by_what_it_looks_at():
+    chosen = {"prediction/choice": ["a", "b"], "answer/choice": ["a", "a"], "choice": bools("10")}
+    one = {"answer": ["x", "y"], "prediction": ["x", "z"], "acc": bools("10"), **chosen}
+    two = {"prediction": ["x", "y"], "acc": bools("11"), "loss": torch.zeros(2), **chosen}
+    examples = pair(one | {"loss": torch.ones(2)}, two, 2)
+    logged = {name: log(0.5, name) for name in ("acc", "choice", "loss")}
+    checks = examples.priors("laser", logged, logged)
+    assert set(checks) == {"acc", "choice"}
+    assert checks["choice"].top_predictions["reduced"] == [("a", 1), ("b", 1)]
+    assert checks["acc"].top_predictions["reduced"] == [("x", 1), ("y", 1)]
+    (row, _) = examples.to_rows()
+    assert row["laser"]["prediction/choice"] == "a"
+    assert row["answer/choice"] == "a"
+
+
+def test_predictions_as_a_mapping_by_metric():
+    one = {"choice": bools("10"), "answer": {"choice": ["a", "a"]}, "prediction": {"choice": ["a", "b"]}}
+    two = {"choice": bools("11"), "prediction": {"choice": ["a", "a"]}, "acc": bools("11")}
+    examples = pair(one | {"acc": bools("10")}, two, 2)
+    logged = {name: log(0.5, name) for name in ("acc", "choice")}
+    checks = examples.priors("laser", logged, logged)
+    assert set(checks) == {"choice"}, "nothing is said of what the other metric looks at"
+    assert checks["choice"].top_predictions == {"original": [("a", 1), ("b", 1)], "reduced": [("a", 2)]}
+    assert (checks["choice"].matched, checks["choice"].delta) == (1.0, 0.5)
 
 
 # ---- files -----------------------------------------------------------------------------------------------------------

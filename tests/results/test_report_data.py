@@ -109,11 +109,20 @@ def test_flips_of_a_metric_that_is_better_low_and_has_a_dataloader():
 
 def test_labels_are_counted(result):
     rows = result.examples.to_rows()
-    counts = label_counts(rows, "laser")
+    checks = result["laser"].prior(None)
+    counts = label_counts(rows, "laser", checks.metric)
     assert sum(c.gold for c in counts) == sum(c.original for c in counts) == sum(c.reduced for c in counts) == 64
-    top = dict(result["laser"].prior_checks.top_predictions["reduced"])
+    top = dict(checks.top_predictions["reduced"])
     assert {c.label: c.reduced for c in counts if c.label in top} == top
     assert label_counts([{"original": {}, "laser": {}}], "laser") == []
+
+
+def test_labels_are_those_of_the_metric():
+    arms = {name: {"prediction": "x", "prediction/choice": said} for name, said in (("original", "a"), ("laser", "b"))}
+    rows = [{"answer": "x", "answer/choice": "a", **arms}] * 2
+    assert [c.label for c in label_counts(rows, "laser")] == ["x"]
+    counts = label_counts(rows, "laser", "choice/dataloader_idx_0")
+    assert [(c.label, c.gold, c.original, c.reduced) for c in counts] == [("a", 2, 2, 0), ("b", 0, 0, 2)]
 
 
 # ---- panels ----------------------------------------------------------------------------------------------------------

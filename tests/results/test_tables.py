@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from paired import bools, described, pair, together
+from paired import bools, described, log, pair
 from rich.console import Console
 from scipy import stats
 
@@ -23,7 +23,7 @@ from laser_callback.stats.paired import compare
 
 def arm(flips: dict[str, tuple[str, str]], plan: str = "1.mlp@0.1") -> ArmResult:
     rows = [compare(name, Outcomes.of(bools(b)), Outcomes.of(bools(a))) for name, (b, a) in flips.items()]
-    return ArmResult(plan, rows, None, "off", 1.0, 0.1)
+    return ArmResult(plan, rows, {}, "off", 1.0, 0.1)
 
 
 WORSE = ("1" * 10, "1" + "0" * 9)
@@ -69,7 +69,10 @@ LONG = "paraphrase_consistency/dataloader_idx_0"
 
 
 def result(primary: str | None = "acc") -> LaserResult:
-    examples = together(pair(described(["x", "y"] * 5, ["y", "y"] * 5), described([], ["x"] * 10), 10))
+    before, after = bools("0101010101"), bools("1010101010")
+    examples = pair(
+        described(["x", "y"] * 5, ["y", "y"] * 5) | {"acc": before}, described([], ["x"] * 10) | {"acc": after}, 10
+    )
     examples.duplicates = 2
     arms = {
         "a": arm({"acc": BETTER, "first_token_accuracy": WORSE, LONG: SAME}, plan=", ".join(["27.fc_in@0.01"] * 40)),
@@ -84,7 +87,7 @@ def result(primary: str | None = "acc") -> LaserResult:
             compare("infinite", infinite, Outcomes(torch.zeros(3))),
             compare("[bold]odd[/]name", Outcomes(torch.rand(3)), Outcomes(torch.rand(3))),
         ]
-        one.prior_checks = examples.priors("laser")
+        one.prior_checks = examples.priors("laser", {"acc": log(0.5, "acc")}, {"acc": log(0.5, "acc")})
     adjust_together(list(arms.values()), primary)
     controls = {"a": {"zeroed": arm({"acc": SAME}), "random": arm({"acc": WORSE})}}
     return LaserResult(arms, controls, primary, 1.5, {"step_loss": "logged per step only"}, examples)

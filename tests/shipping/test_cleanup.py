@@ -431,7 +431,7 @@ def searched(p: float | None, delta: float, recommended: bool = True) -> SearchR
     result = SearchResult(None, None, "because", ("acc",), [])
     if p is not None:
         row = PairedResult("acc", "binary", 100, 0.5, 0.5 + delta, delta, p=p)
-        arm = ArmResult("0.fc_in@0", [row], None, "", 0.0, 0.0)
+        arm = ArmResult("0.fc_in@0", [row], {}, "", 0.0, 0.0)
         result.confirmed = LaserResult({"laser": arm}, {}, "acc", 0.0, {}, PairedExamples())
         result.plan = LaserPlan.parse("0.fc_in@0") if recommended else None
     return result

@@ -125,19 +125,20 @@ def test_a_gain_is_that_of_scipys_two_sided_test(direction: str, shift: float, a
 
 def test_a_gain_that_is_only_a_shift_of_what_is_said_is_undecided():
     gold = ["euro"] * 30 + ["yen", "peso", "rand", "lira"] * 5
-    right = [torch.zeros(50).bool(), torch.tensor([answer == "euro" for answer in gold])]
-    gained = compare("accuracy", *map(Outcomes.of, right))
-    shift = prior_checks(gold, ["the"] * 50, ["euro"] * 50, *right)
+    right = [Outcomes.of(x) for x in (torch.zeros(50).bool(), torch.tensor([answer == "euro" for answer in gold]))]
+    gained = compare("accuracy", *right)
+    shift = prior_checks("accuracy", gold, (["the"] * 50, ["euro"] * 50), tuple(right))
     judged = Gain("accuracy").judge(gained, shift)
     assert gained.p < 1e-6
-    assert (judged.verdict, judged.note) == (
-        "undecided",
-        "no gain is shown outside of the answers said most",
-    )
-    assert Gain("accuracy").judge(gained).verdict == "pass"
-    other = compare("choice_accuracy", Outcomes.of(right[0]), Outcomes.of(right[1] | (torch.arange(50) % 2 == 0)))
-    assert Gain("choice_accuracy").judge(other, shift).verdict == "pass", "what is said first tells nothing of it"
-    assert judge_all([Gain("accuracy")], [gained], shift) == [judged]
+    assert (judged.verdict, judged.note) == ("undecided", shift.doubt)
+    assert "exchanged at random (60.0%)" in judged.note
+    assert judge_all([Gain("accuracy")], [gained], {"accuracy": shift}) == [judged]
+    # Without a check the gain says so, and that of another metric is no check.
+    for priors in (None, {"choice_accuracy": shift}):
+        (unchecked,) = judge_all([Gain("accuracy")], [gained], priors)
+        assert (unchecked.verdict, unchecked.note[:11]) == ("pass", "not checked")
+    with pytest.raises(ValueError, match="`prior` must be of 'choice_accuracy', got one of 'accuracy'"):
+        Gain("choice_accuracy").judge(replace(gained, metric="choice_accuracy"), shift)
 
 
 def test_a_gain_not_shown_says_with_how_many_examples_it_would_be():

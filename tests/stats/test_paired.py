@@ -15,7 +15,9 @@ import pytest
 import torch
 from scipy import optimize, stats
 
+from laser_callback.stats.gain import Gain
 from laser_callback.stats.holm import adjust
+from laser_callback.stats.intervals import score_interval, sign_flip_p
 from laser_callback.stats.outcomes import Outcomes, PairedResult, not_tested
 from laser_callback.stats.paired import compare
 from laser_callback.stats.priors import MacroAccuracy, prior_checks
@@ -36,53 +38,65 @@ def mean_pair(n: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
     return original, original + 0.3 * torch.randn(n, generator=generator, dtype=torch.float64) + 0.1
 
 
-def test_newcombe_interval_equals_published_values():
-    # Cavo et al. (2012), from the tests of the R package contingencytables, chapter 8, which subtracts the other way
-    # round. Without the continuity correction of phi the interval is -0.1174 to -0.0059.
-    row = table(59, 6, 16, 80)
-    assert [round(-x, 4) for x in (row.delta, row.upper, row.lower)] == [-0.0621, -0.1186, -0.0046]
-    assert row.p == pytest.approx(0.052479, abs=5e-7)
-    assert (row.fixed, row.broken, row.n, row.test) == (16, 6, 161, "exact McNemar")
+@pytest.mark.parametrize(("broken", "fixed", "rest"), [(6, 16, 139), (0, 0, 60), (3, 0, 17), (1, 30, 9), (40, 60, 300)])
+def test_score_interval_is_where_the_score_test_rejects(broken: int, fixed: int, rest: int):
+    """Tango's test from its definition: the shares of highest likelihood under each difference, found numerically."""
+    n = broken + fixed + rest
+    row = table(rest, broken, fixed, 0)
+
+    def statistic(d: float) -> float:
+        def minus_log_likelihood(lost: float) -> float:
+            cells = (lost, lost + d, 1 - 2 * lost - d)
+            return -sum(
+                count * math.log(max(share, 1e-300))
+                for count, share in zip((broken, fixed, rest), cells, strict=True)
+                if count
+            )
+
+        bounds = max(0.0, -d), (1 - d) / 2
+        lost = optimize.minimize_scalar(
+            minus_log_likelihood, bounds=bounds, method="bounded", options={"xatol": 1e-12}
+        ).x
+        return (fixed - broken - n * d) / math.sqrt(n * (2 * lost + d - d * d))
+
+    for ends, level in (((row.lower, row.upper), 0.95), ((row.lower90, row.upper90), 0.9)):
+        z = stats.norm.ppf((1 + level) / 2)
+        for end, sign in zip(ends, (1, -1), strict=True):
+            if end == 0.0:
+                assert row.p > 1 - level, "moved to where the exact test stops"
+                continue
+            corrected = sign * (fixed - broken - n * end) - 0.5
+            sd = abs((fixed - broken - n * end) / statistic(end))
+            assert corrected / sd == pytest.approx(z, abs=2e-4)
+    assert (row.fixed, row.broken, row.n, row.test) == (fixed, broken, n, "exact McNemar")
 
 
-def test_newcombe_bounds_of_one_side_equal_a_computation_by_roots():
-    # Each Wilson end is a root of the score equation |p - s| = z sqrt(s (1 - s) / n), found here numerically.
-    a, broken, fixed, d = 59, 6, 16, 80
-    row, n, z = table(a, broken, fixed, d), a + broken + fixed + d, stats.norm.ppf(0.95)
-
-    def wilson(p: float) -> tuple[float, float]:
-        def score(s: float) -> float:
-            return (p - s) ** 2 - z * z * s * (1 - s) / n
-
-        return optimize.brentq(score, 0, p), optimize.brentq(score, p, 1)
-
-    after, before = (a + fixed) / n, (a + broken) / n
-    (low2, high2), (low1, high1) = wilson(after), wilson(before)
-    phi = (a * d - fixed * broken - n / 2) / math.sqrt((a + fixed) * (broken + d) * (a + broken) * (fixed + d))
-
-    def reach(x: float, y: float) -> float:
-        return math.sqrt(x * x - 2 * phi * x * y + y * y)
-
-    expected = (row.delta - reach(after - low2, high1 - before), row.delta + reach(high2 - after, before - low1))
-    assert (row.lower90, row.upper90) == pytest.approx(expected, abs=1e-9)
-    assert row.lower < row.lower90 < row.upper90 < row.upper
+@pytest.mark.parametrize("n", [20, 59, 134, 353, 1000])
+@pytest.mark.parametrize("margin", [0.01, 0.02, 0.05, 0.2])
+def test_a_bound_is_passed_by_at_most_five_percent_of_what_should_not(n: int, margin: float):
+    """Exact level, by enumeration, of the models that lose exactly the margin, whatever share of answers changes."""
+    most = min(n, round(n * 0.6) + 40)
+    lost = np.arange(most + 1)
+    passes = np.zeros_like(lost)  # the fewest that must be gained
+    for i in lost:
+        gained = passes[i - 1] if i else 0
+        while gained <= n - i and -score_interval(gained, i, n, 0.9)[0] > margin:
+            gained += 1
+        passes[i] = gained
+    worst = 0.0
+    for changed in np.linspace(margin, 0.5, 40):
+        p_lost, p_gained = (changed + margin) / 2, (changed - margin) / 2
+        beyond = stats.binom.sf(passes - 1, n - lost, p_gained / (1 - p_lost))
+        worst = max(worst, float((stats.binom.pmf(lost, n, p_lost) * beyond).sum()))
+    assert worst <= 0.05
+    assert worst >= 0.02 or n * margin < 3, "or nothing would ever pass"
 
 
-def test_newcombe_interval_covers_and_wald_does_not():
-    # Exact coverage: the probability of every table of 15 pairs times whether its interval holds the true difference.
-    n = 15
-    counts = [(a, b, c, n - a - b - c) for a, b, c in product(range(n + 1), repeat=3) if a + b + c <= n]
-    bounds = np.array([(row.lower, row.upper) for row in (table(*cells) for cells in counts)])
-    assert np.abs(bounds).max() <= 1 + 1e-12
-    cells = np.array(counts)
-    delta = (cells[:, 2] - cells[:, 1]) / n
-    half = 1.96 * np.sqrt(cells[:, 1] + cells[:, 2] - n * delta**2) / n
-    for truth in [(0.6, 0.05, 0.15, 0.2), (0.1, 0.05, 0.05, 0.8), (0.3, 0.1, 0.3, 0.3), (0.25, 0.25, 0.25, 0.25)]:
-        chance, true_delta = stats.multinomial.pmf(cells, n, truth), truth[2] - truth[1]
-        newcombe = chance[(bounds[:, 0] <= true_delta) & (true_delta <= bounds[:, 1])].sum()
-        wald = chance[(delta - half <= true_delta) & (true_delta <= delta + half)].sum()
-        assert newcombe >= 0.93
-        assert newcombe > wald
+def test_no_interval_says_more_than_the_exact_test():
+    for broken, fixed in product(range(12), range(40)):
+        row = table(30, broken, fixed, 30)
+        for lower, upper, alpha in ((row.lower, row.upper, 0.05), (row.lower90, row.upper90, 0.1)):
+            assert (lower > 0 or upper < 0) == (row.p <= alpha)
 
 
 @pytest.mark.parametrize(("fixed", "broken"), [(0, 0), (1, 0), (0, 6), (5, 5), (9, 2), (32, 2)])
@@ -116,16 +130,49 @@ def test_mean_equals_scipy_and_weights_of_one_change_nothing():
     assert row.delta == pytest.approx(row.reduced - row.original)
 
 
-def test_clusters_are_the_units_of_unweighted_values():
+def test_clusters_are_the_units():
     original, reduced = mean_pair(30, seed=1)
     facts = [f"fact {i // 3}" for i in range(30)]
-    for before, after, kind in ((original, reduced, "mean"), (original > 0, reduced > 0, "binary")):
-        row = compare("m", Outcomes(before, kind=kind), Outcomes(after, kind=kind), clusters=facts)
-        expected = stats.ttest_rel(*(x.double().view(10, 3).mean(1) for x in (after, before)))
-        assert (row.n, row.test, row.fixed) == (10, "paired t", None)
-        assert row.p == pytest.approx(expected.pvalue, rel=1e-10)
+    row = compare("m", Outcomes(original), Outcomes(reduced), clusters=facts)
+    expected = stats.ttest_rel(*(x.view(10, 3).mean(1) for x in (reduced, original)))
+    assert (row.n, row.test, row.fixed) == (10, "cluster-robust t", None)
+    assert row.p == pytest.approx(expected.pvalue, rel=1e-10)
     # A cluster of one is a unit, so the exact test stands.
     assert table(3, 1, 7, 4, clusters=list(range(15))) == table(3, 1, 7, 4)
+
+
+def test_the_mean_is_over_examples_whatever_the_clusters():
+    subjects = [0] * 8 + [1, 2]
+    before, after = np.zeros(10, bool), np.array([True] * 8 + [False] * 2)
+    for kind in ("binary", "mean"):
+        arms = (Outcomes(x.astype(float), kind=kind) for x in (before, after))
+        row = compare("m", *arms, clusters=subjects)
+        assert (row.delta, row.n) == (0.8, 3)
+    row = compare("m", Outcomes.of(before), Outcomes.of(after), clusters=subjects)
+    assert (row.fixed, row.broken, row.test, row.p) == (8, 0, "exact cluster sign flip", 1.0)
+
+
+def test_sign_flips_are_all_of_them():
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        sums = rng.integers(-3, 4, 9)
+        flips = np.array(list(product([1, -1], repeat=9))) @ sums
+        assert sign_flip_p(sums) == pytest.approx(float(np.mean(np.abs(flips) >= abs(sums.sum()))))
+    assert sign_flip_p(np.array([1] * 9 + [-1] * 2)) == pytest.approx(stats.binomtest(9, 11).pvalue)
+    assert sign_flip_p(np.zeros(3, np.int64)) == 1.0
+
+
+def test_repeating_each_unit_changes_nothing_that_is_claimed():
+    """Copies under one cluster are worth one unit: the counts, p and, but for Student's t, the interval say so."""
+    once, copies = table(30, 4, 16, 50), 5
+    outcomes = [np.repeat(x, copies) for x in (np.r_[[1] * 34, [0] * 66], np.r_[[1] * 30, [0] * 4, [1] * 16, [0] * 50])]
+    arms = [Outcomes(x.astype(float), kind="binary") for x in outcomes]
+    row = compare("acc", *arms, clusters=np.repeat(np.arange(100), copies).tolist())
+    assert (row.n, row.fixed, row.broken, row.delta) == (100, 80, 20, pytest.approx(once.delta))
+    assert row.p == pytest.approx(once.p)
+    assert (row.lower90, row.upper90) == pytest.approx((once.lower90, once.upper90), abs=3e-3)
+    alone = compare("acc", *arms)
+    assert alone.p < row.p / 100
 
 
 def test_perplexity_ratio_agrees_with_cluster_bootstrap():
@@ -225,12 +272,19 @@ def test_holm_by_hand_and_roles():
         (lambda: compare("m", Outcomes(torch.zeros(2)), Outcomes(torch.zeros(2), torch.ones(2))), "weights"),
         (lambda: compare("m", Outcomes(torch.zeros(2)), Outcomes.of(torch.ones(2) > 0)), "kind"),
         (lambda: compare("m", Outcomes(torch.zeros(2)), Outcomes(torch.zeros(2)), clusters=["a"]), "`clusters`"),
-        (lambda: prior_checks(["a"], ["a"], ["a", "b"], [1], [1]), r"\[1, 2, 1, 1, 1\]"),
+        (lambda: checked(["a"], ["a"], ["a", "b"], [1.0], [1.0]), r"\[1, 2, 1, 1\]"),
+        (lambda: checked(["a"], ["a"], ["a"], [1.0], [float("nan")]), "at least one example"),
+        (lambda: prior_checks("m", ["a"], (["a"], ["a"]), (Outcomes(np.ones(1)), Outcomes(np.array([2.0])))), "got 2"),
     ],
 )
 def test_bad_input_is_named(make, message: str):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def checked(answers, before, after, right_before, right_after, groups=None, clusters=None, metric="accuracy"):
+    arms = [Outcomes(np.asarray(right, float), kind="binary") for right in (right_before, right_after)]
+    return prior_checks(metric, answers, (before, after), tuple(arms), groups, clusters)
 
 
 def test_prior_checks_by_hand():
@@ -240,7 +294,7 @@ def test_prior_checks_by_hand():
     original = ["the"] * 6 + ["a"] * 6
     reduced = ["Rome", "Oslo", "Bern", "the", "the", "the"] + ["euro"] * 6
     right = [[gold == said for gold, said in zip(answers, arm, strict=True)] for arm in (original, reduced)]
-    checks = prior_checks(answers, original, reduced, np.array(right[0]), torch.tensor(right[1]), groups)
+    checks = checked(answers, original, reduced, *right, groups)
     assert checks.delta == pytest.approx(8 / 12)
     assert checks.constant_answer == pytest.approx((1 + 5) / 12)
     rest = checks.majority_excluded
@@ -253,11 +307,81 @@ def test_prior_checks_by_hand():
 
     # Ten times the capitals, and Rome as often again: enough to show a gain, and Rome weighs no more for it in macro.
     often = [column[:6] * 10 + column[:1] * 10 for column in (answers, original, reduced, *right)]
-    many = prior_checks(*often)
+    many = checked(*often)
     assert not many.prior_shift
     assert (many.macro.reduced, many.macro.answers, many.macro.n) == (pytest.approx(0.5), 6, 70)
     # The same gain with "euro" alone: nothing is left to show it on, and that is flagged.
-    only = prior_checks(answers[6:11], original[6:11], reduced[6:11], right[0][6:11], right[1][6:11])
+    only = checked(*(column[6:11] for column in (answers, original, reduced, *right)))
     assert (only.majority_excluded, only.prior_shift) == (None, True)
     # A loss is never a prior shift.
-    assert not prior_checks(answers, reduced, original, right[1], right[0], groups).prior_shift
+    assert not checked(answers, reduced, original, right[1], right[0], groups).doubt
+
+
+@pytest.mark.parametrize("labels", [2, 4, 10])
+def test_naming_an_allowed_answer_at_random_is_a_change_of_form(labels: int):
+    """Exact moments against exchanges that are really made, and the verdict on many samples."""
+    rng = np.random.default_rng(labels)
+    names = np.array([f"label {i}" for i in range(labels)])
+    doubts = 0
+    for seed in range(200):
+        gold, said = names[rng.integers(0, labels, 200)], names[rng.integers(0, labels, 200)]
+        groups = rng.choice(["g", "h"], 200)
+        checks = checked(gold, ["the"] * 200, said, np.zeros(200), gold == said, groups)
+        doubts += bool(checks.doubt)
+        assert checks.delta > 0
+        if seed == 0:
+            exchanged = np.zeros(4000)
+            for i in range(len(exchanged)):
+                for group in "gh":
+                    of = groups == group
+                    exchanged[i] += (rng.permutation(said[of]) == gold[of]).sum()
+            assert checks.chance == pytest.approx(exchanged.mean() / 200, abs=0.003)
+            z = ((gold == said).sum() - exchanged.mean() - 0.5) / exchanged.std()
+            assert checks.chance_p == pytest.approx(stats.norm.sf(z), abs=0.03)
+    assert doubts >= 190
+    knows = np.where(rng.random(200) < 0.5, gold, said)
+    assert not checked(gold, ["the"] * 200, knows, np.zeros(200), knows == gold).doubt
+
+
+def test_what_is_said_most_needs_a_count():
+    """With one fact a group, everything is said most there; and what is said once is said most nowhere."""
+    gold = [f"answer {i}" for i in range(100)]
+    each = checked(gold, ["the"] * 100, gold, np.zeros(100), np.ones(100), groups=gold)
+    assert (each.doubt, each.majority_excluded.n) == ("", 100)
+
+
+def test_a_tie_in_one_example_does_not_hide_a_constant_answer():
+    """The checks count the metric's own outcomes, whatever texts say of one of them."""
+    gold = ["false"] * 120 + ["true"] * 80
+    right = [answer == "false" for answer in gold]
+    right[0] = False  # by rank; the texts are the same
+    assert checked(gold, ["the"] * 200, ["false"] * 200, np.zeros(200), right).doubt
+
+
+def test_texts_that_never_match_are_told():
+    """Right by a metric that normalises them: no verdict about chance can be given, and how to get one is said."""
+    gold = [f"City {i % 20}" for i in range(100)]
+    checks = checked(gold, ["the"] * 100, [f"{text}." for text in gold], np.zeros(100), np.ones(100))
+    assert (checks.matched, checks.delta) == (0.0, 1.0)
+    assert "return both as one text where they mean the same" in checks.doubt
+
+
+def test_a_row_says_what_it_counts():
+    arms = Outcomes.of(np.zeros(4, bool)), Outcomes.of(np.array([True, True, False, False]))
+    assert (compare("m", *arms).units, compare("m", *arms, clusters="aabb").units) == ("examples", "clusters")
+    judged = Gain("m").judge(compare("m", *arms, clusters="aabb"))
+    assert "clusters in place of 2" in judged.note
+
+
+def test_clusters_reach_the_prior_checks():
+    rng = np.random.default_rng(0)
+    gold = np.repeat([f"city {i}" for i in range(20)], 5)
+    right = np.repeat(rng.random(20) < 0.3, 5)
+    said = np.where(right, gold, "the")
+    alone, together = (
+        checked(gold, ["a"] * 100, said, np.zeros(100), right, clusters=c) for c in (None, gold.tolist())
+    )
+    assert alone.majority_excluded.p < together.majority_excluded.p / 100
+    assert together.majority_excluded.n == 20
+    assert together.worth["answer"] == pytest.approx(20, abs=1)
+    assert alone.chance_p < together.chance_p
