@@ -317,6 +317,11 @@ class AfterHook:
 
 def around(trainer: pl.Trainer) -> dict[str, Any]:
     """What a step can reach beside the module."""
-    others = [other for other in trainer.callbacks if not hasattr(other, "key_prefix")]  # all but LaserCallbacks
-    loaders = pytree.tree_leaves([trainer.val_dataloaders, trainer.test_dataloaders])
-    return {"trainer.datamodule": trainer.datamodule, "trainer.callbacks": others, "the dataloaders": loaders}
+    loaders = [trainer.train_dataloader, trainer.val_dataloaders, trainer.test_dataloaders]
+    strategy = trainer.strategy
+    return {
+        "trainer.datamodule": trainer.datamodule,
+        "the dataloaders": pytree.tree_leaves(loaders),
+        "trainer.optimizers": [strategy._optimizers, strategy._lightning_optimizers, strategy.lr_scheduler_configs],
+        "trainer": trainer,
+    }
