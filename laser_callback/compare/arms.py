@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from torchmetrics import MetricCollection
 
-from laser_callback.compare.silent import silent
+from laser_callback.compare.silent import Instead, silent
 from laser_callback.compare.state import Changes, Own, Start
 from laser_callback.results.examples import Logged
 from laser_callback.support.interrupts import catch_up, closed, opened, undisturbed, whole
@@ -41,7 +41,8 @@ class _OfLightning(AbstractContextManager[None]):
         self.connector = _LoggerConnector(trainer)
         for name in ("_callback_metrics", "_logged_metrics", "_progress_bar_metrics"):
             setattr(self.connector, name, dict(getattr(trainer._logger_connector, name)))
-        self._mine: list[Any] = [self.connector, self.results, [silent(logger) for logger in trainer.loggers], None]
+        self.loggers = [silent(logger) for logger in trainer.loggers]
+        self._mine: list[Any] = [self.connector, self.results, self.loggers, None]
         self._before: list[Any] = []  # empty unless in place
 
     @undisturbed
@@ -91,8 +92,8 @@ class Arm:
         self._trainer = trainer
         self.module = module
         self._stage = stage
-        self._own = Own(start)
         self._lightning = _OfLightning(trainer, module)
+        self._own = Own(start, Instead(self._lightning.loggers) if trainer.loggers else None)
         self._dataloader_idx: int | None = None
         self.hook = ""  # the latest that was called
         self.has_started = False  # with hooks of the module's own
@@ -116,6 +117,7 @@ class Arm:
     @whole
     def active(self) -> Generator[None, None, None]:
         """Within: the module and the trainer hold what is this arm's."""
+        self._own.start.refuse_cut()
         with self._own, self._lightning:
             yield
 

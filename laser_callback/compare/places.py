@@ -24,6 +24,8 @@ from torch.autograd.graph import increment_version
 from torchmetrics import Metric
 from typing_extensions import override
 
+from laser_callback.compare.copies import slots
+
 GENERATORS = (torch.Generator, random.Random, np.random.Generator, np.random.RandomState)
 TEXTS = (io.StringIO, io.BytesIO)
 
@@ -128,18 +130,11 @@ class Slots(ClassAttributes):
 
     def __init__(self, owner: Any, name: str) -> None:
         super().__init__(owner, name)
-        self.names = [slot for kind in type(owner).__mro__ if "__slots__" in vars(kind) for slot in _slots(kind)]
+        self.names = slots(owner)
 
     @override
     def _held(self) -> dict[str, Any]:
         return {name: getattr(self.owner, name) for name in self.names if hasattr(self.owner, name)}
-
-
-def _slots(kind: type) -> list[str]:
-    names = vars(kind)["__slots__"]
-    names = [names] if isinstance(names, str) else [n for n in names if n not in ("__dict__", "__weakref__")]
-    # A name with two underscores in front is kept under another one.
-    return [f"_{kind.__name__.lstrip('_')}{n}" if n.startswith("__") and not n.endswith("__") else n for n in names]
 
 
 class Items(Place):
@@ -202,17 +197,14 @@ def _holds_metrics(child: nn.Module | None) -> bool:
 
 
 HOOKS = (
-    "_backward_hooks",
-    "_backward_pre_hooks",
-    "_forward_hooks",
-    "_forward_hooks_with_kwargs",
-    "_forward_hooks_always_called",
-    "_forward_pre_hooks",
-    "_forward_pre_hooks_with_kwargs",
+    *("_backward_hooks", "_backward_pre_hooks", "_forward_hooks", "_forward_hooks_with_kwargs"),
+    *("_forward_hooks_always_called", "_forward_pre_hooks", "_forward_pre_hooks_with_kwargs"),
 )
 
 
-class _Module(NamedTuple):
+class ModuleContent(NamedTuple):
+    """Of a module."""
+
     attributes: dict[str, Any]
     buffers: dict[str, Any]
     children: dict[str, nn.Module | None]
@@ -233,7 +225,7 @@ class ModuleAttributes(Place):
     @override
     def read(self) -> Any:
         held = vars(self.owner)
-        return _Module(dict(held), dict(held["_buffers"]), dict(held["_modules"]), self._hooks())
+        return ModuleContent(dict(held), dict(held["_buffers"]), dict(held["_modules"]), self._hooks())
 
     def _hooks(self) -> list[dict[int, Any]] | None:
         held = vars(self.owner)
@@ -377,7 +369,7 @@ class Values(Place):
 
     def is_as_at_first(self) -> bool:
         """Element by element, whatever its version says."""
-        raise NotImplementedError
+        return self.holds(self.start)
 
 
 class _Held:
@@ -453,7 +445,3 @@ class ArrayValues(Values):
         if self.owner.shape != content.shape:
             self.owner.resize(content.shape, refcheck=False)
         self.owner[...] = content
-
-    @override
-    def is_as_at_first(self) -> bool:
-        return self.holds(self.start)

@@ -27,10 +27,12 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.loops.loop import _Loop
 from lightning.pytorch.strategies import Strategy
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 from torch.utils.data.dataloader import _BaseDataLoaderIter
 from transformers import PreTrainedTokenizerBase
 
+from laser_callback.compare.copies import slots
 from laser_callback.compare.places import (
     GENERATORS,
     HOOKS,
@@ -59,6 +61,7 @@ _FOREIGN = (
     *(Fabric, Strategy, Logger, _BaseDataLoaderIter, PreTrainedTokenizerBase, types.ModuleType),
     *(torch.device, torch.dtype, torch.Size, Enum),
 )
+_ATOMS = {bool, int, float, str, type(None)}  # most of what there is
 _PLAIN = (int, float, complex, str, bytes, type(None), type(Ellipsis), range, slice, *GENERATORS)
 
 # What these hold is neither copied nor counted, but handed on; and it is all that the collector sees in them.
@@ -83,6 +86,8 @@ def reachable(roots: Mapping[str, Any]) -> list[Place]:
     pending: list[tuple[Any, str]] = [(value, name) for name, value in reversed(list(roots.items()))]
     while pending:
         value, name = pending.pop()
+        if type(value) in _ATOMS:
+            continue
         value = _referent(value)
         if (isinstance(value, _PLAIN) and not isinstance(value, GENERATORS)) or id(value) in seen:
             continue
@@ -127,10 +132,9 @@ def _places(value: Any, name: str) -> Iterator[Place]:
         yield from _slots(value, name)
 
 
-def _slots(value: Any, name: str) -> Iterator[Slots]:
-    slots = Slots(value, name)
-    if slots.names:
-        yield slots
+def _slots(value: Any, name: str) -> Iterator[Place]:
+    if slots(value):
+        yield Slots(value, name)
 
 
 def _inside(value: Any, name: str) -> Iterator[tuple[Any, str]]:
@@ -144,7 +148,7 @@ def _inside(value: Any, name: str) -> Iterator[tuple[Any, str]]:
         )
         yield from ((item, f"{name}.{key}") for key, item in children)
         yield from ((hook, f"{name}.{key}") for key in HOOKS for hook in vars(value).get(key, {}).values())
-        yield from ((item, f"{name}.{key}") for key, item in Slots(value, name).read().items())
+        yield from ((getattr(value, key, None), f"{name}.{key}") for key in slots(value))
         yield from _classes(value)
     elif isinstance(value, type):
         if _is_users(value.__module__):
@@ -187,7 +191,7 @@ def _attributes(value: Any, name: str) -> Iterator[tuple[Any, str]]:
         # What an optimizer has of each parameter is as large as the model, and changes only in training.
         left_out = "state" if isinstance(value, Optimizer) else None
         yield from ((item, f"{name}.{key}") for key, item in attributes if key != left_out)
-        yield from ((item, f"{name}.{key}") for key, item in Slots(value, name).read().items())
+        yield from ((getattr(value, key, None), f"{name}.{key}") for key in slots(value))
         yield from _classes(value)
 
 
@@ -225,9 +229,7 @@ def _is_followed(kind: type) -> bool:
 def _place_of(value: Any, name: str) -> Place | None:
     """The place of a container, tensor, array or generator; ``None`` for anything else."""
     if isinstance(value, Tensor):
-        plain = type(value).__torch_dispatch__ is Tensor.__torch_dispatch__ and not value.is_meta
-        plain = plain and value.layout is torch.strided and not value.is_nested
-        return TensorValues(value, name) if plain and not isinstance(value, nn.Parameter) else None
+        return TensorValues(value, name) if is_plain(value) and not isinstance(value, nn.Parameter) else None
     if isinstance(value, np.ndarray):
         return ArrayValues(value, name) if value.flags.writeable else None
     if isinstance(value, (*GENERATORS, *TEXTS)):
@@ -237,3 +239,9 @@ def _place_of(value: Any, name: str) -> Place | None:
     if isinstance(value, (list, deque, set, bytearray, array)):
         return Elements(value, name)
     return Cell(value, name) if isinstance(value, types.CellType) else None
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """Whether its elements can be read and written as those of any tensor."""
+    plain = type(tensor).__torch_dispatch__ is Tensor.__torch_dispatch__ and not is_lazy(tensor)
+    return plain and not tensor.is_meta and tensor.layout is torch.strided and not tensor.is_nested
