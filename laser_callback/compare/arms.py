@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from torchmetrics import MetricCollection
 
-from laser_callback.compare.silent import silent
+from laser_callback.compare.silent import Instead, silent
 from laser_callback.compare.state import Own, Start
 from laser_callback.compare.watch import WritesRefused
 from laser_callback.compare.windows import Windows
@@ -45,8 +45,8 @@ class _OfLightning(AbstractContextManager[None]):
         self.connector = _LoggerConnector(trainer)
         for name in ("_callback_metrics", "_logged_metrics", "_progress_bar_metrics"):
             setattr(self.connector, name, dict(getattr(trainer._logger_connector, name)))
-        loggers = [silent(logger) for logger in trainer.loggers]
-        self._mine: list[Any] = [self.connector, self.results, loggers, _save_nothing, None]
+        self.loggers = [silent(logger) for logger in trainer.loggers]
+        self._mine: list[Any] = [self.connector, self.results, self.loggers, _save_nothing, None]
         self._before: list[Any] = []  # empty unless in place
 
     @undisturbed
@@ -110,9 +110,9 @@ class Arm:
         self._trainer = trainer
         self.module = module
         self._stage = stage
-        self._own = Own(start)
         self._windows = windows
         self._lightning = _OfLightning(trainer, module)
+        self._own = Own(start, Instead(self._lightning.loggers) if trainer.loggers else None)
         self._dataloader_idx: int | None = None
         self.hook = ""  # the latest that was called
         self.has_started = False  # with hooks of the module's own
@@ -132,6 +132,7 @@ class Arm:
     @whole
     def active(self) -> Generator[None, None, None]:
         """Within: the module and the trainer hold what is this arm's."""
+        self._own.start.refuse_cut()
         with self._own, self._lightning:
             yield
 
@@ -373,9 +374,14 @@ class _Profile:
 
 def around(trainer: pl.Trainer) -> dict[str, Any]:
     """What a step can reach beside the module."""
-    others = [other for other in trainer.callbacks if not hasattr(other, "key_prefix")]  # all but LaserCallbacks
-    loaders = pytree.tree_leaves([trainer.val_dataloaders, trainer.test_dataloaders])
-    return {"trainer.datamodule": trainer.datamodule, "trainer.callbacks": others, "the dataloaders": loaders}
+    loaders = [trainer.train_dataloader, trainer.val_dataloaders, trainer.test_dataloaders]
+    strategy = trainer.strategy
+    return {
+        "trainer.datamodule": trainer.datamodule,
+        "the dataloaders": pytree.tree_leaves(loaders),
+        "trainer.optimizers": [strategy._optimizers, strategy._lightning_optimizers, strategy.lr_scheduler_configs],
+        "trainer": trainer,
+    }
 
 
 def others_write(trainer: pl.Trainer, module: pl.LightningModule) -> bool:

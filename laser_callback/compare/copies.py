@@ -11,9 +11,13 @@ import dataclasses
 import enum
 import io
 import random
+import re
 from collections import UserDict, deque
 from collections.abc import Iterator
-from datetime import date, time, timedelta
+from datetime import date, time, timedelta, tzinfo
+from decimal import Decimal
+from fractions import Fraction
+from functools import lru_cache
 from pathlib import PurePath
 from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
 from typing import Any
@@ -41,8 +45,13 @@ _SHARED: tuple[Any, ...] = (
     date,
     time,
     timedelta,
+    tzinfo,
+    Decimal,
+    Fraction,
     UUID,
+    re.Pattern,
     np.generic,
+    np.dtype,
     nn.Module,
     Dataset,
 )
@@ -225,14 +234,24 @@ def _is_plain(tensor: Tensor) -> bool:
 def _attributes(value: Any) -> dict[str, Any]:
     """The attributes of an object, those in slots included."""
     found = dict(getattr(value, "__dict__", {}))
-    for cls in type(value).__mro__:
-        slots = vars(cls).get("__slots__", ())
-        for name in [slots] if isinstance(slots, str) else slots:
-            private = name.startswith("__") and not name.endswith("__")
-            name = f"_{cls.__name__.lstrip('_')}{name}" if private else name
-            if name not in ("__dict__", "__weakref__") and hasattr(value, name):
-                found[name] = getattr(value, name)
+    found |= {name: getattr(value, name) for name in slots(value) if hasattr(value, name)}
     return found
+
+
+def slots(value: Any) -> list[str]:
+    """The names in ``__slots__`` of an object's class and its bases, as they are kept."""
+    return _slots(type(value))  # type: ignore[arg-type]  # a type is hashable
+
+
+@lru_cache(maxsize=1000)
+def _slots(kind: type) -> list[str]:
+    found: list[str] = []
+    for base in kind.__mro__:
+        names = vars(base).get("__slots__", ())
+        for name in [names] if isinstance(names, str) else names:
+            private = name.startswith("__") and not name.endswith("__")
+            found.append(f"_{base.__name__.lstrip('_')}{name}" if private else name)
+    return [name for name in found if name not in ("__dict__", "__weakref__")]
 
 
 def _copy_attributes(new: Any, memo: dict[int, Any]) -> None:

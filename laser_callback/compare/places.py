@@ -7,11 +7,13 @@ closure, a view of a tensor) sees the same. Contents are shallow: what they refe
 
 from __future__ import annotations
 
+import io
 import operator
 import random
+import sys
 from array import array
 from collections import OrderedDict, deque
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -22,12 +24,15 @@ from torch.autograd.graph import increment_version
 from torchmetrics import Metric
 from typing_extensions import override
 
+from laser_callback.compare.copies import slots
+
 GENERATORS = (torch.Generator, random.Random, np.random.Generator, np.random.RandomState)
+TEXTS = (io.StringIO, io.BytesIO)
 
 # A tensor or array of more elements is copied ahead of time only for the first batch, and from then on if it moves.
 LARGE = 2**20
 
-_VERY_MANY = 100_000
+_VERY_MANY = 1_000_000
 
 
 class Place:
@@ -65,78 +70,71 @@ def _same(a: dict[Any, Any], b: dict[Any, Any]) -> bool:
     return len(a) == len(b) and all(map(operator.is_, a.values(), b.values())) and all(map(operator.is_, a, b))
 
 
-def _looked_at(items: Collection[Any]) -> Iterator[Any]:
-    """All of them, or of very many (a vocabulary, an index) the first: to look at all takes longer than a layer."""
-    return islice(items, None if len(items) <= _VERY_MANY else _VERY_MANY // 100)
+def _looked_at(items: Collection[Any]) -> Iterable[Any]:
+    """All of them, a million in 10 ms; of more the first, since that would take longer than the pass."""
+    return items if len(items) <= _VERY_MANY else islice(items, _VERY_MANY // 100)
 
 
 class Attributes(Place):
     """The ``__dict__`` of an object."""
 
+    def _held(self) -> dict[str, Any]:
+        return vars(self.owner)
+
     @override
     def read(self) -> Any:
-        return dict(vars(self.owner))
+        return dict(self._held())
 
     @override
     def holds(self, content: Any) -> bool:
-        return _same(vars(self.owner), content)
+        return _same(self._held(), content)
 
     @override
     def write(self, content: Any) -> None:
         _fill(vars(self.owner), content)
 
 
-class ClassAttributes(Place):
+class ClassAttributes(Attributes):
     """What a class holds beside its methods."""
 
+    _set: Any = staticmethod(setattr)
+    _delete: Any = staticmethod(delattr)
+
     @override
-    def read(self) -> Any:
+    def _held(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self.owner).items() if is_data(name, value)}
 
     @override
-    def holds(self, content: Any) -> bool:
-        return _same(self.read(), content)
-
-    @override
     def write(self, content: Any) -> None:
-        for name in self.read().keys() - content.keys():
-            delattr(self.owner, name)
+        held = self._held()
+        for name in held.keys() - content.keys():
+            self._delete(self.owner, name)
         for name, value in content.items():
-            if vars(self.owner).get(name, self) is not value:
-                setattr(self.owner, name, value)
+            if held.get(name, self) is not value:
+                self._set(self.owner, name, value)
 
 
 def is_data(name: str, value: Any) -> bool:
-    """Whether a class attribute is no method, property, nested class, or Python's own."""
-    hidden = (name.startswith("__") and name.endswith("__")) or name == "_abc_impl"
-    return not (hidden or isinstance(value, type) or hasattr(type(value), "__get__"))
+    """Whether a class attribute is no nested class, no method or other descriptor of Python's, and not Python's own."""
+    if (name.startswith("__") and name.endswith("__")) or name == "_abc_impl" or isinstance(value, type):
+        return False
+    kind = type(value)  # a descriptor of the user's own may keep anything
+    return not hasattr(kind, "__get__") or kind.__module__.partition(".")[0] not in sys.stdlib_module_names
 
 
-class Slots(Place):
+class Slots(ClassAttributes):
     """The ``__slots__`` of an object."""
 
-    @override
-    def read(self) -> Any:
-        names = [name for kind in type(self.owner).__mro__ for name in _slots(kind)]
-        return {name: getattr(self.owner, name) for name in names if hasattr(self.owner, name)}
+    _set: Any = staticmethod(object.__setattr__)
+    _delete: Any = staticmethod(object.__delattr__)
+
+    def __init__(self, owner: Any, name: str) -> None:
+        super().__init__(owner, name)
+        self.names = slots(owner)
 
     @override
-    def holds(self, content: Any) -> bool:
-        return _same(self.read(), content)
-
-    @override
-    def write(self, content: Any) -> None:
-        for name in self.read().keys() - content.keys():
-            object.__delattr__(self.owner, name)
-        for name, value in content.items():
-            object.__setattr__(self.owner, name, value)
-
-
-def _slots(kind: type) -> list[str]:
-    names = vars(kind).get("__slots__", ())
-    names = [names] if isinstance(names, str) else [n for n in names if n not in ("__dict__", "__weakref__")]
-    # A name with two underscores in front is kept under another one.
-    return [f"_{kind.__name__.lstrip('_')}{n}" if n.startswith("__") and not n.endswith("__") else n for n in names]
+    def _held(self) -> dict[str, Any]:
+        return {name: getattr(self.owner, name) for name in self.names if hasattr(self.owner, name)}
 
 
 class Items(Place):
@@ -152,10 +150,10 @@ class Items(Place):
 
     @override
     def holds(self, content: Any) -> bool:
-        if len(self.owner) != len(content):
-            return False
-        pairs = zip(_looked_at(self._kind.items(self.owner)), _looked_at(content.items()), strict=True)
-        return all(a is b and x is y for (a, x), (b, y) in pairs)
+        kind, owner = self._kind, self.owner
+        values = map(operator.is_, _looked_at(kind.values(owner)), _looked_at(content.values()))
+        keys = map(operator.is_, _looked_at(kind.keys(owner)), _looked_at(content))
+        return len(owner) == len(content) and all(values) and all(keys)
 
     @override
     def write(self, content: Any) -> None:
@@ -199,17 +197,14 @@ def _holds_metrics(child: nn.Module | None) -> bool:
 
 
 HOOKS = (
-    "_backward_hooks",
-    "_backward_pre_hooks",
-    "_forward_hooks",
-    "_forward_hooks_with_kwargs",
-    "_forward_hooks_always_called",
-    "_forward_pre_hooks",
-    "_forward_pre_hooks_with_kwargs",
+    *("_backward_hooks", "_backward_pre_hooks", "_forward_hooks", "_forward_hooks_with_kwargs"),
+    *("_forward_hooks_always_called", "_forward_pre_hooks", "_forward_pre_hooks_with_kwargs"),
 )
 
 
-class _Module(NamedTuple):
+class ModuleContent(NamedTuple):
+    """Of a module."""
+
     attributes: dict[str, Any]
     buffers: dict[str, Any]
     children: dict[str, nn.Module | None]
@@ -230,7 +225,7 @@ class ModuleAttributes(Place):
     @override
     def read(self) -> Any:
         held = vars(self.owner)
-        return _Module(dict(held), dict(held["_buffers"]), dict(held["_modules"]), self._hooks())
+        return ModuleContent(dict(held), dict(held["_buffers"]), dict(held["_modules"]), self._hooks())
 
     def _hooks(self) -> list[dict[int, Any]] | None:
         held = vars(self.owner)
@@ -322,12 +317,14 @@ class ParameterAttributes(Place):
         _fill(vars(self.owner), attributes)
 
 
-class GeneratorState(Place):
-    """The state of a random number generator."""
+class State(Place):
+    """What can be read and set as a whole: a random number generator, a text that is kept in memory."""
 
     @override
     def read(self) -> Any:
         owner = self.owner
+        if isinstance(owner, TEXTS):
+            return None if owner.closed else (owner.getvalue(), owner.tell())
         if isinstance(owner, (torch.Generator, np.random.RandomState)):
             return owner.get_state()
         return owner.getstate() if isinstance(owner, random.Random) else owner.bit_generator.state
@@ -335,12 +332,20 @@ class GeneratorState(Place):
     @override
     def holds(self, content: Any) -> bool:
         now = self.read()
+        if isinstance(self.owner, TEXTS):
+            return bool(now == content)
         return bool(torch.equal(now, content) if isinstance(now, Tensor) else str(now) == str(content))
 
     @override
     def write(self, content: Any) -> None:
         owner = self.owner
-        if isinstance(owner, (torch.Generator, np.random.RandomState)):
+        if isinstance(owner, TEXTS):
+            if content is not None and not owner.closed:
+                owner.seek(0)
+                owner.truncate()
+                owner.write(content[0])
+                owner.seek(content[1])
+        elif isinstance(owner, (torch.Generator, np.random.RandomState)):
             owner.set_state(content)
         elif isinstance(owner, random.Random):
             owner.setstate(content)
@@ -364,7 +369,7 @@ class Values(Place):
 
     def is_as_at_first(self) -> bool:
         """Element by element, whatever its version says."""
-        raise NotImplementedError
+        return self.holds(self.start)
 
 
 class _Held:
@@ -408,18 +413,18 @@ class TensorValues(Values):
 
     @override
     def is_as_at_first(self) -> bool:
-        now, then = self.owner, self.start.value
-        return now.shape == then.shape and now.dtype == then.dtype and _equal(now, then)
+        return same_elements(self.owner, self.start.value)
+
+
+def same_elements(a: Tensor, b: Tensor) -> bool:
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    return bool(torch.equal(a, b) or (a.is_floating_point() and torch.allclose(a, b, 0, 0, True)))
 
 
 def _is_in_place(tensor: Tensor, data: Tensor) -> bool:
     same_form = tensor.shape == data.shape and tensor.stride() == data.stride() and tensor.dtype == data.dtype
     return same_form and tensor.data_ptr() == data.data_ptr()
-
-
-def _equal(a: Tensor, b: Tensor) -> bool:
-    """NaN is like NaN."""
-    return bool(torch.equal(a, b) or (a.is_floating_point() and torch.allclose(a, b, 0, 0, equal_nan=True)))
 
 
 class ArrayValues(Values):
@@ -443,7 +448,3 @@ class ArrayValues(Values):
         if self.owner.shape != content.shape:
             self.owner.resize(content.shape, refcheck=False)
         self.owner[...] = content
-
-    @override
-    def is_as_at_first(self) -> bool:
-        return self.holds(self.start)

@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from datetime import date, time, timedelta
 from enum import Enum
 from functools import cache, cached_property, partial
 from numbers import Number
 from pathlib import PurePath
 from tempfile import TemporaryDirectory
-from types import ModuleType
+from types import MethodType, ModuleType
 from typing import Any, cast
 from uuid import UUID
 from weakref import WeakValueDictionary
@@ -39,6 +39,29 @@ _VALUES = (*_NUMBERS, bytes, set, frozenset, date, time, timedelta, UUID, Enum, 
 def silent(logger: Logger) -> Logger:
     """A mute stand-in for ``logger``."""
     return cast("Logger", _Source(logger).stand_in(logger))
+
+
+class Instead:
+    """What one arm has in the place of loggers and of what they hold, such as their experiments.
+
+    Args:
+        mute: the stand-ins of the trainer's loggers.
+    """
+
+    def __init__(self, mute: Iterable[Logger]) -> None:
+        self._found: dict[int, tuple[Any, Any]] = {}  # keeps alive what is stood in for, so that its id stays its own
+        for stand_in in mute:
+            source, logger = _own(stand_in)[_SOURCE]
+            self._found[id(logger)] = logger, stand_in
+            for value in getattr(logger, "__dict__", {}).values():  # not by its properties, which may begin a run
+                if not isinstance(value, (*_VALUES, str, PurePath, dict, list, tuple)):
+                    self._found.setdefault(id(value), (value, source.answer(value)))
+
+    def __call__(self, value: Any) -> Any:
+        """The stand-in for ``value``, or where there is none ``value`` itself."""
+        if id(value) in self._found:
+            return self._found[id(value)][1]
+        return _nothing if type(value) is MethodType and id(value.__self__) in self._found else value
 
 
 class _Source:

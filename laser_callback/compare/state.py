@@ -10,7 +10,8 @@ This file knows torch, but nothing of Lightning's loops.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping
+import operator
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from functools import partial
 from operator import attrgetter
@@ -21,18 +22,19 @@ import torch
 from lightning.fabric.utilities.seed import _collect_rng_states, _set_rng_states
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
-from torch.nn.parameter import is_lazy
 from torchmetrics import Metric
 
 from laser_callback.compare.places import (
     Attributes,
     ModuleAttributes,
+    ModuleContent,
+    ParameterAttributes,
     Place,
     TensorValues,
     Values,
     tensor_version,
 )
-from laser_callback.compare.reach import reachable
+from laser_callback.compare.reach import is_plain, reachable
 from laser_callback.support.interrupts import catch_up, closed, opened, undisturbed
 
 
@@ -95,6 +97,7 @@ class Start:
         for place in self.places:
             place.begin()
         self._fixed: list[_Fixed] = []
+        self._isolated: list[tuple[str, Tensor, int]] = []
 
     def again(self) -> Start:
         """The same from what all of it holds now."""
@@ -118,8 +121,16 @@ class Start:
             if place.name.startswith("module"):
                 place.begin()
                 self.places.append(place)
-        for name, parameter in self.module.named_parameters():
-            if not is_lazy(parameter) and not name.startswith(self.isolate or "."):
+        # Those that the module has in a list are not among its own; those of an exchanged model have not been reached.
+        reached = [place for place in self.places if isinstance(place, ParameterAttributes)]
+        parameters = {place.owner: place.name[7:] for place in reached if place.name.startswith("module.")}
+        parameters |= {parameter: name for name, parameter in self.module.named_parameters()}
+        for parameter, name in parameters.items():
+            if not is_plain(parameter):
+                continue
+            if any(_is_in(name, attribute) for attribute in self.isolate):
+                self._isolated.append((name, parameter, parameter.data_ptr()))
+            else:
                 self._fixed.append(_Fixed(name, parameter, f"the parameter `{name}`"))
 
     def after_first_pass(self) -> None:
@@ -155,6 +166,21 @@ class Start:
                 place.begin()
                 self.places.append(place)
 
+    def refuse_cut(self) -> None:
+        """While a cut is in place: an arm's copy of a weight would not be cut with it.
+
+        Raises:
+            MisconfigurationException: if an attribute of ``isolate`` holds a weight that is cut.
+        """
+        for name, parameter, pointer in self._isolated:
+            if parameter.data_ptr() != pointer:
+                held = next(attribute for attribute in self.isolate if _is_in(name, attribute))
+                raise MisconfigurationException(
+                    f"`isolate` names {held!r}, which holds `{name}`, a weight that the plan cuts: the reduced pass "
+                    "would use a copy of it that is not cut. Name the part of it that the step writes to, or cut "
+                    "another weight"
+                )
+
     def check(self) -> None:
         """Whether something has moved that cannot be put back.
 
@@ -170,6 +196,10 @@ class Start:
                 f"both write there. With `isolate=[{name!r}]` each has a copy of that attribute of its own. Or set "
                 "`skip_isolation=True`, if the passes may see each other's changes"
             )
+
+
+def _is_in(name: str, attribute: str) -> bool:
+    return name == attribute or name.startswith((f"{attribute}.", f"{attribute}["))
 
 
 class _Fixed:
@@ -225,28 +255,36 @@ class Own(AbstractContextManager["Own"]):
 
     Args:
         start: where it starts from. Its places are shared by all arms.
+        exchange: what this arm has in the place of an object that the module may hold (a logger); else that object.
     """
 
-    def __init__(self, start: Start) -> None:
+    def __init__(self, start: Start, exchange: Callable[[Any], Any] | None = None) -> None:
         self.start = start
+        self._exchange = exchange
         self._mine: dict[Place, Any] = {}
         self._outside: Changes = []  # empty unless in place
         self._is_aside = False
         for name in start.isolate:
             self._isolate(name)
+        if exchange is not None:
+            for place in start.places:
+                content = self._mine.get(place, place.start)
+                if (mine := _exchanged(content, exchange)) is not content:
+                    self._mine[place] = mine
 
     def _isolate(self, name: str) -> None:
         path, _, attribute = name.rpartition(".")
         owner = attrgetter(path)(self.start.module) if path else self.start.module
         memo = {id(shared): shared for shared in (self.start.module, self.start.module._trainer)}
-        new = copy.deepcopy(getattr(owner, attribute), memo)
-        for place in self.start.places:
-            if not (isinstance(place, (Attributes, ModuleAttributes)) and place.owner is owner):
-                continue
+        try:
+            new = copy.deepcopy(getattr(owner, attribute), memo)
+        except TypeError as error:
+            raise MisconfigurationException(f"`isolate` names {name!r}, which cannot be copied: {error}") from error
+        for place in [place for place in self.start.places if place.owner is owner]:
             mine = self._mine.get(place, place.start)
             if isinstance(place, Attributes):
-                self._mine[place] = {**mine, attribute: new}
-            else:
+                self._mine[place] = {**mine, attribute: new} if attribute in mine else mine
+            elif isinstance(place, ModuleAttributes):  # a slot of that name comes first
                 of = "children" if attribute in mine.children else "attributes"
                 self._mine[place] = mine._replace(**{of: {**getattr(mine, of), attribute: new}})
 
@@ -307,6 +345,22 @@ class Own(AbstractContextManager["Own"]):
         """End what :meth:`suspend` began; what the handler has changed outside stays changed there."""
         if self._is_aside:
             self._put_in()
+
+
+def _exchanged(content: Any, exchange: Callable[[Any], Any]) -> Any:
+    """What a place holds, with some objects exchanged; the very content where there are none, or it has very many."""
+    if isinstance(content, ModuleContent):
+        attributes = _exchanged(content.attributes, exchange)
+        return content if attributes is content.attributes else content._replace(attributes=attributes)
+    if not isinstance(content, (dict, list)):
+        return exchange(content)
+    if len(content) > 1000:
+        return content
+    old = content.values() if isinstance(content, dict) else content
+    new = list(map(exchange, old))
+    if all(map(operator.is_, old, new)):
+        return content
+    return dict(zip(content, new, strict=True)) if isinstance(content, dict) else new
 
 
 def _put_back(outside: Changes) -> None:

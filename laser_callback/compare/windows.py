@@ -20,12 +20,12 @@ from typing import Any, NamedTuple
 from laser_callback.compare.places import (
     HOOKS,
     Cell,
-    GeneratorState,
     Place,
+    State,
     TensorValues,
     Values,
-    _equal,
     _is_in_place,
+    same_elements,
 )
 from laser_callback.compare.state import Start
 
@@ -69,7 +69,7 @@ class Windows:
         self.heard[hook] = changes = self._look()
         for place, before, now in changes:
             # What callbacks collect for themselves is not entered: predictions of a whole epoch would be copied.
-            if place.name.startswith("module") and not isinstance(place, (Values, GeneratorState)):
+            if place.name.startswith("module") and not isinstance(place, (Values, State)):
                 known = {id(value) for value in _values(before)}
                 values = [value for value in _values(now) if id(value) not in known]
                 if any(not isinstance(value, (int, float, str, type(None))) for value in values):
@@ -97,8 +97,8 @@ class Windows:
 def _differ(place: Place, before: Any, now: Any) -> bool:
     """Whether it does so indeed: a place may only have been put back, or not tell what it holds."""
     if isinstance(place, TensorValues):
-        return not (_is_in_place(place.owner, before.data) and _equal(now.value, before.value))
-    if isinstance(place, (Cell, Values, GeneratorState)) or isinstance(now, list):
+        return not (_is_in_place(place.owner, before.data) and same_elements(now.value, before.value))
+    if isinstance(place, (Cell, Values, State)) or isinstance(now, list):
         return True
     olds, news = _parts(before), _parts(now)
     return any(
@@ -121,7 +121,7 @@ def _parts(content: Any) -> tuple[Any, ...]:
 
 def _after(place: Place, before: Any, now: Any, mine: Any) -> Any:
     """What becomes of ``mine`` by the step from ``before`` to ``now``."""
-    if isinstance(place, (Values, Cell, GeneratorState)):
+    if isinstance(place, (Values, Cell, State)):
         return now
     if isinstance(place.owner, set):
         return [*({*mine} - ({*before} - {*now}) | ({*now} - {*before}))]
