@@ -417,9 +417,9 @@ class TensorValues(Values):
 
 
 def same_elements(a: Tensor, b: Tensor) -> bool:
-    if a.shape != b.shape or a.dtype != b.dtype:
-        return False
-    return bool(torch.equal(a, b) or (a.is_floating_point() and torch.allclose(a, b, 0, 0, True)))
+    """Whether two tensors hold the same; NaN is the same as NaN."""
+    alike = a.shape == b.shape and a.dtype == b.dtype
+    return alike and bool(torch.equal(a, b) or (a.is_floating_point() and torch.allclose(a, b, 0, 0, True)))
 
 
 def _is_in_place(tensor: Tensor, data: Tensor) -> bool:

@@ -283,10 +283,8 @@ CURES = {
 def rows_said(scores: AnswerScores) -> dict[str, Tensor]:
     """By metric of choices, the row of the choice that the model prefers to each fact, (F,) int64; a tie goes against.
 
-    Facts without choices have their prompt's row. Empty where no fact of the batch has choices.
+    Facts without choices have their prompt's row.
     """
-    if not bool((scores.role == Role.CHOICE).any()):
-        return {}
     rows = (scores.role != Role.PARAPHRASE).nonzero()[:, 0]
     rows = rows[scores.role[rows].argsort(stable=True)]  # the right answer first: of equal values the last is taken
     found = {}

@@ -165,11 +165,17 @@ class PairedExamples:
         rows = []
         for batch in self.batches:
             for i in range(batch.size):
-                row: dict[str, Any] = {k: v[i] for k, v in batch.described[ORIGINAL].items() if not is_prediction(k)}
+                here = batch.outcomes.get(ORIGINAL, {})
+                absent = {name for name, outcomes in here.items() if bool(torch.isnan(outcomes.values[i]))}
+                described = {
+                    arm: {k: v[i] for k, v in by_name.items() if k.partition("/")[2] not in absent}
+                    for arm, by_name in batch.described.items()
+                }
+                row: dict[str, Any] = {k: v for k, v in described[ORIGINAL].items() if not is_prediction(k)}
                 for arm, outcomes in batch.outcomes.items():
                     shown = {name: o for name, o in outcomes.items() if name not in batch.integers}
                     row[arm] = {name: float(o.values[i]) for name, o in shown.items()}
-                    row[arm] |= {k: v[i] for k, v in batch.described[arm].items() if is_prediction(k)}
+                    row[arm] |= {k: v for k, v in described[arm].items() if is_prediction(k)}
                 rows.append(plain(row))
         return rows
 

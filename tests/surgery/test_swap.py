@@ -286,8 +286,8 @@ def test_a_swap_that_fails_in_the_middle_is_undone():
     cut.prepare()
     assert cut._cuts is not None
     assert len(cut._cuts) > 3
-    parameter, _ = cut._cuts[3]
-    cut._cuts[3] = (parameter, torch.zeros(1).to_sparse())  # another layout is refused by torch
+    parameter, _, matrices = cut._cuts[3]
+    cut._cuts[3] = (parameter, torch.zeros(1).to_sparse(), matrices)  # another layout is refused by torch
     with pytest.raises(RuntimeError), cut:
         pytest.fail("entered")
     assert snapshot.is_restored()
