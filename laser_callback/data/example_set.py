@@ -28,7 +28,7 @@ from torch.utils.data import (
 
 from laser_callback.data.encoding import EncodedFact
 from laser_callback.data.facts import draw
-from laser_callback.spectra.folder import content_hash
+from laser_callback.support.hashing import content_hash
 
 Loader: TypeAlias = DataLoader[Any]
 

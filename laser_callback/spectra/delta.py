@@ -19,9 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from laser_callback.plans.matrices import WeightMatrix, find_matrices, plain_name, same_name
-from laser_callback.spectra.folder import content_hash
 from laser_callback.spectra.spectrum import as_double
 from laser_callback.support.checkpoints import read_checkpoint, read_tensors
+from laser_callback.support.hashing import content_hash
 from laser_callback.support.merging import unmerged_layers
 from laser_callback.support.pretrained import load_pretrained
 

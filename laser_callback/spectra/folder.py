@@ -2,29 +2,26 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
 import secrets
 import time
 import warnings
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
 import torch
 from safetensors.torch import load, save
-from torch import Tensor
 
 from laser_callback.spectra.spectrum import Spectrum
 from laser_callback.support.cache import cache_root
+from laser_callback.support.hashing import content_hash
 
 DISK_BYTES = 8 * 2**30
 """What a folder may hold unless said otherwise."""
 VERSION = "gram-eigh-float64/3"
 """How spectra are made. To be changed whenever `Spectrum.of` may return other bits."""
-_CHUNK = 2**20  # bytes hashed by one thread at a time
 _STALE = 3600  # seconds after which a temporary file is a crashed writer's
 
 
@@ -173,27 +170,6 @@ def _decode(content: bytes, key: str, shape: tuple[int, int]) -> Spectrum:
 
 
 # ---- hashing ---------------------------------------------------------------------------------------------------------
-
-
-def content_hash(about: str, *tensors: Tensor) -> str:
-    """SHA-256 over ``about`` and the SHA-256 of each chunk of each contiguous tensor, on torch's number of threads."""
-    # SHA-256 because processors have instructions for it: with them it is twice as fast as BLAKE2b.
-    chunks: list[memoryview] = []
-    for tensor in tensors:
-        # As bytes, since NumPy has no bfloat16.
-        content = tensor.reshape(-1).view(torch.uint8).cpu().numpy().data
-        chunks += [content[start : start + _CHUNK] for start in range(0, len(content), _CHUNK)]
-    threads = min(torch.get_num_threads(), len(chunks))
-    if threads > 1:
-        with ThreadPoolExecutor(threads) as pool:  # hashing releases the interpreter's lock
-            digests = list(pool.map(_sha256, chunks))
-    else:
-        digests = [_sha256(chunk) for chunk in chunks]
-    return hashlib.sha256(b"".join([about.encode(), b"\0", *digests])).hexdigest()
-
-
-def _sha256(content: memoryview) -> bytes:
-    return hashlib.sha256(content).digest()
 
 
 def size_for(shape: tuple[int, int]) -> int:

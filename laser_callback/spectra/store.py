@@ -30,12 +30,12 @@ from laser_callback.spectra.folder import (
     DISK_BYTES,
     VERSION,
     SpectrumFolder,
-    content_hash,
     default_folder,
     size_for,
     size_of,
 )
 from laser_callback.spectra.spectrum import Spectrum, refuse_non_finite, refuse_out_of_range
+from laser_callback.support.hashing import content_hash
 from laser_callback.support.interrupts import elsewhere, is_awaited
 from laser_callback.support.settings import with_gradients, with_inference
 

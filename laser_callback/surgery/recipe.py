@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from laser_callback.plans.matrices import WeightMatrix, same_name
 from laser_callback.plans.plan import LaserPlan
 from laser_callback.plans.selection import NoSuchMatrixError
-from laser_callback.spectra.folder import content_hash
 from laser_callback.spectra.store import Spectra
+from laser_callback.support.hashing import content_hash
 from laser_callback.support.interrupts import whole
 from laser_callback.support.plain_json import plain
 from laser_callback.support.provenance import versions

@@ -23,8 +23,8 @@ from threadpoolctl import threadpool_limits
 from torch import Tensor
 
 from laser_callback.spectra.eigen import gram_eigen
-from laser_callback.spectra.folder import content_hash
 from laser_callback.spectra.spectrum import Spectrum
+from laser_callback.support.hashing import content_hash
 
 SHAPES = ["576x1536", "1024x4096", "2048x2048", "2048x8192"]
 RHOS = (0.01, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 0.9)

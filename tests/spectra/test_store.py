@@ -21,9 +21,10 @@ from laser_callback.cli import cache as cache_cli
 from laser_callback.plans.matrices import find_matrices
 from laser_callback.plans.reduction import Reduction
 from laser_callback.spectra.eigen import gram_eigen
-from laser_callback.spectra.folder import SpectrumFolder, content_hash
+from laser_callback.spectra.folder import SpectrumFolder
 from laser_callback.spectra.spectrum import Spectrum
 from laser_callback.spectra.store import Spectra
+from laser_callback.support.hashing import content_hash
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
