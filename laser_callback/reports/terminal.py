@@ -183,8 +183,7 @@ def _prior_lines(checks: PriorChecks) -> list[RenderableType]:
     ]
     parts += [
         f"the changes go by {name}: the examples are worth {worth:.0f} independent ones for a claim about other {name}s"
-        for name, worth in checks.worth.items()
-        if worth < checks.n / 2 and checks.delta
+        for name, worth in checks.worth_less.items()
     ]
     rest, macro = checks.majority_excluded, checks.macro
     if rest is not None:

@@ -84,6 +84,11 @@ class PriorChecks:
         return self.delta > 0 and not (rest is not None and rest.p is not None and rest.p <= ALPHA and rest.delta > 0)
 
     @property
+    def worth_less(self) -> dict[str, float]:
+        """What of ``worth`` is less than half of the examples, where anything has changed."""
+        return {name: worth for name, worth in self.worth.items() if 2 * worth < self.n and self.delta}
+
+    @property
     def format_change(self) -> bool:
         """Whether there is a gain, but the reduced model is not shown to choose better than at random."""
         return self.delta > 0 and self.chance_p > ALPHA / 2
