@@ -25,6 +25,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 from toy import PLAN, Toy, evaluate, make_data, oracle
 from untouched import assert_untouched, snapshot
+from versions import EXACT
 
 from laser_callback import LaserCallback
 from laser_callback.compare.reduced_arm import ReducedPassError
@@ -366,6 +367,7 @@ class Compiled(Toy):
             self.log("loss", F.cross_entropy(logits, batch[1]))
 
 
+@pytest.mark.skipif(not EXACT, reason="before torch 2.7 a fused encoder layer cannot be compiled whole")
 def test_compiled_code_is_looked_at_and_stays_compiled(trainer: Any) -> None:
     alone, counter = CompileCounter(), CompileCounter()
     evaluate(trainer, Compiled(alone))
@@ -377,6 +379,7 @@ def test_compiled_code_is_looked_at_and_stays_compiled(trainer: Any) -> None:
     assert not callback.result.not_compared
 
 
+@pytest.mark.skipif(not EXACT, reason="before torch 2.7 a fused encoder layer cannot be compiled whole")
 def test_a_graph_that_keeps_weights_of_its_own(trainer: Any) -> None:
     def frozen(graph: Any, inputs: list[Any]) -> Any:
         kept = [value.detach().clone() if isinstance(value, nn.Parameter) else None for value in inputs]
