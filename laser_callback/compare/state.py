@@ -97,6 +97,8 @@ class Start:
         for place in self.places:
             place.begin()
         self._fixed: list[_Fixed] = []
+        self._named: list[tuple[dict[str, Any], str, str]] = []  # where modules keep parameters: under which name
+        self._there: list[Any] = []
         self._isolated: list[tuple[str, Tensor, int]] = []
 
     def again(self) -> Start:
@@ -133,6 +135,10 @@ class Start:
             else:
                 self._fixed.append(_Fixed(name, parameter, f"the parameter `{name}`"))
 
+        for path, child in self.module.named_modules():
+            for name in child._parameters:
+                self._named.append((child._parameters, name, f"{path}.{name}".lstrip(".")))
+
     def after_first_pass(self) -> None:
         """After the user's own pass over the first batch: what is large and stays as it is, is forgotten.
 
@@ -157,6 +163,7 @@ class Start:
         """Ahead of the reduced passes: what the user's own has written to is looked at closely after them."""
         for fixed in self._fixed:
             fixed.look()
+        self._there = [held.get(name) for held, name, _ in self._named]
 
     def also(self, name: str, values: list[Any]) -> None:
         """What somebody else than a pass has put into the place ``name``: all arms start from what it holds now."""
@@ -187,12 +194,16 @@ class Start:
         Raises:
             MisconfigurationException: names it, and the cure.
         """
-        moved = [] if self.trusting else [fixed for fixed in self._fixed if fixed.has_moved()]
+        moved = [] if self.trusting else [(fixed.name, fixed.text) for fixed in self._fixed if fixed.has_moved()]
+        for (held, key, name), was in zip(self._named, self._there, strict=False):  # none before the first look
+            if held.get(key) is not was and not self.trusting:
+                held[key] = was
+                moved.append((name, f"the parameter `{name}` for another"))
         if moved:
             more = f" and {len(moved) - 1} more" if moved[1:] else ""
-            name = moved[0].name.removeprefix("module.").split(".")[0].split("[")[0]
+            name = moved[0][0].removeprefix("module.").split(".")[0].split("[")[0]
             raise MisconfigurationException(
-                f"the evaluation step changes {moved[0].text}{more}: the original's pass and the reduced one would "
+                f"the evaluation step changes {moved[0][1]}{more}: the original's pass and the reduced one would "
                 f"both write there. With `isolate=[{name!r}]` each has a copy of that attribute of its own. Or set "
                 "`skip_isolation=True`, if the passes may see each other's changes"
             )

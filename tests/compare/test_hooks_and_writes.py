@@ -157,6 +157,22 @@ def test_a_few_written_elements_are_seen(trainer: Any, kind: type[CodeBook]) -> 
     assert module.book[501].tolist() == [1.0] * 8  # as the user's own pass has left it
 
 
+class Replaces(Toy):
+    """A step that puts another parameter in the place of one."""
+
+    def validation_step(self, batch: Any, batch_idx: int) -> Any:
+        output = super().validation_step(batch, batch_idx)
+        self.net.head.weight = nn.Parameter(self.net.head.weight.detach() * 0.9)
+        return output
+
+
+def test_a_replaced_parameter_is_seen_and_put_back(trainer: Any) -> None:
+    module, plain = Replaces(), Toy()
+    with pytest.raises(MisconfigurationException, match=r"changes the parameter `net\.head\.weight` for another"):
+        evaluate(trainer, module, LaserCallback(PLAN, report=False))
+    torch.testing.assert_close(module.net.head.weight, plain.net.head.weight * 0.9)  # once, by the user's own pass
+
+
 class Renormed(Toy):
     """A version that grows with each pass, and a content that stays."""
 
