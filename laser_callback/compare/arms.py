@@ -2,7 +2,7 @@
 
 The user's own pass runs untouched. Everything that a second pass would write to is given to it as a copy of its own and
 taken away again afterwards: Lightning's logged results, bookkeeping and loggers (:class:`Arm`), and whatever the module
-keeps (:class:`~laser_callback.compare.state.Own`).
+keeps (:class:`~laser_callback.passes.state.Own`).
 
 This file is the one place that knows Lightning's private names; ``tests/compare/test_arms.py`` checks them against the
 installed version.
@@ -26,10 +26,10 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from torchmetrics import MetricCollection
 
-from laser_callback.compare.silent import Instead, silent
-from laser_callback.compare.state import Own, Start
-from laser_callback.compare.watch import WritesRefused
-from laser_callback.compare.windows import Windows
+from laser_callback.passes.silent import Instead, silent
+from laser_callback.passes.state import Own, Start
+from laser_callback.passes.watch import WritesRefused
+from laser_callback.passes.windows import Windows
 from laser_callback.results.examples import Logged
 from laser_callback.support.interrupts import catch_up, closed, opened, undisturbed, whole
 from laser_callback.support.settings import ignoring

@@ -14,8 +14,8 @@ from torch.utils import _pytree as pytree
 from torchmetrics import MetricCollection
 
 from laser_callback.compare import arms
-from laser_callback.compare.copies import kept
-from laser_callback.compare.watch import Watch, may_keep_weights
+from laser_callback.passes.copies import kept
+from laser_callback.passes.watch import Watch, may_keep_weights
 from laser_callback.plans.matrices import WeightMatrix
 from laser_callback.spectra.cut import CutSpectrum
 from laser_callback.stats.outcomes import Outcomes

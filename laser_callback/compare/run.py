@@ -23,11 +23,11 @@ from torchmetrics import MetricCollection
 
 from laser_callback.compare import arms
 from laser_callback.compare.controls import control_plans
-from laser_callback.compare.copies import copy_batch
 from laser_callback.compare.options import RunOptions, warn_early, warn_if_absent
 from laser_callback.compare.reduced_arm import ReducedArm
-from laser_callback.compare.state import RandomState, Start
-from laser_callback.compare.windows import Windows
+from laser_callback.passes.copies import copy_batch
+from laser_callback.passes.state import RandomState, Start
+from laser_callback.passes.windows import Windows
 from laser_callback.plans.matrices import find_matrices
 from laser_callback.plans.plan import LaserPlan
 from laser_callback.results.comparison import ArmResult, LaserResult, adjust_together

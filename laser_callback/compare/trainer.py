@@ -12,7 +12,7 @@ import lightning.pytorch as pl
 import torch
 
 from laser_callback.compare.callback import accelerator_of
-from laser_callback.compare.state import RandomState
+from laser_callback.passes.state import RandomState
 from laser_callback.support.interrupts import whole
 from laser_callback.support.settings import ignoring
 

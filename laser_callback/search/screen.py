@@ -24,7 +24,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from typing_extensions import override
 
-from laser_callback.compare.copies import copy_batch
+from laser_callback.passes.copies import copy_batch
 from laser_callback.plans.matrices import WeightMatrix
 from laser_callback.plans.reduction import Reduction
 from laser_callback.plans.target import Target

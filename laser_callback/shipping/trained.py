@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
-from laser_callback.compare.state import RandomState
+from laser_callback.passes.state import RandomState
 from laser_callback.support.checkpoints import own_classes, strangers, unreadable
 from laser_callback.support.files import appearing
 from laser_callback.support.interrupts import whole

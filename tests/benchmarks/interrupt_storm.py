@@ -35,8 +35,8 @@ from toy import Toy, make_data
 from laser_callback import merged, reduced
 from laser_callback.compare.arms import Arm
 from laser_callback.compare.reduced_arm import ReducedArm
-from laser_callback.compare.state import Own, RandomState, Start
 from laser_callback.compare.trainer import left_as_found, quiet_trainer
+from laser_callback.passes.state import Own, RandomState, Start
 from laser_callback.plans.target import targets
 from laser_callback.search.screen import GradientScreen
 from laser_callback.shipping.thin import factored

@@ -22,8 +22,8 @@ from torchmetrics.classification import BinaryPrecision, BinaryRecall
 from transformers import BatchEncoding
 from transformers.modeling_outputs import CausalLMOutput
 
-from laser_callback.compare.copies import copy_data, is_record
-from laser_callback.compare.state import Own, Start
+from laser_callback.passes.copies import copy_data, is_record
+from laser_callback.passes.state import Own, Start
 
 # ---- copies ----------------------------------------------------------------------------------------------------------
 

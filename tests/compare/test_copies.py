@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pack_sequence
 from transformers import BatchEncoding
 
-from laser_callback.compare.copies import copy_batch
+from laser_callback.passes.copies import copy_batch
 
 
 class Slotted:

@@ -27,9 +27,9 @@ from torch.utils.data import DataLoader, Sampler
 from toy import PLAN, Toy, evaluate, make_data, oracle
 
 from laser_callback import LaserCallback
-from laser_callback.compare.copies import copy_batch
-from laser_callback.compare.places import Elements, Items
-from laser_callback.compare.reach import reachable
+from laser_callback.passes.copies import copy_batch
+from laser_callback.passes.places import Elements, Items
+from laser_callback.passes.reach import reachable
 
 
 class Counts(Toy):

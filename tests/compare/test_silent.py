@@ -16,7 +16,7 @@ from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from toy import PLAN, Toy, evaluate, oracle
 
 from laser_callback import LaserCallback
-from laser_callback.compare.silent import silent
+from laser_callback.passes.silent import silent
 
 
 class Writer:

@@ -15,7 +15,7 @@ from toy import Toy
 from untouched import assert_untouched, snapshot
 
 from laser_callback.compare.arms import _OfLightning
-from laser_callback.compare.state import Own, Start
+from laser_callback.passes.state import Own, Start
 from laser_callback.support import interrupts
 
 

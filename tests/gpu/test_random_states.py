@@ -12,7 +12,7 @@ from matrices import noise
 from replayed import WIDTH, Replayed, Stack, assert_same
 from torch import Tensor
 
-from laser_callback.compare.state import RandomState
+from laser_callback.passes.state import RandomState
 from laser_callback.plans.reduction import Reduction
 from laser_callback.spectra.store import Spectra
 

@@ -28,7 +28,7 @@ from lightning.pytorch.loggers.logger import Logger
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from laser_callback.compare.copies import copy_data
+from laser_callback.passes.copies import copy_data
 
 _FOLDERS = ("save_dir", "root_dir", "log_dir")
 _SOURCE = "_laser_source"

@@ -24,7 +24,7 @@ from torch.autograd.graph import increment_version
 from torchmetrics import Metric
 from typing_extensions import override
 
-from laser_callback.compare.copies import slots
+from laser_callback.passes.copies import slots
 
 GENERATORS = (torch.Generator, random.Random, np.random.Generator, np.random.RandomState)
 TEXTS = (io.StringIO, io.BytesIO)

@@ -24,7 +24,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torchmetrics import Metric
 
-from laser_callback.compare.places import (
+from laser_callback.passes.places import (
     Attributes,
     ModuleAttributes,
     ModuleContent,
@@ -34,7 +34,7 @@ from laser_callback.compare.places import (
     Values,
     tensor_version,
 )
-from laser_callback.compare.reach import is_plain, reachable
+from laser_callback.passes.reach import is_plain, reachable
 from laser_callback.support.interrupts import catch_up, closed, opened, undisturbed
 
 

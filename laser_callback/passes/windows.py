@@ -17,7 +17,7 @@ import operator
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from laser_callback.compare.places import (
+from laser_callback.passes.places import (
     HOOKS,
     Cell,
     Place,
@@ -27,7 +27,7 @@ from laser_callback.compare.places import (
     _is_in_place,
     same_elements,
 )
-from laser_callback.compare.state import Start
+from laser_callback.passes.state import Start
 
 _OF_LIGHTNING = "_current_fx_name"  # which hook runs
 

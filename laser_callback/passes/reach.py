@@ -32,8 +32,8 @@ from torch.optim import Optimizer
 from torch.utils.data.dataloader import _BaseDataLoaderIter
 from transformers import PreTrainedTokenizerBase
 
-from laser_callback.compare.copies import slots
-from laser_callback.compare.places import (
+from laser_callback.passes.copies import slots
+from laser_callback.passes.places import (
     GENERATORS,
     HOOKS,
     TEXTS,
