@@ -1,8 +1,9 @@
 """Real signals at random moments around each context of the package: python tests/benchmarks/interrupt_storm.py 20000
 
 A SIGALRM whose handler raises KeyboardInterrupt strikes at a random microsecond of entry, a short body and exit, as
-often as the argument says, shared among the contexts. Prints for each context how many struck, how often anything was
-left behind after that, and what: weights, patches, hooks, flags, handlers, generators, open contexts.
+often as the argument says, shared among the contexts: the shorter, the more. Prints for each context how many struck,
+how often anything was left behind after that, and what: weights, patches, hooks, flags, handlers, generators, open
+contexts. Exits with 1 where anything was.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import gc
 import logging
 import random
 import signal
+import statistics
 import sys
 import time
 import warnings
@@ -21,22 +23,23 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-import lightning.pytorch as pl
 import peft
 import torch
-from lightning.pytorch.trainer.states import RunningStage, TrainerFn
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "shared"))
 
 from small_models import gpt2
 from toy import Toy, make_data
+from trainers import evaluating
 
-from laser_callback import merged, reduced
+from laser_callback import LaserCallback, merged, reduced
 from laser_callback.compare.arms import Arm
 from laser_callback.compare.reduced_arm import ReducedArm
 from laser_callback.compare.trainer import left_as_found, quiet_trainer
 from laser_callback.passes.state import Own, RandomState, Start
+from laser_callback.passes.watch import WritesRefused
+from laser_callback.passes.windows import Windows
 from laser_callback.plans.target import targets
 from laser_callback.search.screen import GradientScreen
 from laser_callback.shipping.thin import factored
@@ -143,15 +146,13 @@ def contexts() -> dict[str, tuple[nn.Module, Work]]:
     found["merged"] = adapted, within(lambda: merged(adapted))
 
     module = Toy()
-    trainer = pl.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
-    trainer.strategy.connect(module)
-    module.trainer = trainer
-    trainer.state.fn, trainer.state.stage = TrainerFn.VALIDATING, RunningStage.VALIDATING
+    trainer = evaluating(module)
     start = Start(module)
     start.first_batch()
     own = Own(start)
     found["Own"] = module, within(lambda: own)
-    arm = Arm(trainer, module, "validation", start)
+    found["WritesRefused"] = module, within(lambda: WritesRefused(module))
+    arm = Arm(trainer, module, "validation", start, Windows(start, True))
     reduced_arm = ReducedArm("arm", "", reduced(module, PLAN, spectra), arm)
     reduced_arm.cut.prepare()
     found["ReducedArm._in_place"] = module, within(reduced_arm._in_place)
@@ -178,21 +179,34 @@ def contexts() -> dict[str, tuple[nn.Module, Work]]:
             rng.set()  # a DataLoader draws a seed for its workers
 
     found["a validation"] = trained, validating
+
+    def comparing() -> None:
+        callback = LaserCallback(PLAN, report=False)
+        with quiet_trainer("cpu", callbacks=[callback]) as run, left_as_found(run, trained, [callback]):
+            rng = RandomState.now()
+            run.validate(trained, make_data(), verbose=False)
+            rng.set()
+
+    found["a comparison"] = trained, comparing
     return found
 
 
-def storm(model: nn.Module, work: Work, count: int, rng: random.Random) -> tuple[int, Counter[str], float]:
-    """How many struck, what was left behind, and the seconds of one round without an interrupt."""
-
-    def handler(*_: Any) -> None:
-        raise KeyboardInterrupt
-
+def length_of(work: Work) -> float:
+    """Seconds without an interrupt."""
     times = []
     for _ in range(5):
         begin = time.perf_counter()
         work()
         times.append(time.perf_counter() - begin)
-    length = sorted(times)[2]
+    return statistics.median(times)
+
+
+def storm(model: nn.Module, work: Work, length: float, count: int, rng: random.Random) -> tuple[int, Counter[str]]:
+    """How many struck, and what was left behind."""
+
+    def handler(*_: Any) -> None:
+        raise KeyboardInterrupt
+
     before = signal.signal(signal.SIGALRM, handler)
     world, struck, left = World(model), 0, Counter[str]()
     try:
@@ -214,10 +228,10 @@ def storm(model: nn.Module, work: Work, count: int, rng: random.Random) -> tuple
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
-    return struck, left, length
+    return struck, left
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("count", type=int, help="rounds, shared among the contexts")
     parser.add_argument("--only", help="the contexts with this in their name")
@@ -227,15 +241,17 @@ def main() -> None:
     rng = random.Random(0)
     all_of_them = {n: c for n, c in contexts().items() if arguments.only is None or arguments.only in n}
     print(f"{'context':26} {'rounds':>7} {'struck':>7} {'left behind':>11} {'ms each':>8} {'s in all':>8}")
+    lengths = {name: length_of(work) for name, (_, work) in all_of_them.items()}
+    shares = {name: length**-0.5 for name, length in lengths.items()}
+    failed = 0
     for name, (model, work) in all_of_them.items():
-        count, begin = arguments.count // len(all_of_them), time.perf_counter()
-        struck, left, length = storm(model, work, count, rng)
-        seconds = time.perf_counter() - begin
-        print(
-            f"{name:26} {count:7} {struck:7} {left.total():11} {length * 1e3:8.2f} {seconds:8.1f}  {dict(left) or ''}",
-            flush=True,
-        )
+        count, begin = round(arguments.count * shares[name] / sum(shares.values())), time.perf_counter()
+        struck, left = storm(model, work, lengths[name], count, rng)
+        failed += left.total()
+        times = f"{lengths[name] * 1e3:8.2f} {time.perf_counter() - begin:8.1f}"
+        print(f"{name:26} {count:7} {struck:7} {left.total():11} {times}  {dict(left) or ''}", flush=True)
+    return int(failed > 0)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

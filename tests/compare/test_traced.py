@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
-from collections.abc import Callable
-from types import CodeType, FrameType
+from pathlib import Path
+from types import CodeType
 from typing import Any
 
-import lightning.pytorch as pl
 import pytest
 import torch
-from lightning.pytorch.trainer.states import RunningStage, TrainerFn
 from toy import Toy
+from tracing import Place, interrupted
+from trainers import evaluating
 from untouched import assert_untouched, snapshot
 
 from laser_callback.compare.arms import _OfLightning
@@ -29,37 +30,10 @@ def _codes(*classes: type) -> set[CodeType]:
     return {value.__code__ for each in classes for value in vars(each).values() if hasattr(value, "__code__")}
 
 
-def _raising_at(event: int, codes: set[CodeType], work: Callable[[], None]) -> bool:
-    """Run ``work`` with KeyboardInterrupt at the ``event``-th line of ``codes``; whether there was one."""
-    lines = [0]
-
-    def trace(frame: FrameType, kind: str, _: Any) -> Any:
-        if frame.f_code not in codes:
-            return None
-        if kind == "line":
-            lines[0] += 1
-            if lines[0] == event:
-                raise KeyboardInterrupt
-        return trace
-
-    before = sys.gettrace()
-    sys.settrace(trace)
-    try:
-        work()
-    except KeyboardInterrupt:
-        assert lines[0] >= event
-    finally:
-        sys.settrace(before)
-    return lines[0] >= event
-
-
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_an_exception_at_any_line_leaves_nothing() -> None:
     module = Toy()
-    trainer = pl.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
-    trainer.strategy.connect(module)
-    module.trainer = trainer
-    trainer.state.fn, trainer.state.stage = TrainerFn.VALIDATING, RunningStage.VALIDATING
+    trainer = evaluating(module)
     before = snapshot(module)
 
     def standing() -> tuple[Any, ...]:
@@ -67,7 +41,7 @@ def test_an_exception_at_any_line_leaves_nothing() -> None:
 
     outside, handlers = standing(), dict(interrupts._handlers._contexts)
     codes = _codes(Own, _OfLightning, interrupts._Whole)
-    event = 1
+    places: list[Place] = []
     while True:
         start = Start(module)
         start.first_batch()
@@ -77,17 +51,24 @@ def test_an_exception_at_any_line_leaves_nothing() -> None:
                 module.acc.update(*_batch(module))
                 module.extra = 1
 
-        reached = _raising_at(event, codes, work)
-        if not reached:
+        place = interrupted(work, len(places), codes)
+        if place is None:
             break
         assert_untouched(module, before)
-        assert all(now is then or now == then for now, then in zip(standing(), outside, strict=True)), event
-        assert not hasattr(module, "extra"), event
-        assert module.acc.update_count == 0, event
-        assert interrupts._handlers._contexts == handlers, event
-        event += 1
-    assert event > 50
+        assert all(now is then or now == then for now, then in zip(standing(), outside, strict=True)), place
+        assert not hasattr(module, "extra"), place
+        assert module.acc.update_count == 0, place
+        assert interrupts._handlers._contexts == handlers, place
+        places.append(place)
+    assert len(places) > 50
 
 
 def _batch(module: Toy) -> tuple[Any, Any]:
     return torch.zeros(2, 3), torch.zeros(2, dtype=torch.long)
+
+
+@pytest.mark.slow
+def test_signals_around_every_context_leave_nothing() -> None:
+    script = Path(__file__).parents[1] / "benchmarks" / "interrupt_storm.py"
+    done = subprocess.run([sys.executable, script, "2000"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr

@@ -6,6 +6,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.trainer.states import RunningStage, TrainerFn
 
 
 def quiet_trainer(*callbacks: pl.Callback, **options: Any) -> pl.Trainer:
@@ -20,3 +21,12 @@ def quiet_trainer(*callbacks: pl.Callback, **options: Any) -> pl.Trainer:
         "enable_checkpointing": any(isinstance(callback, ModelCheckpoint) for callback in callbacks),
     }
     return pl.Trainer(callbacks=list(callbacks), **{**quiet, **options})
+
+
+def evaluating(module: pl.LightningModule) -> pl.Trainer:
+    """In the middle of a validation of ``module``, without its loop."""
+    trainer = quiet_trainer()
+    trainer.strategy.connect(module)
+    module.trainer = trainer
+    trainer.state.fn, trainer.state.stage = TrainerFn.VALIDATING, RunningStage.VALIDATING
+    return trainer

@@ -6,7 +6,6 @@ import copy
 import pickle
 import random
 import signal
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -16,6 +15,7 @@ import torch
 from matrices import noise
 from threadpoolctl import threadpool_info, threadpool_limits
 from tiny import tiny_causal_lm
+from tracing import interrupted
 
 from laser_callback.plans.reduction import Reduction
 from laser_callback.spectra import eigen
@@ -66,29 +66,9 @@ def test_a_matrix_that_fails_leaves_it_as_it_was(threads, monkeypatch):
 
 def test_an_interrupt_at_any_line_leaves_it_as_it_was(threads):
     matrix, struck = noise(8, 6), 0
-    for count in range(1, 200):
-        left = [count]
-
-        def trace(frame: Any, event: str, argument: Any, left: list[int] = left) -> Any:
-            if frame.f_code.co_filename != eigen.__file__:
-                return None
-            if event == "line":
-                left[0] -= 1
-                if left[0] == 0:
-                    raise KeyboardInterrupt
-            return trace
-
-        sys.settrace(trace)
-        try:
-            gram_eigen(matrix)
-        except KeyboardInterrupt:
-            pass
-        finally:
-            sys.settrace(None)
-        assert settled() == threads, count
-        struck += left[0] <= 0
-        if left[0] > 0:
-            break
+    while interrupted(lambda: gram_eigen(matrix), struck, {eigen.__file__}):
+        assert settled() == threads, struck
+        struck += 1
     assert struck >= 3
     assert torch.equal(gram_eigen(matrix)[0], gram_eigen(matrix)[0])
 

@@ -9,10 +9,7 @@ import io
 import pickle
 import random
 import signal
-import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from types import FrameType
 from typing import Any
 
 import pytest
@@ -20,6 +17,7 @@ import torch
 from replayed import Block, Replayed, Stack, assert_same
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
+from tracing import Place, interrupted
 
 from laser_callback.surgery import interception, replay
 from laser_callback.surgery.replay import LayerReplay
@@ -180,28 +178,6 @@ def test_scripted_parts(x: Tensor) -> None:
 # ---- interrupts ------------------------------------------------------------------------------------------------------
 
 
-@contextmanager
-def _raising_at(event: int, files: set[str]) -> Iterator[list[int]]:
-    """Raise KeyboardInterrupt at the ``event``-th line that runs in ``files``."""
-    lines = [0]
-
-    def trace(frame: FrameType, kind: str, _: Any) -> Any:
-        if frame.f_code.co_filename not in files:
-            return None
-        if kind == "line":
-            lines[0] += 1
-            if lines[0] == event:
-                raise KeyboardInterrupt
-        return trace
-
-    before = sys.gettrace()
-    sys.settrace(trace)
-    try:
-        yield lines
-    finally:
-        sys.settrace(before)
-
-
 def _pass(replayed: Replayed, x: Tensor) -> None:
     with LayerReplay.paused():
         pass
@@ -216,26 +192,20 @@ def test_an_exception_at_any_line_leaves_nothing(x: Tensor) -> None:
         layer.register_forward_hook(lambda *_: None)
     files = {replay.__file__, interception.__file__}
     replayed = Replayed(model)
-    with _raising_at(0, files) as lines:
-        _pass(replayed, x)
+    _pass(replayed, x)
     replayed.replay.forget()
-    assert lines[0] > 100
     with torch.no_grad():
         expected = model(x)
-    interrupted = 0
-    for event in range(1, lines[0] + 1):
-        try:
-            with _raising_at(event, files):
-                _pass(replayed, x)
-        except KeyboardInterrupt:
-            interrupted += 1
-        assert nn.Module.__call__ is CALL, event
-        assert not interception._open, event
+    places: list[Place] = []
+    while place := interrupted(lambda: _pass(replayed, x), len(places), files):
+        assert nn.Module.__call__ is CALL, place
+        assert not interception._open, place
         assert not interception.paused()
         replayed.replay.forget()
         with torch.no_grad():
             assert torch.equal(model(x), expected)
-    assert interrupted > 0.98 * lines[0]
+        places.append(place)
+    assert len(places) > 100
     report = replayed.report().replayed
     _pass(replayed, x)
     assert replayed.report().replayed == report + 3

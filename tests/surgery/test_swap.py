@@ -4,10 +4,7 @@ import copy
 import os
 import random
 import signal
-import sys
-from collections.abc import Callable
 from contextlib import ExitStack
-from types import FrameType
 from typing import Any
 
 import pytest
@@ -16,6 +13,7 @@ from matrices import best
 from small_models import IDS, gpt2, run
 from tiny import tiny_causal_lm
 from torch import nn
+from tracing import interrupted
 from weights import Snapshot
 
 from laser_callback.plans.plan import LaserPlan
@@ -364,35 +362,6 @@ def test_signals_in_the_body(number):
     assert snapshot.is_restored()
 
 
-def interrupted(work: Callable[[], None], count: int) -> tuple[str, int] | None:
-    """Run ``work`` with KeyboardInterrupt at the ``count``-th line that runs in surgery.py or in ``work``.
-
-    Returns the function and the line in it where it struck; None if fewer lines run.
-    """
-    struck: list[tuple[str, int]] = []
-    remaining = [count]
-
-    def trace(frame: FrameType, event: str, _argument: Any) -> Any:
-        if frame.f_code.co_filename != surgery.__file__ and frame.f_code is not work.__code__:
-            return None
-        if event == "line":
-            remaining[0] -= 1
-            if remaining[0] < 0 and not struck:
-                struck.append((frame.f_code.co_name, frame.f_lineno - frame.f_code.co_firstlineno))
-                raise KeyboardInterrupt
-        return trace
-
-    before = sys.gettrace()
-    sys.settrace(trace)
-    try:
-        work()
-    except KeyboardInterrupt:
-        assert struck
-    finally:
-        sys.settrace(before)
-    return struck[0] if struck else None
-
-
 @pytest.mark.parametrize("prepared", [False, True])
 def test_an_interrupt_at_every_line(prepared):
     """At each line of entering, body and leaving, with and without a factorisation to make."""
@@ -413,7 +382,7 @@ def test_an_interrupt_at_every_line(prepared):
                 assert not snapshot.is_restored()
                 cut.matrices.copy()
 
-        place = interrupted(work, len(places))
+        place = interrupted(work, len(places), {surgery.__file__, work.__code__})
         torch.set_grad_enabled(True)  # torch's own `no_grad` leaves it off when it is interrupted on its way out
         if place is None:
             break
