@@ -5,6 +5,8 @@ speed    on ParaRel, main prompts: (a) the paper's procedure, one example at a t
          stratified by layer, and scaled; (c) this search whole, with a cold and with a warm cache of spectra.
 quality  on each data set: what the search finds, confirmed; and whether it is inferior to the cut that an earlier
          prototype had found, on the same examples (margin one point), of which there are as many as the data has.
+null     on ParaRel and CounterFact with the answers of each relation dealt anew among its facts, so that there is
+         nothing to know: how many of --searches searches claim a gain. Exits with 1 where more than one in 20 does.
 scaling  time against examples (75, 150, 300) and layers (the model's first 8, 16, 30), and peak memory against the
          number of candidates that race.
 
@@ -209,6 +211,35 @@ def against(module: LaserModule, sets: ExampleSets, found: LaserPlan, prototype:
     return f"{row.delta:+.1%} [{row.lower90:+.1%}, {row.upper90:+.1%}] {verdict}"
 
 
+# ---- nothing to find -------------------------------------------------------------------------------------------------
+
+
+def null(folder: Path, searches: int, seed: int) -> int:
+    module = LaserModule(str(demo_model_folder(print)))
+    claimed = 0
+    for number in range(searches):
+        name, rng = ("pararel", "counterfact")[number % 2], random.Random(seed + number)
+        facts = dealt_anew(facts_of(folder, name), rng)
+        data = FactsDataModule(facts, module.tokenizer, batch_size=64)
+        sets = ExampleSets.of(data, sizes={**SIZES, "confirm": len(facts) - 400}, seed=seed + number)
+        search = LaserSearch(module, sets, progress=False, seed=seed + number, constraints=[], controls=False)
+        result = search.run()
+        claimed += result.plan is not None
+        print(f"{name} {seed + number}: {'CLAIMED' if result.plan else 'kept'}; {result.reason}", flush=True)
+    print(f"{claimed} of {searches} searches claim a gain")
+    return int(claimed > searches / 20)
+
+
+def dealt_anew(facts: list[Fact], rng: random.Random) -> list[Fact]:
+    """The same facts and answers, but whose answer is whose is drawn within each group."""
+    answers: dict[str, list[str]] = {}
+    for fact in facts:
+        answers.setdefault(fact.group, []).append(fact.answer)
+    for group in answers.values():
+        rng.shuffle(group)
+    return [replace(fact, answer=answers[fact.group].pop()) for fact in facts]
+
+
 # ---- scaling ---------------------------------------------------------------------------------------------------------
 
 
@@ -245,14 +276,15 @@ def one(folder: Path, layers: int, examples: int, candidates: int, seed: int) ->
     print("| " + " | ".join(map(str, cells)) + " |", flush=True)
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("speed", "quality", "scaling", "one"))
+    parser.add_argument("what", choices=("speed", "quality", "null", "scaling", "one"))
     parser.add_argument("folder", type=Path)
     parser.add_argument("--sample", type=int, default=12, help="candidates timed for (a) and (b)")
     parser.add_argument("--only", default="", help="data sets whose name contains this")
     parser.add_argument("--paraphrases", action="store_true", help="judge by paraphrases too")
     parser.add_argument("--reductions", type=int, default=1)
+    parser.add_argument("--searches", type=int, default=20)
     parser.add_argument("--layers", type=int, default=30)
     parser.add_argument("--examples", type=int, default=300)
     parser.add_argument("--candidates", type=int, default=48)
@@ -264,11 +296,14 @@ def main() -> None:
         speed(options.folder, options.sample, options.seed)
     elif options.what == "quality":
         quality(options.folder, options.only, options.seed, options.paraphrases, options.reductions)
+    elif options.what == "null":
+        return null(options.folder, options.searches, options.seed)
     elif options.what == "scaling":
         scaling(options.folder, options.seed)
     else:
         one(options.folder, options.layers, options.examples, options.candidates, options.seed)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
