@@ -10,11 +10,10 @@ from typing import Any, Literal
 from laser_callback.cli.command import Answer
 from laser_callback.reports.page import save_page
 from laser_callback.reports.pictures import save_figures
-from laser_callback.reports.row_text import claim_text
+from laser_callback.reports.row_text import verdict
 from laser_callback.reports.search_terminal import print_search
 from laser_callback.reports.terminal import print_report
 from laser_callback.results.comparison import LaserResult
-from laser_callback.results.flips import claim_row
 from laser_callback.results.search import SearchResult, result_of
 from laser_callback.support.files import need_files, need_writable, need_writable_folder
 from laser_callback.support.reading import read_json_lines, read_plain, typed
@@ -80,5 +79,4 @@ def read_examples(path: Path, must_exist: bool) -> list[dict[str, Any]]:
 def _verdicts(found: LaserResult | SearchResult) -> str:
     if isinstance(found, SearchResult):
         return found.verdict
-    rows = {name: claim_row(found, name) for name in found.arms}
-    return "; ".join(f"{found[name].plan}: {claim_text(row)}" for name, row in rows.items() if row is not None)
+    return ". ".join(verdict(found, name) for name in found.arms)

@@ -50,26 +50,26 @@ _OUTCOMES = {"kept": "bold green", "went on": "green", "went back": "bold yellow
 
 
 def print_rollout(result: RolloutResult, console: Console | None = None) -> None:
-    """Print the stages with what the gates said, and the verdict, on standard output by default."""
+    """Print the verdict, and the stages with what the gates said, on standard output by default."""
     console = console or Console()
-    parts: list[RenderableType] = []
+    parts: list[RenderableType] = [Text(result.verdict, style="bold green" if result.complete else "bold yellow")]
     for number, stage in enumerate(result.stages, 1):
-        parts.append(
+        parts += [
+            Text(),
             Text.assemble(
                 (f"stage {number} of {len(result.declared)}: ", "bold"),
                 (str(stage.verdict.plan), "bold cyan"),
                 ", ",
                 (stage.outcome, _OUTCOMES[stage.outcome]),
                 f"  ({stage.seconds:.0f} s)",
-            )
-        )
-        parts += [*judgement_table(stage.verdict.judgements, console.width >= WIDE), Text()]
-    parts.append(Text(result.verdict, style="bold green" if result.complete else "bold yellow"))
+            ),
+            *judgement_table(stage.verdict.judgements, console.width >= WIDE),
+        ]
     console.print(Group(*parts))
 
 
 def print_cleanup(result: CleanupResult, console: Console | None = None) -> None:
-    """Print what each mode found, and the verdict, where :func:`~laser_callback.reports.show` does."""
+    """Print the verdict, and what each mode found, where :func:`~laser_callback.reports.show` does."""
     table = Table("mode", "plan", "as trained", "cut", "95 % interval", "p after Holm", "accepted")
     for mode, search in result.searches.items():
         row = result.row(mode)

@@ -25,7 +25,7 @@ from laser_callback.reports.drawing import kept_text, labels, spectrum, styled, 
 from laser_callback.reports.page_columns import code, foreign
 from laser_callback.reports.page_search import search_context
 from laser_callback.reports.pictures import LABELS, SPECTRA, one
-from laser_callback.reports.row_text import claim_text, delta_text, interval_text, percent, value_text
+from laser_callback.reports.row_text import delta_text, interval_text, percent, value_text, verdict
 from laser_callback.reports.svg import inline, printable
 from laser_callback.results.comparison import ArmResult, LaserResult
 from laser_callback.results.flips import Row, claim_row, label_counts
@@ -76,6 +76,7 @@ def _comparison_context(result: LaserResult) -> dict[str, Any]:
     passes = [(f"passes, {name}", told) for name, told in times]
     return {
         "claims": claims,
+        "verdicts": [verdict(result, name) for name in result.arms],
         "headline": _headline(result, claims),
         "provenance": [*page_columns.flat(result.provenance), *passes],
     }
@@ -142,7 +143,6 @@ def _templates() -> jinja2.Environment:
         finalize=lambda value: value if isinstance(value, Markup) else printable(value),
     )
     found.filters |= {
-        "claim": claim_text,
         "delta": lambda row: delta_text(row, row.delta),
         "digest": _digest,
         "footnotes": terminal.footnotes,

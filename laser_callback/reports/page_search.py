@@ -14,7 +14,6 @@ from laser_callback.reports.pictures import one, trades
 from laser_callback.reports.search_text import GainText, Teller, aligned, change_unit, merit, pictured, trade_order
 from laser_callback.reports.svg import inline
 from laser_callback.results.candidates import Estimate, bases, ranks
-from laser_callback.results.flips import claim_row
 from laser_callback.results.search import SearchResult
 from laser_callback.support.plain_json import finite
 
@@ -30,7 +29,6 @@ def search_context(result: SearchResult) -> dict[str, Any]:
     settings = dict(flat({"examples": result.sets, **result.settings}))
     provenance = {} if confirmed is None else dict(flat(confirmed.provenance))
     return {
-        "claim": None if confirmed is None else claim_row(confirmed, next(iter(confirmed.arms))),
         "steps": bases(result.candidates),
         "shades": shades,
         "panels": [] if shades is None else [_picture(panel, shades, tell) for panel in drawn],

@@ -1,11 +1,18 @@
-"""The numbers of a row of a comparison as text, the same in every report: shares in percent, with intervals and p."""
+"""The numbers of a row of a comparison as text, the same in every report, and what they show as a sentence.
+
+Contract: a sentence can be repeated without claiming more than was shown. It says of what, how sure, how much at least
+and at most; of what was not shown it says what is ruled out.
+"""
 
 from __future__ import annotations
 
 import math
 
+from laser_callback.results.comparison import LaserResult
+from laser_callback.results.flips import claim_row
 from laser_callback.stats.outcomes import PairedResult
 
+_CONTROLS = {"zeroed": "the same matrix zeroed", "random": "a random matrix at the same rho"}
 SHARES = ("accuracy", "robustness", "consistency")
 """A mean whose name holds one of these is a share, shown in percent."""
 
@@ -65,8 +72,54 @@ def change_text(row: PairedResult) -> str:
     return f"{delta_text(row, row.delta)}{f' [{interval}]' if interval else ''}"
 
 
-def claim_text(row: PairedResult) -> str:
-    """What was found, in one line."""
-    parts = [f"{value_text(row, row.original)} to {value_text(row, row.reduced)}", change_text(row)]
-    parts += [f"p {p_text(row)}" if p_text(row).startswith("<") else f"p = {p_text(row)}"] if row.p is not None else []
-    return f"{row.metric} {', '.join(parts)}, n = {row.n:,}: {row.verdict}"
+def finding(row: PairedResult) -> str:
+    """What a row shows, as a sentence without its full stop: of what, how sure, how much, and what is ruled out."""
+    values = f"{value_text(row, row.original)} to {value_text(row, row.reduced)}"
+    if row.lower is None or row.upper is None or row.p is None:
+        return (
+            f"{row.metric} goes from {values} on {row.sample}, and is not tested{f': {row.note}' if row.note else ''}"
+        )
+    if row.verdict == "exploratory":
+        return f"{row.metric} goes from {values} on {row.sample}: {change_text(row)}, of which nothing is claimed"
+    p = f"p {p_text(row)}" if p_text(row).startswith("<") else f"p = {p_text(row)}"
+    p += " after Holm" * (row.role == "holm")
+    least, most = sorted((abs(row.lower), abs(row.upper)))
+    if row.verdict == "no difference shown":
+        fall, rise = _amount(row, max(-row.lower, 0.0)), _amount(row, max(row.upper, 0.0))
+        possible = f"it may have fallen by up to {fall} or risen by up to {rise}"
+        return f"no change of {row.metric} is shown on {row.sample} ({p}): {possible}, at 95 % confidence no more"
+    way = "rises" if row.delta > 0 else "falls"
+    size = f"by at least {_amount(row, least)} and at most {_amount(row, most)} at 95 % confidence"
+    return f"{row.metric} {way} from {values} on {row.sample} ({p}), {size}"
+
+
+def _amount(row: PairedResult, change: float) -> str:
+    """The size of a change, with its unit."""
+    if row.kind == "log_ratio":
+        return f"{100 * change:.1f} %"
+    return f"{100 * change:.1f} points" if is_share(row) else f"{change:.2g}"
+
+
+def plan_text(plan: str) -> str:
+    """A plan in at most 200 characters."""
+    return plan if len(plan) <= 200 else f"{plan[:200]}..."
+
+
+def verdict(result: LaserResult, name: str) -> str:
+    """What was shown of the plan ``name``, of what, how sure, what speaks against it, and what the controls do."""
+    row, arm = claim_row(result, name), result[name]
+    if row is None:
+        return f"nothing could be tested of {plan_text(arm.plan)}"
+    text = f"with {plan_text(arm.plan)} {finding(row)}"
+    checks = arm.prior_checks.get(row.metric)
+    if row.verdict == "better" and checks is not None:
+        others = " and ".join(f"other {by}s" for by in checks.worth_less)
+        text += f"; but {checks.doubt}" if checks.doubt else f"; what is shown for {others} is less" * bool(others)
+    changes = {
+        kind: delta_text(own, own.delta)
+        for kind, control in result.controls.get(name, {}).items()
+        for own in control.rows
+        if own.metric == row.metric
+    }
+    told = " and ".join(f"{_CONTROLS[kind]} {change}" for kind, change in changes.items())
+    return f"{text}; {told}" if told else text

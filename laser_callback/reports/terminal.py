@@ -12,9 +12,20 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from laser_callback.reports.row_text import change_text, delta_text, interval_text, p_text, percent, value_text
+from laser_callback.reports.row_text import (
+    change_text,
+    delta_text,
+    finding,
+    interval_text,
+    p_text,
+    percent,
+    plan_text,
+    value_text,
+    verdict,
+)
 from laser_callback.results.ab_test import ABResult
 from laser_callback.results.comparison import ArmResult, LaserResult
+from laser_callback.results.flips import claim_row
 from laser_callback.stats.priors import PriorChecks
 from laser_callback.support.files import write_atomically
 
@@ -57,11 +68,23 @@ def save_picture(result: LaserResult, path: str | Path, width: int = 116) -> Non
 
 def render(result: LaserResult, width: int) -> RenderableType:
     """The whole report as one Rich renderable for a terminal of ``width`` columns; it fits from 80 on."""
-    parts: list[RenderableType] = []
+    parts: list[RenderableType] = [*verdicts(result), Text()]
     for name, arm in result.arms.items():
         parts += [_title(name, arm), *comparison(result, name, width), Text()]
     parts += [Text(line, style="dim") for line in [*footnotes(result), *_timing(result)]]
     return Group(*parts)
+
+
+def verdicts(result: LaserResult) -> list[RenderableType]:
+    """A sentence for each plan."""
+    told: list[RenderableType] = []
+    for name, arm in result.arms.items():
+        row = claim_row(result, name)
+        checks = arm.prior_checks.get(row.metric) if row else None
+        doubted = row is not None and row.verdict == "better" and checks is not None and checks.doubt
+        style = "bold yellow" if doubted else _STYLES.get(row.verdict, "bold") if row else "bold"
+        told.append(Text(verdict(result, name), style=style))
+    return told
 
 
 def comparison(result: LaserResult, name: str, width: int) -> list[RenderableType]:
@@ -90,7 +113,9 @@ def print_ab(result: ABResult, console: Console | None = None) -> None:
     title = Text.assemble("A/B, original against reduced, ", (result.plan, "bold cyan"), f": {counts}")
     legend = "n: of the original/reduced model; p: Fisher's exact or Welch's test, Holm-adjusted"
     legend += " but for the metric with the star" * any(row.role == "primary" for row in result.rows)
-    show(title, table, Text(f"{legend}; intervals are not adjusted", style="dim"), console=console)
+    rows = sorted(result.rows, key=lambda row: row.role != "primary")
+    told = [Text(finding(row), style=_STYLES.get(row.verdict, "bold")) for row in rows if row.test != "not tested"][:1]
+    show(*told, title, table, Text(f"{legend}; intervals are not adjusted", style="dim"), console=console)
 
 
 def footnotes(result: LaserResult) -> list[str]:
@@ -110,10 +135,8 @@ def footnotes(result: LaserResult) -> list[str]:
 
 
 def _title(name: str, arm: ArmResult) -> Text:
-    plan = arm.plan if len(arm.plan) <= 200 else f"{arm.plan[:200]}..."
-    return Text.assemble(
-        f"{name}: " if name != "laser" else "", ("original against reduced, ", ""), (plan, "bold cyan")
-    )
+    of = f"{name}: " if name != "laser" else ""
+    return Text.assemble(f"{of}original against reduced, ", (plan_text(arm.plan), "bold cyan"))
 
 
 def _table(arm: ArmResult, primary: str | None, wide: bool) -> Table:
@@ -126,7 +149,7 @@ def _table(arm: ArmResult, primary: str | None, wide: bool) -> Table:
     for row in arm.rows:
         is_primary = row.metric == primary
         name = Text(f"{row.metric}*" if is_primary else row.metric, style="bold" if is_primary else "")
-        verdict = Text(
+        claim = Text(
             row.verdict if wide else _SHORT.get(row.verdict, row.verdict), style=_STYLES.get(row.verdict, "dim")
         )
         if wide:
@@ -135,7 +158,7 @@ def _table(arm: ArmResult, primary: str | None, wide: bool) -> Table:
         else:
             cells = [change_text(row)]
         table.add_row(
-            name, value_text(row, row.original), value_text(row, row.reduced), *cells, p_text(row), str(row.n), verdict
+            name, value_text(row, row.original), value_text(row, row.reduced), *cells, p_text(row), str(row.n), claim
         )
     return table
 

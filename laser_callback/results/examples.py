@@ -231,7 +231,7 @@ class PairedExamples:
         if outcomes is None:
             note = "not an average over examples"
             return not_tested(key, *values, sum(b.size for b in self.batches), note, original.higher_is_better)
-        row = compare(key, *outcomes, higher_is_better=original.higher_is_better)
+        row = replace(compare(key, *outcomes, higher_is_better=original.higher_is_better), unit="batch")
         return _with_note(row, "; ".join(filter(None, [left_out, "unit: the batch"])))
 
     def _means(self, arm: str, key: str) -> tuple[tuple[Outcomes, Outcomes] | None, str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from laser_callback.compare.controls import random_plan
+from laser_callback.reports.row_text import finding
 from laser_callback.results.search import SearchResult
 from laser_callback.search.steps import Steps
 from laser_callback.stats.constraint import Constraint
@@ -47,17 +48,16 @@ def decide(result: SearchResult, sign: int) -> None:
     assert result.confirmed is not None
     arm, key = result.confirmed["laser"], result.objective[0]
     row = arm[key]
-    gain = f"{key} {row.original:.4g} to {row.reduced:.4g} on {row.n} unseen {row.units}"
-    gain += f", p = {row.p:.2g}" if row.p is not None else f", {row.test}"
+    gain = f"on unseen examples {finding(row)}"
     broken = [f"{j.gate} ({j.verdict})" for j in result.judgements if j.verdict != "pass"]
     judged = Gain(key, direction="max" if sign > 0 else "min").judge(row, arm.prior_checks.get(key))
     if judged.verdict != "pass":
-        result.reason = f"a gain of {result.found} is not confirmed: {judged.note} ({gain})"
+        result.reason = f"no gain of {result.found} is confirmed: {gain}; {judged.note}"
     elif broken:
-        result.reason = f"{result.found} improves ({gain}), but not shown is {'; '.join(broken)}"
+        result.reason = f"with {result.found}, {gain}, but not shown is {'; '.join(broken)}"
     else:
         result.plan = result.found
-        result.reason = f"it improves {gain}{judged.note and f'; {judged.note}'}"
+        result.reason = f"{gain}{judged.note and f'; {judged.note}'}"
         checks = arm.prior_checks.get(key)
         if checks is not None and row.reduced < checks.constant_answer:
             result.warnings.append(

@@ -7,7 +7,6 @@ claims nothing before :func:`~laser_callback.stats.adjust` has given it a role.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, TypeAlias, TypeVar
@@ -20,6 +19,7 @@ ALPHA = 0.05  # level of every verdict; 1 - ALPHA is the confidence of every int
 
 Array: TypeAlias = Any  # of NumPy, or a tensor
 Kind: TypeAlias = Literal["binary", "mean", "log_ratio"]
+Unit: TypeAlias = Literal["example", "cluster", "batch"]
 Role: TypeAlias = Literal["primary", "holm", "exploratory"]
 Test: TypeAlias = Literal[
     "exact McNemar",
@@ -121,7 +121,7 @@ class PairedResult:
     Attributes:
         metric: name of the metric.
         kind: kind of the outcomes; ``None`` for a metric that is not a mean over units.
-        n: number of independent units behind the row; clusters where units were clustered.
+        n: number of independent units behind the row.
         original: the metric of the original model.
         reduced: the metric of the reduced model.
         delta: ``reduced - original``; for kind "log_ratio" the relative change ``reduced / original - 1``.
@@ -137,6 +137,8 @@ class PairedResult:
         p_adjusted: Holm-adjusted p value, for rows of role "holm".
         role: "primary" rows claim by ``p``, "holm" rows by ``p_adjusted``, "exploratory" rows never.
         higher_is_better: direction of the metric; ``None`` if unknown.
+        unit: what is independent: examples, clusters of them, or batches where no values per example are known.
+        examples: number of examples in the clusters; ``None`` where there are none.
     """
 
     metric: str
@@ -157,6 +159,8 @@ class PairedResult:
     p_adjusted: float | None = None
     role: Role = "exploratory"
     higher_is_better: bool | None = None
+    unit: Unit = "example"
+    examples: int | None = None
 
     @property
     def verdict(self) -> Verdict:
@@ -177,8 +181,14 @@ class PairedResult:
 
     @property
     def units(self) -> str:
-        """What ``n`` counts: "examples", or "clusters" of them, of which the note then says how many there are."""
-        return "clusters" if re.search(r"\d units in \d+ clusters", self.note) else "examples"
+        """What ``n`` counts, in the plural."""
+        return "batches" if self.unit == "batch" else f"{self.unit}s"
+
+    @property
+    def sample(self) -> str:
+        """What was looked at, such as "300 examples" or "300 examples in 120 clusters"."""
+        units = f"{self.n:,} {self.unit if self.n == 1 else self.units}"
+        return units if self.examples is None else f"{self.examples:,} examples in {units}"
 
     def to_dict(self) -> dict[str, Any]:
         """All fields and the verdict, ready for strict JSON: a number that is not finite becomes ``None``."""

@@ -89,7 +89,6 @@ def compare(
     signs = (after - before).astype(np.int64) if original.kind == "binary" else None
     if labels is not None:
         before, after, weights = _cluster_means(before, after, weights, labels)
-        notes.append(f"{len(labels)} units in {len(before)} clusters")
     log_ratio = original.kind == "log_ratio"
     if higher_is_better is None and original.kind != "mean":
         higher_is_better = original.kind == "binary"
@@ -107,13 +106,16 @@ def compare(
         note="; ".join(notes),
         higher_is_better=higher_is_better,
     )
+    if labels is not None:
+        row = replace(row, unit="cluster", examples=len(labels))
+        row = replace(row, note="; ".join([*notes, row.sample]))
 
     if signs is not None:
         return _tested_exactly(row, signs, labels)
 
     tested = mean_difference(before, after, weights)
     if isinstance(tested, str):
-        return replace(row, note="; ".join([*notes, tested]))
+        return replace(row, note="; ".join(filter(None, [row.note, tested])))
     row = replace(row, p=tested.p, test="paired t" if weights is None else "cluster-robust t")
     with np.errstate(over="ignore"):
         ends = np.array([tested.interval(level) for level in (1 - ALPHA, 1 - 2 * ALPHA)])

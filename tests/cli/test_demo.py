@@ -49,7 +49,7 @@ def test_real_model_on_real_facts(tmp_path, monkeypatch):
     each = [row for arm in rows.values() for row in arm.values()]
     (countries,) = {row["n"] for row in each}
     assert 24 < countries < 48, "some are in two facts"
-    assert all(row["note"].startswith(f"48 units in {countries} clusters") for row in each)
+    assert all(row["note"].startswith(f"48 examples in {countries} clusters") for row in each)
     # Zero-shot, the model knows some of these facts; cutting its late MLP hurts here, as it helps on other relations.
     assert 0.1 < rows["attention"]["first_token_accuracy"]["original"] < 0.7
     assert rows["late_mlp"]["log_loss"]["verdict"] == "worse"

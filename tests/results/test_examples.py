@@ -334,7 +334,7 @@ def test_anything_may_be_an_id_or_a_cluster(example_id):
     merged = PairedExamples().merge([part, again])
     (row,) = merged.rows("laser", {"acc": log(0.0, "acc")}, {"acc": log(0.0, "acc")})
     assert (merged.duplicates, row.n) == (1, 2)
-    assert "3 units in 2 clusters" in row.note
+    assert "3 examples in 2 clusters" in row.note
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])
@@ -367,7 +367,7 @@ def test_clusters():
     expected = compare("acc", Outcomes.of(bools("001110")), Outcomes.of(bools("101101")), clusters=list("aabbbc"))
     assert row == expected
     assert (row.n, row.fixed, row.broken) == (3, 2, 1)
-    assert row.note == "6 units in 3 clusters"
+    assert row.note == "6 examples in 3 clusters"
 
 
 IMAGES = [torch.ones(3, 4, 4)] * 8
