@@ -21,6 +21,7 @@ from laser_callback.data.encoding import EncodedFact
 from laser_callback.data.example_set import ExampleSet, Loader, indivisible, kept_whole, taken_apart
 from laser_callback.data.facts import DEFAULT_SIZES, deal, draw, subject_key
 from laser_callback.data.row_scores import Role
+from laser_callback.stats.priors import constant_share
 
 SETS = ("screen", "race", "confirm", "guard")
 SCREEN_EXAMPLES = 100
@@ -157,6 +158,25 @@ class ExampleSets:
             positions = [i for i, owner in enumerate(owners) if owner == str(number)]
             dealt.append([positions[i] for i in found.subset(positions).spread(seed)])
         return dealt
+
+    def subjects(self, name: str) -> int:
+        """How many subjects the examples of a set are about; without subjects, how many examples there are.
+
+        Raises:
+            ValueError: if there is no such set.
+        """
+        return len(set(self._set(name).subjects))
+
+    def constant_answer(self, name: str) -> float:
+        """The share of a set's facts whose answer is the most common one of its group; 0 for other examples.
+
+        Raises:
+            ValueError: if there is no such set.
+        """
+        found = self._set(name)
+        items = [] if found.whole is not None else [found.dataset[place] for place in found.places]
+        facts = [item.fact for item in items if isinstance(item, EncodedFact)]
+        return constant_share([fact.answer for fact in facts], [fact.group for fact in facts]) if facts else 0.0
 
     def text(self, name: str) -> Loader | None:
         """Windows of running text for ``"race"`` or ``"guard"``, which share none; ``None`` if the data has no text.

@@ -85,9 +85,11 @@ def finding(row: PairedResult) -> str:
     p += " after Holm" * (row.role == "holm")
     least, most = sorted((abs(row.lower), abs(row.upper)))
     if row.verdict == "no difference shown":
-        fall, rise = _amount(row, max(-row.lower, 0.0)), _amount(row, max(row.upper, 0.0))
-        possible = f"it may have fallen by up to {fall} or risen by up to {rise}"
-        return f"no change of {row.metric} is shown on {row.sample} ({p}): {possible}, at 95 % confidence no more"
+        possible = f"its own interval, which is not adjusted, is [{interval_text(row)}]"
+        if row.lower <= 0 <= row.upper:
+            fall, rise = _amount(row, -row.lower), _amount(row, row.upper)
+            possible = f"it may have fallen by up to {fall} or risen by up to {rise}, and by no more at 95 % confidence"
+        return f"no change of {row.metric} is shown on {row.sample} ({p}): {possible}"
     way = "rises" if row.delta > 0 else "falls"
     size = f"by at least {_amount(row, least)} and at most {_amount(row, most)} at 95 % confidence"
     return f"{row.metric} {way} from {values} on {row.sample} ({p}), {size}"

@@ -33,14 +33,8 @@ from laser_callback.search.course import Course
 from laser_callback.search.data_free import SCREENS
 from laser_callback.search.fingerprints import fingerprints
 from laser_callback.search.screen import LossFn
-from laser_callback.search.setup import (
-    by_batches,
-    constraints_of,
-    objective_of,
-    plain,
-    power_warnings,
-    probe_positions,
-)
+from laser_callback.search.setup import constraints_of, objective_of, plain, probe_positions
+from laser_callback.search.sizes import by_batches, confirm_warnings, guard_warnings
 from laser_callback.search.steps import Screen, Steps
 from laser_callback.search.verdict import confirm
 from laser_callback.spectra.delta import BaseSource, BaseWeights
@@ -203,11 +197,13 @@ class LaserSearch:
         bounds = constraints_of(self.constraints, sets, objective, lab.logged)
         keys = tuple(dict.fromkeys([*objective.measured, *(b.key for b in bounds if b.key in lab.logged)]))
         begin = time.perf_counter()
-        values = lab.measure(probe, loader, keys)[ORIGINAL][objective.keys[0]]
+        values = lab.measure(probe, loader, keys)[ORIGINAL]
         pass_seconds = (time.perf_counter() - begin) / len(positions) / (1 + lab.share(probe["probe"]))
 
         found = SearchResult(None, None, "no candidate has run yet", objective.keys, [], sets=dict(sets.sizes))
-        found.warnings += [*sets.notes, *power_warnings(sets, self.min_gain, by_batches(values, loader))]
+        batches = by_batches(values[objective.keys[0]], loader)
+        found.warnings += [*sets.notes, *confirm_warnings(sets, self.min_gain, batches)]
+        found.warnings += guard_warnings(sets, bounds, values)
         if sets.text("guard") is None and isinstance(self.module, LaserModule):
             found.warnings.append("fluency is not checked: give the data `text=`, a file of running text")
         for warning in found.warnings:

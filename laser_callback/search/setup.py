@@ -1,35 +1,25 @@
-"""What a search must know before it works: the objective and its direction, the constraints, whether examples suffice.
+"""What a search must know before it works: the objective and its direction, and the constraints.
 
 Contract: whatever is wrong with the arguments and can be seen from one small batch is an error here, with its cure.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import lightning.pytorch as pl
-import numpy as np
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from scipy import stats
-from torch.utils.data import DataLoader
 
-from laser_callback.compare.measure import Values
 from laser_callback.compare.module import LaserModule
 from laser_callback.data.encoding import EncodedFact
 from laser_callback.data.sets import ExampleSets
 from laser_callback.results.examples import Logged
 from laser_callback.search.race import Objective
 from laser_callback.stats.constraint import Constraint
-from laser_callback.stats.outcomes import ALPHA
-from laser_callback.stats.power import detectable_gain, examples_needed
 
 FLUENCY = "perplexity"
 """The metric of running text."""
-
-POWER = 0.8
-"""With what probability the confirm set should show the gain that is asked for."""
 
 _ROBUSTNESS = "paraphrase_robustness"
 _OF_FIRST_TOKEN = frozenset({"first_token_accuracy", "paraphrase_accuracy", _ROBUSTNESS})
@@ -110,42 +100,6 @@ def constraints_of(
                 f"the constraint '{constraint}' is judged on the guard set, and there is none: give it a size"
             )
     return constraints
-
-
-def by_batches(values: Values, loader: DataLoader[Any]) -> bool:
-    """Whether the units of what was measured on ``loader`` are its batches: the step returns no value per example."""
-    return len(values.values) <= len(loader) < len(loader.dataset)  # type: ignore[arg-type]  # it is map-style
-
-
-def power_warnings(sets: ExampleSets, min_gain: float, batches: bool = False) -> list[str]:
-    """What to say about the size of the confirm set; nothing if it suffices.
-
-    Args:
-        sets: those of the search.
-        min_gain: the gain that should be shown.
-        batches: whether batches are compared. Their means have as little noise as all of their examples, but the t test
-            learns how much from a few numbers only.
-    """
-    have, need = sets.sizes["confirm"], examples_needed(min_gain, power=POWER)
-    units = f"{have} example{'s' * (have != 1)}"
-    if batches:
-        count = len(sets.loader("confirm"))
-        levels = np.array([1 - ALPHA / 2, POWER])
-        wider = stats.t.ppf(levels, count - 1).sum() / stats.norm.ppf(levels).sum() if count > 1 else math.inf
-        have = int(have / wider**2)
-        units = (
-            f"{units} in {count} batch{'es' * (count != 1)}, which are what is compared, since `validation_step` "
-            f"returns no value per example, and tell as much as {have}"
-        )
-    if have >= need:
-        return []
-    shown = detectable_gain(have, power=POWER)
-    gains = f"gains from {shown:.1%} on" if math.isfinite(shown) else "no gain at all"
-    return [
-        f"the confirm set has {units}: a gain of {min_gain:.1%} is confirmed with less than {POWER:.0%} probability. "
-        f"That takes {need}; {have} suffice for {gains}. Give more examples, or a larger share of them to `confirm`"
-        f"{', or return a value per example' * batches}"
-    ]
 
 
 def _names(logged: Mapping[str, Logged]) -> str:

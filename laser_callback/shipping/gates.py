@@ -9,20 +9,25 @@ the work. The demands themselves are :mod:`laser_callback.stats.gates`.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Mapping, Sequence, Sized
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
+from lightning.pytorch import LightningDataModule
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.utils.data import DataLoader, Dataset
 
 from laser_callback.compare.measure import Lab
 from laser_callback.data.datamodule import FactsDataModule
+from laser_callback.data.facts import subject_key
 from laser_callback.data.probes import ProbesDataModule
 from laser_callback.data.scoring import CURES
 from laser_callback.plans.plan import LaserPlan
 from laser_callback.results.comparison import LaserResult
 from laser_callback.results.gates import GateVerdict
+from laser_callback.stats.constraint import Constraint
 from laser_callback.stats.gain import Gain
 from laser_callback.stats.gates import Gate, judge_all, parse_gate
 from laser_callback.stats.outcomes import PairedResult
@@ -105,6 +110,8 @@ class Gates:
     def prepare(self, lab: Lab, plan: LaserPlan) -> None:
         """Try the plan on the first batch of everything, so that what cannot be judged is said before the work.
 
+        Warns of a bound on right and wrong that the data are too few to show.
+
         Raises:
             ValueError: for a metric that does not exist, or is not an average over examples; for a gain whose better
                 direction is not known; for data that no gate names, and data whose metrics have one name.
@@ -119,6 +126,12 @@ class Gates:
                 self._home[row.metric] = name
                 rows.append(row)
         judge_all(self.gates, rows, cures=CURES)
+        shares = {row.metric for row in rows if row.kind == "binary"}
+        for gate in self.gates:
+            if isinstance(gate, Constraint) and gate.key in shares:
+                name = self._home[gate.key]
+                if reason := gate.too_few(_count(self.data[name], gate.key.removeprefix(f"{name}/"))):
+                    rank_zero_warn(f"{f'`others[{name!r}]`' if name else '`data`'}: {reason}")
         not_means = {row.metric: row.note for row in rows if row.kind is None}
         for gate in self.gates:
             if gate.key in not_means:
@@ -154,6 +167,27 @@ class Gates:
 def _named(name: str, result: LaserResult) -> list[PairedResult]:
     """The rows of a comparison, their metrics named as in gates."""
     return [replace(row, metric=f"{name}/{row.metric}") if name else row for row in result["laser"].rows]
+
+
+def _count(data: Any, metric: str) -> int:
+    """How many independent examples a metric can have, at most; of data that do not tell any number."""
+    if isinstance(data, ProbesDataModule):
+        of = {"refusal_rate": "refuse", "answer_rate": "answer"}[metric]
+        return sum(probe.should == of for probe, _ in data.probes)
+    if isinstance(data, FactsDataModule):
+        return len({subject_key(item.fact) for item in data.encoded})
+    loaders = loaders_of(data)
+    sized = all(isinstance(getattr(loader, "dataset", None), Sized) for loader in loaders)
+    return sum(len(loader.dataset) for loader in loaders) if sized else sys.maxsize
+
+
+def loaders_of(data: Any) -> Sequence[Any]:
+    """The dataloaders that ``trainer.validate`` would run."""
+    if isinstance(data, LightningDataModule):
+        data.prepare_data()
+        data.setup("validate")
+        data = data.val_dataloader()
+    return data if isinstance(data, (list, tuple)) else [data]
 
 
 def _first(data: Any) -> Any:

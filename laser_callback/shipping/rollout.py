@@ -25,7 +25,7 @@ from laser_callback.plans.reduction import Reduction
 from laser_callback.results.comparison import LaserResult
 from laser_callback.results.rollout import Outcome, RolloutResult, Stage
 from laser_callback.search.fingerprints import fingerprints
-from laser_callback.shipping.gates import Gates
+from laser_callback.shipping.gates import Gates, loaders_of
 from laser_callback.spectra.store import Spectra
 from laser_callback.stats.gain import Gain
 from laser_callback.support.interrupts import catch_up, undisturbed
@@ -174,7 +174,7 @@ class StagedRollout:
         if lab.spectra.base is not None:
             self.result.settings["base"] = lab.spectra.base.digest
         if self.folder is not None:
-            parts = {name or "data": _loaders(data) for name, data in self._gates.data.items()}
+            parts = {name or "data": loaders_of(data) for name, data in self._gates.data.items()}
             self.result.settings["fingerprints"] = fingerprints(self.module, parts)
         self._journal = Journal(self.folder, self.result.settings, self.resume)
         self._lab = lab
@@ -270,12 +270,3 @@ class StagedRollout:
     def _write(self) -> None:
         if self.folder is not None:
             self.result.to_json(Path(self.folder) / "result.json")
-
-
-def _loaders(data: Any) -> Sequence[Any]:
-    """The dataloaders that ``trainer.validate`` would run."""
-    if isinstance(data, pl.LightningDataModule):
-        data.prepare_data()
-        data.setup("validate")
-        data = data.val_dataloader()
-    return data if isinstance(data, (list, tuple)) else [data]

@@ -16,6 +16,7 @@ from typing import Literal, TypeAlias, cast
 
 from laser_callback.stats.judgement import NUMBER, Judgement, Verdict, check_key, check_row, extrapolate, gate_text
 from laser_callback.stats.outcomes import PairedResult
+from laser_callback.stats.power import drop_ruled_out, examples_to_rule_out
 
 Op: TypeAlias = Literal["<=", ">="]
 
@@ -95,6 +96,19 @@ class Constraint:
     def __str__(self) -> str:
         margin = Decimal(repr(self.margin)).scaleb(2 if self.relative else 0).normalize()
         return f"{self.key} {self.op} {margin:+f}{' %' if self.relative else ''}"
+
+    def too_few(self, n: int) -> str:
+        """Why ``n`` independent examples of right and wrong cannot show that it holds, unless it gets better.
+
+        Empty if they can, and for a relative margin, about which nothing is known ahead of the work.
+        """
+        drop = self.margin if self.op == "<=" else -self.margin
+        if self.relative or not 0 < drop <= 1 or drop_ruled_out(n) <= drop:
+            return ""
+        return (
+            f"{n:,} independent examples, none of which changes, leave a drop of {drop_ruled_out(n):.1%} possible, so "
+            f"that '{self}' stays undecided; {examples_to_rule_out(drop):,} would do"
+        )
 
     def judge(self, row: PairedResult) -> Judgement:
         """Judge the change of a metric.

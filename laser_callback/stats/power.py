@@ -1,5 +1,7 @@
 """How many examples a comparison of right and wrong answers needs, and what it can show with those there are.
 
+Of a gain, that is a question of probability; of a drop that is to be ruled out, first of whether it can be at all.
+
 The test is the exact two-sided McNemar test of :mod:`laser_callback.stats.paired`. Of ``n`` examples, a cut fixes a
 share f and breaks a share b = r f; the gain is f - b, and only the f + b discordant examples say anything. Given
 m of them, the number fixed is binomial with 1 / (1 + r); m itself is binomial with n and f + b. Power is the sum over
@@ -15,6 +17,9 @@ import math
 
 import numpy as np
 from scipy import stats
+
+from laser_callback.stats.intervals import score_interval
+from laser_callback.stats.outcomes import ALPHA
 
 BROKEN_PER_FIXED = 1 / 3
 """Answers that a useful cut breaks for each that it fixes."""
@@ -104,6 +109,37 @@ def detectable_gain(
     while above - below > 1e-4 * above:
         middle = (below + above) / 2
         below, above = (below, middle) if enough(middle) else (middle, above)
+    return above
+
+
+def drop_ruled_out(n: int) -> float:
+    """The smallest drop of a share of right answers that ``n`` independent examples rule out if none of them changes.
+
+    At one-sided 95 % confidence, as constraints are judged.
+
+    >>> [round(drop_ruled_out(n), 3) for n in (60, 300)]
+    [0.058, 0.012]
+    """
+    return -score_interval(0, 0, n, 1 - 2 * ALPHA)[0] if n else 1.0
+
+
+def examples_to_rule_out(drop: float) -> int:
+    """The fewest examples that rule out a drop, if none of them changes.
+
+    Raises:
+        ValueError: if ``drop`` is not above 0 and at most 1.
+
+    >>> examples_to_rule_out(0.05), examples_to_rule_out(0.02)
+    (70, 180)
+    """
+    if not 0 < drop <= 1:
+        raise ValueError(f"`drop` must be above 0 and at most 1, got {drop}")
+    below, above = 0, 1
+    while drop_ruled_out(above) > drop:
+        below, above = above, 2 * above
+    while above - below > 1:
+        middle = (below + above) // 2
+        below, above = (below, middle) if drop_ruled_out(middle) <= drop else (middle, above)
     return above
 
 

@@ -200,7 +200,7 @@ def prior_checks(
         metric=metric,
         n=len(answers),
         delta=float(np.mean(right[1]) - np.mean(right[0])),
-        constant_answer=sum(max(counts.values()) for counts in gold.values()) / len(answers),
+        constant_answer=constant_share(answers, groups),
         majority_excluded=compared(f"{metric} without the answers said most", kept) if kept else None,
         matched=matched,
         chance=chance,
@@ -210,6 +210,11 @@ def prior_checks(
         top_predictions={arm: _most_common(count, 5) for arm, count in predicted.items()},
         worth={name: len(answers) / design_effect_of(change, numbered(labels)) for name, labels in by.items()},
     )
+
+
+def constant_share(answers: Sequence[str], groups: Sequence[str]) -> float:
+    """The share right of always giving each group's most common gold answer; groups of fewer than 5 are one."""
+    return sum(max(counts.values()) for counts in _count(_pooled(groups), answers).values()) / len(answers)
 
 
 def _against_chance(

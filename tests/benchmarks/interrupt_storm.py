@@ -204,21 +204,26 @@ def length_of(work: Work) -> float:
 def storm(model: nn.Module, work: Work, length: float, count: int, rng: random.Random) -> tuple[int, Counter[str]]:
     """How many struck, and what was left behind."""
 
+    armed = False
+
     def handler(*_: Any) -> None:
-        raise KeyboardInterrupt
+        if armed:  # a signal that another thread has taken may come late
+            raise KeyboardInterrupt
 
     before = signal.signal(signal.SIGALRM, handler)
     world, struck, left = World(model), 0, Counter[str]()
     try:
         for _ in range(count):
             try:
+                armed = True
                 signal.setitimer(signal.ITIMER_REAL, max(1e-6, rng.uniform(0, 1.1 * length)))
                 work()
-                signal.setitimer(signal.ITIMER_REAL, 0)
+                armed = False
             except BaseException as error:  # of Lightning's, whose own clean-up was struck
                 if not comes_from_interrupt(error):
                     raise
                 struck += 1
+            armed = False
             signal.setitimer(signal.ITIMER_REAL, 0)
             if names := world.left():
                 gc.collect()  # what nobody refers to any more, but for a cycle of the trainer's
@@ -234,12 +239,12 @@ def storm(model: nn.Module, work: Work, length: float, count: int, rng: random.R
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("count", type=int, help="rounds, shared among the contexts")
-    parser.add_argument("--only", help="the contexts with this in their name")
+    parser.add_argument("--only", nargs="+", default=[""], help="the contexts with one of these in their name")
     arguments = parser.parse_args()
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.simplefilter("ignore")
     rng = random.Random(0)
-    all_of_them = {n: c for n, c in contexts().items() if arguments.only is None or arguments.only in n}
+    all_of_them = {n: c for n, c in contexts().items() if any(part in n for part in arguments.only)}
     print(f"{'context':26} {'rounds':>7} {'struck':>7} {'left behind':>11} {'ms each':>8} {'s in all':>8}")
     lengths = {name: length_of(work) for name, (_, work) in all_of_them.items()}
     shares = {name: length**-0.5 for name, length in lengths.items()}

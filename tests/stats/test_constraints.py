@@ -17,7 +17,13 @@ from laser_callback.stats.gain import Gain
 from laser_callback.stats.gates import judge_all, parse_gate
 from laser_callback.stats.outcomes import Outcomes, not_tested
 from laser_callback.stats.paired import compare
-from laser_callback.stats.power import detectable_gain, exact_power, examples_needed
+from laser_callback.stats.power import (
+    detectable_gain,
+    drop_ruled_out,
+    exact_power,
+    examples_needed,
+    examples_to_rule_out,
+)
 from laser_callback.stats.priors import prior_checks
 
 
@@ -283,6 +289,21 @@ def test_sample_size_has_its_power_in_simulation(gain: float, ratio: float):
     assert connor < n < 1.35 * connor
 
 
+@pytest.mark.parametrize("margin", [0.01, 0.02, 0.05, 0.2])
+def test_what_a_constraint_can_show_is_known_ahead(margin: float):
+    """Where nothing changes it passes from exactly as many examples on as was said."""
+    constraint, need = Constraint("acc", ">=", -margin), examples_to_rule_out(margin)
+    for n, verdict in ((need - 1, "undecided"), (need, "pass")):
+        right = Outcomes.of(np.arange(n) % 2 == 0)
+        assert constraint.judge(compare("acc", right, right)).verdict == verdict
+        assert bool(constraint.too_few(n)) == (verdict == "undecided")
+    assert f"{need:,} would do" in constraint.too_few(need - 1)
+    assert drop_ruled_out(60) == pytest.approx(0.058, abs=5e-4)
+    assert not Constraint("acc", ">=", 0.1).too_few(5)  # asks for a gain
+    assert not Constraint("acc", ">=", -0.02, relative=True).too_few(5)
+    assert Constraint("error", "<=", 0.02).too_few(5)
+
+
 def test_impossible_sample_sizes_are_refused():
     for call, message in (
         (lambda: examples_needed(0.6), "at most 0.5"),
@@ -290,6 +311,7 @@ def test_impossible_sample_sizes_are_refused():
         (lambda: examples_needed(0.1, broken_per_fixed=1.0), "below 1"),
         (lambda: examples_needed(0.1, power=1.0), "`power`"),
         (lambda: detectable_gain(-1), "`n`"),
+        (lambda: examples_to_rule_out(0.0), "`drop`"),
     ):
         with pytest.raises(ValueError, match=message):
             call()

@@ -1,0 +1,82 @@
+"""Whether a search has enough examples for what it is asked to show, said before it works."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from scipy import stats
+from torch.utils.data import DataLoader
+
+from laser_callback.compare.measure import Values
+from laser_callback.data.sets import ExampleSets
+from laser_callback.stats.constraint import Constraint
+from laser_callback.stats.outcomes import ALPHA
+from laser_callback.stats.power import detectable_gain, examples_needed
+
+POWER = 0.8
+"""With what probability the confirm set should show the gain that is asked for."""
+
+
+def by_batches(values: Values, loader: DataLoader[Any]) -> bool:
+    """Whether the units of what was measured on ``loader`` are its batches: the step returns no value per example."""
+    return len(values.values) <= len(loader) < len(loader.dataset)  # type: ignore[arg-type]  # it is map-style
+
+
+def confirm_warnings(sets: ExampleSets, min_gain: float, batches: bool = False) -> list[str]:
+    """What to say about the size of the confirm set; nothing if it suffices.
+
+    What is independent are subjects, of which examples may tell more, but surely as much. A recommendation also takes a
+    gain outside of what either model says most; that this is each group's most common answer is a guess.
+
+    Args:
+        sets: those of the search.
+        min_gain: the gain that should be shown.
+        batches: whether batches are compared. Their means have as little noise as all of their examples, but the t test
+            learns how much from a few numbers only.
+    """
+    examples, have = sets.sizes["confirm"], sets.subjects("confirm")
+    left, need = 1 - sets.constant_answer("confirm"), examples_needed(min_gain, power=POWER)
+    told = f"{examples:,} example{'s' * (examples != 1)}"
+    if batches:
+        count = len(sets.loader("confirm"))
+        levels = np.array([1 - ALPHA / 2, POWER])
+        wider = stats.t.ppf(levels, count - 1).sum() / stats.norm.ppf(levels).sum() if count > 1 else math.inf
+        have = int(have / wider**2)
+        told += (
+            f" in {count} batch{'es' * (count != 1)}, which are what is compared, since `validation_step` returns no "
+            f"value per example, and tell as much as {have}"
+        )
+    elif have < examples:
+        told += f" of {have:,} subject{'s' * (have != 1)}, which are what is independent"
+    if left < 1:
+        told += f"; without the most common answer of each group, as the prior check may need it, {have * left:.0f}"
+    if have * left >= need:
+        return []
+    shown = detectable_gain(int(have * left), power=POWER)
+    gains = f"gains from {shown:.1%} on" if math.isfinite(shown) else "no gain at all"
+    return [
+        f"the confirm set has {told}: a gain of {min_gain:.1%} is confirmed with less than {POWER:.0%} probability. "
+        f"That takes {need}; there are enough for {gains}. Give more examples, or a larger share of them to `confirm`"
+        f"{', or return a value per example' * batches}"
+    ]
+
+
+def guard_warnings(sets: ExampleSets, constraints: Iterable[Constraint], measured: Mapping[str, Values]) -> list[str]:
+    """What to say of constraints on right and wrong that the guard set is too small to show.
+
+    Args:
+        sets: those of the search.
+        constraints: of the search.
+        measured: values of the original on some examples, by metric; of right and wrong where all are 0 or 1.
+    """
+    told: list[str] = []
+    for constraint in constraints:
+        values = measured[constraint.key].values if constraint.key in measured else torch.empty(0)
+        present = values[~values.isnan()]
+        if len(present) and bool(((present == 0) | (present == 1)).all()):
+            told += filter(None, [constraint.too_few(sets.subjects("guard"))])
+    return [f"the guard set is small: {reason}" for reason in told]

@@ -1,0 +1,99 @@
+"""The sentence that speaks for a row, and for a plan: it says no more than the row does."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from laser_callback.reports.row_text import finding, verdict
+from laser_callback.results.comparison import ArmResult, LaserResult
+from laser_callback.results.examples import PairedExamples
+from laser_callback.stats import Outcomes, adjust, compare, prior_checks
+from laser_callback.stats.outcomes import PairedResult, not_tested
+
+
+def right(fixed: int, broken: int, n: int, clusters: list[int] | None = None) -> PairedResult:
+    before, after = np.zeros(n, bool), np.zeros(n, bool)
+    after[:fixed] = before[fixed : fixed + broken] = True
+    return compare("acc", Outcomes.of(before), Outcomes.of(after), clusters=clusters)
+
+
+def claimed(row: PairedResult) -> PairedResult:
+    return adjust([row], row.metric)[0]
+
+
+def loss(kind: str, shift: float) -> PairedResult:
+    values = np.linspace(1, 2, 40)
+    weights = np.ones(40) if kind == "log_ratio" else None
+    after = values + shift + 0.01 * np.sin(np.arange(40))
+    arms = (Outcomes(v, weights, kind) for v in (values, after))
+    return compare("perplexity" if kind == "log_ratio" else "val_loss", *arms, higher_is_better=False)
+
+
+@pytest.mark.parametrize(
+    ("row", "sentence"),
+    [
+        (
+            claimed(right(30, 5, 400)),
+            "acc rises from 1.2% to 7.5% on 400 examples (p <.0001), by at least 3.5 points and at most 9.6 points at "
+            "95 % confidence",
+        ),
+        (
+            claimed(right(5, 30, 400)),
+            "acc falls from 7.5% to 1.2% on 400 examples (p <.0001), by at least 3.5 points and at most 9.6 points at "
+            "95 % confidence",
+        ),
+        (
+            claimed(right(3, 3, 100)),
+            "no change of acc is shown on 100 examples (p = 1): it may have fallen by up to 6.6 points or risen by up "
+            "to 6.6 points, and by no more at 95 % confidence",
+        ),
+        (
+            right(3, 3, 100),
+            "acc goes from 3.0% to 3.0% on 100 examples: 0.0% [-6.6, +6.6], of which nothing is claimed",
+        ),
+        (
+            not_tested("f1", 0.5, 0.6, 12, "not an average over examples"),
+            "f1 goes from 0.500 to 0.600 on 12 examples, and is not tested: not an average over examples",
+        ),
+    ],
+)
+def test_a_row_in_words(row: PairedResult, sentence: str) -> None:
+    assert finding(row) == sentence
+
+
+def test_units_and_scales() -> None:
+    clustered = finding(claimed(right(20, 0, 400, [i // 4 for i in range(400)])))
+    assert "on 400 examples in 100 clusters (p = " in clustered
+    batches = finding(replace(claimed(loss("mean", -0.1)), unit="batch"))
+    assert batches.startswith("val_loss falls from 1.50 to 1.40 on 40 batches (p <.0001), by at least 0.09")
+    assert "points" not in batches
+    ratio = finding(claimed(loss("log_ratio", 0.1)))
+    assert ratio.startswith("perplexity rises from 4.48 to 4.95 on 40 examples (p <.0001), by at least 10.3 %")
+    assert "after Holm" in finding(replace(right(30, 5, 400), role="holm", p_adjusted=0.001))
+
+
+def test_a_loss_that_is_not_shown_by_an_interval_that_is_not_adjusted() -> None:
+    """After Holm no change is shown, though the row's own interval leaves 0 out: nothing is said to be ruled out."""
+    row = replace(right(8, 1, 100), role="holm", p_adjusted=0.2)
+    assert row.lower > 0
+    assert "its own interval, which is not adjusted, is [+0.8, +14.8]" in finding(row)
+    assert "no more" not in finding(row)
+
+
+def test_a_plan_in_words() -> None:
+    n = 40
+    gold = ["euro"] * 24 + ["yen", "peso"] * 8
+    said = (["the"] * n, ["euro"] * n)
+    arms = tuple(Outcomes.of(np.array([a == b for a, b in zip(gold, texts, strict=True)])) for texts in said)
+    row = claimed(compare("acc", *arms))
+    checks = prior_checks("acc", gold, said, arms)
+    arm = ArmResult("1.mlp@0.1", [row], {"acc": checks}, "off", 0.0, 0.0)
+    control = ArmResult("1.mlp@0", [replace(row, delta=0.025)], {}, "off", 0.0, 0.0)
+    result = LaserResult({"laser": arm}, {"laser": {"zeroed": control}}, "acc", 0.0, {}, PairedExamples())
+    told = verdict(result, "laser")
+    assert told.startswith("with 1.mlp@0.1 acc rises from 0.0% to 60.0% on 40 examples (p <.0001)")
+    assert f"; but {checks.doubt}" in told
+    assert told.endswith("; the same matrix zeroed +2.5%")

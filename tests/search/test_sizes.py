@@ -1,0 +1,64 @@
+"""What is said of too few examples, before the work."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny import tiny_tokenizer
+
+from laser_callback import FactsDataModule
+from laser_callback.compare.measure import Values
+from laser_callback.data.sets import ExampleSets
+from laser_callback.search.sizes import confirm_warnings, guard_warnings
+from laser_callback.stats import Constraint
+from laser_callback.stats.power import examples_needed
+
+
+def sets(per_subject: int = 1, answers: int = 100, n: int = 600) -> ExampleSets:
+    rows = [
+        {"id": str(i), "prompt": f"the number {i} is", "answer": f"a{i % answers}", "subject": f"s{i // per_subject}"}
+        for i in range(n)
+    ]
+    data = FactsDataModule(rows, tiny_tokenizer())
+    return ExampleSets.of(data, sizes={"screen": 20, "race": 80, "confirm": 0.75, "guard": 40})
+
+
+def test_the_size_suffices() -> None:
+    assert not confirm_warnings(sets(), 0.05)
+
+
+def test_subjects_are_what_counts() -> None:
+    (told,) = confirm_warnings(sets(per_subject=5), 0.05)
+    assert "450 examples of 90 subjects, which are what is independent" in told
+    assert f"That takes {examples_needed(0.05)}" in told
+
+
+def test_what_the_prior_check_leaves_counts() -> None:
+    """One answer in two is the most common: the check may be left with half of the examples."""
+    (told,) = confirm_warnings(sets(answers=2), 0.05)
+    assert "without the most common answer of each group, as the prior check may need it, 216:" in told
+    assert not confirm_warnings(sets(answers=2), 0.1)
+    (told,) = confirm_warnings(sets(answers=1), 0.1)
+    assert "as the prior check may need it, 0:" in told
+    assert "no gain at all" in told
+
+
+@pytest.mark.parametrize(
+    ("constraint", "values", "told"),
+    [
+        ("acc >= -0.02", [0.0, 1.0, torch.nan], True),
+        ("acc >= -0.3", [0.0, 1.0], False),
+        ("acc >= -0.02", [0.0, 0.5], False),  # no right and wrong: its spread decides
+        ("acc >= -2 %", [0.0, 1.0], False),
+        ("perplexity <= +0.5", [], False),
+    ],
+)
+def test_a_bound_that_the_guard_set_cannot_show(constraint: str, values: list[float], told: bool) -> None:
+    measured = {"acc": Values(torch.tensor(values), torch.ones(len(values)))}
+    found = guard_warnings(sets(), [Constraint.parse(constraint)], measured)
+    assert bool(found) == told
+    if told:
+        assert found == [
+            "the guard set is small: 40 independent examples, none of which changes, leave a drop of 8.5% possible, so "
+            "that 'acc >= -0.02' stays undecided; 180 would do"
+        ]
