@@ -100,7 +100,7 @@ def rollout(
     if isinstance(judged, LaserModule) and model is not None:
         sources = {name: facts_for(judged, path, **options) for name, path in (others or {}).items()}
         if probes is not None:
-            sources["probes"] = ProbesDataModule(probes, judged.tokenizer)
+            sources["probes"] = ProbesDataModule(probes, judged.tokenizer, system=system)
     elif probes is not None or others is not None:
         raise ValueError("`--probes` and `--others` go with `--model`")
     staged = StagedRollout(

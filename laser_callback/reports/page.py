@@ -85,18 +85,18 @@ def _comparison_context(result: LaserResult) -> dict[str, Any]:
 def _headline(result: LaserResult, claims: Mapping[str, PairedResult | None]) -> str:
     if len(claims) > 1:
         counts = Counter(row.verdict for row in claims.values() if row is not None)
-        told = [f"{counts[verdict]} {verdict}" for verdict in ("better", "worse") if counts[verdict]]
-        rest = len(claims) - counts["better"] - counts["worse"]
+        told = [f"{counts[verdict]} {verdict}" for verdict in ("better", "in doubt", "worse") if counts[verdict]]
+        rest = len(claims) - counts["better"] - counts["in doubt"] - counts["worse"]
         return f"{len(claims)} plans: {', '.join([*told, *[f'{rest} not shown to differ'] * bool(rest)])}"
     ((name, row),) = claims.items()
     plan = code(result[name].plan)
     if row is None:
         return Markup("Nothing could be tested of {}").format(plan)
-    checks = result[name].prior_checks.get(row.metric)
+    if row.verdict == "in doubt":
+        return Markup("{} is better with {}, but {}").format(row.metric, plan, row.doubt)
     if row.verdict not in ("better", "worse", "higher", "lower"):
         return Markup("No difference in {} is shown with {}").format(row.metric, plan)
-    shift = f", but {checks.doubt}" if row.verdict == "better" and checks and checks.doubt else ""
-    return Markup("{} is {} with {}{}").format(row.metric, row.verdict, plan, shift)
+    return Markup("{} is {} with {}").format(row.metric, row.verdict, plan)
 
 
 def spectrum_pictures(arm: ArmResult) -> list[tuple[CutSpectrum, str, Markup]]:

@@ -114,9 +114,10 @@ def verdict(result: LaserResult, name: str) -> str:
         return f"nothing could be tested of {plan_text(arm.plan)}"
     text = f"with {plan_text(arm.plan)} {finding(row)}"
     checks = arm.prior_checks.get(row.metric)
-    if row.verdict == "better" and checks is not None:
-        others = " and ".join(f"other {by}s" for by in checks.worth_less)
-        text += f"; but {checks.doubt}" if checks.doubt else f"; what is shown for {others} is less" * bool(others)
+    if row.verdict == "in doubt":
+        text += f"; but {row.doubt}"
+    elif row.verdict == "better" and checks is not None and checks.worth_less:
+        text += f"; what is shown for {' and '.join(f'other {by}s' for by in checks.worth_less)} is less"
     changes = {
         kind: delta_text(own, own.delta)
         for kind, control in result.controls.get(name, {}).items()

@@ -29,7 +29,13 @@ from laser_callback.results.flips import claim_row
 from laser_callback.stats.priors import PriorChecks
 from laser_callback.support.files import write_atomically
 
-_STYLES = {"better": "bold green", "worse": "bold red", "higher": "yellow", "lower": "yellow"}
+_STYLES = {
+    "better": "bold green",
+    "in doubt": "bold yellow",
+    "worse": "bold red",
+    "higher": "yellow",
+    "lower": "yellow",
+}
 _SHORT = {"no difference shown": "not shown", "not tested": "untested"}  # in 80 columns
 WIDE = 116
 """From this many columns on, tables have their wide form."""
@@ -78,12 +84,9 @@ def render(result: LaserResult, width: int) -> RenderableType:
 def verdicts(result: LaserResult) -> list[RenderableType]:
     """A sentence for each plan."""
     told: list[RenderableType] = []
-    for name, arm in result.arms.items():
+    for name in result.arms:
         row = claim_row(result, name)
-        checks = arm.prior_checks.get(row.metric) if row else None
-        doubted = row is not None and row.verdict == "better" and checks is not None and checks.doubt
-        style = "bold yellow" if doubted else _STYLES.get(row.verdict, "bold") if row else "bold"
-        told.append(Text(verdict(result, name), style=style))
+        told.append(Text(verdict(result, name), style=_STYLES.get(row.verdict, "bold") if row else "bold"))
     return told
 
 

@@ -38,6 +38,10 @@ class ArmResult:
     factorise_seconds: Seconds
     spectra: list[CutSpectrum] = field(default_factory=list, repr=False)
 
+    def __post_init__(self) -> None:
+        doubts = {metric: checks.doubt for metric, checks in self.prior_checks.items()}
+        self.rows = [replace(row, doubt=doubts.get(row.metric, row.doubt)) for row in self.rows]
+
     def __getitem__(self, metric: str) -> PairedResult:
         return row_named(metric, self.rows)
 

@@ -25,11 +25,13 @@ class Budget:
         minutes: so much; ``None`` for as long as it takes.
         start: when the search began, by ``time.perf_counter``.
         pass_seconds: what one example takes through the whole model.
+        controls: whether the winner is confirmed beside two controls.
     """
 
     minutes: float | None
     start: float
     pass_seconds: float
+    controls: bool = True
 
     def affordable(
         self, steps: Steps, step: str, ranked: Sequence[Candidate], examples: int, finalists: int, near: int
@@ -46,7 +48,9 @@ class Budget:
 
         def compute() -> Step:
             for many in range(len(ranked), 0, -1):
-                seconds = self.pass_seconds * passes_of(steps, ranked[:many], examples, finalists, near)
+                seconds = self.pass_seconds * passes_of(
+                    steps, ranked[:many], examples, finalists, near, 4 if self.controls else 2
+                )
                 if seconds <= left:
                     return {"count": many}, {}
             raise OutOfTimeError(
@@ -58,10 +62,15 @@ class Budget:
         return int(data["count"])
 
 
-def passes_of(steps: Steps, racers: Sequence[Candidate], examples: int, finalists: int, near: int) -> float:
-    """Passes of one example through the whole model until the winner is confirmed; about ``near`` others enter late."""
+def passes_of(
+    steps: Steps, racers: Sequence[Candidate], examples: int, finalists: int, near: int, confirmed: int = 4
+) -> float:
+    """Passes of one example through the whole model until the winner is confirmed; about ``near`` others enter late.
+
+    ``confirmed`` models run on the confirm set: the original, the plan, and its two controls if there are any.
+    """
     share, alive = sum(steps.lab.share(c.plan) for c in racers) / len(racers), len(racers)
-    passes = 4.0 * steps.sets.sizes["confirm"]  # the original, the plan and its two controls
+    passes = float(confirmed * steps.sets.sizes["confirm"])
     passes += near * share * examples / 2
     for rung in schedule(examples, len(racers), finalists):
         passes += rung.examples * (1 + share * alive)

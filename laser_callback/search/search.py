@@ -223,7 +223,7 @@ class LaserSearch:
             steps,
             found,
             bounds,
-            Budget(self.minutes, start, pass_seconds),
+            Budget(self.minutes, start, pass_seconds, self.controls),
             self._screen(steps) if self.method == "screened" else None,
             paper=paper,
             within=self.within,

@@ -30,7 +30,9 @@ Test: TypeAlias = Literal[
     "Welch's t",
     "not tested",
 ]
-Verdict: TypeAlias = Literal["better", "worse", "higher", "lower", "no difference shown", "not tested", "exploratory"]
+Verdict: TypeAlias = Literal[
+    "better", "in doubt", "worse", "higher", "lower", "no difference shown", "not tested", "exploratory"
+]
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,6 +141,7 @@ class PairedResult:
         higher_is_better: direction of the metric; ``None`` if unknown.
         unit: what is independent: examples, clusters of them, or batches where no values per example are known.
         examples: number of examples in the clusters; ``None`` where there are none.
+        doubt: why a gain may be no more than another way to answer, as the prior check says; empty if there is none.
     """
 
     metric: str
@@ -161,10 +164,13 @@ class PairedResult:
     higher_is_better: bool | None = None
     unit: Unit = "example"
     examples: int | None = None
+    doubt: str = ""
 
     @property
     def verdict(self) -> Verdict:
         """What the row may claim at level 0.05: "higher" or "lower" where it is unknown which of them is better.
+
+        A gain that the prior check doubts is "in doubt", and no "better".
 
         The p value decides, not the interval: near the boundary an exact test and a score interval may disagree.
         """
@@ -177,7 +183,9 @@ class PairedResult:
             return "no difference shown"
         if self.higher_is_better is None:
             return "higher" if self.delta > 0 else "lower"
-        return "better" if (self.delta > 0) == self.higher_is_better else "worse"
+        if (self.delta > 0) != self.higher_is_better:
+            return "worse"
+        return "in doubt" if self.doubt else "better"
 
     @property
     def units(self) -> str:

@@ -6,6 +6,7 @@ import io
 import json
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from paired import bools, described, log, pair
@@ -17,6 +18,8 @@ from laser_callback.reports.terminal import plain, print_report, quoted
 from laser_callback.results.comparison import ArmResult, LaserResult, adjust_together
 from laser_callback.stats.outcomes import Outcomes, PairedResult
 from laser_callback.stats.paired import compare
+from laser_callback.stats.priors import prior_checks
+from laser_callback.support.reading import built
 
 # ---- results ---------------------------------------------------------------------------------------------------------
 
@@ -154,3 +157,16 @@ def test_the_result_is_strict_json(tmp_path):
     with pytest.raises(TypeError):
         shown.to_json(tmp_path / "new" / "result.json")
     assert (tmp_path / "new" / "result.json").read_text() == before
+
+
+def test_a_gain_that_the_prior_check_doubts_is_no_better():
+    gold = ["euro"] * 24 + ["yen", "peso"] * 8
+    said = (["the"] * 40, ["euro"] * 40)
+    arms = tuple(Outcomes.of(np.array([a == b for a, b in zip(gold, texts, strict=True)])) for texts in said)
+    checks = {"acc": prior_checks("acc", gold, said, arms)}
+    arm = ArmResult("1.mlp@0.1", [compare("acc", *arms)], checks, "off", 0.0, 0.0)
+    adjust_together([arm], "acc")
+    assert arm["acc"].p < 1e-6
+    assert arm["acc"].verdict == "in doubt"
+    assert arm.to_dict()["rows"][0]["verdict"] == "in doubt"
+    assert built(ArmResult, arm.to_dict()).rows == arm.rows

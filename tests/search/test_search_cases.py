@@ -146,6 +146,8 @@ def test_what_enters_late_is_in_the_budget():
         assert Budget(minutes, time.perf_counter(), 60.0).affordable(steps, "1", ranked, 200, 6, 20) == 12
     with pytest.raises(OutOfTimeError, match="is too short"):
         Budget(alone, time.perf_counter(), 60.0).affordable(steps, "1", ranked, 200, 6, 20)
+    without = passes_of(steps, ranked, 200, 6, 0, 2)
+    assert alone - without == 2 * steps.sets.sizes["confirm"]
 
 
 def test_controls_that_cannot_be_drawn_are_left_out_and_said(recall, monkeypatch):
