@@ -28,8 +28,10 @@ from torch import Tensor
 from laser_callback.compare.measure import Table, Values
 from laser_callback.results.candidates import Estimate
 from laser_callback.results.examples import ORIGINAL
+from laser_callback.search.tables import joined
+from laser_callback.stats.holm import adjust
 from laser_callback.stats.intervals import standard_error
-from laser_callback.stats.outcomes import Outcomes, PairedResult
+from laser_callback.stats.outcomes import ALPHA, Outcomes, PairedResult
 from laser_callback.stats.paired import compare
 
 SMALLEST_RUNG = 24
@@ -159,6 +161,32 @@ def choose(objective: Objective, table: Table, arms: Sequence[str]) -> str:
     _, ties = _means(further, table, close)
     close = [arm for arm in close if arm == best or _no_more_than_noise(objective.loss_change(table, arm, base=best))]
     return min(close, key=lambda arm: (ties[arm], losses[arm]))
+
+
+def improved(objective: Objective, table: Table, fresh: Table, arms: Sequence[str]) -> list[str]:
+    """The arms that improve on the base also on fresh examples, Holm-corrected for all arms.
+
+    Tested is the loss where there is one, since it decides on fewer examples; the gain over all examples must then not
+    be negative.
+
+    Args:
+        objective: what is to be improved.
+        table: values that the arms were chosen by.
+        fresh: values on examples that they were not chosen by.
+        arms: as named in both.
+    """
+    rows = []
+    for arm in arms:
+        change = objective.loss_change(fresh, arm)
+        rows.append(replace(paired(change or objective.gain(fresh, arm)), metric=arm))
+    better = -1 if objective.loss else 1
+    found = []
+    for row in adjust(rows, None):
+        gain, _ = objective.estimates(joined({arm: table[arm] for arm in (ORIGINAL, row.metric)}, fresh), row.metric)
+        significant = row.p_adjusted is not None and row.p_adjusted <= ALPHA and row.delta * better > 0
+        if significant and gain.delta >= 0:
+            found.append(row.metric)
+    return found
 
 
 def _no_more_than_noise(change: Values | None) -> bool:
