@@ -74,14 +74,15 @@ class Objective:
         total = np.where(present, stacked, 0).sum(0)
         mean = np.divide(total, present.sum(0), out=np.full(total.shape, np.nan), where=present.any(0))
         weights = table[arm][self.keys[0]].weights  # of batches those of any key; a fact weighs 1 in a mean of keys
-        return Values(_tensor(mean), weights.where(weights > 0, 1.0) if len(self.keys) > 1 else weights)
+        weights = weights.where(weights > 0, 1.0) if len(self.keys) > 1 else weights
+        return Values(_tensor(mean), weights, clusters=table[arm][self.keys[0]].clusters)
 
     def loss_change(self, table: Table, arm: str, base: str = ORIGINAL) -> Values | None:
         """Each unit's change of the loss from ``base`` to ``arm``; negative is better. ``None`` without a loss."""
         if self.loss is None:
             return None
         change = table[arm][self.loss].values - table[base][self.loss].values
-        return Values(change, table[arm][self.loss].weights)
+        return Values(change, table[arm][self.loss].weights, clusters=table[arm][self.loss].clusters)
 
     def estimates(self, table: Table, arm: str) -> tuple[Estimate, Estimate | None]:
         """Gain and change of the loss of an arm against the base, with intervals."""
@@ -203,10 +204,11 @@ def estimate(change: Values) -> Estimate:
 
 
 def paired(change: Values) -> PairedResult:
-    """The test of a paired change against zero."""
+    """The test of a paired change against zero, which counts whole clusters."""
     zero = torch.zeros_like(change.values)
     weights = None if bool((change.weights == 1).all()) else change.weights
-    return compare("change", Outcomes(zero, weights), Outcomes(change.values, weights))
+    clusters = None if change.clusters is None else change.clusters.tolist()
+    return compare("change", Outcomes(zero, weights), Outcomes(change.values, weights), clusters=clusters)
 
 
 def _means(objective: Objective, table: Table, arms: Sequence[str]) -> tuple[dict[str, float], dict[str, float]]:

@@ -324,8 +324,8 @@ def ab_test(size: int = 1) -> Decision:
 
 
 def ab_test_of_losses(rng: Generator) -> bool:
-    losses = rng.exponential(2.0, 400)
-    return ab_tested(int(rng.integers(2**31)), *numbers(losses, rng.permutation(losses), "log_loss"), "log_loss")
+    arms = rng.exponential(2.0, (2, 400))
+    return ab_tested(int(rng.integers(2**31)), *numbers(*arms, "log_loss"), "log_loss")
 
 
 def composed(loss: bool, size: int = 1) -> Decision:
@@ -335,12 +335,16 @@ def composed(loss: bool, size: int = 1) -> Decision:
         parts: list[Table] = []
         for gained, n in ((0.12, 160), (CHANGED, 40)):
             clusters, none = np.arange(n) // size, torch.zeros(n)
-            part: Table = {"original": {name: made_values(none) for name in (KEY, "log_loss")}}
+            labels = torch.tensor(clusters + 1000 * len(parts))
+            part: Table = {"original": {name: made_values(none, labels) for name in (KEY, "log_loss")}}
             common = shared_normal(rng, clusters)
             for i in range(6):
                 change = shared(rng, clusters, 0.8, gained, CHANGED)
                 losses = torch.tensor(0.1 * (common + shared_normal(rng, clusters)))
-                part[f"cut {i}"] = {KEY: made_values(torch.tensor(change)), "log_loss": made_values(losses)}
+                part[f"cut {i}"] = {
+                    KEY: made_values(torch.tensor(change), labels),
+                    "log_loss": made_values(losses, labels),
+                }
             parts.append(part)
         objective = Objective((KEY,), (1,), "log_loss" if loss else None)
         return bool(improved(objective, *parts, [f"cut {i}" for i in range(6)]))
@@ -348,8 +352,8 @@ def composed(loss: bool, size: int = 1) -> Decision:
     return run
 
 
-def made_values(values: torch.Tensor) -> Values:
-    return Values(values.double(), torch.ones(len(values)).double())
+def made_values(values: torch.Tensor, clusters: torch.Tensor) -> Values:
+    return Values(values.double(), torch.ones(len(values)).double(), clusters=clusters)
 
 
 def shared_normal(rng: Generator, clusters: NDArray[np.int64]) -> NDArray[np.float64]:
