@@ -143,7 +143,7 @@ class PairedExamples:
         return self._means(arm, key)[0] if isinstance(selected, str) else selected[:2]
 
     def clusters(self, key: str, metric: Logged) -> list[Hashable] | None:
-        """Each example's cluster, in the order of :meth:`values`; ``None`` where they are independent, as batches are."""
+        """Each example's cluster, in the order of :meth:`values`; ``None`` where all are independent, as batches."""
         selected = self._select(ORIGINAL, key, metric)
         return None if isinstance(selected, str) else selected.clusters
 

@@ -113,13 +113,14 @@ def compare_groups(
     if min(sizes) < (1 if original.kind == "binary" else 2):
         return replace(row, note=f"{sizes[0]} and {sizes[1]} units are too few")
     if original.kind == "binary":
-        sizes = len(groups[0][0]), len(groups[1][0])
-        ones = round(float(groups[0][0].sum())), round(float(groups[1][0].sum()))
+        robust = None if labels is None else _clustered(groups, means, labels)
+        if robust is None or robust.error:  # else nothing varies within a group: each cluster is one unit
+            sizes = len(groups[0][0]), len(groups[1][0])
+        ones = round(means[0] * sizes[0]), round(means[1] * sizes[1])
         table = np.array([[one, size - one] for one, size in zip(ones, sizes, strict=True)])
         ends = [joined_wilson(ones, sizes, level) for level in (1 - ALPHA, 1 - 2 * ALPHA)]
         row = replace(row, p=float(stats.fisher_exact(table).pvalue), test="Fisher's exact")
-        if labels is not None:
-            robust = _clustered(groups, means, labels)
+        if robust is not None and robust.error:
             wider = [robust.interval(level) for level in (1 - ALPHA, 1 - 2 * ALPHA)]
             ends = [(min(a, c), max(b, d)) for (a, b), (c, d) in zip(ends, wider, strict=True)]
             row = replace(row, p=max(row.p or 0.0, robust.p), test="cluster-robust t")

@@ -8,7 +8,8 @@ margin passes it in at most 5 %. Then the other side: a gain that is really ther
 says of the examples that the prior check leaves.
 
 One table: scenario, data sets, share, the bound with its Monte Carlo error (99.9 %), and whether it is kept. Exits with
-1 where one is not. A last section shows what no test of these examples can hold, and why: it decides nothing.
+1 where one is not. A last section shows limits, which the tests are known not to hold: the docstrings of lopsided and
+rare_total_losses say why. They are not counted in the exit status.
 """
 
 from __future__ import annotations
@@ -398,6 +399,22 @@ def scores_at_margin(margin: float, n: int) -> Decision:
     return run
 
 
+def rare_total_losses(n: int) -> Decision:
+    """Scores in thirds, of which most of the loss is in the 3 % of examples that lose all.
+
+    A t interval takes the mean for normal. Where none or one of the few large losses is in the sample, both the loss
+    and its spread come out too small. It is gone with some hundreds of examples.
+    """
+
+    def run(rng: Generator) -> bool:
+        change = rng.choice([-3, -1, 1, 0], n, p=[0.03, 0.1, 0.07, 0.8])
+        before = np.where(change > 0, 0, 3)
+        arms = (before / 3, (before + change) / 3)
+        return passes(Constraint("robustness", ">=", -0.04), *numbers(*arms, "robustness"))
+
+    return run
+
+
 def planted(gain: float, rng: Generator) -> SearchResult:
     """A search on as many examples as are said to be needed."""
     return searched(*answered(rng, changes(rng, gain * 3 / 2, gain / 2, examples_needed(gain))))
@@ -441,19 +458,21 @@ def scenarios() -> Iterator[tuple[str, float, Decision]]:
 
 
 def limits() -> Iterator[tuple[str, float, Decision]]:
-    """What no test of so many examples can hold; each docstring says why."""
+    """What the tests do not hold; each docstring says why."""
     for small, large in ((150, 15), (1000, 100)):
         yield f"{small} small clusters gain what {large} large lose", 0.025, lopsided(small, large)
+    for n in (60, 1000):
+        yield f"robustness >= -0.04, mostly by total losses, {n} examples", 0.05, rare_total_losses(n)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="150 data sets each in place of 2,000: three minutes")
+    parser.add_argument("--quick", action="store_true", help="200 data sets each in place of 2,000: two minutes")
     parser.add_argument("--sets", type=int, help="so many data sets each")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", default="", help="scenarios whose names have this in them")
     options = parser.parse_args(arguments)
-    sets = options.sets or (150 if options.quick else 2000)
+    sets = options.sets or (200 if options.quick else 2000)
     kept = []
 
     def tell(name: str, share: float, bound: float, verdict: str) -> None:
@@ -483,7 +502,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             tell(name, share, power - error, verdict)
     for i, (name, count, bound) in enumerate(chosen(limits())):
         if not i:
-            print("\nlimits, which no test of these examples can hold (the reasons are in this file):")
+            print("\nlimits, known not to be held and not counted (the reasons are in this file):")
         tell(name, count / sets, bound / sets, "a limit")
     return int(not all(kept))
 
