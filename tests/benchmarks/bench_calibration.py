@@ -403,7 +403,7 @@ def rare_total_losses(n: int) -> Decision:
     """Scores in thirds, of which most of the loss is in the 3 % of examples that lose all.
 
     A t interval takes the mean for normal. Where none or one of the few large losses is in the sample, both the loss
-    and its spread come out too small. It is gone with some hundreds of examples.
+    and its spread come out too small. It shrinks as examples are added.
     """
 
     def run(rng: Generator) -> bool:
