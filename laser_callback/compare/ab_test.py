@@ -26,8 +26,9 @@ from laser_callback.support.processes import gather
 from laser_callback.surgery.swap import reduced
 
 REDUCED = "reduced"
-_Seen = dict[str, dict[str, dict[Hashable, tuple[float, float | None, Kind]]]]
-"""Arm -> metric -> value, weight and kind of each example that the arm has seen, by dataloader and id."""
+_One = tuple[float, float | None, Kind, Hashable]
+_Seen = dict[str, dict[str, dict[Hashable, _One]]]
+"""Arm -> metric -> value, weight, kind and cluster of each example that the arm has seen, by dataloader and id."""
 
 _OF_ROWS = ("chunks", "row_fact", "row_role")  # of a batch of facts: what is per row, not per fact
 
@@ -67,6 +68,7 @@ class ABTest:
 
         Args:
             run: the step: from a batch to what it found for each example, lists, tensors and :class:`Outcomes`.
+                Examples with the same ``cluster`` are not taken as independent.
             batch: examples with an ``id`` each.
             dataloader_idx: where the batch comes from.
 
@@ -107,9 +109,10 @@ class ABTest:
                     merged[arm].setdefault(metric, {}).update(values)
         rows = []
         for metric in [name for name in merged[ORIGINAL] if name in merged[REDUCED]]:
-            before, after = (_outcomes(merged[arm][metric]) for arm in (ORIGINAL, REDUCED))
+            (before, one), (after, two) = (_outcomes(merged[arm][metric]) for arm in (ORIGINAL, REDUCED))
             if not bool(torch.isnan(torch.cat([before.values, after.values])).all()):
-                rows.append(compare_groups(metric, before, after, higher_is_better.get(metric)))
+                clusters = None if one is None or two is None else (one, two)
+                rows.append(compare_groups(metric, before, after, higher_is_better.get(metric), clusters=clusters))
         names = [row.metric for row in rows]
         examples = {arm: len({key for values in merged[arm].values() for key in values}) for arm in merged}
         rows = adjust(rows, primary if primary in names else None)
@@ -126,8 +129,9 @@ class ABTest:
                 continue
             weights = [None] * len(ids) if value.weights is None else value.weights.tolist()
             seen = self._seen[arm].setdefault(metric, {})
-            for example_id, number, weight in zip(ids, value.values.tolist(), weights, strict=True):
-                seen[dataloader_idx, example_id] = number, weight, value.kind
+            clusters = found.get("cluster", [None] * len(ids))
+            for i, number, weight, cluster in zip(ids, value.values.tolist(), weights, clusters, strict=True):
+                seen[dataloader_idx, i] = number, weight, value.kind, cluster
 
 
 def part_of(batch: Mapping[str, Any], positions: Sequence[int]) -> dict[str, Any]:
@@ -170,11 +174,13 @@ def _joined(parts: Sequence[Any], back: Sequence[int]) -> Any:
     return [flat[i] for i in back]
 
 
-def _outcomes(seen: Mapping[Hashable, tuple[float, float | None, Kind]]) -> Outcomes:
-    values, weights, kinds = zip(*seen.values(), strict=True)
+def _outcomes(seen: Mapping[Hashable, _One]) -> tuple[Outcomes, list[Hashable] | None]:
+    """Of an arm's examples the outcomes, and the clusters where each has one."""
+    values, weights, kinds, clusters = zip(*seen.values(), strict=True)
     weighted = weights[0] is not None
-    return Outcomes(
+    outcomes = Outcomes(
         torch.tensor(values, dtype=torch.float64),
         torch.tensor(weights, dtype=torch.float64) if weighted else None,
         kinds[0],
     )
+    return outcomes, None if None in clusters else list(clusters)

@@ -8,7 +8,7 @@ objective. A plan that is in place already is the ``base``: candidates are added
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -24,6 +24,7 @@ from laser_callback.compare.callback import LaserCallback
 from laser_callback.compare.options import RunOptions
 from laser_callback.compare.run import ComparisonRun
 from laser_callback.compare.trainer import left_as_found, quiet_trainer
+from laser_callback.data.facts import draw
 from laser_callback.plans.matrices import find_matrices, layer_stacks
 from laser_callback.plans.plan import LaserPlan
 from laser_callback.plans.reduction import Reduction
@@ -48,25 +49,30 @@ class Values:
         values: (n,) float64, NaN where a unit has none.
         weights: (n,) float64; examples in a batch where batches are the units, tokens of a perplexity, else ones.
         kind: as of :class:`~laser_callback.stats.Outcomes`; right or wrong is a mean here.
+        clusters: (n,) int64, the same number for units that are not independent; ``None`` where all are.
     """
 
     values: Tensor
     weights: Tensor
     kind: Kind = "mean"
+    clusters: Tensor | None = None
 
     @classmethod
-    def of(cls, outcomes: Outcomes) -> Values:
-        """The same as float64, with weights."""
+    def of(cls, outcomes: Outcomes, clusters: Iterable[Hashable] | None = None) -> Values:
+        """The same as float64, with weights; a cluster's number is that of its label in any other measurement too."""
         values, weights = outcomes.values.double(), outcomes.weights
         kind: Kind = "mean" if outcomes.kind == "binary" else outcomes.kind
-        return cls(values, torch.ones(len(values)).double() if weights is None else weights.double(), kind)
+        weights = torch.ones(len(values)).double() if weights is None else weights.double()
+        numbers = None if clusters is None else torch.tensor([int(draw(str(c), "cluster")[:13], 16) for c in clusters])
+        return cls(values, weights, kind, numbers)
 
     @classmethod
     def join(cls, parts: Iterable[Values]) -> Values:
         """The units of several measurements, one after the other."""
         parts = list(parts)
         values, weights = (torch.cat([getattr(part, name) for part in parts]) for name in ("values", "weights"))
-        return cls(values, weights, parts[0].kind)
+        clusters = [part.clusters for part in parts if part.clusters is not None]
+        return cls(values, weights, parts[0].kind, torch.cat(clusters) if len(clusters) == len(parts) else None)
 
 
 Table = dict[str, dict[str, Values]]
@@ -251,7 +257,8 @@ class _Measure(_WithSpectra):
         pair = self._examples.values(arm, key, self._original[key])
         if pair is None or len(pair[0].values) != len(own[0].values):  # the cut has broken the model
             pair = own[0], replace(own[0], values=torch.full_like(own[0].values, math.nan))
-        before, after = map(Values.of, pair)
+        clusters = self._examples.clusters(key, self._original[key])
+        before, after = (Values.of(outcomes, clusters) for outcomes in pair)
         present = before.values[~torch.isnan(before.values)]
         if not len(present) or not bool(torch.isfinite(present).all()):
             raise ValueError(f"{key!r} is not finite for the model as it is: nothing can be compared with that")

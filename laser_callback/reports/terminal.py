@@ -114,7 +114,9 @@ def print_ab(result: ABResult, console: Console | None = None) -> None:
         )
     counts = " and ".join(f"{count:,} by the {arm}" for arm, count in result.examples.items())
     title = Text.assemble("A/B, original against reduced, ", (result.plan, "bold cyan"), f": {counts}")
-    legend = "n: of the original/reduced model; p: Fisher's exact or Welch's test, Holm-adjusted"
+    clustered = any(row.test == "cluster-robust t" for row in result.rows)
+    tests = "Fisher's exact, Welch's or cluster-robust" if clustered else "Fisher's exact or Welch's"
+    legend = f"n: of the original/reduced model; p: {tests} test, Holm-adjusted"
     legend += " but for the metric with the star" * any(row.role == "primary" for row in result.rows)
     rows = sorted(result.rows, key=lambda row: row.role != "primary")
     told = [Text(finding(row), style=_STYLES.get(row.verdict, "bold")) for row in rows if row.test != "not tested"][:1]

@@ -142,6 +142,11 @@ class PairedExamples:
         selected = self._select(arm, key, metric)
         return self._means(arm, key)[0] if isinstance(selected, str) else selected[:2]
 
+    def clusters(self, key: str, metric: Logged) -> list[Hashable] | None:
+        """Each example's cluster, in the order of :meth:`values`; ``None`` where all are independent, as batches."""
+        selected = self._select(ORIGINAL, key, metric)
+        return None if isinstance(selected, str) else selected.clusters
+
     def priors(self, arm: str, original: Mapping[str, Logged], reduced: Mapping[str, Logged]) -> dict[str, PriorChecks]:
         """The prior checks of each metric of right and wrong for which the step returned answers and predictions."""
         found = {}

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from laser_callback.plans.plan import LaserPlan
 from laser_callback.results.gates import GateVerdict
+from laser_callback.stats.gain import Gain
+from laser_callback.stats.gates import Gate
 from laser_callback.support.files import write_json
 
+GainAt = Literal["each", "last"]
 Outcome = Literal["kept", "went on", "went back"]
 
 
@@ -52,6 +56,29 @@ class RolloutResult:
     stages: list[Stage] = field(default_factory=list)
     interrupted: bool = False
     settings: dict[str, Any] = field(default_factory=dict)
+
+    def add(self, verdict: GateVerdict, gates: Sequence[Gate], gain_at: GainAt, seconds: float = 0.0) -> bool:
+        """Decide on the next stage.
+
+        Args:
+            verdict: what the gates say to its plan.
+            gates: that were judged, in the order of the judgements.
+            gain_at: demand the gains of each stage, or of the last only.
+            seconds: that the stage took.
+
+        Returns:
+            Whether the rollout goes on, if there are stages left.
+        """
+        last = len(self.stages) + 1 == len(self.declared)
+        outcome: Outcome = "kept" if verdict.accepted else "went back"
+        if gain_at == "last" and not last:
+            judged = zip(gates, verdict.judgements, strict=True)
+            held = all(judgement.verdict == "pass" for gate, judgement in judged if not isinstance(gate, Gain))
+            outcome = "went on" if held else "went back"
+        if outcome == "kept":
+            self.plan, self.complete = verdict.plan, last
+        self.stages.append(Stage(verdict, outcome, seconds))
+        return outcome != "went back"
 
     @property
     def log(self) -> list[str]:

@@ -28,8 +28,10 @@ from torch import Tensor
 from laser_callback.compare.measure import Table, Values
 from laser_callback.results.candidates import Estimate
 from laser_callback.results.examples import ORIGINAL
+from laser_callback.search.tables import joined
+from laser_callback.stats.holm import adjust
 from laser_callback.stats.intervals import standard_error
-from laser_callback.stats.outcomes import Outcomes, PairedResult
+from laser_callback.stats.outcomes import ALPHA, Outcomes, PairedResult
 from laser_callback.stats.paired import compare
 
 SMALLEST_RUNG = 24
@@ -72,14 +74,15 @@ class Objective:
         total = np.where(present, stacked, 0).sum(0)
         mean = np.divide(total, present.sum(0), out=np.full(total.shape, np.nan), where=present.any(0))
         weights = table[arm][self.keys[0]].weights  # of batches those of any key; a fact weighs 1 in a mean of keys
-        return Values(_tensor(mean), weights.where(weights > 0, 1.0) if len(self.keys) > 1 else weights)
+        weights = weights.where(weights > 0, 1.0) if len(self.keys) > 1 else weights
+        return Values(_tensor(mean), weights, clusters=table[arm][self.keys[0]].clusters)
 
     def loss_change(self, table: Table, arm: str, base: str = ORIGINAL) -> Values | None:
         """Each unit's change of the loss from ``base`` to ``arm``; negative is better. ``None`` without a loss."""
         if self.loss is None:
             return None
         change = table[arm][self.loss].values - table[base][self.loss].values
-        return Values(change, table[arm][self.loss].weights)
+        return Values(change, table[arm][self.loss].weights, clusters=table[arm][self.loss].clusters)
 
     def estimates(self, table: Table, arm: str) -> tuple[Estimate, Estimate | None]:
         """Gain and change of the loss of an arm against the base, with intervals."""
@@ -161,6 +164,32 @@ def choose(objective: Objective, table: Table, arms: Sequence[str]) -> str:
     return min(close, key=lambda arm: (ties[arm], losses[arm]))
 
 
+def improved(objective: Objective, table: Table, fresh: Table, arms: Sequence[str]) -> list[str]:
+    """The arms that improve on the base also on fresh examples, Holm-corrected for all arms.
+
+    Tested is the loss where there is one, since it decides on fewer examples; the gain over all examples must then not
+    be negative.
+
+    Args:
+        objective: what is to be improved.
+        table: values that the arms were chosen by.
+        fresh: values on examples that they were not chosen by.
+        arms: as named in both.
+    """
+    rows = []
+    for arm in arms:
+        change = objective.loss_change(fresh, arm)
+        rows.append(replace(paired(change or objective.gain(fresh, arm)), metric=arm))
+    better = -1 if objective.loss else 1
+    found = []
+    for row in adjust(rows, None):
+        gain, _ = objective.estimates(joined({arm: table[arm] for arm in (ORIGINAL, row.metric)}, fresh), row.metric)
+        significant = row.p_adjusted is not None and row.p_adjusted <= ALPHA and row.delta * better > 0
+        if significant and gain.delta >= 0:
+            found.append(row.metric)
+    return found
+
+
 def _no_more_than_noise(change: Values | None) -> bool:
     return change is not None and _mean(change) <= _standard_error(change)
 
@@ -175,10 +204,11 @@ def estimate(change: Values) -> Estimate:
 
 
 def paired(change: Values) -> PairedResult:
-    """The test of a paired change against zero."""
+    """The test of a paired change against zero, which counts whole clusters."""
     zero = torch.zeros_like(change.values)
     weights = None if bool((change.weights == 1).all()) else change.weights
-    return compare("change", Outcomes(zero, weights), Outcomes(change.values, weights))
+    clusters = None if change.clusters is None else change.clusters.tolist()
+    return compare("change", Outcomes(zero, weights), Outcomes(change.values, weights), clusters=clusters)
 
 
 def _means(objective: Objective, table: Table, arms: Sequence[str]) -> tuple[dict[str, float], dict[str, float]]:

@@ -28,12 +28,10 @@ from laser_callback.results.comparison import LaserResult
 from laser_callback.results.examples import ORIGINAL
 from laser_callback.results.search import Phase
 from laser_callback.search.candidates import Score, in_parts
-from laser_callback.search.race import Objective, Rung, choose, order, paired
+from laser_callback.search.race import Objective, Rung, choose, improved, order
 from laser_callback.search.screen import GradientScreen, LossFn
 from laser_callback.search.setup import FLUENCY
 from laser_callback.search.tables import joined, to_step, to_table, twins_of
-from laser_callback.stats.holm import adjust
-from laser_callback.stats.outcomes import ALPHA
 from laser_callback.support.journal import Journal, Step
 from laser_callback.support.progress import PhaseProgress
 from laser_callback.support.reading import Seconds, typed
@@ -253,26 +251,10 @@ class Steps:
     def accept(
         self, number: int, finalists: Sequence[Candidate], positions: Sequence[int], table: Table
     ) -> Candidate | None:
-        """The finalist that improves on the base also on fresh examples, Holm-corrected for all finalists; or none.
-
-        Tested is the loss where there is one, since it decides on fewer examples; the gain over all examples must then
-        not be negative.
-        """
+        """The best of the finalists that improve on the base also on fresh examples (:func:`improved`); or none."""
         loader = self.sets.loader("race", positions)
         fresh = self.measure(f"{number}-accept", "accept", [c.reduction for c in finalists], loader)
-        rows = []
-        for candidate in finalists:
-            name = str(candidate.reduction)
-            change = self.objective.loss_change(fresh, name)
-            rows.append(replace(paired(change or self.objective.gain(fresh, name)), metric=name))
-        better = -1 if self.objective.loss else 1
-        accepted = []
-        for row in adjust(rows, None):
-            whole = joined({arm: table[arm] for arm in (ORIGINAL, row.metric)}, fresh)
-            gain, _ = self.objective.estimates(whole, row.metric)
-            significant = row.p_adjusted is not None and row.p_adjusted <= ALPHA and row.delta * better > 0
-            if significant and gain.delta >= 0:
-                accepted.append(row.metric)
+        accepted = improved(self.objective, table, fresh, [str(c.reduction) for c in finalists])
         for candidate in finalists:
             if str(candidate.reduction) not in accepted:
                 candidate.status = "rejected"

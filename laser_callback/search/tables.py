@@ -49,6 +49,8 @@ def to_step(table: Table) -> Step:
         for part in ("values", "weights")
         for key in kinds
     }
+    first = next(iter(table.values()))
+    tensors |= {f"clusters/{key}": v.clusters for key, v in first.items() if v.clusters is not None}  # of all arms
     return {"arms": list(table), "kinds": kinds}, tensors
 
 
@@ -56,7 +58,8 @@ def to_table(data: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Table:
     """The inverse of :func:`to_step`."""
     return {
         arm: {
-            k: Values(tensors[f"values/{k}"][i], tensors[f"weights/{k}"][i], kind) for k, kind in data["kinds"].items()
+            k: Values(tensors[f"values/{k}"][i], tensors[f"weights/{k}"][i], kind, tensors.get(f"clusters/{k}"))
+            for k, kind in data["kinds"].items()
         }
         for i, arm in enumerate(data["arms"])
     }

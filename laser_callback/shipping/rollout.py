@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -23,7 +23,7 @@ from laser_callback.compare.module import LaserModule
 from laser_callback.plans.plan import LaserPlan
 from laser_callback.plans.reduction import Reduction
 from laser_callback.results.comparison import LaserResult
-from laser_callback.results.rollout import Outcome, RolloutResult, Stage
+from laser_callback.results.rollout import GainAt, RolloutResult
 from laser_callback.search.fingerprints import fingerprints
 from laser_callback.shipping.gates import Gates, loaders_of
 from laser_callback.spectra.store import Spectra
@@ -120,7 +120,7 @@ class StagedRollout:
     data: Any
     _: KW_ONLY
     others: Mapping[str, Any] | None = None
-    gain_at: Literal["each", "last"] = "each"
+    gain_at: GainAt = "each"
     apply: bool = False
     controls: bool = False
     folder: str | Path | None = None
@@ -236,18 +236,9 @@ class StagedRollout:
 
     def _passes(self, number: int, plan: LaserPlan) -> bool:
         """Judge a stage; whether the rollout goes on."""
-        last = number == len(self.result.declared)
         results, seconds = self._measured(number, plan)
         verdict = self._gates.verdict(plan, results)
-        outcome: Outcome = "kept" if verdict.accepted else "went back"
-        if self.gain_at == "last" and not last:
-            gates = zip(self._gates.gates, verdict.judgements, strict=True)
-            held = all(judgement.verdict == "pass" for gate, judgement in gates if not isinstance(gate, Gain))
-            outcome = "went on" if held else "went back"
-        if outcome == "kept":
-            self.result.plan, self.result.complete = plan, last
-        self.result.stages.append(Stage(verdict, outcome, seconds))
-        return outcome != "went back"
+        return self.result.add(verdict, self._gates.gates, self.gain_at, seconds)
 
     def _measured(self, number: int, plan: LaserPlan) -> tuple[dict[str, LaserResult], float]:
         """The comparisons of a stage, made or read back."""

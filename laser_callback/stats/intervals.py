@@ -116,15 +116,19 @@ def standard_error(values: Floats, weights: Floats | None, mean: float) -> float
 
 @dataclass(frozen=True)
 class MeanDifference:
-    """A mean difference with its standard error on ``df`` degrees of freedom; both are 0 if no unit differs."""
+    """A mean difference with its standard error on ``df`` degrees of freedom; both are 0 if no unit differs.
+
+    ``half_step`` is the continuity correction of its interval: half of what the smallest step of a unit moves the mean.
+    """
 
     delta: float
     error: float
     df: int
+    half_step: float = 0.0
 
     def interval(self, level: float) -> tuple[float, float]:
-        """Student's interval."""
-        margin = float(stats.t.ppf((1 + level) / 2, self.df)) * self.error
+        """Student's interval, with the continuity correction."""
+        margin = float(stats.t.ppf((1 + level) / 2, self.df)) * self.error + self.half_step
         return self.delta - margin, self.delta + margin
 
     @property
@@ -136,8 +140,9 @@ class MeanDifference:
 def mean_difference(before: Floats, after: Floats, weights: Floats | None) -> MeanDifference | str:
     """``r = sum(w d) / sum(w)`` with the linearised variance of a ratio (Cochran 1977).
 
-    With equal weights this is exactly the paired t test. Where there is nothing to test against, the reason is returned
-    instead.
+    With equal weights this is exactly the paired t test. Scores of a few values, such as thirds, have a mean that moves
+    in steps; without a correction by half a step, a one-sided bound at 5 % is crossed by 6 to 8 % of samples of 20.
+    Where there is nothing to test against, the reason is returned instead.
     """
     n = len(before)
     if n < 2:
@@ -152,4 +157,22 @@ def mean_difference(before: Floats, after: Floats, weights: Floats | None) -> Me
         if abs(delta) > rounding:
             return "all units differ by the same amount: no variance"
         return MeanDifference(delta, 0.0, n - 1)
-    return MeanDifference(delta, standard_error(difference, weights, delta), n - 1)
+    half_step = common_step(difference) / (2 * n) if weights is None else 0.0
+    return MeanDifference(delta, standard_error(difference, weights, delta), n - 1, half_step)
+
+
+def common_step(values: Floats) -> float:
+    """The largest step of which all values are multiples; 0 where it is less than a hundredth of the largest.
+
+    >>> common_step(np.array([0.5, -0.75, 0.0])), common_step(np.array([0.3, 0.1234567]))
+    (0.25, 0.0)
+    """
+    largest = float(np.abs(values).max())
+    step, rounding = 0.0, 1e-5 * largest
+    for value in np.unique(np.abs(values[values != 0])).tolist():
+        while value > rounding:  # Euclid's algorithm
+            step, value = value, step % value
+            value = 0.0 if step - value < rounding else value
+        if step < largest / 100:
+            return 0.0
+    return step

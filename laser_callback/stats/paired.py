@@ -41,7 +41,8 @@ def compare(
     is left, the row says so and has no test.
 
     - "binary": exact two-sided McNemar test and Tango's score interval with a continuity correction.
-    - "mean": paired t test and interval.
+    - "mean": paired t test and interval, the latter with a continuity correction where all differences are multiples of
+      a step (scores in thirds, say).
     - "mean" with weights, and "log_ratio": :math:`r = \sum_c w_c d_c / \sum_c w_c` over C clusters (without
       ``clusters``, the units), with the cluster-robust variance
       :math:`\frac{C}{C-1} \sum_c (w_c d_c - r w_c)^2 / (\sum_c w_c)^2` and t with C - 1 degrees of freedom;

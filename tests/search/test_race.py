@@ -9,7 +9,7 @@ from scipy import stats
 
 from laser_callback.compare.measure import Values
 from laser_callback.results.examples import ORIGINAL
-from laser_callback.search.race import Objective, choose, estimate, order, paired, schedule
+from laser_callback.search.race import Objective, choose, estimate, improved, order, paired, schedule
 
 ACCURACY = Objective(("accuracy",), (1,), "loss")
 
@@ -151,3 +151,36 @@ def test_the_true_best_is_rarely_lost():
         wrong += choose(ACCURACY, whole, alive) != "c17"
     assert lost / trials <= 0.1
     assert wrong / trials <= 0.3
+
+
+def test_a_change_counts_whole_clusters():
+    """Each cluster four times is as much evidence as each once."""
+    change = torch.tensor([0.3, 0.1, -0.1, 0.2, 0.4], dtype=torch.float64)
+    once, repeated = Values(change, torch.ones(5)), change.repeat_interleave(4)
+    clusters = torch.arange(5).repeat_interleave(4)
+    row = paired(Values(repeated, torch.ones(20).double(), clusters=clusters))
+    assert (row.n, row.p) == (5, pytest.approx(paired(once).p))
+    assert paired(Values(repeated, torch.ones(20).double())).p < 0.01 < 0.05 < row.p
+    parts = Values.join([Values(repeated, torch.ones(20), clusters=clusters)] * 2)
+    assert paired(parts).n == 5
+    assert Values.join([once, parts]).clusters is None
+
+
+def test_a_further_cut_must_improve_by_the_loss_on_fresh_clusters():
+    def of(change, right, clusters=None):
+        none = np.zeros(len(change))
+        arms = {ORIGINAL: (none, none), "cut": (right, change)}
+        return {
+            arm: {
+                key: Values(*(values(one).values, torch.ones(len(one)).double()), clusters=clusters) for key, one in row
+            }
+            for arm, row in ((arm, zip(("accuracy", "loss"), pair, strict=True)) for arm, pair in arms.items())
+        }
+
+    losses = -np.repeat([0.3, 0.1, -0.1, 0.2, 0.4], 4)
+    clusters, right = torch.arange(5).repeat_interleave(4), np.zeros(20)
+    chosen_by = of(losses, right)
+    assert improved(ACCURACY, chosen_by, of(losses, right), ["cut"]) == ["cut"]
+    assert improved(ACCURACY, chosen_by, of(losses, right, clusters), ["cut"]) == []
+    assert improved(ACCURACY, chosen_by, of(losses, right - 1), ["cut"]) == []
+    assert improved(ACCURACY, chosen_by, of(-losses, right), ["cut"]) == []

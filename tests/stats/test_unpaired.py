@@ -97,3 +97,35 @@ def test_what_cannot_be_tested_says_so():
     assert compare_groups("m", Outcomes(few), Outcomes(torch.cat([few, nan]))).n_reduced == 3
     with pytest.raises(ValueError, match="must have the kind"):
         compare_groups("m", Outcomes(few), shares(1, 3))
+
+
+@pytest.mark.parametrize("kind", ["binary", "mean", "log_ratio"])
+def test_units_of_a_cluster_are_not_independent(kind):
+    """Each unit four times is as much evidence as each once, in its own group or in both."""
+    rng = np.random.default_rng(2)
+    before, after = (
+        torch.tensor(rng.integers(0, 2, 30) if kind == "binary" else rng.normal(size=30)) for _ in range(2)
+    )
+    once = compare_groups("m", Outcomes(before, kind=kind), Outcomes(after, kind=kind))
+    groups = [Outcomes(arm.repeat_interleave(4), kind=kind) for arm in (before, after)]
+    labels = np.repeat(np.arange(30), 4).tolist()
+    row = compare_groups("m", *groups, clusters=(labels, [label + 30 for label in labels]))
+    assert (row.n, row.n_original, row.n_reduced, row.test, row.units) == (60, 30, 30, "cluster-robust t", "clusters")
+    assert (row.original, row.reduced, row.delta) == pytest.approx((once.original, once.reduced, once.delta))
+    assert row.upper - row.lower == pytest.approx(once.upper - once.lower, rel=0.15)
+    alone = compare_groups("m", *groups)
+    assert alone.upper - alone.lower < 0.6 * (row.upper - row.lower)
+    assert row.p == pytest.approx(once.p, abs=0.2)
+    assert compare_groups("m", *groups, clusters=(range(120), range(120, 240))) == alone
+    both = compare_groups("m", groups[0], groups[0], clusters=(labels, labels))
+    assert (both.n, both.delta) == (30, 0)
+
+
+def test_clusters_that_cannot_be_tested_say_so():
+    same = compare_groups("m", shares(0, 40), shares(40, 40), clusters=([0] * 20 + [1] * 20, [2] * 20 + [3] * 20))
+    assert (same.p, same.test) == (stats.fisher_exact([[0, 2], [2, 0]]).pvalue, "Fisher's exact")
+    one = compare_groups("m", shares(3, 9), shares(5, 9), clusters=([0] * 9, range(9)))
+    assert one.p is None
+    assert "1 and 9 clusters are too few" in one.note
+    with pytest.raises(ValueError, match="`clusters` must have one label per unit, 9, got 2"):
+        compare_groups("m", shares(3, 9), shares(5, 9), clusters=([0] * 9, [1, 2]))
