@@ -106,10 +106,10 @@ def compare_groups(
     if labels is not None:
         sizes = len(np.unique(labels[0])), len(np.unique(labels[1]))
         count = len(np.unique(np.concatenate(labels)))
-        note = f"{row.n} units in {count} clusters"
-        row = replace(row, n=count, n_original=sizes[0], n_reduced=sizes[1], note=note)
+        row = replace(row, n=count, n_original=sizes[0], n_reduced=sizes[1], unit="cluster", examples=row.n)
+        row = replace(row, note=row.sample)
         if min(sizes) < 2:
-            return replace(row, note=f"{note}; {sizes[0]} and {sizes[1]} clusters are too few")
+            return replace(row, note=f"{row.note}; {sizes[0]} and {sizes[1]} clusters are too few")
     if min(sizes) < (1 if original.kind == "binary" else 2):
         return replace(row, note=f"{sizes[0]} and {sizes[1]} units are too few")
     if original.kind == "binary":
