@@ -83,23 +83,23 @@ def finding(row: PairedResult) -> str:
         return f"{row.metric} goes from {values} on {row.sample}: {change_text(row)}, of which nothing is claimed"
     p = f"p {p_text(row)}" if p_text(row).startswith("<") else f"p = {p_text(row)}"
     p += " after Holm" * (row.role == "holm")
-    least, most = sorted((abs(row.lower), abs(row.upper)))
     if row.verdict == "no difference shown":
         possible = f"its own interval, which is not adjusted, is [{interval_text(row)}]"
         if row.lower <= 0 <= row.upper:
-            fall, rise = _amount(row, -row.lower), _amount(row, row.upper)
+            fall, rise = _sizes(row, -row.lower, row.upper)
             possible = f"it may have fallen by up to {fall} or risen by up to {rise}, and by no more at 95 % confidence"
         return f"no change of {row.metric} is shown on {row.sample} ({p}): {possible}"
     way = "rises" if row.delta > 0 else "falls"
-    size = f"by at least {_amount(row, least)} and at most {_amount(row, most)} at 95 % confidence"
+    least, most = _sizes(row, *sorted((abs(row.lower), abs(row.upper))))
+    size = f"by at least {least} and at most {most} at 95 % confidence"
     return f"{row.metric} {way} from {values} on {row.sample} ({p}), {size}"
 
 
-def _amount(row: PairedResult, change: float) -> str:
-    """The size of a change, with its unit."""
-    if row.kind == "log_ratio":
-        return f"{100 * change:.1f} %"
-    return f"{100 * change:.1f} points" if is_share(row) else f"{change:.2g}"
+def _sizes(row: PairedResult, one: float, two: float) -> tuple[str, str]:
+    """The sizes of two changes, and behind the second their unit."""
+    if row.kind != "log_ratio" and not is_share(row):
+        return f"{one:.2g}", f"{two:.2g}"
+    return f"{100 * one:.1f}", f"{100 * two:.1f} {'%' if row.kind == 'log_ratio' else 'points'}"
 
 
 def plan_text(plan: str) -> str:
@@ -112,17 +112,17 @@ def verdict(result: LaserResult, name: str) -> str:
     row, arm = claim_row(result, name), result[name]
     if row is None:
         return f"nothing could be tested of {plan_text(arm.plan)}"
-    text = f"with {plan_text(arm.plan)} {finding(row)}"
+    text = f"with {plan_text(arm.plan)}, {finding(row)}"
     checks = arm.prior_checks.get(row.metric)
     if row.verdict == "in doubt":
         text += f"; but {row.doubt}"
     elif row.verdict == "better" and checks is not None and checks.worth_less:
-        text += f"; what is shown for {' and '.join(f'other {by}s' for by in checks.worth_less)} is less"
+        text += f"; of {' and '.join(f'other {by}s' for by in checks.worth_less)} much less is shown"
     changes = {
         kind: delta_text(own, own.delta)
         for kind, control in result.controls.get(name, {}).items()
         for own in control.rows
         if own.metric == row.metric
     }
-    told = " and ".join(f"{_CONTROLS[kind]} {change}" for kind, change in changes.items())
-    return f"{text}; {told}" if told else text
+    told = ", ".join(f"{_CONTROLS[kind]} {change}" for kind, change in changes.items())
+    return f"{text}; controls: {told}" if told else text

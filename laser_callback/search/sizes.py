@@ -27,10 +27,11 @@ def by_batches(values: Values, loader: DataLoader[Any]) -> bool:
 
 
 def confirm_warnings(sets: ExampleSets, min_gain: float, batches: bool = False) -> list[str]:
-    """What to say about the size of the confirm set; nothing if it suffices.
+    """What to say about the size of the confirm set; nothing if it surely suffices.
 
-    What is independent are subjects, of which examples may tell more, but surely as much. A recommendation also takes a
-    gain outside of what either model says most; that this is each group's most common answer is a guess.
+    Examples of one subject tell at least as much as one independent example, and at most as much as their number. A
+    recommendation also takes a gain outside of what either model says most; that this is each group's most common
+    answer is a guess.
 
     Args:
         sets: those of the search.
@@ -38,31 +39,40 @@ def confirm_warnings(sets: ExampleSets, min_gain: float, batches: bool = False) 
         batches: whether batches are compared. Their means have as little noise as all of their examples, but the t test
             learns how much from a few numbers only.
     """
-    examples, have = sets.sizes["confirm"], sets.subjects("confirm")
-    left, need = 1 - sets.constant_answer("confirm"), examples_needed(min_gain, power=POWER)
+    examples, subjects = sets.sizes["confirm"], sets.subjects("confirm")
     told = f"{examples:,} example{'s' * (examples != 1)}"
+    least, most = subjects, examples
     if batches:
         count = len(sets.loader("confirm"))
         levels = np.array([1 - ALPHA / 2, POWER])
         wider = stats.t.ppf(levels, count - 1).sum() / stats.norm.ppf(levels).sum() if count > 1 else math.inf
-        have = int(have / wider**2)
+        least = most = int(examples / wider**2)
         told += (
             f" in {count} batch{'es' * (count != 1)}, which are what is compared, since `validation_step` returns no "
-            f"value per example, and tell as much as {have}"
+            "value per example"
         )
-    elif have < examples:
-        told += f" of {have:,} subject{'s' * (have != 1)}, which are what is independent"
-    if left < 1:
-        told += f"; without the most common answer of each group, as the prior check may need it, {have * left:.0f}"
-    if have * left >= need:
+    elif subjects < examples:
+        told += f" of {subjects:,} subject{'s' * (subjects != 1)}"
+    left, need = 1 - sets.constant_answer("confirm"), examples_needed(min_gain, power=POWER)
+    least, most = round(least * left), round(most * left)
+    if least >= need:
         return []
-    shown = detectable_gain(int(have * left), power=POWER)
-    gains = f"gains from {shown:.1%} on" if math.isfinite(shown) else "no gain at all"
+    if most < examples or least < most:
+        told += f", and tells as much as {least:,}{f' to {most:,}' * (least < most)} independent ones"
+        told += ", since the prior check may leave out the most common answer of each group" * (left < 1)
+    gains = f"{most:,} are enough for {_shown_by(most)}"
+    if least < most:
+        gains += f", if the examples of a subject change independently; {least:,}, if together, for {_shown_by(least)}"
     return [
-        f"the confirm set has {told}: a gain of {min_gain:.1%} is confirmed with less than {POWER:.0%} probability. "
-        f"That takes {need}; there are enough for {gains}. Give more examples, or a larger share of them to `confirm`"
+        f"the confirm set has {told}: to confirm a gain of {min_gain:.1%} with {POWER:.0%} probability takes {need:,}; "
+        f"{gains}. Give more examples, or a larger share of them to `confirm`"
         f"{', or return a value per example' * batches}"
     ]
+
+
+def _shown_by(n: int) -> str:
+    gain = detectable_gain(n, power=POWER)
+    return f"gains from {gain:.1%} on" if math.isfinite(gain) else "no gain at all"
 
 
 def guard_warnings(sets: ExampleSets, constraints: Iterable[Constraint], measured: Mapping[str, Values]) -> list[str]:

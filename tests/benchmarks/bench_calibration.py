@@ -225,7 +225,7 @@ def lopsided(small: int, large: int) -> Decision:
     """Many small clusters gain and few large ones, of 10, lose as much: none on average, but not symmetric.
 
     What is not in a sample no test can know. Where a large cluster loses as a whole with 16 %, none of 15 does in 7 %
-    of all samples, which then look like a gain: of 2,500 such data sets the exact sign flip takes 9.0 % for one, the
+    of all samples, which then look like a gain: of 1,500 such data sets the exact sign flip takes 9.0 % for one, the
     cluster-robust t test 7.7 %, and with effective degrees of freedom as many. With 100 large clusters beside 1,000
     small ones each of these tests comes down to 3.7 %.
     """

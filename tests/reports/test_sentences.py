@@ -37,18 +37,18 @@ def loss(kind: str, shift: float) -> PairedResult:
     [
         (
             claimed(right(30, 5, 400)),
-            "acc rises from 1.2% to 7.5% on 400 examples (p <.0001), by at least 3.5 points and at most 9.6 points at "
+            "acc rises from 1.2% to 7.5% on 400 examples (p <.0001), by at least 3.5 and at most 9.6 points at "
             "95 % confidence",
         ),
         (
             claimed(right(5, 30, 400)),
-            "acc falls from 7.5% to 1.2% on 400 examples (p <.0001), by at least 3.5 points and at most 9.6 points at "
+            "acc falls from 7.5% to 1.2% on 400 examples (p <.0001), by at least 3.5 and at most 9.6 points at "
             "95 % confidence",
         ),
         (
             claimed(right(3, 3, 100)),
-            "no change of acc is shown on 100 examples (p = 1): it may have fallen by up to 6.6 points or risen by up "
-            "to 6.6 points, and by no more at 95 % confidence",
+            "no change of acc is shown on 100 examples (p = 1): it may have fallen by up to 6.6 or risen by up to 6.6 "
+            "points, and by no more at 95 % confidence",
         ),
         (
             right(3, 3, 100),
@@ -71,7 +71,9 @@ def test_units_and_scales() -> None:
     assert batches.startswith("val_loss falls from 1.50 to 1.40 on 40 batches (p <.0001), by at least 0.09")
     assert "points" not in batches
     ratio = finding(claimed(loss("log_ratio", 0.1)))
-    assert ratio.startswith("perplexity rises from 4.48 to 4.95 on 40 examples (p <.0001), by at least 10.3 %")
+    assert ratio.startswith(
+        "perplexity rises from 4.48 to 4.95 on 40 examples (p <.0001), by at least 10.3 and at most 10.8 %"
+    )
     assert "after Holm" in finding(replace(right(30, 5, 400), role="holm", p_adjusted=0.001))
 
 
@@ -94,6 +96,6 @@ def test_a_plan_in_words() -> None:
     control = ArmResult("1.mlp@0", [replace(row, delta=0.025)], {}, "off", 0.0, 0.0)
     result = LaserResult({"laser": arm}, {"laser": {"zeroed": control}}, "acc", 0.0, {}, PairedExamples())
     told = verdict(result, "laser")
-    assert told.startswith("with 1.mlp@0.1 acc rises from 0.0% to 60.0% on 40 examples (p <.0001)")
+    assert told.startswith("with 1.mlp@0.1, acc rises from 0.0% to 60.0% on 40 examples (p <.0001)")
     assert f"; but {checks.doubt}" in told
-    assert told.endswith("; the same matrix zeroed +2.5%")
+    assert told.endswith("; controls: the same matrix zeroed +2.5%")

@@ -420,7 +420,9 @@ def test_a_value_that_is_not_finite_is_refused(recall):
 @pytest.mark.slow
 def test_too_few_examples_for_the_asked_gain_are_said_before_the_work(recall):
     module, loader = recall
-    with pytest.warns(UserWarning, match=r"the confirm set has 160 examples: a gain of 2.0% .* That takes 843"):
+    with pytest.warns(
+        UserWarning, match=r"the confirm set has 160 examples: to confirm a gain of 2.0% .* takes 843; 160 are"
+    ):
         result = LaserSearch(module, loader, **SEARCH, min_gain=0.02).run()
     assert any("843" in warning for warning in result.warnings)
 
