@@ -146,7 +146,7 @@ class PartsValues(Values):
         mine, (whole, saved) = parts(self.owner), content
         with torch.inference_mode(any(part.is_inference() for part in mine)), torch.no_grad():
             if [part.shape for part in mine] != [part.shape for part in saved]:
-                self.owner.detach().copy_(whole.clone())  # another number of elements that are not zero
+                self.owner.copy_(whole.clone())  # another number of elements that are not zero
             else:
                 for part, value in zip(mine, saved, strict=True):
                     part.detach().copy_(value)
