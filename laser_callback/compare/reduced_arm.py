@@ -15,6 +15,7 @@ from torchmetrics import MetricCollection
 
 from laser_callback.compare import arms
 from laser_callback.passes.copies import kept
+from laser_callback.passes.values import is_plain, parts
 from laser_callback.passes.watch import Watch, may_keep_weights
 from laser_callback.plans.matrices import WeightMatrix
 from laser_callback.spectra.cut import CutSpectrum
@@ -198,7 +199,9 @@ def _pairs(a: Any, b: Any) -> list[tuple[Any, Any]]:
 
 
 def _leaves(returned: Any) -> list[Any]:
-    return [leaf.values if isinstance(leaf, Outcomes) else leaf for leaf in pytree.tree_leaves(returned)]
+    leaves = [leaf.values if isinstance(leaf, Outcomes) else leaf for leaf in pytree.tree_leaves(returned)]
+    found = [part for leaf in leaves for part in (isinstance(leaf, Tensor) and parts(leaf)) or [leaf]]
+    return [leaf for leaf in found if not isinstance(leaf, Tensor) or is_plain(leaf)]
 
 
 def _same(a: Any, b: Any) -> bool:
@@ -210,7 +213,8 @@ def _same(a: Any, b: Any) -> bool:
 def _is_continuous(value: Any) -> bool:
     """Whether a value is no count, and so would hardly be the same by chance."""
     if isinstance(value, Tensor):
-        return value.is_floating_point() and bool((value.detach() != value.detach().round()).any())
+        value = value.detach().float() if value.itemsize == 1 else value.detach()  # with 8 bits there is no arithmetic
+        return value.is_floating_point() and bool((value != value.round()).any())
     return isinstance(value, float) and not value.is_integer()
 
 

@@ -152,6 +152,7 @@ class ComparisonRun:
         if not any(is_overridden(hook, self.module) or self._windows.heard.get(hook) for hook in hooks):
             return
         rng = RandomState.now()
+        self._start.ahead()
         for reduction in self._running():
             self._start_rng.set()
             try:
@@ -161,6 +162,7 @@ class ComparisonRun:
                     self._hold(reduction)
             finally:
                 rng.set()
+        self._start.after()
 
     def take_batch(self, batch: Any) -> None:
         """What the next step will be given."""
@@ -178,6 +180,7 @@ class ComparisonRun:
         if len(self.examples.batches) == 1:
             self._look_for_primary()
         self._batch = copy_batch(self._batch)
+        self._start.ahead()
         self._rng = RandomState.now()
         if self._replay is not None:
             self._recording = self._replay.record()  # known before it begins: an interrupt may come in between
@@ -189,8 +192,7 @@ class ComparisonRun:
         self._original_seconds += time.perf_counter() - self._begin
         if self._recording is not None:
             self._recording.__exit__(None, None, None)
-        if not self.examples.batches:
-            self._start.after_first_pass()
+        self._start.after(first=not self.examples.batches)
 
     def _reduced_steps(self) -> None:
         """Ahead of the last hook of the user's pass: the reduced passes on copies of the same batch."""
@@ -304,6 +306,7 @@ class ComparisonRun:
             if key in original:
                 raise MisconfigurationException(f"`metrics` has the name {key!r}, which the module logs itself")
         after = RandomState.now()
+        self._start.ahead()
         logged: dict[str, dict[str, Logged]] = {}
         for reduction in self._running():
             self._rng.set()
@@ -319,6 +322,7 @@ class ComparisonRun:
                         logged[reduction.key] = {}
             finally:
                 after.set()
+        self._start.after()
         for key, value in own.items():
             arms.publish(self.trainer, self.module, key, value.value, key, value)
         return original | own, logged

@@ -7,12 +7,15 @@ objects of plain values are copied, models, datasets and functions stay the ones
 from __future__ import annotations
 
 import copy
+import ctypes
 import dataclasses
 import enum
 import io
 import random
 import re
-from collections import UserDict, deque
+from array import array
+from bisect import bisect_right
+from collections import OrderedDict, UserDict, defaultdict, deque
 from collections.abc import Iterator
 from datetime import date, time, timedelta, tzinfo
 from decimal import Decimal
@@ -31,9 +34,25 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import PreTrainedTokenizerBase
 
 CONTAINERS = (dict, UserDict, list, tuple, set, frozenset, deque)
-_Generators = (torch.Generator, random.Random, np.random.Generator, np.random.RandomState)
-VALUES = (Tensor, np.ndarray, np.generic, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
-_UNCHANGING = {int, float, complex, bool, str, bytes, type(None), torch.dtype, torch.device}
+_Generators = (torch.Generator, random.Random, np.random.Generator, np.random.RandomState, np.random.BitGenerator)
+_BYTES = (bytearray, array)
+_KINDS: tuple[Any, ...] = (OrderedDict, defaultdict, dict, list, set, deque)
+_ALIGNED = 16  # bytes: the largest dtype's
+VALUES = (
+    Tensor,
+    np.ndarray,
+    np.generic,
+    int,
+    float,
+    complex,
+    str,
+    bytes,
+    type(None),
+    torch.dtype,
+    torch.device,
+    type(...),
+)
+_UNCHANGING = {int, float, complex, bool, str, bytes, type(None), torch.dtype, torch.device, type(...)}
 PLAIN = (*CONTAINERS, *_Generators, *VALUES)
 # What both passes over a batch may have: it cannot change, or is no data.
 _SHARED: tuple[Any, ...] = (
@@ -59,64 +78,137 @@ _SHARED += (DataLoader, Sampler, PreTrainedTokenizerBase, ModuleType, FunctionTy
 _SHARED += tuple(_UNCHANGING)
 
 
+class _Part:
+    """Some of a device's memory that tensors, arrays and byte arrays of one batch use, and its copy."""
+
+    def __init__(self, begin: int, end: int, of: Any) -> None:
+        self.begin = begin
+        self.end = end
+        self.all = [of]
+        self._copy: Tensor | None = None
+
+    def owner(self) -> Any:
+        """What has this memory, if it is one that cannot be given another."""
+        return next((value for value in self.all if isinstance(value, _BYTES)), None)
+
+    def copied(self) -> tuple[Tensor, int]:
+        """The copy, and at which of its bytes the part begins: there both have the same alignment."""
+        if self._copy is None:
+            self._copy = self._copied()
+        return self._copy, 0 if self.owner() is not None else self.begin % _ALIGNED
+
+    def _copied(self) -> Tensor:
+        if self.owner() is not None:
+            return torch.frombuffer(copy.copy(self.owner()), dtype=torch.uint8)
+        first = self.all[0]
+        device = first.device if isinstance(first, Tensor) else "cpu"
+        new = torch.empty(self.begin % _ALIGNED + self.end - self.begin, dtype=torch.uint8, device=device)
+        if isinstance(first, Tensor) and not first.is_cpu:
+            everything = torch.empty(0, dtype=torch.uint8, device=device).set_(first.untyped_storage())
+            begin = self.begin - everything.data_ptr()
+            held = everything[begin : begin + self.end - self.begin]
+        else:
+            held = torch.frombuffer(
+                (ctypes.c_uint8 * (self.end - self.begin)).from_address(self.begin), dtype=torch.uint8
+            )
+        new[self.begin % _ALIGNED :] = held
+        return new
+
+
 class _Batch(dict[int, Any]):
-    """A memo of copies within one batch: which part of each storage its tensors use, and the copies of these parts."""
+    """A memo of copies within one batch, and of the memory that is used in it."""
 
-    def __init__(self) -> None:
-        self.spans: dict[int, list[Any]] = {}  # by storage: first and last byte, number of tensors
-        self.parts: dict[int, Tensor] = {}
+    def __init__(self, batch: Any) -> None:
+        self._parts: dict[str, list[_Part]] = {}
+        self._look(batch, "batch", {})
+        for device, found in self._parts.items():
+            found.sort(key=lambda part: part.begin)
+            merged = found[:1]
+            for part in found[1:]:
+                if part.begin < merged[-1].end:
+                    merged[-1].end = max(part.end, merged[-1].end)
+                    merged[-1].all += part.all
+                else:
+                    merged.append(part)
+            self._parts[device] = merged
 
-    def look(self, value: Any, where: str, seen: dict[int, Any]) -> None:
-        """Find the tensors; raise at what can be used up or written to, and cannot be copied."""
+    def _look(self, value: Any, where: str, seen: dict[int, Any]) -> None:
+        """Find what uses memory; raise at what can be used up or written to, and cannot be copied."""
         if isinstance(value, _SHARED) or id(value) in seen:
             return
         seen[id(value)] = value
-        if isinstance(value, Tensor):
-            if _is_plain(value):
-                begin: Any = value.storage_offset() * value.itemsize
-                end = (
-                    begin + sum((n - 1) * s for n, s in zip(value.shape, value.stride(), strict=True)) * value.itemsize
-                )
-                span = self.spans.setdefault(value.untyped_storage().data_ptr(), [begin, end, 0])
-                span[:] = min(span[0], begin), max(span[1], end + value.itemsize), span[2] + 1
-            return
-        if (
-            isinstance(value, (np.ndarray, *_Generators))
-            or callable(getattr(value, "clone", None))
-            or _is_picture(value)
-        ):
+        extent = _extent(value)
+        if extent is not None:
+            device, begin, end = extent
+            self._parts.setdefault(device, []).append(_Part(begin, end, value))
+        if isinstance(value, np.ndarray) and value.dtype.hasobject:
+            for i, item in enumerate(value.flat):
+                self._look(item, f"{where}[{i}]", seen)
+        if isinstance(value, (Tensor, np.ndarray, *_BYTES, *_Generators)) or _clones(value) or _is_picture(value):
             return
         held = _attributes(value)
         opaque = not held and not hasattr(value, "__dict__") and type(value) is not object
-        if isinstance(value, (Iterator, io.IOBase)) or (opaque and not isinstance(value, (*CONTAINERS, bytearray))):
+        if not isinstance(value, CONTAINERS) and (
+            isinstance(value, (Iterator, io.IOBase)) or opaque or _made(value) is None
+        ):
             raise MisconfigurationException(
                 f"`{where}` is a {type(value).__name__}. Two passes run over each batch, and this cannot be copied for "
                 "the second: let the dataset or `collate_fn` give a list, an array or a tensor in its place"
             )
+        held = {f".{name}": item for name, item in held.items()} if not isinstance(value, UserDict) else {}
         if isinstance(value, (dict, UserDict)):
-            held = {f"[{key!r}]": item for key, item in value.items()}
+            held |= {f"[{key!r}]": item for key, item in value.items()}
         elif isinstance(value, CONTAINERS):
-            held = {f"[{i}]": item for i, item in enumerate(value)}
-        else:
-            held = {f".{name}": item for name, item in held.items()}
+            held |= {f"[{i}]": item for i, item in enumerate(value)}
         for name, item in held.items():
-            self.look(item, where + name, seen)
+            self._look(item, where + name, seen)
 
-    def copy_tensor(self, value: Tensor) -> Tensor:
-        """Views of one storage stay views of one storage; of a large one, only the part that is used is copied."""
-        storage = value.untyped_storage()
-        begin, end, count = self.spans.get(storage.data_ptr(), (0, 0, 0))
-        if count < 2 and 0 not in value.stride():
-            return _copy_tensor(value)
-        begin -= begin % 16  # of the largest dtype
-        if storage.data_ptr() not in self.parts:
-            everything = torch.empty(0, dtype=torch.uint8, device=value.device).set_(storage)
-            self.parts[storage.data_ptr()] = everything[begin:end].clone()
+    def copy_in_part(self, value: Any) -> Any:
+        """A copy that shares memory with those of what ``value`` shares memory with; ``None`` if it has its own."""
+        device, begin, _ = _extent(value) or ("", 0, 0)
+        parts = self._parts.get(device, [])
+        i = bisect_right(parts, begin, key=lambda part: part.begin) - 1
+        if i < 0 or (len(parts[i].all) < 2 and (isinstance(value, _BYTES) or 0 not in _steps(value))):
+            return None
+        memory, offset = parts[i].copied()
+        if isinstance(value, _BYTES):
+            return memory.numpy().base if value is parts[i].owner() else None
+        offset += (value.data_ptr() if isinstance(value, Tensor) else value.ctypes.data) - parts[i].begin
+        if isinstance(value, np.ndarray):
+            view: Any = np.ndarray(value.shape, value.dtype, memory.numpy(), offset, value.strides)
+            view.flags.writeable = value.flags.writeable
+            return view.view(type(value))
+        if offset % value.itemsize:  # a view of bytes that begins anywhere
+            return None
         new = torch.empty(0, dtype=value.dtype, device=value.device)
-        offset = value.storage_offset() - begin // value.itemsize
-        part = self.parts[storage.data_ptr()].untyped_storage()
-        new.set_(part, offset, value.shape, value.stride())
+        new.set_(memory.untyped_storage(), offset // value.itemsize, value.shape, value.stride())
+        new = new.conj() if value.is_conj() else new
+        new = new._neg_view() if value.is_neg() else new
         return new.requires_grad_() if value.requires_grad else new
+
+
+def _steps(value: Any) -> tuple[int, ...]:
+    return value.stride() if isinstance(value, Tensor) else value.strides
+
+
+def _extent(value: Any) -> tuple[str, int, int] | None:
+    """On which device, and from which byte of its memory to which, ``value`` has its elements."""
+    if isinstance(value, Tensor):
+        if not _is_plain(value):
+            return None
+        device, begin, size = str(value.device), value.data_ptr(), value.itemsize
+        steps = [step * size for step in value.stride()]
+    elif isinstance(value, np.ndarray):
+        if value.dtype.hasobject or not value.size or isinstance(value, np.ma.MaskedArray):
+            return None
+        device, begin, size, steps = "cpu", value.ctypes.data, value.itemsize, list(value.strides)
+    elif isinstance(value, _BYTES) and len(value):
+        view = np.asarray(memoryview(value).cast("B"))
+        return "cpu", view.ctypes.data, view.ctypes.data + view.nbytes
+    else:
+        return None
+    reaches = [(n - 1) * step for n, step in zip(value.shape, steps, strict=True)]
+    return device, begin + sum(min(0, reach) for reach in reaches), begin + sum(max(0, r) for r in reaches) + size
 
 
 def copy_batch(batch: Any) -> Any:
@@ -126,9 +218,7 @@ def copy_batch(batch: Any) -> Any:
         MisconfigurationException: if the batch holds what the first pass would use up and nobody can copy, such as an
             iterator or an open file.
     """
-    memo = _Batch()
-    memo.look(batch, "batch", {})
-    return copy_data(batch, memo)
+    return copy_data(batch, _Batch(batch))
 
 
 class _Returned(dict[int, Any]):
@@ -153,61 +243,100 @@ def copy_data(value: Any, memo: dict[int, Any] | None = None) -> Any:
     memo = {} if memo is None else memo
     if id(value) in memo:
         return memo[id(value)][1]
-    new: Any
-    if isinstance(value, Tensor):
-        if isinstance(value, nn.Parameter) or (isinstance(memo, _Returned) and value.numel() > memo.largest):
-            new = value
-        else:
-            new = memo.copy_tensor(value) if isinstance(memo, _Batch) and _is_plain(value) else _copy_tensor(value)
-    elif isinstance(value, np.ndarray):
-        new = copy.deepcopy(value) if value.dtype.hasobject else value.copy()
-    elif isinstance(value, torch.Generator):
-        new = torch.Generator(value.device).set_state(value.get_state())
-    elif isinstance(value, (bytearray, *_Generators)):
-        new = copy.deepcopy(value)
-    elif isinstance(value, dict):
-        new = copy.copy(value)  # keeps the class, and a defaultdict's factory
+    new: Any = memo.copy_in_part(value) if isinstance(memo, _Batch) and _extent(value) is not None else None
+    if isinstance(value, nn.Parameter) or (
+        isinstance(value, Tensor) and isinstance(memo, _Returned) and value.numel() > memo.largest
+    ):
+        return value
+    if isinstance(value, (Tensor, np.ndarray, *_BYTES, *_Generators)):
+        new = _copy_elements(value, memo) if new is None else new
+    elif isinstance(value, (dict, list, set, deque)):
+        kind = next(kind for kind in _KINDS if isinstance(value, kind))
+        new = kind.__new__(type(value))  # whatever it takes to make one
         memo[id(value)] = (value, new)
-        for key, item in value.items():
-            dict.__setitem__(new, key, copy_data(item, memo))
-        _copy_attributes(new, memo)  # a ModelOutput holds each value as an attribute, too
+        if isinstance(value, dict):
+            for key, item in kind.items(value):
+                kind.__setitem__(new, key, copy_data(item, memo))
+        elif isinstance(value, set):
+            set.update(new, value)
+        else:
+            if kind is deque:
+                deque.__init__(new, (), value.maxlen)  # type: ignore[union-attr]
+            kind.extend(new, [copy_data(item, memo) for item in kind.__iter__(value)])
+        if isinstance(value, defaultdict):
+            new.default_factory = value.default_factory
     elif isinstance(value, UserDict):  # transformers' BatchEncoding
         new = copy.copy(value)
         memo[id(value)] = (value, new)
         new.data = copy_data(value.data, memo)
-    elif isinstance(value, list):
-        new = copy.copy(value)
-        memo[id(value)] = (value, new)
-        new[:] = [copy_data(item, memo) for item in value]
-        _copy_attributes(new, memo)
+        return new
     elif isinstance(value, tuple):
         items = [copy_data(item, memo) for item in value]
-        new = type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
-    elif isinstance(value, deque):
-        new = copy.copy(value)
-        new.clear()
-        new.extend(copy_data(item, memo) for item in value)
-    elif isinstance(value, set):
-        new = copy.copy(value)
-    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
-        new = copy.copy(value)
-        memo[id(value)] = (value, new)
-        for item in dataclasses.fields(value):
-            if hasattr(value, item.name):
-                object.__setattr__(new, item.name, copy_data(getattr(value, item.name), memo))
-    elif not isinstance(value, nn.Module) and callable(getattr(value, "clone", None)):  # batches of graph libraries
-        new = value.clone()
+        if id(value) in memo:  # by way of a list that holds it
+            return memo[id(value)][1]
+        try:
+            new = tuple.__new__(type(value), items)
+        except TypeError:  # of C's
+            new = type(value)(items)
     elif _is_picture(value):
-        new = value.copy()
-    elif is_record(value) or (isinstance(memo, _Batch) and not isinstance(value, _SHARED)):
-        new = copy.copy(value)
+        return memo.setdefault(id(value), (value, value.copy()))[1]
+    elif (new := _clones(value)) is not None:  # batches of graph libraries
         memo[id(value)] = (value, new)
-        for name, item in _attributes(new).items():
-            object.__setattr__(new, name, copy_data(item, memo))
-    else:
+        return new
+    elif is_record(value) or _is_dataclass(value) or (isinstance(memo, _Batch) and not isinstance(value, _SHARED)):
+        new = _made(value)
+    if new is None:
         return value
     memo[id(value)] = (value, new)  # the original is kept alive, so that its id stays its own
+    for name, item in _attributes(value).items():
+        # What the copy of a tensor or array has by itself describes that copy.
+        if not (isinstance(value, (Tensor, np.ndarray)) and name in vars(new)):
+            object.__setattr__(new, name, copy_data(item, memo))
     return new
+
+
+def _copy_elements(value: Any, memo: dict[int, Any]) -> Any:
+    if isinstance(value, Tensor):
+        tensor = value.detach().clone()
+        return tensor.requires_grad_() if value.requires_grad else tensor
+    if isinstance(value, torch.Generator):
+        return torch.Generator(value.device).set_state(value.get_state())
+    if not isinstance(value, np.ndarray) or (value.dtype.hasobject and value.dtype.names):
+        return copy.deepcopy(value)
+    new = value.copy(order="K")
+    if value.dtype.hasobject:
+        memo[id(value)] = (value, new)
+        for i, item in enumerate(value.flat):
+            new.flat[i] = copy_data(item, memo)
+    new.flags.writeable = value.flags.writeable
+    return new
+
+
+def _made(value: Any) -> Any:
+    """A new object of the same class, still without attributes of its own; ``None`` where none can be made."""
+    try:
+        return object.__new__(type(value))
+    except TypeError:  # of a class of C's
+        try:
+            return copy.copy(value)
+        except Exception:
+            return None
+
+
+def _clones(value: Any) -> Any:
+    """A copy by a method of the object's class; ``None`` where there is none that gives one."""
+    kind = type(value)
+    if isinstance(value, (Tensor, nn.Module)) or not callable(getattr(kind, "clone", None)):
+        return None
+    try:
+        new = value.clone()
+    except Exception:
+        return None
+    return new if type(new) is kind and new is not value else None
+
+
+def _is_dataclass(value: Any) -> bool:
+    return dataclasses.is_dataclass(value) and not isinstance(value, type)
 
 
 def is_record(value: Any) -> bool:
@@ -215,11 +344,6 @@ def is_record(value: Any) -> bool:
     if isinstance(value, (type, nn.Module, Dataset, DataLoader, Sampler, *PLAIN)) or not hasattr(value, "__dict__"):
         return False
     return bool(vars(value)) and all(isinstance(item, PLAIN) or is_record(item) for item in vars(value).values())
-
-
-def _copy_tensor(value: Tensor) -> Tensor:
-    new = value.detach().clone()
-    return new.requires_grad_() if value.requires_grad else new
 
 
 def _is_picture(value: Any) -> bool:
@@ -252,8 +376,3 @@ def _slots(kind: type) -> list[str]:
             private = name.startswith("__") and not name.endswith("__")
             found.append(f"_{base.__name__.lstrip('_')}{name}" if private else name)
     return [name for name in found if name not in ("__dict__", "__weakref__")]
-
-
-def _copy_attributes(new: Any, memo: dict[int, Any]) -> None:
-    for name, item in getattr(new, "__dict__", {}).items():
-        vars(new)[name] = copy_data(item, memo)

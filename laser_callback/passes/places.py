@@ -11,7 +11,6 @@ import io
 import operator
 import random
 import sys
-from array import array
 from collections import OrderedDict, deque
 from collections.abc import Collection, Iterable
 from itertools import islice
@@ -20,17 +19,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import increment_version
 from torchmetrics import Metric
 from typing_extensions import override
 
 from laser_callback.passes.copies import slots
 
-GENERATORS = (torch.Generator, random.Random, np.random.Generator, np.random.RandomState)
+GENERATORS = (torch.Generator, random.Random, np.random.Generator, np.random.RandomState, np.random.BitGenerator)
 TEXTS = (io.StringIO, io.BytesIO)
-
-# A tensor or array of more elements is copied ahead of time only for the first batch, and from then on if it moves.
-LARGE = 2**20
 
 _VERY_MANY = 1_000_000
 
@@ -163,7 +158,7 @@ class Items(Place):
 
 
 class Elements(Place):
-    """The elements of a list, deque, set, bytearray or array."""
+    """The elements of a list, deque or set."""
 
     @override
     def read(self) -> Any:
@@ -171,8 +166,7 @@ class Elements(Place):
 
     @override
     def holds(self, content: Any) -> bool:
-        equal = operator.eq if isinstance(self.owner, (array, bytearray)) else operator.is_
-        same = map(equal, _looked_at(self.owner), _looked_at(content))
+        same = map(operator.is_, _looked_at(self.owner), _looked_at(content))
         return len(self.owner) == len(content) and all(same)
 
     @override
@@ -180,10 +174,6 @@ class Elements(Place):
         owner = self.owner
         if isinstance(owner, list):
             list.__setitem__(owner, slice(None), content)
-        elif isinstance(owner, bytearray):
-            owner[:] = bytes(content)
-        elif isinstance(owner, array):
-            owner[:] = array(owner.typecode, content)
         else:
             kind: Any = deque if isinstance(owner, deque) else set
             kind.clear(owner)
@@ -298,6 +288,22 @@ class Cell(Place):
             self.owner.cell_contents = content
 
 
+class Variable(Place):
+    """A ``ContextVar`` that has a value; without one it could not be made so again."""
+
+    @override
+    def read(self) -> Any:
+        return self.owner.get()
+
+    @override
+    def holds(self, content: Any) -> bool:
+        return self.owner.get() is content
+
+    @override
+    def write(self, content: Any) -> None:
+        self.owner.set(content)
+
+
 class ParameterAttributes(Place):
     """What a parameter has beside its elements."""
 
@@ -327,7 +333,7 @@ class State(Place):
             return None if owner.closed else (owner.getvalue(), owner.tell())
         if isinstance(owner, (torch.Generator, np.random.RandomState)):
             return owner.get_state()
-        return owner.getstate() if isinstance(owner, random.Random) else owner.bit_generator.state
+        return owner.getstate() if isinstance(owner, random.Random) else _bits(owner).state
 
     @override
     def holds(self, content: Any) -> bool:
@@ -350,101 +356,8 @@ class State(Place):
         elif isinstance(owner, random.Random):
             owner.setstate(content)
         else:
-            owner.bit_generator.state = content
+            _bits(owner).state = content
 
 
-class Values(Place):
-    """The elements of a tensor or array: what costs memory to remember.
-
-    Attributes:
-        moves: whether a write to it may go unseen, so that it is taken to have been written to by every pass.
-    """
-
-    moves = False
-
-    @property
-    def is_large(self) -> bool:
-        """Whether to remember it costs memory that matters."""
-        return bool(np.prod(self.owner.shape, dtype=float) > LARGE)
-
-    def is_as_at_first(self) -> bool:
-        """Element by element, whatever its version says."""
-        return self.holds(self.start)
-
-
-class _Held:
-    """What a tensor holds: its storage and form, their values at one time, and the version that they have in place."""
-
-    __slots__ = ("data", "value", "version")
-
-    def __init__(self, tensor: Tensor) -> None:
-        self.data = tensor.data
-        self.value = tensor.detach().clone()
-        self.version = tensor_version(tensor)
-
-
-def tensor_version(tensor: Tensor) -> int | None:
-    """How often it was written to in place; ``None`` for inference tensors, which do not count that."""
-    return None if tensor.is_inference() else tensor._version
-
-
-class TensorValues(Values):
-    """The elements of a tensor."""
-
-    @override
-    def read(self) -> Any:
-        return _Held(self.owner)
-
-    @override
-    def holds(self, content: Any) -> bool:
-        if self.moves or content.version is None or tensor_version(self.owner) != content.version:
-            return False
-        return _is_in_place(self.owner, content.data)
-
-    @override
-    def write(self, content: Any) -> None:
-        with torch.inference_mode(self.owner.is_inference()), torch.no_grad():
-            if not _is_in_place(self.owner, content.data):
-                self.owner.data = content.data
-            self.owner.data.copy_(content.value)
-        if not self.owner.is_inference():
-            increment_version(self.owner)  # each content in place has a version of its own
-        content.version = tensor_version(self.owner)
-
-    @override
-    def is_as_at_first(self) -> bool:
-        return same_elements(self.owner, self.start.value)
-
-
-def same_elements(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors hold the same; NaN is the same as NaN."""
-    alike = a.shape == b.shape and a.dtype == b.dtype
-    return alike and bool(torch.equal(a, b) or (a.is_floating_point() and torch.allclose(a, b, 0, 0, True)))
-
-
-def _is_in_place(tensor: Tensor, data: Tensor) -> bool:
-    same_form = tensor.shape == data.shape and tensor.stride() == data.stride() and tensor.dtype == data.dtype
-    return same_form and tensor.data_ptr() == data.data_ptr()
-
-
-class ArrayValues(Values):
-    """The elements of a NumPy array."""
-
-    @override
-    def read(self) -> Any:
-        return self.owner.copy()
-
-    @override
-    def holds(self, content: Any) -> bool:
-        if self.owner.shape != content.shape or self.owner.dtype != content.dtype:
-            return False
-        if self.owner.dtype.hasobject:
-            return all(map(operator.is_, self.owner.flat, content.flat))
-        floats = self.owner.dtype.kind in "fc"
-        return bool(np.array_equal(self.owner, content, equal_nan=floats))
-
-    @override
-    def write(self, content: Any) -> None:
-        if self.owner.shape != content.shape:
-            self.owner.resize(content.shape, refcheck=False)
-        self.owner[...] = content
+def _bits(generator: Any) -> Any:
+    return getattr(generator, "bit_generator", generator)

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import functools
 import gc
+import logging
 import sys
 import threading
 import types
 import weakref
-from array import array
-from collections import UserDict, deque
-from collections.abc import Iterator, Mapping, Sized
-from enum import Enum
+from collections import UserDict, defaultdict, deque
+from collections.abc import Iterator, Mapping
+from contextvars import ContextVar
 from typing import Any
 
 import lightning.pytorch as pl
@@ -27,7 +27,6 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.loops.loop import _Loop
 from lightning.pytorch.strategies import Strategy
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 from torch.utils.data.dataloader import _BaseDataLoaderIter
 from transformers import PreTrainedTokenizerBase
@@ -37,7 +36,6 @@ from laser_callback.passes.places import (
     GENERATORS,
     HOOKS,
     TEXTS,
-    ArrayValues,
     Attributes,
     Cell,
     ClassAttributes,
@@ -48,18 +46,21 @@ from laser_callback.passes.places import (
     Place,
     Slots,
     State,
-    TensorValues,
+    Variable,
     is_data,
 )
+from laser_callback.passes.values import ArrayValues, Bytes, PartsValues, TensorValues, is_plain, memory, parts
+from laser_callback.passes.witness import QUEUES, Running, runs
 
 # Of what holds data rather than state, a container of more items is one place; its items have none.
 _MANY = 1000
 _OF_DATA = ("trainer.datamodule", "the dataloaders")
+_FED = (*_OF_DATA, "trainer.")  # where threads fill and empty queues at any time
 
 # Kept by Lightning and by the callback itself; a logger is replaced as a whole.
 _FOREIGN = (
     *(Fabric, Strategy, Logger, _BaseDataLoaderIter, PreTrainedTokenizerBase, types.ModuleType),
-    *(torch.device, torch.dtype, torch.Size, Enum),
+    *(torch.device, torch.dtype, torch.Size),
 )
 _ATOMS = {bool, int, float, str, type(None)}  # most of what there is
 _PLAIN = (int, float, complex, str, bytes, type(None), type(Ellipsis), range, slice, *GENERATORS)
@@ -79,8 +80,11 @@ _LIGHTNING = {"lightning", "pytorch_lightning", "lightning_fabric"}
 _LIBRARIES = {"torch", *_LIGHTNING, "torchmetrics", "transformers", "numpy"}
 
 
-def reachable(roots: Mapping[str, Any]) -> list[Place]:
-    """The places that can be reached from ``roots``, by the names under which messages speak of them."""
+def reachable(roots: Mapping[str, Any], running: list[Running] | None = None) -> list[Place]:
+    """The places that can be reached from ``roots``, by the names under which messages speak of them.
+
+    What is there and can only be seen to move on is added to ``running``.
+    """
     places: list[Place] = []
     seen: dict[int, Any] = {}  # keeps alive what was seen, so that its id stays its own
     pending: list[tuple[Any, str]] = [(value, name) for name, value in reversed(list(roots.items()))]
@@ -92,6 +96,8 @@ def reachable(roots: Mapping[str, Any]) -> list[Place]:
         if (isinstance(value, _PLAIN) and not isinstance(value, GENERATORS)) or id(value) in seen:
             continue
         seen[id(value)] = value
+        if running is not None and runs(value) and not (isinstance(value, QUEUES) and name.startswith(_FED)):
+            running.append(Running(value, name))
         if isinstance(value, _FOREIGN):
             continue
         places += _places(value, name)
@@ -119,6 +125,8 @@ def _places(value: Any, name: str) -> Iterator[Place]:
     if isinstance(value, nn.Parameter):
         yield ParameterAttributes(value, name)
         return
+    if isinstance(value, Tensor):
+        yield Attributes(value, name)
     if isinstance(value, type):
         if _is_users(value.__module__):
             yield ClassAttributes(value, name)
@@ -159,6 +167,8 @@ def _inside(value: Any, name: str) -> Iterator[tuple[Any, str]]:
     elif isinstance(value, (dict, UserDict)):
         if isinstance(value, dict) and _is_entered(value, name):
             yield from ((item, f"{name}[{key!r}]") for key, item in dict.items(value))
+        if isinstance(value, defaultdict):
+            yield value.default_factory, f"{name}.default_factory"
         yield from _attributes(value, name)
     elif isinstance(value, (list, tuple, deque, set, frozenset)):
         if _is_entered(value, name):
@@ -170,19 +180,31 @@ def _inside(value: Any, name: str) -> Iterator[tuple[Any, str]]:
         yield from ((item, f"a default of {value.__qualname__}") for item in value.__defaults__ or ())
         yield value.__kwdefaults__, f"a default of {value.__qualname__}"
         yield value.__dict__, value.__qualname__
-    elif isinstance(value, _WRAPPERS):
+    elif isinstance(value, _WRAPPERS) or str(type(value).__module__).startswith("pandas._libs"):
         yield from ((item, name) for item in gc.get_referents(value))
     elif isinstance(value, (pl.Trainer, _Loop)):  # by the name that they have for all
         for key, item in vars(value).items():
             if isinstance(item, _Loop) or type(item).__module__.partition(".")[0] not in _LIGHTNING:
                 yield item, f"trainer.{key}"
         yield from _classes(value)
-    elif not isinstance(value, Tensor):
+    elif isinstance(value, Tensor):
+        yield from ((item, f"{name}.{key}") for key, item in vars(value).items())
+    elif runs(value):
+        yield from ((item, name) for item in gc.get_referents(value))
+    elif not isinstance(value, np.memmap):  # whose map is the memory of its elements
+        if isinstance(value, np.ndarray) and value.dtype.hasobject and _is_entered(value, name):
+            yield from ((item, f"{name}[{i}]") for i, item in enumerate(value.flat))
+        elif isinstance(value, logging.Logger):
+            yield value.handlers, f"{name}.handlers"
+        elif isinstance(value, np.random.Generator):
+            yield getattr(value.bit_generator, "seed_seq", None), f"{name}.bit_generator.seed_seq"
+        elif isinstance(value, ContextVar):
+            yield value.get(None), name
         yield from _attributes(value, name)
 
 
-def _is_entered(value: Sized, name: str) -> bool:
-    return len(value) <= _MANY or not name.startswith(_OF_DATA)
+def _is_entered(value: Any, name: str) -> bool:
+    return (value.size if isinstance(value, np.ndarray) else len(value)) <= _MANY or not name.startswith(_OF_DATA)
 
 
 def _attributes(value: Any, name: str) -> Iterator[tuple[Any, str]]:
@@ -204,8 +226,8 @@ def _may_keep(name: str, value: Any) -> bool:
     return hasattr(type(value), "__get__") or isinstance(value, type) or is_data(name, value)
 
 
-def _is_users(module: str) -> bool:
-    return module.partition(".")[0] not in _LIBRARIES | _ACTIVE | sys.stdlib_module_names
+def _is_users(module: Any) -> bool:
+    return isinstance(module, str) and module.partition(".")[0] not in _LIBRARIES | _ACTIVE | sys.stdlib_module_names
 
 
 def _is_object(value: Any) -> bool:
@@ -216,8 +238,8 @@ def _is_object(value: Any) -> bool:
 
 
 def _is_followed(kind: type) -> bool:
-    packages = {base.__module__.partition(".")[0] for base in kind.__mro__[:-1]}
-    own = kind.__module__.partition(".")[0]
+    packages = {str(base.__module__).partition(".")[0] for base in kind.__mro__[:-1]}  # no text in some made with C
+    own = str(kind.__module__).partition(".")[0]
     return own not in _STANDARD | _ACTIVE and not packages & {
         "laser_callback",
         "threading",
@@ -229,19 +251,19 @@ def _is_followed(kind: type) -> bool:
 def _place_of(value: Any, name: str) -> Place | None:
     """The place of a container, tensor, array or generator; ``None`` for anything else."""
     if isinstance(value, Tensor):
-        return TensorValues(value, name) if is_plain(value) and not isinstance(value, nn.Parameter) else None
+        if isinstance(value, nn.Parameter) or not (is_plain(value) or parts(value)):
+            return None
+        return TensorValues(value, name) if is_plain(value) else PartsValues(value, name)
     if isinstance(value, np.ndarray):
         return ArrayValues(value, name) if value.flags.writeable else None
     if isinstance(value, (*GENERATORS, *TEXTS)):
         return State(value, name)
     if isinstance(value, dict):
         return Items(value, name)
-    if isinstance(value, (list, deque, set, bytearray, array)):
+    if isinstance(value, (list, deque, set)):
         return Elements(value, name)
-    return Cell(value, name) if isinstance(value, types.CellType) else None
-
-
-def is_plain(tensor: Tensor) -> bool:
-    """Whether its elements can be read and written as those of any tensor."""
-    plain = type(tensor).__torch_dispatch__ is Tensor.__torch_dispatch__ and not is_lazy(tensor)
-    return plain and not tensor.is_meta and tensor.layout is torch.strided and not tensor.is_nested
+    if isinstance(value, ContextVar):
+        return None if runs(value) else Variable(value, name)
+    if isinstance(value, types.CellType):
+        return Cell(value, name)
+    return Bytes(value, name) if memory(value) is not None else None

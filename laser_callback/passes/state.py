@@ -18,7 +18,6 @@ from operator import attrgetter
 from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
-import torch
 from lightning.fabric.utilities.seed import _collect_rng_states, _set_rng_states
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
@@ -30,11 +29,10 @@ from laser_callback.passes.places import (
     ModuleContent,
     ParameterAttributes,
     Place,
-    TensorValues,
-    Values,
-    tensor_version,
 )
-from laser_callback.passes.reach import is_plain, reachable
+from laser_callback.passes.reach import reachable
+from laser_callback.passes.values import TensorValues, Values, is_plain, size
+from laser_callback.passes.witness import Running, Unmoved, Witness
 from laser_callback.support.interrupts import catch_up, closed, opened, undisturbed
 
 
@@ -83,7 +81,8 @@ class Start:
         self.isolate = tuple(isolate)
         self.trusting = trusting
         self._others = others or {}
-        self.places = reachable({"module": module, **self._others})
+        running: list[Running] = []
+        self.places = reachable({"module": module, **self._others}, running)
         for name in self.isolate:
             try:
                 attrgetter(name)(module)
@@ -92,11 +91,12 @@ class Start:
         apart = tuple(f"module.{name}" for name in self.isolate)
         self._large = [place for place in self.places if isinstance(place, Values) and place.is_large]
         self._large = [place for place in self._large if not place.name.startswith(apart)] if apart else self._large
+        self._running = [one for one in running if not (apart and one.name.startswith(apart))]
         large = set(self._large)
         self.places = [place for place in self.places if place not in large]
         for place in self.places:
             place.begin()
-        self._fixed: list[_Fixed] = []
+        self._fixed: list[Witness] = []
         self._named: list[tuple[dict[str, Any], str, str]] = []  # where modules keep parameters: under which name
         self._there: list[Any] = []
         self._isolated: list[tuple[str, Tensor, int]] = []
@@ -123,6 +123,8 @@ class Start:
             if place.name.startswith("module"):
                 place.begin()
                 self.places.append(place)
+            elif not isinstance(place, TensorValues):  # which tells by its version, also later
+                self._fix(place)
         # Those that the module has in a list are not among its own; those of an exchanged model have not been reached.
         reached = [place for place in self.places if isinstance(place, ParameterAttributes)]
         parameters = {place.owner: place.name[7:] for place in reached if place.name.startswith("module.")}
@@ -133,34 +135,48 @@ class Start:
             if any(_is_in(name, attribute) for attribute in self.isolate):
                 self._isolated.append((name, parameter, parameter.data_ptr()))
             else:
-                self._fixed.append(_Fixed(name, parameter, f"the parameter `{name}`"))
+                self._fixed.append(Unmoved(name, parameter, f"the parameter `{name}`"))
 
         for path, child in self.module.named_modules():
             for name in child._parameters:
                 self._named.append((child._parameters, name, f"{path}.{name}".lstrip(".")))
 
-    def after_first_pass(self) -> None:
-        """After the user's own pass over the first batch: what is large and stays as it is, is forgotten.
-
-        Raises:
-            MisconfigurationException: if the step trains.
-        """
+    def _after_first_pass(self) -> None:
+        """What is large and has stayed as it was, is forgotten."""
         for place in [place for place in self.places if isinstance(place, Values)]:
             unseen = not place.is_as_at_first()
             place.moves = unseen and place.holds(place.start)  # written to behind torch's back
             if place.is_large and not unseen:
                 self.places.remove(place)
                 place.start = None
-        mover = {id(place.owner) for place in self.places}
+        mover = {id(place.owner) for place in self.places if isinstance(place, Values)}
         for place in self._large:
-            if isinstance(place, TensorValues) and id(place.owner) not in mover:
-                self._fixed.append(
-                    _Fixed(place.name, place.owner, f"`{place.name}` of {place.owner.numel():,} elements")
-                )
+            if id(place.owner) not in mover and (place.name.startswith("module") or isinstance(place, TensorValues)):
+                self._fix(place)
         self.check()
+
+    def _fix(self, place: Values) -> None:
+        text = f"`{place.name}` of {size(place.owner):,} elements"
+        self._fixed.append(Unmoved(place.name, place.owner, text))
+
+    def ahead(self) -> None:
+        """Ahead of anything that a pass runs: how far is what can only be seen to move on."""
+        for one in self._running:
+            one.look()
+
+    def after(self, first: bool = False) -> None:
+        """After it. ``first``: that was the user's own pass over the first batch.
+
+        Raises:
+            MisconfigurationException: names what has moved on, or if the step trains.
+        """
+        if first:
+            self._after_first_pass()
+        self._refuse([one for one in self._running if one.has_moved()])
 
     def look(self) -> None:
         """Ahead of the reduced passes: what the user's own has written to is looked at closely after them."""
+        self.ahead()
         for fixed in self._fixed:
             fixed.look()
         self._there = [held.get(name) for held, name, _ in self._named]
@@ -168,7 +184,7 @@ class Start:
     def also(self, name: str, values: list[Any]) -> None:
         """What somebody else than a pass has put into the place ``name``: all arms start from what it holds now."""
         known = {id(place.owner) for place in (*self.places, *self._large)}
-        for place in reachable({name: values}):
+        for place in reachable({name: values}, self._running):
             if id(place.owner) not in known and place.owner is not values:
                 place.begin()
                 self.places.append(place)
@@ -194,67 +210,29 @@ class Start:
         Raises:
             MisconfigurationException: names it, and the cure.
         """
-        moved = [] if self.trusting else [(fixed.name, fixed.text) for fixed in self._fixed if fixed.has_moved()]
+        moved = [] if self.trusting else [fixed for fixed in (*self._running, *self._fixed) if fixed.has_moved()]
         for (held, key, name), was in zip(self._named, self._there, strict=False):  # none before the first look
             if held.get(key) is not was and not self.trusting:
                 held[key] = was
-                moved.append((name, f"the parameter `{name}` for another"))
-        if moved:
-            more = f" and {len(moved) - 1} more" if moved[1:] else ""
-            name = moved[0][0].removeprefix("module.").split(".")[0].split("[")[0]
-            raise MisconfigurationException(
-                f"the evaluation step changes {moved[0][1]}{more}: the original's pass and the reduced one would "
-                f"both write there. With `isolate=[{name!r}]` each has a copy of that attribute of its own. Or set "
-                "`skip_isolation=True`, if the passes may see each other's changes"
-            )
+                moved.append(Witness(name, f"the parameter `{name}` for another"))
+        self._refuse(moved)
+
+    def _refuse(self, moved: list[Witness]) -> None:
+        if not moved or self.trusting:
+            return
+        first, more = moved[0], f" and {len(moved) - 1} more" if moved[1:] else ""
+        name = first.name.removeprefix("module.").split(".")[0].split("[")[0]
+        cure = f"With `isolate=[{name!r}]` each has a copy of that attribute of its own"
+        if not first.has_a_copy() or (isinstance(first, Running) and not first.name.startswith("module.")):
+            cure = "Make it anew in `on_validation_start`, or keep a list and an index in its place"
+        raise MisconfigurationException(
+            f"the evaluation step changes {first.text}{more}: the original's pass and the reduced one would both "
+            f"write there. {cure}. Or set `skip_isolation=True`, if the passes may see each other's changes"
+        )
 
 
 def _is_in(name: str, attribute: str) -> bool:
     return name == attribute or name.startswith((f"{attribute}.", f"{attribute}["))
-
-
-class _Fixed:
-    """A tensor that no reduced pass should change, and what tells cheaply whether one has.
-
-    That is its version, and some of its elements for what is written behind torch's back. One whose version the user's
-    own pass moves, as that of a code book, is copied ahead of the reduced passes, compared, and put back.
-    """
-
-    def __init__(self, name: str, tensor: Tensor, text: str) -> None:
-        self.name = name
-        self.text = text
-        self._tensor = tensor
-        self._version = tensor_version(tensor)
-        self._some = _some(tensor)
-        self._copy: Tensor | None = None
-        self._looks = 0
-
-    def look(self) -> None:
-        """Ahead of the reduced passes."""
-        version = tensor_version(self._tensor)
-        if version != self._version:
-            self._version, self._copy, self._some = version, self._tensor.detach().clone(), _some(self._tensor)
-
-    def has_moved(self) -> bool:
-        """After a pass."""
-        version, self._looks = tensor_version(self._tensor), self._looks + 1
-        rarely = self._looks & (self._looks - 1) == 0
-        if version is not None and version == self._version and not rarely:
-            return False
-        if self._copy is not None and version != self._version:
-            moved = not torch.equal(self._tensor.detach(), self._copy)
-            if moved:
-                self._tensor.data.copy_(self._copy)
-            return moved
-        some = _some(self._tensor)
-        return some.device == self._some.device and not torch.equal(some, self._some)
-
-
-def _some(tensor: Tensor) -> Tensor:
-    if tensor.is_meta or tensor.layout is not torch.strided or not tensor.numel():
-        return torch.zeros(0)
-    flat = tensor.detach().reshape(-1) if tensor.is_contiguous() else tensor.detach()[:1].reshape(-1)
-    return flat[:: max(1, flat.numel() // 256)].clone().view(torch.uint8)
 
 
 class Own(AbstractContextManager["Own"]):

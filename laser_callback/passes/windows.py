@@ -17,17 +17,9 @@ import operator
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from laser_callback.passes.places import (
-    HOOKS,
-    Cell,
-    Place,
-    State,
-    TensorValues,
-    Values,
-    _is_in_place,
-    same_elements,
-)
+from laser_callback.passes.places import HOOKS, Cell, Place, State
 from laser_callback.passes.state import Start
+from laser_callback.passes.values import TensorValues, Values, is_in_place, same_elements
 
 _OF_LIGHTNING = "_current_fx_name"  # which hook runs
 
@@ -97,7 +89,7 @@ class Windows:
 def _differ(place: Place, before: Any, now: Any) -> bool:
     """Whether it does so indeed: a place may only have been put back, or not tell what it holds."""
     if isinstance(place, TensorValues):
-        return not (_is_in_place(place.owner, before.data) and same_elements(now.value, before.value))
+        return not (is_in_place(place.owner, before.data) and same_elements(now.value, before.value))
     if isinstance(place, (Cell, Values, State)) or isinstance(now, list):
         return True
     olds, news = _parts(before), _parts(now)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from laser_callback.stats.outcomes import Outcomes, as_float64
-from laser_callback.support.plain_json import label
+from laser_callback.support.plain_json import label, text_of
 
 DESCRIPTIONS = ("id", "cluster", "group", "prompt", "answer", "prediction")
 ORIGINAL = "original"
@@ -173,9 +173,9 @@ def _named(output: Any) -> Iterator[tuple[str, Any]]:
         yield from ((name, values[0] if len(values) == 1 else values) for name, values in found.items())
     for name, value in _fields(output).items():
         inner = dict(_named(value)) if _fields(value) else {}
-        yield from ((key if key in DESCRIPTIONS else f"{name}/{key}", item) for key, item in inner.items())
+        yield from ((key if key in DESCRIPTIONS else f"{text_of(name)}/{key}", item) for key, item in inner.items())
         if not inner:
-            yield str(name), value
+            yield text_of(name), value
 
 
 def name_in(name: str, names: Sequence[str]) -> str:
@@ -213,7 +213,7 @@ def _outcomes(name: str, value: Any, integers: set[str]) -> Outcomes | _Single |
     right_or_wrong = array.dtype.kind == "b" or (whole and bool(np.isin(array, (0, 1)).all()))
     if whole:
         integers.add(name)
-    numbers = torch.tensor(array.reshape(-1), dtype=torch.float64)
+    numbers = torch.tensor(array.reshape(-1).astype(np.float64))  # torch knows no long double
     found = Outcomes(numbers, kind="binary" if right_or_wrong else "mean")
     return found if array.ndim else _Single(found)
 
@@ -230,7 +230,7 @@ def _array(value: Any) -> Any:
             return f"it is a {type(value).__name__} of unequal parts"
     if not isinstance(value, (bool, int, float)) and not hasattr(value, "__array__"):
         return f"it is of type {type(value).__name__}"
-    if isinstance(value, Tensor) and (value.is_nested or value.is_quantized or value.layout != torch.strided):
+    if not _has_elements(value):
         return f"it is a tensor of {value.dtype} and {value.layout}"
     array: Any = value if isinstance(value, _ARRAYS) else np.asarray(value)
     if array.ndim and _count(array) != array.shape[0]:  # looked at before anything is copied
@@ -241,12 +241,20 @@ def _array(value: Any) -> Any:
     return array if array.dtype.kind in "biuf" else f"it is of dtype {array.dtype}"
 
 
+def _has_elements(value: Any) -> bool:
+    """Whether a tensor, or anything else, has all of its elements one by one."""
+    other = isinstance(value, Tensor) and (value.is_nested or value.is_quantized or value.is_meta)
+    return not (other or (isinstance(value, Tensor) and value.layout != torch.strided))
+
+
 def _count(item: Any) -> int:
     return item.numel() if isinstance(item, Tensor) else int(item.size)
 
 
 def _labels(values: Any) -> list[Hashable] | None:
     """A tensor, array or sequence as plain values, which compare by what they are; ``None`` if it is none of these."""
+    if not _has_elements(values):
+        return None
     if isinstance(values, _ARRAYS) and values.ndim and _count(values) == len(values):  # type: ignore[arg-type]
         values = values.reshape(-1)  # a column
     if hasattr(values, "tolist"):

@@ -50,5 +50,10 @@ def label(value: Any) -> Hashable:
 
 
 def text_of(value: Any) -> str:
-    """``value`` in words: bytes by what they spell."""
-    return value.decode("utf-8", "backslashreplace") if isinstance(value, (bytes, bytearray)) else str(value)
+    """``value`` in words: bytes by what they spell, and what fails to say it by its class and address."""
+    if isinstance(value, (bytes, bytearray)):
+        return value.decode("utf-8", "backslashreplace")
+    try:
+        return str(value)
+    except Exception:
+        return object.__repr__(value)

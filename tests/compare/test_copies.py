@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import array
+import collections
 import enum
 import io
+import types
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,6 +86,89 @@ def test_views_of_one_storage_stay_views_of_one() -> None:
     assert new["bits"].tolist() == [0]
     assert data[100] == 100
     assert new["a"].untyped_storage().nbytes() < 100
+
+
+def test_arrays_and_tensors_of_one_memory_stay_so() -> None:
+    data = np.arange(10.0)
+    raw = bytearray(8)
+    batch = {
+        "a": data[2:6],
+        "back": data[5:3:-1],
+        "tensor": torch.from_numpy(data)[3:],
+        "raw": raw,
+        "of raw": np.frombuffer(raw, np.uint8),
+    }
+    new = copy_batch(batch)
+    assert all(np.array_equal(new[key], batch[key]) for key in batch)
+    new["a"][1:] = -1
+    new["of raw"][0] = 7
+    assert new["tensor"].tolist() == [-1, -1, -1, 6, 7, 8, 9]
+    assert new["back"].tolist() == [-1, -1]
+    assert (new["raw"][0], raw[0], data[3]) == (7, 0, 3)
+    z = torch.tensor([1 + 2j])
+    assert copy_batch([z, z.conj()])[1].tolist() == [1 - 2j]
+
+
+class _Made(list[Any]):
+    def __init__(self, n: int) -> None:
+        super().__init__([[n]])
+        self.more = [n]
+
+
+class _Pair(tuple[Any, ...]):
+    def __new__(cls, a: Any, b: Any) -> Any:
+        return super().__new__(cls, (a, b))
+
+
+class _Guarded(dict[str, Any]):
+    def __setitem__(self, key: str, value: Any) -> None:
+        raise TypeError("immutable")
+
+
+class _NoCopy:
+    def __init__(self, x: Any) -> None:
+        self.x = [x]
+
+    def __copy__(self) -> Any:
+        raise RuntimeError("no copy")
+
+    __deepcopy__ = __reduce_ex__ = clone = __copy__  # type: ignore[assignment]
+
+
+def _tagged(value: Any) -> Any:
+    value.more = [1]
+    return value
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        _Made(3),
+        _Pair([1], [2]),
+        _Guarded(a=[1]),
+        _NoCopy(1),
+        _tagged(_Pair([1], [2])),
+        _tagged(torch.ones(2)),
+        _tagged(collections.OrderedDict(a=[1])),
+        collections.defaultdict(list, a=[1]),
+        collections.deque([[1]], maxlen=3),
+        collections.Counter("aab"),
+        collections.UserList([[1]]),
+        collections.ChainMap({"a": [1]}),
+        array.array("i", [1]),
+        types.SimpleNamespace(a=[1]),
+        np.array([[1], {"a": [2]}, None], dtype=object)[:2],
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_copies_share_nothing_that_can_be_written_to(value: Any) -> None:
+    new = copy_batch({"a": value})["a"]
+    assert (type(new), new is value) == (type(value), False)
+    assert vars(new).keys() == vars(value).keys() if hasattr(value, "__dict__") else not hasattr(new, "__dict__")
+    lists = [[*v.__dict__.values()] if hasattr(v, "__dict__") else [*v] for v in (value, new)]
+    for one, other in zip(*lists, strict=True):
+        assert str(one) == str(other)
+        assert one is not other or not isinstance(one, (list, dict))
 
 
 def test_an_expanded_tensor_stays_expanded() -> None:

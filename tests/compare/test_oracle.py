@@ -456,14 +456,15 @@ def test_two_callbacks_do_not_see_each_other(tmp_path: Any) -> None:
     assert_equal(state_of(module), state_of(alone))
 
 
-def test_an_exception_in_the_reduced_arm_leaves_the_users_state(tmp_path: Any) -> None:
-    calls = itertools.count(1)  # of both arms: what a module, class or closure holds is kept apart
+_CALLS = itertools.count(1)  # of both arms: what a module, class or closure holds is kept apart
 
+
+def test_an_exception_in_the_reduced_arm_leaves_the_users_state(tmp_path: Any) -> None:
     class Breaks(OutputsInHooks):
         def validation_step(self, batch: Any, batch_idx: int) -> Any:
             output = super().validation_step(batch, batch_idx)
             self.events["steps"] += 1
-            if next(calls) == 4:  # the reduced arm's second
+            if next(_CALLS) == 4:  # the reduced arm's second
                 raise ValueError("in the reduced arm")
             return output
 

@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 import lightning.pytorch as pl
+import numpy as np
 import pytest
 import torch
 from torch.utils.data import DataLoader
@@ -132,3 +133,31 @@ def test_an_id_that_starts_anew_in_each_batch_is_told_with_its_name():
     with pytest.warns(UserWarning, match="`id` must be another for each example, but '0' comes again"):
         result = compared(Ids(), make_data(64, batch_size=8)).result
     assert (result["laser"]["acc"].n, result.examples.duplicates) == (64, 0)
+
+
+class _Mute:
+    def __str__(self) -> str:
+        raise RuntimeError("no text")
+
+    __repr__ = __str__
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda n: {"id": [_Mute() for _ in range(n)], "prompt": [_Mute() for _ in range(n)]},
+        lambda n: {_Mute(): torch.ones(n)},
+        lambda n: {"x": torch.arange(n).to(torch.float8_e4m3fn)},
+        lambda n: {"x": torch.ones(n).to_sparse(), "id": torch.ones(n).to_sparse()},
+        lambda n: {"x": torch.nested.nested_tensor([torch.ones(1)] * n), "prompt": torch.ones(n, device="meta")},
+        lambda n: {"x": np.ones(n, np.longdouble), "id": torch.ones(n).to(torch.complex64)},
+    ],
+    ids=["no text", "key", "float8", "sparse", "nested", "long double"],
+)
+def test_odd_types_lose_no_comparison(tmp_path, make):
+    class Odd(Toy):
+        def validation_step(self, batch, batch_idx):
+            return {**super().validation_step(batch, batch_idx), **make(len(batch[1]))}
+
+    got = quiet_trainer(LaserCallback(PLAN), default_root_dir=tmp_path).validate(Odd(), make_data(), verbose=False)
+    assert "laser/loss" in got[0]
