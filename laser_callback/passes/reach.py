@@ -180,7 +180,7 @@ def _inside(value: Any, name: str) -> Iterator[tuple[Any, str]]:
         yield from ((item, f"a default of {value.__qualname__}") for item in value.__defaults__ or ())
         yield value.__kwdefaults__, f"a default of {value.__qualname__}"
         yield value.__dict__, value.__qualname__
-    elif isinstance(value, _WRAPPERS) or str(type(value).__module__).startswith("pandas._libs"):
+    elif isinstance(value, _WRAPPERS):
         yield from ((item, name) for item in gc.get_referents(value))
     elif isinstance(value, (pl.Trainer, _Loop)):  # by the name that they have for all
         for key, item in vars(value).items():

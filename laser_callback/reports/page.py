@@ -25,7 +25,7 @@ from laser_callback.reports.drawing import kept_text, labels, spectrum, styled, 
 from laser_callback.reports.page_columns import code, foreign
 from laser_callback.reports.page_search import search_context
 from laser_callback.reports.pictures import LABELS, SPECTRA, one
-from laser_callback.reports.row_text import delta_text, interval_text, percent, value_text, verdict
+from laser_callback.reports.row_text import delta_text, interval_text, percent, prior_text, value_text, verdict
 from laser_callback.reports.svg import inline, printable
 from laser_callback.results.comparison import ArmResult, LaserResult
 from laser_callback.results.flips import Row, claim_row, label_counts
@@ -157,6 +157,7 @@ def _templates() -> jinja2.Environment:
         "code": code,
         "foreign": foreign,
         "label_picture": label_picture,
+        "prior_text": prior_text,
         "spectrum_pictures": spectrum_pictures,
         "zip": zip,
         **{name: getattr(page_columns, name) for name in page_columns.FOR_TEMPLATES},

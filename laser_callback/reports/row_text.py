@@ -10,7 +10,8 @@ import math
 
 from laser_callback.results.comparison import LaserResult
 from laser_callback.results.flips import claim_row
-from laser_callback.stats.outcomes import PairedResult
+from laser_callback.stats.outcomes import ALPHA, PairedResult
+from laser_callback.stats.priors import PriorChecks
 
 _CONTROLS = {"zeroed": "the same matrix zeroed", "random": "a random matrix at the same rho"}
 SHARES = ("accuracy", "robustness", "consistency")
@@ -93,6 +94,16 @@ def finding(row: PairedResult) -> str:
     least, most = _sizes(row, *sorted((abs(row.lower), abs(row.upper))))
     size = f"by at least {least} and at most {most} at 95 % confidence"
     return f"{row.metric} {way} from {values} on {row.sample} ({p}), {size}"
+
+
+def prior_text(row: PairedResult, checks: PriorChecks) -> str:
+    """What the prior check of a row's metric says: something only where a gain is shown."""
+    if checks.delta <= 0:
+        return "no gain to explain"
+    p = row.p_adjusted if row.role == "holm" else row.p
+    if p is None or p > ALPHA:
+        return "no gain is shown, so that there is none to explain"
+    return checks.doubt or "the gain holds outside of the answers said most"
 
 
 def _sizes(row: PairedResult, one: float, two: float) -> tuple[str, str]:

@@ -20,12 +20,14 @@ from laser_callback.reports.row_text import (
     p_text,
     percent,
     plan_text,
+    prior_text,
     value_text,
     verdict,
 )
 from laser_callback.results.ab_test import ABResult
 from laser_callback.results.comparison import ArmResult, LaserResult
 from laser_callback.results.flips import claim_row
+from laser_callback.stats.outcomes import PairedResult
 from laser_callback.stats.priors import PriorChecks
 from laser_callback.support.files import write_atomically
 
@@ -187,7 +189,7 @@ def _lines(arm: ArmResult, controls: dict[str, ArmResult], metric: str | None) -
         indent(Text(f"{', '.join(metrics)}: {note}", style="dim")) for note, metrics in notes.items()
     ]
     if checks := arm.prior(metric):
-        lines += _prior_lines(checks)
+        lines += _prior_lines(arm[checks.metric], checks)
     for kind, control in controls.items():
         for row in (row for row in control.rows if row.metric == metric):
             label = "same matrix zeroed" if kind == "zeroed" else "random matrix, same rho"
@@ -196,14 +198,9 @@ def _lines(arm: ArmResult, controls: dict[str, ArmResult], metric: str | None) -
     return lines
 
 
-def _prior_lines(checks: PriorChecks) -> list[RenderableType]:
+def _prior_lines(row: PairedResult, checks: PriorChecks) -> list[RenderableType]:
     flag = Text(f"prior check of {checks.metric}: ")
-    if checks.doubt:
-        flag.append(checks.doubt, style="bold yellow")
-    elif checks.delta > 0:
-        flag.append("the gain holds outside of the answers said most", style="green")
-    else:
-        flag.append("no gain to explain")
+    flag.append(prior_text(row, checks), style=_STYLES.get(row.verdict, ""))
     parts = [
         f"best constant answer per group {percent(checks.constant_answer)}",
         f"the reduced model says the right answer {percent(checks.matched)}, its answers exchanged at random "

@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from laser_callback.reports.row_text import finding, verdict
+from laser_callback.reports.row_text import finding, prior_text, verdict
 from laser_callback.results.comparison import ArmResult, LaserResult
 from laser_callback.results.examples import PairedExamples
 from laser_callback.stats import Outcomes, adjust, compare, prior_checks
@@ -99,3 +99,21 @@ def test_a_plan_in_words() -> None:
     assert told.startswith("with 1.mlp@0.1, acc rises from 0.0% to 60.0% on 40 examples (p <.0001)")
     assert f"; but {checks.doubt}" in told
     assert told.endswith("; controls: the same matrix zeroed +2.5%")
+
+
+@pytest.mark.parametrize(
+    ("fixed", "role", "told"),
+    [
+        (24, "primary", "no gain is shown outside of the answers said most"),
+        (3, "primary", "no gain is shown, so that there is none to explain"),
+        (24, "exploratory", "no gain is shown outside of the answers said most"),
+        (0, "primary", "no gain to explain"),
+    ],
+)
+def test_a_prior_check_speaks_of_gains_that_are_shown(fixed: int, role: str, told: str) -> None:
+    row = replace(right(fixed, 0, 40), role=role)
+    gold = ["euro"] * 24 + ["yen", "peso"] * 8
+    said = (["the"] * 40, ["euro"] * fixed + ["the"] * (40 - fixed))
+    arms = tuple(Outcomes.of(np.array([a == b for a, b in zip(gold, texts, strict=True)])) for texts in said)
+    checks = replace(prior_checks("acc", gold, said, arms), chance_p=0.0)
+    assert prior_text(row, checks) == told
