@@ -150,7 +150,7 @@ def test_the_result_is_strict_json(tmp_path):
     before = (tmp_path / "new" / "result.json").read_text()
 
     class Unwritable:
-        def __str__(self) -> str:
+        def tolist(self) -> list[int]:
             raise TypeError
 
     shown.not_compared["bad"] = Unwritable()  # type: ignore[assignment]
