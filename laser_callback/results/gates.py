@@ -33,8 +33,8 @@ class GateVerdict:
     def reason(self) -> str:
         """Why the plan is accepted, or what keeps the original."""
         if self.accepted:
-            return f"every gate passes: {'; '.join(map(_told, self.judgements))}"
-        return "; ".join(_told(judgement) for judgement in self.judgements if judgement.verdict != "pass")
+            return f"every gate passes: {'; '.join(judgement.sentence for judgement in self.judgements)}"
+        return "; ".join(judgement.sentence for judgement in self.judgements if judgement.verdict != "pass")
 
     def to_dict(self) -> dict[str, Any]:
         """Ready for JSON."""
@@ -45,11 +45,3 @@ class GateVerdict:
             "judgements": [judgement.to_dict() for judgement in self.judgements],
             "results": {name: result.to_dict() for name, result in self.results.items()},
         }
-
-
-def _told(judgement: Judgement) -> str:
-    numbers = [judgement.amount(judgement.change)]
-    numbers += [] if judgement.bound is None else [f"bound {judgement.amount(judgement.bound)}"]
-    numbers += [] if judgement.p is None else [f"p = {judgement.p:.2g}"]
-    note = f"; {judgement.note}" * bool(judgement.note)
-    return f"'{judgement.gate}' {judgement.verdict} ({', '.join([*numbers, f'n = {judgement.n:,}'])}{note})"

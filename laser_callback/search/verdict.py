@@ -49,12 +49,12 @@ def decide(result: SearchResult, sign: int) -> None:
     arm, key = result.confirmed["laser"], result.objective[0]
     row = arm[key]
     gain = f"on unseen examples {finding(row)}"
-    broken = [f"{j.gate} ({j.verdict})" for j in result.judgements if j.verdict != "pass"]
+    broken = [judgement.sentence for judgement in result.judgements if judgement.verdict != "pass"]
     judged = Gain(key, direction="max" if sign > 0 else "min").judge(row, arm.prior_checks.get(key))
     if judged.verdict != "pass":
         result.reason = f"no gain of {result.found} is confirmed: {gain}; {judged.note}"
     elif broken:
-        result.reason = f"with {result.found}, {gain}, but not shown is {'; '.join(broken)}"
+        result.reason = f"with {result.found}, {gain}; but {'; and '.join(broken)}"
     else:
         result.plan = result.found
         result.reason = f"{gain}{judged.note and f'; {judged.note}'}"

@@ -101,7 +101,7 @@ class Gain:
         relative = row.kind == "log_ratio"
         if row.p is None or bound is None:
             note = f"not tested: {row.note or 'the row has no test'}"
-            return Judgement(str(self), self.key, row.n, row.delta, None, "undecided", note, None, relative)
+            return Judgement(str(self), self.key, row.n, row.delta, None, "undecided", note, None, relative, row.sample)
         verdict: Verdict = "undecided"
         note = "no gain is shown"
         if row.p <= self.alpha and row.delta * sign < 0:
@@ -117,7 +117,7 @@ class Gain:
             if needed is not None:
                 number = f"about {needed:,} {row.units} in place of {row.n:,}"
                 note = f"{note}; {number} would show one if the change stays so"
-        return Judgement(str(self), self.key, row.n, row.delta, bound, verdict, note, row.p, relative)
+        return Judgement(str(self), self.key, row.n, row.delta, bound, verdict, note, row.p, relative, row.sample)
 
     def sign(self, row: PairedResult) -> int:
         """1 where the metric is better high, -1 where low.

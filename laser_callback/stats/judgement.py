@@ -33,6 +33,7 @@ class Judgement:
         note: what a reader must know, such as how many examples would decide.
         p: of a gain, two-sided.
         relative: ``change`` and ``bound`` are fractions of the original's value; else they are in units of the metric.
+        sample: what was looked at, such as "300 examples in 120 clusters".
     """
 
     gate: str
@@ -44,6 +45,19 @@ class Judgement:
     note: str = ""
     p: float | None = None
     relative: bool = False
+    sample: str = ""
+
+    @property
+    def sentence(self) -> str:
+        """What was found, as a sentence without its full stop."""
+        says = {"pass": "passes", "fail": "fails", "undecided": "is undecided"}[self.verdict]
+        told = f"'{self.gate}' {says}: the change is {self.amount(self.change)}"
+        if self.bound is not None:
+            side = "at least" if self.bound <= self.change else "at most"
+            told += f", {side} {self.amount(self.bound)} at 95 % confidence"
+        told += "" if self.p is None else f" (p = {self.p:.2g})"
+        told += f", on {self.sample or f'{self.n:,} examples'}"
+        return f"{told}; {self.note}" if self.note else told
 
     def amount(self, value: float | None) -> str:
         """The change or the bound in words."""

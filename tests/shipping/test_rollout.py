@@ -129,7 +129,7 @@ def test_what_is_undecided_does_not_ship(recall, heals, planted):
     (judgement,) = result.stages[0].verdict.judgements
     assert judgement.verdict == "undecided"
     assert result.plan is None
-    assert "'val_acc: gain' undecided" in result.log[0]
+    assert "'val_acc: gain' is undecided" in result.log[0]
 
 
 def test_gains_may_be_demanded_of_the_last_stage_only(recall, heals, planted):

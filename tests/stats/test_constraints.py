@@ -316,3 +316,20 @@ def test_impossible_sample_sizes_are_refused():
         with pytest.raises(ValueError, match=message):
             call()
     assert detectable_gain(0) == math.inf
+
+
+def test_a_judgement_is_a_sentence():
+    right = Outcomes.of(np.arange(400) % 2 == 0)
+    better = Outcomes.of((np.arange(400) % 2 == 0) | (np.arange(400) < 60))
+    row = compare("acc", right, better, clusters=[i // 4 for i in range(400)])
+    told = Gain("acc").judge(row).sentence
+    assert told.startswith(
+        "'acc: gain' passes: the change is +0.075, at least +0.045 at 95 % confidence (p = 6.1e-05), on 400 examples "
+        "in 100 clusters; not checked for a shift of what is said"
+    )
+    held = Constraint("acc", ">=", -0.02).judge(compare("acc", right, right))
+    assert held.sentence == (
+        "'acc >= -0.02' passes: the change is +0.000, at least -0.009 at 95 % confidence, on 400 examples"
+    )
+    lost = Constraint("error", "<=", 0.01).judge(compare("error", right, better, higher_is_better=False))
+    assert lost.sentence.startswith("'error <= +0.01' fails: the change is +0.075, at most +")
