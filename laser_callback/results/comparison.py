@@ -46,8 +46,9 @@ class ArmResult:
         return row_named(metric, self.rows)
 
     def prior(self, metric: str | None) -> PriorChecks | None:
-        """The prior checks of ``metric``, or else of the first metric that has some."""
-        return self.prior_checks.get(metric or "", next(iter(self.prior_checks.values()), None))
+        """The prior checks of ``metric``, or else of the first metric that has some and a row."""
+        found = {row.metric: self.prior_checks[row.metric] for row in self.rows if row.metric in self.prior_checks}
+        return found.get(metric or "", next(iter(found.values()), None))
 
     def to_dict(self) -> dict[str, Any]:
         """Ready for JSON."""
