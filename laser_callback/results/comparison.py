@@ -28,6 +28,9 @@ class ArmResult:
         replay: how many layer calls before the first cut were not computed again, and why others were.
         seconds: time of this arm's passes; ``factorise_seconds`` is apart from it.
         spectra: of the matrices that the plan cuts, for pictures.
+
+    Raises:
+        ValueError: if prior checks are of another metric than they stand for.
     """
 
     plan: str
@@ -39,6 +42,9 @@ class ArmResult:
     spectra: list[CutSpectrum] = field(default_factory=list, repr=False)
 
     def __post_init__(self) -> None:
+        for metric, checks in self.prior_checks.items():
+            if checks.metric != metric:
+                raise ValueError(f"`prior_checks` must be by metric, got those of {checks.metric!r} for {metric!r}")
         doubts = {metric: checks.doubt for metric, checks in self.prior_checks.items()}
         self.rows = [replace(row, doubt=doubts.get(row.metric, row.doubt)) for row in self.rows]
 
