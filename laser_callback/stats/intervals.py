@@ -118,7 +118,7 @@ def standard_error(values: Floats, weights: Floats | None, mean: float) -> float
 class MeanDifference:
     """A mean difference with its standard error on ``df`` degrees of freedom; both are 0 if no unit differs.
 
-    ``half_step`` is the continuity correction of its interval: half of what the smallest step of a unit moves the mean.
+    ``half_step`` is the continuity correction: half of what the smallest step of a unit moves the mean.
     """
 
     delta: float
@@ -133,8 +133,9 @@ class MeanDifference:
 
     @property
     def p(self) -> float:
-        """Two-sided p value of "no difference"."""
-        return float(2 * stats.t.sf(abs(self.delta) / self.error, self.df)) if self.error else 1.0
+        """Two-sided p value of "no difference", at most 5 % where the 95 % interval leaves 0 out."""
+        beyond = max(abs(self.delta) - self.half_step, 0.0)
+        return float(2 * stats.t.sf(beyond / self.error, self.df)) if self.error else 1.0
 
 
 def mean_difference(before: Floats, after: Floats, weights: Floats | None) -> MeanDifference | str:

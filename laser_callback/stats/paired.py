@@ -41,8 +41,9 @@ def compare(
     is left, the row says so and has no test.
 
     - "binary": exact two-sided McNemar test and Tango's score interval with a continuity correction.
-    - "mean": paired t test and interval, the latter with a continuity correction where all differences are multiples of
-      a step (scores in thirds, say).
+    - "mean": paired t test and interval, both with a continuity correction where all differences are multiples of a
+      step (scores in thirds, say). Without weights, and all 0 or 1, it is right or wrong by another name: then the test
+      and interval of "binary".
     - "mean" with weights, and "log_ratio": :math:`r = \sum_c w_c d_c / \sum_c w_c` over C clusters (without
       ``clusters``, the units), with the cluster-robust variance
       :math:`\frac{C}{C-1} \sum_c (w_c d_c - r w_c)^2 / (\sum_c w_c)^2` and t with C - 1 degrees of freedom;
@@ -87,7 +88,9 @@ def compare(
     before, after, weights, labels, notes = _pairs(original, reduced, clusters)
     if not len(before):
         return _without_units(metric, original, reduced, higher_is_better)
-    signs = (after - before).astype(np.int64) if original.kind == "binary" else None
+    # A t test of few zeros and ones claims what the exact test does not.
+    is_exact = original.kind == "binary" or (weights is None and bool(np.isin([before, after], (0, 1)).all()))
+    signs = (after - before).astype(np.int64) if is_exact else None
     if labels is not None:
         before, after, weights = _cluster_means(before, after, weights, labels)
     log_ratio = original.kind == "log_ratio"
@@ -127,7 +130,8 @@ def _tested_exactly(row: PairedResult, signs: NDArray[np.int64], labels: NDArray
     """The row with the test of right and wrong: ``signs`` are 1 where a unit was gained, -1 where it was lost."""
     gained, lost, n = int((signs > 0).sum()), int((signs < 0).sum()), len(signs)
     fixed, broken = (gained, lost) if row.higher_is_better else (lost, gained)
-    row = replace(row, fixed=fixed, broken=broken)
+    if row.kind == "binary":  # which of both is right is not known of a plain number
+        row = replace(row, fixed=fixed, broken=broken)
     effect, df = 1.0, math.inf
     if labels is None:
         p = float(stats.binomtest(gained, gained + lost).pvalue) if gained + lost else 1.0

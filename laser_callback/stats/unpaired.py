@@ -19,6 +19,7 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
+from typing_extensions import override
 
 from laser_callback.stats.intervals import Floats, MeanDifference, joined_wilson, standard_error
 from laser_callback.stats.outcomes import ALPHA, Outcomes, PairedResult, as_float64
@@ -39,6 +40,12 @@ class UnpairedResult(PairedResult):
 
     n_original: int = 0
     n_reduced: int = 0
+
+    @property
+    @override
+    def sample(self) -> str:
+        """What was looked at; of two groups of other examples."""
+        return f"{super().sample} ({self.n_original:,} of the original model, {self.n_reduced:,} of the reduced one)"
 
 
 def compare_groups(

@@ -525,7 +525,7 @@ def test_priors():
 def test_each_metric_is_checked_by_what_it_looks_at():
     chosen = {"prediction/choice": ["a", "b"], "answer/choice": ["a", "a"], "choice": bools("10")}
     one = {"answer": ["x", "y"], "prediction": ["x", "z"], "acc": bools("10"), **chosen}
-    two = {"prediction": ["x", "y"], "acc": bools("11"), "loss": torch.zeros(2), **chosen}
+    two = {"prediction": ["x", "y"], "acc": bools("11"), "loss": torch.full((2,), 0.25), **chosen}
     examples = pair(one | {"loss": torch.ones(2)}, two, 2)
     logged = {name: log(0.5, name) for name in ("acc", "choice", "loss")}
     checks = examples.priors("laser", logged, logged)
