@@ -34,6 +34,9 @@ from laser_callback.support.hashing import content_hash
 
 Loader: TypeAlias = DataLoader[Any]
 
+MOST_COMPARED = 10_000
+"""More examples than this are not loaded to see whether they are those of another set."""
+
 _IN_ORDER = (SequentialSampler, RandomSampler, DistributedSampler, SubsetRandomSampler)
 
 
@@ -106,8 +109,10 @@ class ExampleSet:
         return {_content(self.dataset[place]) for place in self.places} - {None}
 
     def fingerprints(self) -> list[str]:
-        """What stands for all values of each example but its id; empty where examples cannot be loaded one by one."""
-        return [] if self.whole is not None else [fingerprint([_without_id(self.dataset[i])]) for i in self.places]
+        """What stands for all values of each example but its id; empty where there are many, or they are not loaded."""
+        if self.whole is not None or len(self.places) > MOST_COMPARED:
+            return []
+        return [fingerprint([_without_id(self.dataset[place])]) for place in self.places]
 
 
 def _without_id(item: Any) -> Any:

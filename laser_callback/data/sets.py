@@ -276,8 +276,8 @@ def _in_common(sets: Mapping[str, ExampleSet]) -> list[str]:
     chosen = keys.get("screen", set()) | keys["race"]
     shared = [(name, len(keys[name] & chosen)) for name in ("confirm", "guard") if name in keys]
     return [
-        f"{count:,} of {len(keys[name]):,} subjects of the {name} set are in the race or the screen, too: what is shown "
-        "there is of other facts, but not of other subjects"
+        f"{count:,} of {len(keys[name]):,} subjects of the {name} set are in the race or the screen, too: what is "
+        "shown there is of other facts, but not of other subjects"
         for name, count in shared
         if count
     ]

@@ -31,7 +31,7 @@ from laser_callback.results.comparison import ArmResult, LaserResult
 from laser_callback.results.flips import Row, claim_row, label_counts
 from laser_callback.results.search import SearchResult
 from laser_callback.spectra.cut import CutSpectrum
-from laser_callback.stats.outcomes import PairedResult
+from laser_callback.stats.outcomes import PairedResult, Verdict
 from laser_callback.support.files import write_atomically
 
 
@@ -82,8 +82,12 @@ def _comparison_context(result: LaserResult) -> dict[str, Any]:
     }
 
 
-_COUNTED = {
-    **{verdict: verdict for verdict in ("better", "in doubt", "worse", "higher", "lower")},
+_COUNTED: dict[Verdict, str] = {
+    "better": "better",
+    "in doubt": "in doubt",
+    "worse": "worse",
+    "higher": "higher",
+    "lower": "lower",
     "no difference shown": "not shown to differ",
     "not tested": "not tested",
     "exploratory": "without a claim",
@@ -92,7 +96,7 @@ _COUNTED = {
 
 def _headline(result: LaserResult, claims: Mapping[str, PairedResult | None]) -> str:
     if len(claims) > 1:
-        counts = Counter("not tested" if row is None else row.verdict for row in claims.values())
+        counts: Counter[Verdict] = Counter("not tested" if row is None else row.verdict for row in claims.values())
         shown = [f"{counts[verdict]} {text}" for verdict, text in _COUNTED.items() if counts[verdict]]
         return f"{len(claims)} plans: {', '.join(shown)}"
     ((name, row),) = claims.items()

@@ -72,7 +72,8 @@ def confirm_warnings(sets: ExampleSets, min_gain: float, batches: bool = False) 
         gains += f" if the examples of a subject change independently, and {least:,} {_shown_by(least)} if together"
     return [
         f"the confirm set has {told}: to confirm a gain of {100 * min_gain:.1f} points with {POWER:.0%} probability "
-        f"takes {need:,} if a cut breaks one answer for every three that it fixes; {gains}. Give more examples, or a larger share of them to `confirm`"
+        f"takes {need:,} if a cut breaks one answer for every three that it fixes; {gains}. Give more "
+        f"examples, or a larger share of them to `confirm`"
         f"{', or return a value per example' * batches}"
     ]
 

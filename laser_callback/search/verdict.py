@@ -64,5 +64,6 @@ def decide(result: SearchResult, sign: int) -> None:
         if checks is not None and right < checks.constant_answer:
             result.warnings.append(
                 f"by {key}, {right:.1%} is right after the cut, and each group's most common answer, always given, "
-                f"would reach {checks.constant_answer:.1%}: what changed may be the form of the answers, not what it knows"
+                f"would reach {checks.constant_answer:.1%}: what changed may be the form of the answers, not what it "
+                "knows"
             )

@@ -45,7 +45,7 @@ class UnpairedResult(PairedResult):
     @override
     def sample(self) -> str:
         """What was looked at; of two groups of other examples."""
-        return f"{super().sample} ({self.n_original:,} of the original model, {self.n_reduced:,} of the reduced one)"
+        return f"{super().sample}, {self.n_original:,} of the original and {self.n_reduced:,} of the reduced model"
 
 
 def compare_groups(

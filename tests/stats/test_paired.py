@@ -394,7 +394,8 @@ def test_scores_in_steps_have_a_continuity_correction():
     row, change = compare("score", before, after), after.values - before.values
     student = stats.ttest_1samp(change, 0)
     error = change.std(ddof=1) / 20**0.5
-    assert row.p == pytest.approx(2 * stats.t.sf((abs(row.delta) - 1 / 120) / error, 19)) and row.p > student.pvalue
+    assert row.p == pytest.approx(2 * stats.t.sf((abs(row.delta) - 1 / 120) / error, 19))
+    assert row.p > student.pvalue
     for ends, level in (((row.lower, row.upper), 0.95), ((row.lower90, row.upper90), 0.9)):
         low, high = student.confidence_interval(level)
         assert ends == pytest.approx((low - 1 / 120, high + 1 / 120))
