@@ -433,7 +433,7 @@ class ComparisonRun:
         keys = dict.fromkeys(row.metric for arm in plans.values() for row in arm.rows)
         primary = self.options.primary if self.options.primary in keys else None
         warn_if_absent(self.options.primary, keys, "this evaluation")
-        if self.trainer.state.fn != "fit":  # where each validation is another look, none of which claims anything
+        if self.trainer.state.fn != "fit":  # else each validation is another look, and claims nothing
             adjust_together(list(plans.values()), primary)
         compared = {key for arm in logged.values() for key in arm}
         reasons |= {f"plan {name}": self._unused[name] for name in plans if name in self._unused}

@@ -7,7 +7,6 @@ each a one-sided 95 % bound, are there for those who ask about one side.
 
 Sources:
     McNemar, Q. (1947). Psychometrika 12, 153-157, with the exact binomial p value instead of chi-squared.
-    Cochran, W. G. (1977). Sampling Techniques, 3rd ed., chapter 9A (clusters of unequal size).
     Rao, J. N. K. and Scott, A. J. (1992). A simple method for the analysis of clustered binary data. Biometrics 48,
     577-585.
     Those of the intervals stand in :mod:`laser_callback.stats.intervals`.
@@ -45,9 +44,10 @@ def compare(
       step (scores in thirds, say). Without weights, and all 0 or 1, it is right or wrong by another name: then the test
       and interval of "binary".
     - "mean" with weights, and "log_ratio": :math:`r = \sum_c w_c d_c / \sum_c w_c` over C clusters (without
-      ``clusters``, the units), with the cluster-robust variance
-      :math:`\frac{C}{C-1} \sum_c (w_c d_c - r w_c)^2 / (\sum_c w_c)^2` and t with C - 1 degrees of freedom;
-      "log_ratio" then maps estimate and interval by ``exp(.) - 1``.
+      ``clusters``, the units), with the jackknife's variance
+      :math:`\frac{C-1}{C} \sum_c (h_c (d_c - r) / (1 - h_c))^2`, where :math:`h_c = w_c / \sum_c w_c`, and t with
+      :math:`1 / \sum_c h_c^2 - 1` degrees of freedom, which are C - 1 for equal weights; "log_ratio" then maps
+      estimate and interval by ``exp(.) - 1``.
 
     Clusters hold units that are not independent, such as the facts of one subject; they are then what ``n`` counts. The
     metric stays the mean over units, and "mean" has the cluster-robust test. "binary" has the exact test that exchanges
