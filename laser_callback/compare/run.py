@@ -435,10 +435,11 @@ class ComparisonRun:
         warn_if_absent(self.options.primary, keys, "this evaluation")
         if self.trainer.state.fn != "fit":  # else each validation is another look, and claims nothing
             adjust_together(list(plans.values()), primary)
-        compared = {key for arm in logged.values() for key in arm}
         reasons |= {f"plan {name}": self._unused[name] for name in plans if name in self._unused}
         if not self._unused:
-            reasons |= {key: "not logged by the module" for key in original if key not in compared}
+            reasons |= {
+                key: "not logged by the module" for key in original if not any(key in a for a in logged.values())
+            }
         return LaserResult(
             plans,
             controls,
