@@ -437,9 +437,7 @@ class ComparisonRun:
             adjust_together(list(plans.values()), primary)
         reasons |= {f"plan {name}": self._unused[name] for name in plans if name in self._unused}
         if not self._unused:
-            reasons |= {
-                key: "not logged by the module" for key in original if not any(key in a for a in logged.values())
-            }
+            reasons |= {k: "not logged by the module" for k in original if not any(k in a for a in logged.values())}
         return LaserResult(
             plans,
             controls,

@@ -68,8 +68,8 @@ def compare_groups(
     difference then has the jackknife's variance :math:`\frac{C-1}{C} \sum_c z_c^2` over C clusters, where :math:`z_c`
     sums :math:`w_i (x_i - m) / \sum w / (1 - h_c)` over a cluster's units in the reduced group, whose share of the
     group's weights is :math:`h_c`, and subtracts those in the original's; its t has :math:`1 / \sum_c h_c^2 - 1`
-    degrees of freedom, those of the group with fewer. A share of right and wrong claims no more than Fisher's exact test
-    and Newcombe's interval allow, either.
+    degrees of freedom, those of the group with fewer. A share of right and wrong claims no more than Fisher's exact
+    test and Newcombe's interval allow, either.
 
     Args:
         metric: name for the row.
