@@ -441,13 +441,14 @@ def test_batch_means_are_weighted_by_their_size():
     assert row.note == "unit: the batch"
     assert (row.n, row.test) == (3, "cluster-robust t")
     assert (row.original, row.reduced) == pytest.approx((16 / 9, 13 / 9))
-    # Cochran's ratio estimator by hand.
+    # The jackknife by hand; all sums are multiples of 1, half of which is the continuity correction.
     w, d = np.array(sizes, float), np.array(after) - np.array(before)
     ratio = (w * d).sum() / w.sum()
-    error = np.sqrt(3 / 2 * ((w * (d - ratio)) ** 2).sum()) / w.sum()
+    without = np.array([np.average(np.delete(d, i), weights=np.delete(w, i)) for i in range(3)])
+    error, df, half = np.sqrt(2 / 3 * ((without - ratio) ** 2).sum()), w.sum() ** 2 / (w**2).sum() - 1, 0.5 / w.sum()
     assert row.delta == pytest.approx(ratio)
-    assert row.p == pytest.approx(2 * stats.t.sf(abs(ratio) / error, 2))
-    assert row.lower == pytest.approx(ratio - stats.t.ppf(0.975, 2) * error)
+    assert row.p == pytest.approx(2 * stats.t.sf((abs(ratio) - half) / error, df))
+    assert row.lower == pytest.approx(ratio - stats.t.ppf(0.975, df) * error - half)
 
 
 def test_batches_that_cannot_be_paired_are_left_out():
