@@ -433,11 +433,11 @@ class ComparisonRun:
         keys = dict.fromkeys(row.metric for arm in plans.values() for row in arm.rows)
         primary = self.options.primary if self.options.primary in keys else None
         warn_if_absent(self.options.primary, keys, "this evaluation")
-        adjust_together(list(plans.values()), primary)
-        compared = {key for arm in logged.values() for key in arm}
+        if self.trainer.state.fn != "fit":  # else each validation is another look, and claims nothing
+            adjust_together(list(plans.values()), primary)
         reasons |= {f"plan {name}": self._unused[name] for name in plans if name in self._unused}
         if not self._unused:
-            reasons |= {key: "not logged by the module" for key in original if key not in compared}
+            reasons |= {k: "not logged by the module" for k in original if not any(k in a for a in logged.values())}
         return LaserResult(
             plans,
             controls,

@@ -7,6 +7,7 @@ loaded with the collator, batch size and workers of the dataloader that it came 
 from __future__ import annotations
 
 import hashlib
+from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -17,6 +18,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils.data import (
     BatchSampler,
+    ConcatDataset,
     DataLoader,
     DistributedSampler,
     IterableDataset,
@@ -27,10 +29,13 @@ from torch.utils.data import (
 )
 
 from laser_callback.data.encoding import EncodedFact
-from laser_callback.data.facts import draw
+from laser_callback.data.facts import draw, subject_key
 from laser_callback.support.hashing import content_hash
 
 Loader: TypeAlias = DataLoader[Any]
+
+MOST_COMPARED = 10_000
+"""More examples than this are not loaded to see whether they are those of another set."""
 
 _IN_ORDER = (SequentialSampler, RandomSampler, DistributedSampler, SubsetRandomSampler)
 
@@ -92,11 +97,7 @@ class ExampleSet:
         """Each example as its place in the dataset that it comes from in the end; none if that is not known."""
         if self.whole is not None:
             return set()
-        dataset, places = self.dataset, self.places
-        while isinstance(dataset, Subset):
-            indices: Any = dataset.indices
-            dataset, places = dataset.dataset, [int(indices[place]) for place in places]
-        return {(id(dataset), place) for place in places}
+        return {_root(self.dataset, place) for place in self.places}
 
     def contents(self) -> set[Hashable]:
         """What each example is, in whatever dataset: a fact by prompt and answer, what has an id by it and all else.
@@ -106,6 +107,28 @@ class ExampleSet:
         if self.whole is not None or not self.places or _content(self.dataset[self.places[0]]) is None:
             return set()
         return {_content(self.dataset[place]) for place in self.places} - {None}
+
+    def fingerprints(self) -> list[str]:
+        """What stands for all values of each example but its id; empty where there are many, or they are not loaded."""
+        if self.whole is not None or len(self.places) > MOST_COMPARED:
+            return []
+        return [fingerprint([_without_id(self.dataset[place])]) for place in self.places]
+
+
+def _without_id(item: Any) -> Any:
+    return {key: value for key, value in item.items() if key != "id"} if isinstance(item, Mapping) else item
+
+
+def _root(dataset: Any, place: int) -> tuple[int, int]:
+    while isinstance(dataset, (Subset, ConcatDataset)):
+        if isinstance(dataset, Subset):
+            indices: Any = dataset.indices
+            dataset, place = dataset.dataset, int(indices[place])
+        else:
+            part = bisect_right(dataset.cumulative_sizes, place)
+            place -= dataset.cumulative_sizes[part - 1] if part else 0
+            dataset = dataset.datasets[part]
+    return id(dataset), place
 
 
 def _content(item: Any) -> Hashable:
@@ -177,8 +200,11 @@ def taken_apart(loader: Loader, groups: Sequence[str] | None, subjects: Sequence
         "prefetch_factor": loader.prefetch_factor,
         "persistent_workers": loader.persistent_workers,
     }
-    everything = ExampleSet(dataset, list(range(len(dataset))), [str(number) for number in numbers], names, options)
-    return everything.subset([int(place) for place in places])
+    keys = [str(number) for number in numbers]
+    if subjects is None and len(dataset) and isinstance(dataset[0], EncodedFact):  # facts have subjects of their own
+        facts = [dataset[i].fact for i in range(len(dataset))]
+        keys, names = [subject_key(fact) for fact in facts], [fact.group for fact in facts] if not groups else names
+    return ExampleSet(dataset, list(range(len(dataset))), keys, names, options).subset([int(place) for place in places])
 
 
 def kept_whole(name: str, loader: Loader) -> ExampleSet:

@@ -93,8 +93,9 @@ class ExampleSets:
                 raise ValueError(
                     "`sizes`, `groups` and `subjects` must be left out where `data` holds the sets already."
                 )
-            sets, notes = _with_screen(_given(data), seed)
-            return cls(sets, {}, seed, notes)
+            given = _given(data)
+            sets, notes = _with_screen(given, seed)
+            return cls(sets, {}, seed, [*_in_common(given), *notes])
         if unknown := [name for name in sizes if name not in SETS]:
             raise ValueError(f"`sizes` must name sets among {', '.join(SETS)}, got {unknown}.")
         if missing := [name for name in ("race", "confirm") if name not in sizes]:
@@ -116,7 +117,8 @@ class ExampleSets:
             As :meth:`of`.
         """
         if isinstance(data, Mapping):
-            return cls(_given(data), {}, 0, [])
+            given = _given(data)
+            return cls(given, {}, 0, _in_common(given))
         whole = _whole(data, None, None)
         count = len(whole.places)
         if count < 5:
@@ -261,6 +263,29 @@ def _given(data: Mapping[str, Loader]) -> dict[str, ExampleSet]:
         if shared:
             raise ValueError(f"`data` must hold sets without a common example, but {one} and {other} share {shared}.")
     return sets
+
+
+def _in_common(sets: Mapping[str, ExampleSet]) -> list[str]:
+    """What to tell of subjects and values that chose and confirm: what was learnt of them is no news there."""
+    confirmed, raced = sets["confirm"].fingerprints(), set(sets["race"].fingerprints())
+    equal = sum(one in raced for one in confirmed)
+    if confirmed and 2 * equal >= len(confirmed):  # a few may be alike by chance
+        told = f"{equal:,} of {len(confirmed):,} examples of the confirm set have all values of one of the race"
+        return [f"{told}: if they are the same, nothing is confirmed"]
+    keys = {name: _subjects_of_facts(found) for name, found in sets.items()}
+    chosen = keys.get("screen", set()) | keys["race"]
+    shared = [(name, len(keys[name] & chosen)) for name in ("confirm", "guard") if name in keys]
+    return [
+        f"{count:,} of {len(keys[name]):,} subjects of the {name} set are in the race or the screen, too: what is "
+        "shown there is of other facts, but not of other subjects"
+        for name, count in shared
+        if count
+    ]
+
+
+def _subjects_of_facts(found: ExampleSet) -> set[str]:
+    is_of_facts = found.whole is None and isinstance(found.dataset[found.places[0]], EncodedFact)
+    return set(found.subjects) if is_of_facts else set()
 
 
 def _with_screen(sets: dict[str, ExampleSet], seed: int) -> tuple[dict[str, ExampleSet], list[str]]:

@@ -31,7 +31,7 @@ from laser_callback.results.comparison import ArmResult, LaserResult
 from laser_callback.results.flips import Row, claim_row, label_counts
 from laser_callback.results.search import SearchResult
 from laser_callback.spectra.cut import CutSpectrum
-from laser_callback.stats.outcomes import PairedResult
+from laser_callback.stats.outcomes import PairedResult, Verdict
 from laser_callback.support.files import write_atomically
 
 
@@ -82,19 +82,35 @@ def _comparison_context(result: LaserResult) -> dict[str, Any]:
     }
 
 
+_COUNTED: dict[Verdict, str] = {
+    "better": "better",
+    "in doubt": "in doubt",
+    "worse": "worse",
+    "higher": "higher",
+    "lower": "lower",
+    "no difference shown": "not shown to differ",
+    "not tested": "not tested",
+    "exploratory": "without a claim",
+}
+
+
 def _headline(result: LaserResult, claims: Mapping[str, PairedResult | None]) -> str:
     if len(claims) > 1:
-        counts = Counter(row.verdict for row in claims.values() if row is not None)
-        told = [f"{counts[verdict]} {verdict}" for verdict in ("better", "in doubt", "worse") if counts[verdict]]
-        rest = len(claims) - counts["better"] - counts["in doubt"] - counts["worse"]
-        return f"{len(claims)} plans: {', '.join([*told, *[f'{rest} not shown to differ'] * bool(rest)])}"
+        counts: Counter[Verdict] = Counter("not tested" if row is None else row.verdict for row in claims.values())
+        shown = [f"{counts[verdict]} {text}" for verdict, text in _COUNTED.items() if counts[verdict]]
+        return f"{len(claims)} plans: {', '.join(shown)}"
     ((name, row),) = claims.items()
     plan = code(result[name].plan)
     if row is None:
         return Markup("Nothing could be tested of {}").format(plan)
-    if row.verdict == "in doubt":
-        return Markup("{} is better with {}, but {}").format(row.metric, plan, row.doubt)
-    if row.verdict not in ("better", "worse", "higher", "lower"):
+    if row.doubt and row.verdict in ("in doubt", "higher", "lower"):
+        way = "higher" if row.delta > 0 else "lower"
+        return Markup("{} is {} with {}, but {}").format(row.metric, way, plan, row.doubt)
+    if row.verdict == "exploratory":
+        return Markup("Nothing is claimed of {} with {}").format(row.metric, plan)
+    if row.verdict == "not tested":
+        return Markup("{} could not be tested with {}").format(row.metric, plan)
+    if row.verdict == "no difference shown":
         return Markup("No difference in {} is shown with {}").format(row.metric, plan)
     return Markup("{} is {} with {}").format(row.metric, row.verdict, plan)
 

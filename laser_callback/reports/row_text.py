@@ -15,17 +15,23 @@ from laser_callback.stats.priors import PriorChecks
 
 _CONTROLS = {"zeroed": "the same matrix zeroed", "random": "a random matrix at the same rho"}
 SHARES = ("accuracy", "robustness", "consistency")
-"""A mean whose name holds one of these is a share, shown in percent."""
+"""A mean from 0 to 1 whose name holds one of these is a share, shown in percent."""
 
 
 def is_share(row: PairedResult) -> bool:
     """Whether the metric is a share."""
-    return row.kind == "binary" or (row.kind == "mean" and any(word in row.metric for word in SHARES))
+    beyond = any(value < 0 or value > 1 for value in (row.original, row.reduced))  # as one in percent already
+    return row.kind == "binary" or (row.kind == "mean" and not beyond and any(word in row.metric for word in SHARES))
 
 
 def percent(value: float, sign: str = "") -> str:
     """A share in percent; what is no number is no percentage."""
-    return f"{value:{sign}.1%}" if math.isfinite(value) else f"{value:{sign}}"
+    return f"{_hundredths(value, sign)}%" if math.isfinite(value) else f"{value:{sign}}"
+
+
+def _hundredths(value: float, sign: str = "") -> str:
+    number = 100 * value
+    return f"{number:{sign}.1f}" if abs(number) < 1e6 else f"{number:{sign}.2e}"
 
 
 def value_text(row: PairedResult, value: float) -> str:
@@ -43,7 +49,7 @@ def interval_text(row: PairedResult) -> str:
     if row.lower is None or row.upper is None:
         return ""
     if is_share(row) or row.kind == "log_ratio":
-        ends = f"{100 * row.lower:+.1f}", f"{100 * row.upper:+.1f}"
+        ends = _hundredths(row.lower, "+"), _hundredths(row.upper, "+")
     else:
         ends = f"{row.lower:+.2g}", f"{row.upper:+.2g}"
     return ", ".join(map(_signed, ends))
@@ -85,14 +91,12 @@ def finding(row: PairedResult) -> str:
     p = f"p {p_text(row)}" if p_text(row).startswith("<") else f"p = {p_text(row)}"
     p += " after Holm" * (row.role == "holm")
     if row.verdict == "no difference shown":
-        possible = f"its own interval, which is not adjusted, is [{interval_text(row)}]"
-        if row.lower <= 0 <= row.upper:
-            fall, rise = _sizes(row, -row.lower, row.upper)
-            possible = f"it may have fallen by up to {fall} or risen by up to {rise}, and by no more at 95 % confidence"
-        return f"no change of {row.metric} is shown on {row.sample} ({p}): {possible}"
+        return f"no change of {row.metric} is shown on {row.sample} ({p}): {_possible(row, row.lower, row.upper)}"
     way = "rises" if row.delta > 0 else "falls"
     least, most = _sizes(row, *sorted((abs(row.lower), abs(row.upper))))
     size = f"by at least {least} and at most {most} at 95 % confidence"
+    if row.lower <= 0 <= row.upper:  # a test of few clusters, and the interval, may disagree
+        size = f"but its interval at 95 % confidence, [{interval_text(row)}], does not leave 0 out"
     return f"{row.metric} {way} from {values} on {row.sample} ({p}), {size}"
 
 
@@ -106,11 +110,24 @@ def prior_text(row: PairedResult, checks: PriorChecks) -> str:
     return checks.doubt or "the gain holds outside of the answers said most"
 
 
+def _possible(row: PairedResult, lower: float, upper: float) -> str:
+    """What is not ruled out where no change is shown."""
+    if not lower <= 0 <= upper:
+        return f"its own interval, which is not adjusted, is [{interval_text(row)}]"
+    if lower == upper:
+        return "it is the same on every one of them, which rules out nothing about others"
+    fall, rise = _sizes(row, abs(lower), upper)
+    if not lower or not upper:
+        way, most = ("risen", rise) if upper else ("fallen", f"{fall} {rise.partition(' ')[2]}".rstrip())
+        return f"it may be as it was, or have {way} by up to {most}, and by no more at 95 % confidence"
+    return f"it may have fallen by up to {fall} or risen by up to {rise}, and by no more at 95 % confidence"
+
+
 def _sizes(row: PairedResult, one: float, two: float) -> tuple[str, str]:
     """The sizes of two changes, and behind the second their unit."""
     if row.kind != "log_ratio" and not is_share(row):
         return f"{one:.2g}", f"{two:.2g}"
-    return f"{100 * one:.1f}", f"{100 * two:.1f} {'%' if row.kind == 'log_ratio' else 'points'}"
+    return _hundredths(one), f"{_hundredths(two)} {'%' if row.kind == 'log_ratio' else 'points'}"
 
 
 def plan_text(plan: str) -> str:
@@ -125,7 +142,7 @@ def verdict(result: LaserResult, name: str) -> str:
         return f"nothing could be tested of {plan_text(arm.plan)}"
     text = f"with {plan_text(arm.plan)}, {finding(row)}"
     checks = arm.prior_checks.get(row.metric)
-    if row.verdict == "in doubt":
+    if row.doubt and row.verdict in ("in doubt", "higher", "lower"):
         text += f"; but {row.doubt}"
     elif row.verdict == "better" and checks is not None and checks.worth_less:
         text += f"; of {' and '.join(f'other {by}s' for by in checks.worth_less)} much less is shown"

@@ -29,6 +29,7 @@ from laser_callback.results.comparison import ArmResult, LaserResult
 from laser_callback.results.flips import claim_row
 from laser_callback.stats.outcomes import PairedResult
 from laser_callback.stats.priors import PriorChecks
+from laser_callback.stats.unpaired import UnpairedResult
 from laser_callback.support.files import write_atomically
 
 _STYLES = {
@@ -121,8 +122,15 @@ def print_ab(result: ABResult, console: Console | None = None) -> None:
     legend = f"n: of the original/reduced model; p: {tests} test, Holm-adjusted"
     legend += " but for the metric with the star" * any(row.role == "primary" for row in result.rows)
     rows = sorted(result.rows, key=lambda row: row.role != "primary")
-    told = [Text(finding(row), style=_STYLES.get(row.verdict, "bold")) for row in rows if row.test != "not tested"][:1]
+    told = [Text(_ab_finding(row), style=_STYLES.get(row.verdict, "bold")) for row in rows if row.p is not None][:1]
     show(*told, title, table, Text(f"{legend}; intervals are not adjusted", style="dim"), console=console)
+
+
+def _ab_finding(row: UnpairedResult) -> str:
+    """What an A/B test shows, in which no example has two answers to compare."""
+    text = finding(row)
+    unchecked = row.verdict == "better" and row.higher_is_better
+    return f"{text}; not checked for a mere shift of what is said" if unchecked else text
 
 
 def footnotes(result: LaserResult) -> list[str]:
@@ -171,6 +179,8 @@ def _table(arm: ArmResult, primary: str | None, wide: bool) -> Table:
 
 
 def _legend(result: LaserResult) -> str:
+    if result.is_one_look_of_several:
+        return "neither p nor the intervals are adjusted; delta = reduced - original"
     if result.primary is None:
         return "p is Holm-adjusted, the intervals are not; delta = reduced - original"
     several = " (Holm-adjusted over the plans)" if len(result.arms) > 1 else ""

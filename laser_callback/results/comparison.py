@@ -101,6 +101,17 @@ class LaserResult:
     def __getitem__(self, name: str) -> ArmResult:
         return self.arms[name]
 
+    def directed(self, higher_is_better: Mapping[str, bool]) -> LaserResult:
+        """The same, with the better direction of metrics as it was declared, whatever they were logged as."""
+
+        def turned(arm: ArmResult) -> ArmResult:
+            better = higher_is_better.get
+            rows = [r if (b := better(r.metric)) is None else r.directed(b) for r in arm.rows]
+            return replace(arm, rows=rows)
+
+        controls = {name: {k: turned(arm) for k, arm in arms.items()} for name, arms in self.controls.items()}
+        return replace(self, arms={name: turned(arm) for name, arm in self.arms.items()}, controls=controls)
+
     @property
     def is_one_look_of_several(self) -> bool:
         """Whether a validation of ``fit`` has given it: then its p values are exploratory, one for each look."""

@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import math
 from collections import defaultdict
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -148,15 +148,18 @@ class PairedExamples:
         return None if isinstance(selected, str) else selected.clusters
 
     def priors(self, arm: str, original: Mapping[str, Logged], reduced: Mapping[str, Logged]) -> dict[str, PriorChecks]:
-        """The prior checks of each metric of right and wrong for which the step returned answers and predictions."""
+        """The prior checks of each metric of right and wrong for which the step returned answers and predictions.
+
+        Of a metric of errors they are of the share that is right.
+        """
         found = {}
         for key in [key for key in original if key in reduced]:
             selected = self._select(arm, key, original[key])
             if isinstance(selected, str) or selected.said is None:
                 continue
-            outcomes = selected.before, selected.after
-            if _are_shares_right(outcomes, original[key].higher_is_better):
-                said = selected.said
+            said = selected.said
+            outcomes = _shares_right((selected.before, selected.after), said, original[key].higher_is_better)
+            if outcomes is not None:
                 found[key] = prior_checks(
                     key, said.answers, (said.before, said.after), outcomes, said.groups, selected.clusters
                 )
@@ -222,13 +225,13 @@ class PairedExamples:
             return ""
         if kind != "binary" and not torch.equal(_weights(before)[~absent], _weights(after)[~absent]):
             return "the step returned other weights for the reduced model: they belong to the example"
-        clustered = all("cluster" in b.described[ORIGINAL] for b in used)
-        clusters = [c for b in used for c in b.described[ORIGINAL]["cluster"]] if clustered else None
+        clusters, unclustered = _clusters(used)
         clusters = clusters or _seen_twice(used, before, after)
         for b in batches:
             b.integers.discard(name)  # no labels: they are logged
         said = _said(used, arm, name)
-        return _Selected(before, after, clusters, next((b.doubt for b in used if b.doubt), ""), said)
+        doubts = unclustered, next((b.doubt for b in used if b.doubt), "")
+        return _Selected(before, after, clusters, "; ".join(filter(None, doubts)), said)
 
     def _row_of_means(self, arm: str, key: str, original: Logged, reduced: Logged) -> PairedResult:
         outcomes, left_out = self._means(arm, key)
@@ -292,13 +295,24 @@ def _said(batches: Iterable[_Batch], arm: str, metric: str) -> _Said | None:
     return found
 
 
-def _are_shares_right(outcomes: Sequence[Outcomes], higher_is_better: bool | None) -> bool:
-    """Whether they go from wrong to right."""
-    if outcomes[0].kind == "binary":
-        return higher_is_better is not False
+def _shares_right(
+    outcomes: tuple[Outcomes, Outcomes], said: _Said, higher_is_better: bool | None
+) -> tuple[Outcomes, Outcomes] | None:
+    """The outcomes from wrong to right, turned round where they are of errors; ``None`` if they are neither."""
     values = torch.cat([arm.values for arm in outcomes])
-    inside = bool(((values >= 0) & (values <= 1) | values.isnan()).all())
-    return outcomes[0].kind == "mean" and higher_is_better is True and inside
+    if not bool(((values == 0) | (values == 1) | values.isnan()).all()):
+        inside = bool(((values >= 0) & (values <= 1) | values.isnan()).all())
+        return outcomes if outcomes[0].kind == "mean" and higher_is_better is True and inside else None
+    if outcomes[0].kind == "log_ratio":
+        return None
+    if higher_is_better is None:  # what it gives to an answer that is right word for word tells which of them it is
+        texts = zip([*said.answers] * 2, [*said.before, *said.after], values.tolist(), strict=True)
+        given = [value for answer, text, value in texts if answer == text and not math.isnan(value)]
+        higher_is_better = 2 * sum(given) >= len(given)
+    if higher_is_better:
+        return outcomes
+    before, after = (Outcomes(1 - arm.values, kind=arm.kind) for arm in outcomes)
+    return before, after
 
 
 def _padding(ranks: list[PairedExamples]) -> dict[tuple[int, int], set[int]]:
@@ -359,6 +373,19 @@ def _joined(parts: list[Outcomes], kind: Kind) -> Outcomes:
 def _weights(outcomes: Outcomes) -> Tensor:
     weights: Tensor | None = outcomes.weights
     return torch.ones_like(outcomes.values) if weights is None else weights
+
+
+def _clusters(batches: list[_Batch]) -> tuple[list[Hashable] | None, str]:
+    """Each example's cluster, ``None`` if the step returned none; and what to tell of batches without any."""
+    labels = [b.described[ORIGINAL].get("cluster") for b in batches]
+    without = labels.count(None)
+    if without == len(labels):
+        return None, ""
+    found: list[Hashable] = []
+    for b, given in zip(batches, labels, strict=True):
+        found += [object() for _ in range(b.size)] if given is None else given
+    told = f"{without} of {len(labels)} batches came without `cluster`: their examples count as independent"
+    return found, told if without else ""
 
 
 def _seen_twice(batches: list[_Batch], before: Outcomes, after: Outcomes) -> list[Hashable] | None:

@@ -48,10 +48,10 @@ class LabelCount:
 
 
 def claim_row(result: LaserResult, name: str) -> PairedResult | None:
-    """The row that speaks for the plan ``name``: of the primary metric, else the first that was tested."""
+    """The row that speaks for the plan ``name``: of the primary metric, tested or not, else the first that was."""
     rows = result[name].rows
     declared = [row for row in rows if row.metric == result.primary]
-    return next((row for row in [*declared, *rows] if row.test != "not tested"), None)
+    return next(iter(declared or [row for row in rows if row.test != "not tested"]), None)
 
 
 def flip_metric(result: LaserResult, name: str) -> PairedResult | None:

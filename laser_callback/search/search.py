@@ -34,7 +34,7 @@ from laser_callback.search.data_free import SCREENS
 from laser_callback.search.fingerprints import fingerprints
 from laser_callback.search.screen import LossFn
 from laser_callback.search.setup import constraints_of, objective_of, plain, probe_positions
-from laser_callback.search.sizes import by_batches, confirm_warnings, guard_warnings
+from laser_callback.search.sizes import by_batches, confirm_warnings, guard_warnings, is_share_right
 from laser_callback.search.steps import Screen, Steps
 from laser_callback.search.verdict import confirm
 from laser_callback.spectra.delta import BaseSource, BaseWeights
@@ -201,8 +201,10 @@ class LaserSearch:
         pass_seconds = (time.perf_counter() - begin) / len(positions) / (1 + lab.share(probe["probe"]))
 
         found = SearchResult(None, None, "no candidate has run yet", objective.keys, [], sets=dict(sets.sizes))
-        batches = by_batches(values[objective.keys[0]], loader)
-        found.warnings += [*sets.notes, *confirm_warnings(sets, self.min_gain, batches)]
+        first = values[objective.keys[0]]
+        found.warnings += sets.notes
+        if is_share_right(first, objective.signs[0]):
+            found.warnings += confirm_warnings(sets, self.min_gain, by_batches(first, loader))
         found.warnings += guard_warnings(sets, bounds, values)
         if sets.text("guard") is None and isinstance(self.module, LaserModule):
             found.warnings.append("fluency is not checked: give the data `text=`, a file of running text")

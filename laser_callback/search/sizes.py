@@ -26,8 +26,15 @@ def by_batches(values: Values, loader: DataLoader[Any]) -> bool:
     return len(values.values) <= len(loader) < len(loader.dataset)  # type: ignore[arg-type]  # it is map-style
 
 
+def is_share_right(values: Values, sign: int) -> bool:
+    """Whether a metric can be a share of right (``sign`` 1) or wrong answers, as far as its values tell."""
+    present = values.values[~values.values.isnan()]
+    few = bool(((present == 0) | (present == 1)).all())
+    return values.kind == "mean" and (few or (sign > 0 and bool(((present >= 0) & (present <= 1)).all())))
+
+
 def confirm_warnings(sets: ExampleSets, min_gain: float, batches: bool = False) -> list[str]:
-    """What to say about the size of the confirm set; nothing if it surely suffices.
+    """What to say about the size of the confirm set for a share of right answers; nothing if it surely suffices.
 
     Examples of one subject tell at least as much as one independent example, and at most as much as their number. A
     recommendation also takes a gain outside of what either model says most; that this is each group's most common
@@ -60,19 +67,20 @@ def confirm_warnings(sets: ExampleSets, min_gain: float, batches: bool = False) 
     if most < examples or least < most:
         told += f", and tells as much as {least:,}{f' to {most:,}' * (least < most)} independent ones"
         told += ", since the prior check may leave out the most common answer of each group" * (left < 1)
-    gains = f"{most:,} are enough for {_shown_by(most)}"
+    gains = f"{most:,} show {_shown_by(most)}"
     if least < most:
-        gains += f", if the examples of a subject change independently; {least:,}, if together, for {_shown_by(least)}"
+        gains += f" if the examples of a subject change independently, and {least:,} {_shown_by(least)} if together"
     return [
-        f"the confirm set has {told}: to confirm a gain of {min_gain:.1%} with {POWER:.0%} probability takes {need:,}; "
-        f"{gains}. Give more examples, or a larger share of them to `confirm`"
+        f"the confirm set has {told}: to confirm a gain of {100 * min_gain:.1f} points with {POWER:.0%} probability "
+        f"takes {need:,} if a cut breaks one answer for every three that it fixes; {gains}. Give more "
+        f"examples, or a larger share of them to `confirm`"
         f"{', or return a value per example' * batches}"
     ]
 
 
 def _shown_by(n: int) -> str:
     gain = detectable_gain(n, power=POWER)
-    return f"gains from {gain:.1%} on" if math.isfinite(gain) else "no gain at all"
+    return f"gains from {100 * gain:.1f} points on" if math.isfinite(gain) else "no gain at all"
 
 
 def guard_warnings(sets: ExampleSets, constraints: Iterable[Constraint], measured: Mapping[str, Values]) -> list[str]:

@@ -25,12 +25,13 @@ def confirm(steps: Steps, result: SearchResult, bounds: Sequence[Constraint], co
             controls = False
             result.warnings.append(f"without controls: {error}")
     loaders, primary = [steps.sets.loader("confirm")], steps.objective.keys[0]
-    result.confirmed = steps.compare("confirm", result.found, loaders, primary, controls)
+    better = dict(zip(steps.objective.keys, (sign > 0 for sign in steps.objective.signs), strict=True))
+    result.confirmed = steps.compare("confirm", result.found, loaders, primary, controls).directed(better)
     if bounds:
         text = steps.sets.text("guard")
         guard = [steps.sets.loader("guard")] if steps.sets.sizes.get("guard") else []
         guard += [] if text is None else [text]
-        result.guard = steps.compare("guard", result.found, guard, None, controls=False)
+        result.guard = steps.compare("guard", result.found, guard, None, controls=False).directed(better)
         result.judgements = judge_all(bounds, result.guard["laser"].rows)
     decide(result, steps.objective.signs[0])
 
@@ -59,8 +60,10 @@ def decide(result: SearchResult, sign: int) -> None:
         result.plan = result.found
         result.reason = f"{gain}{judged.note and f'; {judged.note}'}"
         checks = arm.prior_checks.get(key)
-        if checks is not None and row.reduced < checks.constant_answer:
+        right = row.reduced if sign > 0 else 1 - row.reduced
+        if checks is not None and right < checks.constant_answer:
             result.warnings.append(
-                f"{key} is {row.reduced:.1%} after the cut, and each group's most common answer, always given, would "
-                f"reach {checks.constant_answer:.1%}: what changed may be the form of the answers, not what it knows"
+                f"by {key}, {right:.1%} is right after the cut, and each group's most common answer, always given, "
+                f"would reach {checks.constant_answer:.1%}: what changed may be the form of the answers, not what it "
+                "knows"
             )

@@ -149,7 +149,9 @@ class Gates:
             if own:
                 controls = self._controls and bool(gains)
                 primary = gains[0] if gains else None
-                results[name] = lab.compare(plan, data, primary=primary, controls=controls, seed=self._seed)
+                found = lab.compare(plan, data, primary=primary, controls=controls, seed=self._seed)
+                better = {g.key: g.direction == "max" for g in own if isinstance(g, Gain) and g.direction}
+                results[name] = found.directed({key.removeprefix(f"{name}/"): of for key, of in better.items()})
         return results
 
     def verdict(self, plan: LaserPlan, results: Mapping[str, LaserResult]) -> GateVerdict:

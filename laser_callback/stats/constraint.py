@@ -106,8 +106,9 @@ class Constraint:
         if self.relative or not 0 < drop <= 1 or drop_ruled_out(n) <= drop:
             return ""
         return (
-            f"{n:,} independent examples, none of which changes, leave a drop of {drop_ruled_out(n):.1%} possible, so "
-            f"that '{self}' stays undecided; {examples_to_rule_out(drop):,} would do"
+            f"{n:,} independent examples, none of which changes, leave a {'rise' if self.op == '<=' else 'drop'} of "
+            f"{100 * drop_ruled_out(n):.1f} points possible, so that '{self}' stays undecided; "
+            f"{examples_to_rule_out(drop):,} would do"
         )
 
     def judge(self, row: PairedResult) -> Judgement:

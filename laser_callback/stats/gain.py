@@ -110,8 +110,9 @@ class Gain:
             note = prior.doubt
         elif row.p <= self.alpha:
             verdict = "pass"
-            unchecked = row.higher_is_better and prior is None
-            note = _UNCHECKED if unchecked else ""
+            right_or_wrong = row.kind == "binary" or row.test.startswith("exact") or row.higher_is_better
+            is_checked = prior is not None and prior.delta > 0  # else it is of errors taken for right answers
+            note = _UNCHECKED if right_or_wrong and not is_checked else ""
         elif row.delta * sign > 0 and self.alpha == ALPHA:  # the interval's level
             needed = _shown_from(row, bound, self.alpha)
             if needed is not None:

@@ -8,7 +8,8 @@ Sources:
     methods. Statistics in Medicine 17, 873-890: method 10.
     Tango, T. (1998). Equivalence test and confidence interval for the difference in proportions for the paired-sample
     design. Statistics in Medicine 17, 891-908.
-    Cochran, W. G. (1977). Sampling Techniques, 3rd ed., chapter 6 (linearised variance of a ratio).
+    Efron, B. (1982). The Jackknife, the Bootstrap and Other Resampling Plans, chapter 3.
+    Kish, L. (1965). Survey Sampling, chapter 11.7 (as how many equal weights unequal ones count).
 """
 
 from __future__ import annotations
@@ -107,23 +108,27 @@ def joined_wilson(ones: tuple[int, int], sizes: tuple[int, int], level: float) -
 
 
 def standard_error(values: Floats, weights: Floats | None, mean: float) -> float:
-    """Of a (weighted) mean of two or more values, linearised (Cochran 1977); NaN where values are not finite."""
+    """Of a (weighted) mean of two or more values, by the jackknife; NaN where values are not finite.
+
+    With equal weights that is the usual one. A linearised variance of unequal ones is too small: the mean follows the
+    heavy values, which then seem not to vary.
+    """
     n = len(values)
-    w = np.ones(n) if weights is None else weights
-    with np.errstate(invalid="ignore"):
-        return math.sqrt(n / (n - 1) * float(((w * (values - mean)) ** 2).sum())) / float(w.sum())
+    share = np.full(n, 1 / n) if weights is None else weights / weights.sum()
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return math.sqrt((n - 1) / n * float(((share * (values - mean) / (1 - share)) ** 2).sum()))
 
 
 @dataclass(frozen=True)
 class MeanDifference:
     """A mean difference with its standard error on ``df`` degrees of freedom; both are 0 if no unit differs.
 
-    ``half_step`` is the continuity correction of its interval: half of what the smallest step of a unit moves the mean.
+    ``half_step`` is the continuity correction: half of what the smallest step of a unit moves the mean.
     """
 
     delta: float
     error: float
-    df: int
+    df: float
     half_step: float = 0.0
 
     def interval(self, level: float) -> tuple[float, float]:
@@ -133,12 +138,13 @@ class MeanDifference:
 
     @property
     def p(self) -> float:
-        """Two-sided p value of "no difference"."""
-        return float(2 * stats.t.sf(abs(self.delta) / self.error, self.df)) if self.error else 1.0
+        """Two-sided p value of "no difference", at most 5 % where the 95 % interval leaves 0 out."""
+        beyond = max(abs(self.delta) - self.half_step, 0.0)
+        return float(2 * stats.t.sf(beyond / self.error, self.df)) if self.error else 1.0
 
 
 def mean_difference(before: Floats, after: Floats, weights: Floats | None) -> MeanDifference | str:
-    """``r = sum(w d) / sum(w)`` with the linearised variance of a ratio (Cochran 1977).
+    """``r = sum(w d) / sum(w)`` with its jackknife variance, on as many degrees of freedom as the weights are worth.
 
     With equal weights this is exactly the paired t test. Scores of a few values, such as thirds, have a mean that moves
     in steps; without a correction by half a step, a one-sided bound at 5 % is crossed by 6 to 8 % of samples of 20.
@@ -157,8 +163,18 @@ def mean_difference(before: Floats, after: Floats, weights: Floats | None) -> Me
         if abs(delta) > rounding:
             return "all units differ by the same amount: no variance"
         return MeanDifference(delta, 0.0, n - 1)
-    half_step = common_step(difference) / (2 * n) if weights is None else 0.0
-    return MeanDifference(delta, standard_error(difference, weights, delta), n - 1, half_step)
+    w = np.ones(n) if weights is None else weights
+    half_step = common_step(w * difference) / (2 * float(w.sum()))
+    df, error = worth(w) - 1, standard_error(difference, weights, delta)
+    if not (df > 0 and math.isfinite(error)):
+        return "one unit outweighs all others: no variance"
+    return MeanDifference(delta, error, df, half_step)
+
+
+def worth(weights: Floats) -> float:
+    """As how many equal weights they count (Kish 1965)."""
+    shares = weights / weights.sum()
+    return 1 / float((shares**2).sum())
 
 
 def common_step(values: Floats) -> float:

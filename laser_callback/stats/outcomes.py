@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, TypeAlias, TypeVar
 
 import numpy as np
+from typing_extensions import Self
 
 from laser_callback.stats.intervals import Floats
 
@@ -186,6 +187,12 @@ class PairedResult:
         if (self.delta > 0) != self.higher_is_better:
             return "worse"
         return "in doubt" if self.doubt else "better"
+
+    def directed(self, higher_is_better: bool) -> Self:
+        """The row of a metric whose better direction was declared."""
+        if self.fixed is not None and self.higher_is_better != higher_is_better:
+            return replace(self, higher_is_better=higher_is_better, fixed=self.broken, broken=self.fixed)
+        return replace(self, higher_is_better=higher_is_better)
 
     @property
     def units(self) -> str:

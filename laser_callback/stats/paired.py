@@ -7,7 +7,6 @@ each a one-sided 95 % bound, are there for those who ask about one side.
 
 Sources:
     McNemar, Q. (1947). Psychometrika 12, 153-157, with the exact binomial p value instead of chi-squared.
-    Cochran, W. G. (1977). Sampling Techniques, 3rd ed., chapter 9A (clusters of unequal size).
     Rao, J. N. K. and Scott, A. J. (1992). A simple method for the analysis of clustered binary data. Biometrics 48,
     577-585.
     Those of the intervals stand in :mod:`laser_callback.stats.intervals`.
@@ -41,12 +40,14 @@ def compare(
     is left, the row says so and has no test.
 
     - "binary": exact two-sided McNemar test and Tango's score interval with a continuity correction.
-    - "mean": paired t test and interval, the latter with a continuity correction where all differences are multiples of
-      a step (scores in thirds, say).
+    - "mean": paired t test and interval, both with a continuity correction where all differences are multiples of a
+      step (scores in thirds, say). Without weights, and all 0 or 1, it is right or wrong by another name: then the test
+      and interval of "binary".
     - "mean" with weights, and "log_ratio": :math:`r = \sum_c w_c d_c / \sum_c w_c` over C clusters (without
-      ``clusters``, the units), with the cluster-robust variance
-      :math:`\frac{C}{C-1} \sum_c (w_c d_c - r w_c)^2 / (\sum_c w_c)^2` and t with C - 1 degrees of freedom;
-      "log_ratio" then maps estimate and interval by ``exp(.) - 1``.
+      ``clusters``, the units), with the jackknife's variance
+      :math:`\frac{C-1}{C} \sum_c (h_c (d_c - r) / (1 - h_c))^2`, where :math:`h_c = w_c / \sum_c w_c`, and t with
+      :math:`1 / \sum_c h_c^2 - 1` degrees of freedom, which are C - 1 for equal weights; "log_ratio" then maps
+      estimate and interval by ``exp(.) - 1``.
 
     Clusters hold units that are not independent, such as the facts of one subject; they are then what ``n`` counts. The
     metric stays the mean over units, and "mean" has the cluster-robust test. "binary" has the exact test that exchanges
@@ -87,7 +88,9 @@ def compare(
     before, after, weights, labels, notes = _pairs(original, reduced, clusters)
     if not len(before):
         return _without_units(metric, original, reduced, higher_is_better)
-    signs = (after - before).astype(np.int64) if original.kind == "binary" else None
+    # A t test of few zeros and ones claims what the exact test does not.
+    is_exact = original.kind == "binary" or (weights is None and bool(np.isin([before, after], (0, 1)).all()))
+    signs = (after - before).astype(np.int64) if is_exact else None
     if labels is not None:
         before, after, weights = _cluster_means(before, after, weights, labels)
     log_ratio = original.kind == "log_ratio"
@@ -127,7 +130,8 @@ def _tested_exactly(row: PairedResult, signs: NDArray[np.int64], labels: NDArray
     """The row with the test of right and wrong: ``signs`` are 1 where a unit was gained, -1 where it was lost."""
     gained, lost, n = int((signs > 0).sum()), int((signs < 0).sum()), len(signs)
     fixed, broken = (gained, lost) if row.higher_is_better else (lost, gained)
-    row = replace(row, fixed=fixed, broken=broken)
+    if row.kind == "binary":  # which of both is right is not known of a plain number
+        row = replace(row, fixed=fixed, broken=broken)
     effect, df = 1.0, math.inf
     if labels is None:
         p = float(stats.binomtest(gained, gained + lost).pvalue) if gained + lost else 1.0

@@ -124,7 +124,8 @@ def prior_checks(
 ) -> PriorChecks:
     """Check whether a gain may be only a shift of what is said.
 
-    Strings are compared as they are: normalise case and spaces before. Of equally frequent strings the alphabetically
+    Strings are compared as they are; where one that counts as right is another than the answer by case or spaces only,
+    none are told apart by these. Of equally frequent strings the alphabetically
     first counts as the most frequent, so the order of the examples does not matter.
 
     Args:
@@ -170,6 +171,9 @@ def prior_checks(
         if (outside := (values < 0) | (values > 1)).any():
             raise ValueError(f"`outcomes` must be from 0 to 1, got {values[outside][0]:g}")
     answers, before, after = ([texts[i] for i in present] for texts in (answers, *predictions))
+    given = zip([*answers] * 2, [*before, *after], np.concatenate(right).tolist(), strict=True)
+    if any(value == 1 and answer != text and _folded(answer) == _folded(text) for answer, text, value in given):
+        answers, before, after = (list(map(_folded, texts)) for texts in (answers, before, after))
     groups = _pooled([""] * len(present) if groups is None else [groups[i] for i in present])
     kinds = [arm.kind for arm in outcomes]
     labels = None if clusters is None else [clusters[i] for i in present]
@@ -239,6 +243,10 @@ def _against_chance(
     excess = float(right.sum()) - expected - 0.5
     p = float(stats.norm.sf(excess / math.sqrt(variance))) if variance > 0 else 1.0
     return float(right.mean()), expected / len(answers), p
+
+
+def _folded(text: str) -> str:
+    return " ".join(text.casefold().split())
 
 
 def _pooled(groups: Sequence[str]) -> list[str]:

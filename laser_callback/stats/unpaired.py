@@ -19,8 +19,9 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
+from typing_extensions import override
 
-from laser_callback.stats.intervals import Floats, MeanDifference, joined_wilson, standard_error
+from laser_callback.stats.intervals import Floats, MeanDifference, joined_wilson, standard_error, worth
 from laser_callback.stats.outcomes import ALPHA, Outcomes, PairedResult, as_float64
 from laser_callback.stats.paired import numbered
 
@@ -40,6 +41,12 @@ class UnpairedResult(PairedResult):
     n_original: int = 0
     n_reduced: int = 0
 
+    @property
+    @override
+    def sample(self) -> str:
+        """What was looked at; of two groups of other examples."""
+        return f"{super().sample}, {self.n_original:,} of the original and {self.n_reduced:,} of the reduced model"
+
 
 def compare_groups(
     metric: str,
@@ -53,15 +60,16 @@ def compare_groups(
 
     - "binary": Fisher's exact test and Newcombe's interval for independent shares.
     - "mean" and "log_ratio": Welch's t test and interval. With weights, each group's mean is
-      :math:`m = \sum_i w_i x_i / \sum_i w_i` with the linearised variance
-      :math:`\frac{n}{n-1} \sum_i (w_i (x_i - m))^2 / (\sum_i w_i)^2`; "log_ratio" then maps estimate and interval by
+      :math:`m = \sum_i w_i x_i / \sum_i w_i` with the jackknife's variance,
+      as in :func:`~laser_callback.stats.compare`; "log_ratio" then maps estimate and interval by
       ``exp(.) - 1``.
 
     Clusters hold units that are not independent, such as the facts of one subject, and may be in both groups. The
-    difference then has the cluster-robust variance :math:`\frac{C}{C-1} \sum_c z_c^2` over C clusters, where
-    :math:`z_c` sums :math:`w_i (x_i - m) / \sum w` over a cluster's units in the reduced group, and subtracts those in
-    the original's; its t has the degrees of freedom of the group with fewer clusters. A share of right and wrong claims
-    no more than Fisher's exact test and Newcombe's interval allow, either.
+    difference then has the jackknife's variance :math:`\frac{C-1}{C} \sum_c z_c^2` over C clusters, where :math:`z_c`
+    sums :math:`w_i (x_i - m) / \sum w / (1 - h_c)` over a cluster's units in the reduced group, whose share of the
+    group's weights is :math:`h_c`, and subtracts those in the original's; its t has :math:`1 / \sum_c h_c^2 - 1`
+    degrees of freedom, those of the group with fewer. A share of right and wrong claims no more than Fisher's exact
+    test and Newcombe's interval allow, either.
 
     Args:
         metric: name for the row.
@@ -136,7 +144,8 @@ def compare_groups(
         errors = [standard_error(*group, mean) ** 2 for group, mean in zip(groups, means, strict=True)]
         if not 0 < sum(errors) < math.inf:
             return replace(row, note="no variance" if sum(errors) == 0 else "infinite outcomes have no difference")
-        df = sum(errors) ** 2 / sum(error**2 / (size - 1) for error, size in zip(errors, sizes, strict=True))
+        sizes_worth = [worth(weights) for _, weights in groups]
+        df = sum(errors) ** 2 / sum(error**2 / (size - 1) for error, size in zip(errors, sizes_worth, strict=True))
         error = math.sqrt(sum(errors))
         margins = [float(stats.t.ppf(1 - tail, df)) * error for tail in (ALPHA / 2, ALPHA)]
         ends = [(difference - margin, difference + margin) for margin in margins]
@@ -148,13 +157,16 @@ def compare_groups(
 
 def _clustered(groups: Groups, means: Sequence[float], labels: Labels) -> MeanDifference:
     """The difference of the groups' means, with its error over clusters."""
-    parts = []
-    for sign, (values, weights), mean in zip((-1, 1), groups, means, strict=True):
-        with np.errstate(invalid="ignore"):
-            parts.append(sign * weights * (values - mean) / weights.sum())
-    sums = np.bincount(np.concatenate(labels), np.concatenate(parts))
-    error = math.sqrt(len(sums) / (len(sums) - 1) * float((sums**2).sum()))
-    return MeanDifference(means[1] - means[0], error, min(len(np.unique(of_group)) for of_group in labels) - 1)
+    count = 1 + max(int(of_group.max()) for of_group in labels)
+    sums, worths = np.zeros(count), []
+    for sign, (values, weights), mean, of_group in zip((-1, 1), groups, means, labels, strict=True):
+        shares = np.bincount(of_group, weights, count) / weights.sum()
+        worths.append(worth(shares))
+        with np.errstate(invalid="ignore", divide="ignore"):
+            parts = np.bincount(of_group, weights * (values - mean), count) / weights.sum()
+            sums += sign * parts / (1 - shares)
+    error = math.sqrt((count - 1) / count * float((sums**2).sum()))
+    return MeanDifference(means[1] - means[0], error, max(min(worths) - 1, 1e-3))
 
 
 def _numbered(

@@ -45,7 +45,8 @@ def plain(data: Any) -> Any:
 
 def label(value: Any) -> Hashable:
     """``value`` as a label: hashable, and of a type that JSON has."""
-    found = value if isinstance(value, float) else plain(value)  # each NaN is another, as in Python
+    # Each NaN is another, as in Python, where one object is equal to itself in a dictionary, though.
+    found = (float("nan") if math.isnan(value) else value) if isinstance(value, float) else plain(value)
     return str(found) if isinstance(found, (list, dict)) else found
 
 

@@ -177,6 +177,9 @@ def test_what_fit_shows_each_epoch_is_exploratory_and_says_so(trainer, loop):
     assert result.is_one_look_of_several is result.to_dict()["is_one_look_of_several"] is (loop == "fit")
     assert result.provenance.get("epoch") == (1 if loop == "fit" else None)
     assert ("p is not corrected for their number" in " ".join(plain(result).split())) is (loop == "fit")
+    assert (result["laser"]["acc"].verdict == "exploratory") is (loop == "fit")
+    assert ("of which nothing is claimed" in " ".join(plain(result).split())) is (loop == "fit")
+    assert ("carries the claim" in " ".join(plain(result).split())) is (loop == "validate")
     assert LaserResult.from_dict(json.loads(json.dumps(result.to_dict()))).is_one_look_of_several is (loop == "fit")
 
 

@@ -8,8 +8,18 @@ import pytest
 import torch
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from torch.utils.data import BatchSampler, DataLoader, IterableDataset, SequentialSampler, Subset, SubsetRandomSampler
+from tiny import tiny_tokenizer
+from torch.utils.data import (
+    BatchSampler,
+    ConcatDataset,
+    DataLoader,
+    IterableDataset,
+    SequentialSampler,
+    Subset,
+    SubsetRandomSampler,
+)
 
+from laser_callback import FactsDataModule
 from laser_callback.data.example_set import taken_apart
 from laser_callback.data.sets import ExampleSets
 
@@ -126,8 +136,39 @@ def test_examples_with_an_id_are_the_same_where_all_else_is_too():
     with pytest.raises(ValueError, match="race and confirm share 2"):
         ExampleSets.of({"race": loader(range(8)), "confirm": loader(range(6, 16))})
     assert ExampleSets.of({"race": loader(range(8)), "confirm": loader(range(8), 0.5)}).sizes["confirm"] == 8
-    # Without ids equal values may be two examples, such as rows of a table.
-    assert ExampleSets.of({"race": DataLoader([1, 2, 3]), "confirm": DataLoader([1, 2, 3])}).sizes["race"] == 3
+    # Without ids equal values may be two examples, such as rows of a table: that is told.
+    told = "3 of 3 examples of the confirm set have all values of one of the race"
+    assert told in ExampleSets.of({"race": DataLoader([1, 2, 3]), "confirm": DataLoader([1, 2, 3])}).notes[0]
+    (note, _) = ExampleSets.of(
+        {name: DataLoader([{"id": f"{name} {i}", "x": i} for i in range(9)]) for name in ("race", "confirm")}
+    ).notes
+    assert "9 of 9 examples" in note
+    assert len(ExampleSets.of({"race": DataLoader([1, 2, 3]), "confirm": DataLoader([3, 4, 5])}).notes) == 1
+
+
+def test_parts_of_one_dataset_are_found_in_whatever_is_around_them():
+    data = Numbers()
+    around = ConcatDataset([Subset(data, range(90, 95)), Subset(data, range(30))])
+    with pytest.raises(ValueError, match="race and confirm share 30"):
+        ExampleSets.of({"race": DataLoader(around, 4), "confirm": DataLoader(ConcatDataset([data]), 4)})
+
+
+def test_subjects_of_facts_on_both_sides_are_told():
+    rows = [{"prompt": f"the number {i} is", "answer": f"a{i}", "subject": f"s{i // 2}"} for i in range(40)]
+    data = FactsDataModule(rows, tiny_tokenizer())
+    data.setup("validate")
+
+    def sets(*parts: range) -> ExampleSets:
+        loaders = [DataLoader(Subset(data.encoded, part), 8, collate_fn=data.collate) for part in parts]
+        return ExampleSets.of(dict(zip(("race", "confirm"), loaders, strict=True)))
+
+    shared = sets(range(0, 40, 2), range(1, 40, 2))
+    assert "20 of 20 subjects of the confirm set are in the race or the screen, too" in shared.notes[0]
+    apart = sets(range(20), range(20, 40))
+    assert len(apart.notes) == 1  # of the screen
+    assert apart.subjects("confirm") == 10
+    whole = ExampleSets.of(DataLoader(data.encoded, 8, collate_fn=data.collate), sizes={"race": 0.5, "confirm": 0.5})
+    assert (whole.subjects("race"), whole.subjects("confirm")) == (10, 10), "facts of one subject stay together"
 
 
 @pytest.mark.parametrize(

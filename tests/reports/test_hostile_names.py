@@ -108,6 +108,26 @@ def test_names_do_not_break_the_model_card(result):
     assert cut.startswith("| `` lay`er\\|1 `` | ``` /a``b\\|c/@0.1 ``` | 3 x 4 |")
 
 
+def test_a_card_says_no_more_than_the_result(result):
+    plan = LaserPlan.parse(PLAN)
+    arm, metric = result["laser"], next(iter(result["laser"].prior_checks))
+    checks = replace(arm.prior_checks[metric], delta=0.2, chance=0.5, chance_p=0.9, matched=0.5)
+    doubted = replace(arm, prior_checks={metric: checks})
+    numbers = numbers_of(replace(result, arms={"laser": doubted}, primary=metric), plan) | {
+        "sets": {"race": 4},
+        "seed": 3,
+    }
+    card = str(model_card(Recipe(plan, [], numbers=numbers), title="t", usage="u", library="l"))
+    assert f"In doubt: {checks.doubt}." in card
+    assert "carries the claim." in card
+    assert "Examples: 4 race; seed 3." in card
+    assert "no subject in two sets" not in card  # of data whose subjects are not known
+    looks = replace(result, provenance={**result.provenance, "loop": "fit"}, primary=metric)
+    card = str(model_card(Recipe(plan, [], numbers=numbers_of(looks, plan)), title="t", usage="u", library="l"))
+    assert "nothing is claimed: each validation of a training is another look." in card
+    assert "carries the claim" not in card
+
+
 def test_a_card_of_a_comparison_without_rows(result):
     plan = LaserPlan.parse(PLAN)
     empty = replace(result, arms={"laser": replace(result["laser"], rows=[])}, primary=None)

@@ -7,7 +7,7 @@ import hashlib
 import re
 import shutil
 import subprocess
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -23,7 +23,10 @@ from laser_callback.reports.pictures import one
 from laser_callback.reports.row_text import interval_text, p_text
 from laser_callback.reports.svg import inline
 from laser_callback.reports.terminal import quoted
+from laser_callback.results.comparison import ArmResult, LaserResult
+from laser_callback.results.examples import PairedExamples
 from laser_callback.results.flips import LabelCount, flip_metric, flips
+from laser_callback.stats.outcomes import PairedResult
 
 VOID = {"meta", "input"}
 
@@ -164,6 +167,30 @@ def test_the_verdict_comes_first(pages):
     assert "Use " in Page.of(pages["search"]).text("h1")
     assert "2 plans: 1 worse, 1 not shown to differ" in Page.of(pages["several"]).text("h1")
     assert any("Nothing has seen the confirm set" in text for text in Page.of(pages["nothing"]).text("p"))
+
+
+@pytest.mark.parametrize(
+    ("verdict", "headline"),
+    [
+        ("in doubt", "acc is higher with <code>1.mlp@0.1</code>, but it is the form"),
+        ("exploratory", "Nothing is claimed of acc with"),
+        ("not tested", "acc could not be tested with"),
+        ("no difference shown", "No difference in acc is shown with"),
+        ("higher", "acc is higher with"),
+    ],
+)
+def test_the_headline_says_no_more_than_the_verdict(verdict, headline):
+    role = "exploratory" if verdict == "exploratory" else "primary"
+    numbers = {"p": 0.5 if verdict == "no difference shown" else 0.01, "lower": 0.1, "upper": 0.3, "role": role}
+    row = PairedResult("acc", "binary", 40, 0.1, 0.3, 0.2, higher_is_better=True, test="exact McNemar", **numbers)
+    row = replace(row, higher_is_better=None) if verdict == "higher" else row
+    row = replace(row, doubt="it is the form") if verdict == "in doubt" else row
+    row = replace(row, test="not tested") if verdict == "not tested" else row
+    arms = {name: ArmResult("1.mlp@0.1", [row], {}, "off", 0.0, 0.0) for name in ("a", "b")}
+    assert row.verdict == verdict
+    assert headline in page_of(LaserResult({"a": arms["a"]}, {}, "acc", 0.0, {}, PairedExamples()))
+    both = {"no difference shown": "not shown to differ", "exploratory": "without a claim"}.get(verdict, verdict)
+    assert f"2 plans: 2 {both}" in page_of(LaserResult(arms, {}, "acc", 0.0, {}, PairedExamples()))
 
 
 def test_tables_and_pictures_can_be_read_aloud(source):

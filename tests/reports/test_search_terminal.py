@@ -144,7 +144,7 @@ def test_a_gain_that_stays_below_a_constant_answer_is_told():
     decide(result, 1)
     assert result.plan == result.found
     (told,) = result.warnings
-    assert "is 47.5% after the cut" in told
+    assert "47.5% is right after the cut" in told
     assert "would reach 50.0%" in told
 
 

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import io
 from dataclasses import replace
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from laser_callback.reports.row_text import finding, prior_text, verdict
+from laser_callback.reports.terminal import print_ab
+from laser_callback.results.ab_test import ABResult
 from laser_callback.results.comparison import ArmResult, LaserResult
 from laser_callback.results.examples import PairedExamples
 from laser_callback.stats import Outcomes, adjust, compare, prior_checks
 from laser_callback.stats.outcomes import PairedResult, not_tested
+from laser_callback.stats.unpaired import compare_groups
 
 
 def right(fixed: int, broken: int, n: int, clusters: list[int] | None = None) -> PairedResult:
@@ -85,12 +90,69 @@ def test_a_loss_that_is_not_shown_by_an_interval_that_is_not_adjusted() -> None:
     assert "no more" not in finding(row)
 
 
-def test_a_plan_in_words() -> None:
+def test_ends_at_zero() -> None:
+    """Five of six fixed, none broken: p is .0625, and the interval begins at 0."""
+    assert finding(claimed(right(5, 0, 6))) == (
+        "no change of acc is shown on 6 examples (p = .0625): it may be as it was, or have risen by up to 99.1 points, "
+        "and by no more at 95 % confidence"
+    )
+    assert "have fallen by up to 99.1 points, and" in finding(claimed(right(0, 5, 6)))
+
+
+@pytest.mark.parametrize("kind", ["mean", "log_ratio"])
+def test_nothing_is_ruled_out_by_two_units_that_are_the_same(kind: str) -> None:
+    arm = Outcomes(np.array([1.0, 2.0]), np.ones(2) if kind == "log_ratio" else None, kind)
+    told = finding(claimed(compare("loss", arm, arm, higher_is_better=False)))
+    assert told.endswith("(p = 1): it is the same on every one of them, which rules out nothing about others")
+
+
+def test_an_interval_that_holds_zero_is_no_least_change() -> None:
+    """An exact test of few clusters, and an interval by their variance, may disagree."""
+    row = replace(claimed(right(20, 5, 69, [i // 3 for i in range(69)])), p=0.03, lower=-0.03, upper=0.3)
+    assert row.verdict == "better"
+    assert finding(row).endswith(
+        "(p = .0300), but its interval at 95 % confidence, [-3.0, +30.0], does not leave 0 out"
+    )
+
+
+def test_what_is_in_percent_already_is_no_share() -> None:
+    values = np.linspace(30, 40, 50)
+    arms = Outcomes.of(values), Outcomes.of(values + 3 + np.sin(values))
+    told = finding(claimed(compare("val_accuracy", *arms, higher_is_better=True)))
+    assert told.startswith("val_accuracy rises from 35.0 to 38.1 on 50 examples (p <.0001), by at least 2.9")
+    assert "points" not in told
+
+
+def test_numbers_without_end_stay_short() -> None:
+    values = np.linspace(1, 2, 50)
+    arms = (Outcomes(v, np.ones(50), "log_ratio") for v in (values, values + 500 + 9 * np.sin(values * 99)))
+    assert len(finding(claimed(compare("perplexity", *arms)))) < 200
+
+
+def test_a_declared_metric_without_a_test_speaks_for_the_plan() -> None:
+    """Not another one, by which the model that the cut broke looks well."""
+    broken = not_tested("acc", 0.5, float("nan"), 40, "the reduced model's value is nan", True, "binary")
+    arm = ArmResult("1.mlp@0.1", adjust([broken, loss("mean", -0.1)], "acc"), {}, "off", 0.0, 0.0)
+    result = LaserResult({"laser": arm}, {}, "acc", 0.0, {}, PairedExamples())
+    assert verdict(result, "laser").startswith("with 1.mlp@0.1, acc goes from 50.0% to nan on 40 examples, and is not")
+
+
+def test_an_ab_test_says_whose_examples_and_what_was_not_checked() -> None:
+    arms = Outcomes.of(np.arange(80) < 8), Outcomes.of(np.arange(60) < 40)
+    row = adjust([compare_groups("acc", *arms)], "acc")[0]
+    assert "on 140 examples, 80 of the original and 60 of the reduced model (p <.0001)" in finding(row)
+    console = Console(file=io.StringIO(), width=200)
+    print_ab(ABResult("1.mlp@0.1", 0.4, 0, {"original": 80, "reduced": 60}, [row]), console)
+    assert "; not checked for a mere shift of what is said" in " ".join(console.file.getvalue().split())
+
+
+@pytest.mark.parametrize("better", [None, True])
+def test_a_plan_in_words(better: bool | None) -> None:
     n = 40
     gold = ["euro"] * 24 + ["yen", "peso"] * 8
     said = (["the"] * n, ["euro"] * n)
     arms = tuple(Outcomes.of(np.array([a == b for a, b in zip(gold, texts, strict=True)])) for texts in said)
-    row = claimed(compare("acc", *arms))
+    row = replace(claimed(compare("acc", *arms)), higher_is_better=better)
     checks = prior_checks("acc", gold, said, arms)
     arm = ArmResult("1.mlp@0.1", [row], {"acc": checks}, "off", 0.0, 0.0)
     control = ArmResult("1.mlp@0", [replace(row, delta=0.025)], {}, "off", 0.0, 0.0)

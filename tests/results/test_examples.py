@@ -441,13 +441,14 @@ def test_batch_means_are_weighted_by_their_size():
     assert row.note == "unit: the batch"
     assert (row.n, row.test) == (3, "cluster-robust t")
     assert (row.original, row.reduced) == pytest.approx((16 / 9, 13 / 9))
-    # Cochran's ratio estimator by hand.
+    # The jackknife by hand; all sums are multiples of 1, half of which is the continuity correction.
     w, d = np.array(sizes, float), np.array(after) - np.array(before)
     ratio = (w * d).sum() / w.sum()
-    error = np.sqrt(3 / 2 * ((w * (d - ratio)) ** 2).sum()) / w.sum()
+    without = np.array([np.average(np.delete(d, i), weights=np.delete(w, i)) for i in range(3)])
+    error, df, half = np.sqrt(2 / 3 * ((without - ratio) ** 2).sum()), w.sum() ** 2 / (w**2).sum() - 1, 0.5 / w.sum()
     assert row.delta == pytest.approx(ratio)
-    assert row.p == pytest.approx(2 * stats.t.sf(abs(ratio) / error, 2))
-    assert row.lower == pytest.approx(ratio - stats.t.ppf(0.975, 2) * error)
+    assert row.p == pytest.approx(2 * stats.t.sf((abs(ratio) - half) / error, df))
+    assert row.lower == pytest.approx(ratio - stats.t.ppf(0.975, df) * error - half)
 
 
 def test_batches_that_cannot_be_paired_are_left_out():
@@ -525,7 +526,7 @@ def test_priors():
 def test_each_metric_is_checked_by_what_it_looks_at():
     chosen = {"prediction/choice": ["a", "b"], "answer/choice": ["a", "a"], "choice": bools("10")}
     one = {"answer": ["x", "y"], "prediction": ["x", "z"], "acc": bools("10"), **chosen}
-    two = {"prediction": ["x", "y"], "acc": bools("11"), "loss": torch.zeros(2), **chosen}
+    two = {"prediction": ["x", "y"], "acc": bools("11"), "loss": torch.full((2,), 0.25), **chosen}
     examples = pair(one | {"loss": torch.ones(2)}, two, 2)
     logged = {name: log(0.5, name) for name in ("acc", "choice", "loss")}
     checks = examples.priors("laser", logged, logged)

@@ -421,7 +421,8 @@ def test_a_value_that_is_not_finite_is_refused(recall):
 def test_too_few_examples_for_the_asked_gain_are_said_before_the_work(recall):
     module, loader = recall
     with pytest.warns(
-        UserWarning, match=r"the confirm set has 160 examples: to confirm a gain of 2.0% .* takes 843; 160 are"
+        UserWarning,
+        match=r"the confirm set has 160 examples: to confirm a gain of 2.0 points .* takes 843 .*; 160 show",
     ):
         result = LaserSearch(module, loader, **SEARCH, min_gain=0.02).run()
     assert any("843" in warning for warning in result.warnings)

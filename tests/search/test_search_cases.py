@@ -182,7 +182,7 @@ def test_a_row_against_a_base_becomes_one_against_the_original():
     assert (row.original, row.delta) == pytest.approx((expected.original, expected.delta))
 
 
-@pytest.mark.parametrize(("batch", "said"), [(80, "2 batches, .* tell as much as 6"), (4, "")])
+@pytest.mark.parametrize(("batch", "said"), [(80, "2 batches, .* tells as much as 6 independent ones"), (4, "")])
 def test_where_pairs_are_batches_a_few_of_them_are_known_to_tell_little(recall, batch, said):
     module, loader = recall
     for kind in (Means, Recall):

@@ -9,7 +9,7 @@ from tiny import tiny_tokenizer
 from laser_callback import FactsDataModule
 from laser_callback.compare.measure import Values
 from laser_callback.data.sets import ExampleSets
-from laser_callback.search.sizes import confirm_warnings, guard_warnings
+from laser_callback.search.sizes import confirm_warnings, guard_warnings, is_share_right
 from laser_callback.stats import Constraint
 from laser_callback.stats.power import examples_needed
 
@@ -30,8 +30,9 @@ def test_the_size_suffices() -> None:
 def test_subjects_are_what_counts() -> None:
     (told,) = confirm_warnings(sets(per_subject=5), 0.05)
     assert "450 examples of 90 subjects, and tells as much as 89 to 444 independent ones, since the prior check" in told
-    assert f"with 80% probability takes {examples_needed(0.05)}; 444 are enough for gains from 3.8% on" in told
-    assert "if the examples of a subject change independently; 89, if together, for gains from 18.8% on" in told
+    assert f"a gain of 5.0 points with 80% probability takes {examples_needed(0.05)} if a cut breaks one" in told
+    assert "; 444 show gains from 3.8 points on if the examples of a subject change independently, and 89 " in told
+    assert " 89 gains from 18.8 points on if together" in told
 
 
 def test_what_the_prior_check_leaves_counts() -> None:
@@ -40,7 +41,7 @@ def test_what_the_prior_check_leaves_counts() -> None:
     assert "450 examples, and tells as much as 216 independent ones, since the prior check may leave out" in told
     assert not confirm_warnings(sets(answers=2), 0.1)
     (told,) = confirm_warnings(sets(answers=1), 0.1)
-    assert "; 0 are enough for no gain at all" in told
+    assert "; 0 show no gain at all" in told
 
 
 @pytest.mark.parametrize(
@@ -59,6 +60,20 @@ def test_a_bound_that_the_guard_set_cannot_show(constraint: str, values: list[fl
     assert bool(found) == told
     if told:
         assert found == [
-            "the guard set is small: 40 independent examples, none of which changes, leave a drop of 8.5% possible, so "
-            "that 'acc >= -0.02' stays undecided; 180 would do"
+            "the guard set is small: 40 independent examples, none of which changes, leave a drop of 8.5 points "
+            "possible, so that 'acc >= -0.02' stays undecided; 180 would do"
         ]
+
+
+def test_a_bound_on_errors_speaks_of_a_rise() -> None:
+    assert "leave a rise of 8.5 points possible" in Constraint.parse("error <= +0.02").too_few(40)
+
+
+@pytest.mark.parametrize(
+    ("values", "sign", "is_share"),
+    [([0, 1], 1, True), ([0, 1], -1, True), ([0.2, 1], 1, True), ([0.2, 1], -1, False), ([2.5], 1, False)],
+)
+def test_how_many_answers_a_gain_takes_is_said_of_right_and_wrong_only(
+    values: list[float], sign: int, is_share: bool
+) -> None:
+    assert is_share_right(Values(torch.tensor(values), torch.ones(len(values))), sign) is is_share
