@@ -17,13 +17,13 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
-from torch import Tensor
 from torch.utils import _pytree as pytree
 from torchmetrics import MetricCollection
 
 from laser_callback.compare import arms
 from laser_callback.compare.controls import control_plans
 from laser_callback.compare.options import RunOptions, warn_early, warn_if_absent
+from laser_callback.compare.published import published
 from laser_callback.compare.reduced_arm import ReducedArm
 from laser_callback.passes.copies import copy_batch
 from laser_callback.passes.state import RandomState, Start
@@ -74,6 +74,7 @@ class ComparisonRun:
         self._failed: list[ReducedArm] = []
         self._late: list[Exception] = []  # of hooks that the original has not run by then
         self._unused: dict[str, str] = {}
+        self._broken: dict[str, str] = {}  # controls that fail, and how: that says nothing of the plan
         self._original_means: dict[str, tuple[float, float]] = {}
         self._metrics = self._new_metrics()
         self._recording: Any = None
@@ -265,6 +266,8 @@ class ComparisonRun:
             self._failed.append(reduction)
             if self.options.on_failure is not None:
                 self.options.on_failure(reduction.key, named)
+            elif reduction.control and self.trainer.world_size == 1:
+                self._broken[reduction.key] = str(named)
             elif reduction.arm.hook.endswith("batch_end"):  # let the original's raise it, if it does
                 named.__cause__ = error
                 self._late.append(named)
@@ -323,6 +326,7 @@ class ComparisonRun:
             finally:
                 after.set()
         self._start.after()
+        logged |= {key: {} for key in self._broken}
         for key, value in own.items():
             arms.publish(self.trainer, self.module, key, value.value, key, value)
         return original | own, logged
@@ -382,26 +386,7 @@ class ComparisonRun:
         return tuple(f"{prefix}/" for prefix in prefixes - {self.options.key_prefix})
 
     def _publish(self, original: dict[str, Logged], logged: dict[str, dict[str, Logged]]) -> None:
-        published: list[tuple[str, Tensor, str, Logged]] = []
-        for reduction in self._reductions:
-            if reduction.control:
-                continue
-            several = len(self.options.plans) > 1 or reduction.name != self.options.key_prefix
-            prefix = f"{self.options.key_prefix}/{reduction.name}" if several else self.options.key_prefix
-            for key, value in logged[reduction.key].items():
-                published.append((f"{prefix}/{key}", value.value, key, value))
-                if key in original:
-                    delta = value.value - original[key].value.to(value.value.device)
-                    published.append((f"{prefix}/delta/{key}", delta, key, value))
-        taken = set(original)
-        for name, *_ in published:
-            if name in taken:  # Lightning would average the two without a word
-                raise MisconfigurationException(
-                    f"LaserCallback would log {name!r}, but there is another value of this name: rename the module's "
-                    f"metric, or give LaserCallback another `key_prefix` than {self.options.key_prefix!r}"
-                )
-            taken.add(name)
-        for item in published:
+        for item in published(self._reductions, original, logged, self.options):
             arms.publish(self.trainer, self.module, *item)
 
     def _compare(
@@ -428,7 +413,9 @@ class ComparisonRun:
         plans = {r.name: results[r.key] for r in self._reductions if not r.control}
         controls: dict[str, dict[str, ArmResult]] = {}
         for reduction in self._reductions:
-            if reduction.control:
+            if reduction.control and reduction.key in self._broken:
+                reasons[f"{reduction.control} control of {reduction.name}"] = self._broken[reduction.key]
+            elif reduction.control:
                 controls.setdefault(reduction.name, {})[reduction.control] = results[reduction.key]
         keys = dict.fromkeys(row.metric for arm in plans.values() for row in arm.rows)
         primary = self.options.primary if self.options.primary in keys else None

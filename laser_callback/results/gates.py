@@ -18,20 +18,24 @@ class GateVerdict:
         plan: the plan that was judged.
         judgements: one per gate.
         results: the comparisons behind them, by the name of the data; ``""`` is the main one.
+        failure: why the plan could not be judged, such as an exception of its passes; empty if it was.
     """
 
     plan: LaserPlan
     judgements: list[Judgement]
     results: dict[str, LaserResult] = field(repr=False)
+    failure: str = ""
 
     @property
     def accepted(self) -> bool:
         """Whether every gate passes."""
-        return all(judgement.verdict == "pass" for judgement in self.judgements)
+        return not self.failure and all(judgement.verdict == "pass" for judgement in self.judgements)
 
     @property
     def reason(self) -> str:
         """Why the plan is accepted, or what keeps the original."""
+        if self.failure:
+            return self.failure
         if self.accepted:
             return f"every gate passes: {'; '.join(judgement.sentence for judgement in self.judgements)}"
         return "; ".join(judgement.sentence for judgement in self.judgements if judgement.verdict != "pass")

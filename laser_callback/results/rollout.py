@@ -72,8 +72,8 @@ class RolloutResult:
         last = len(self.stages) + 1 == len(self.declared)
         outcome: Outcome = "kept" if verdict.accepted else "went back"
         if gain_at == "last" and not last:
-            judged = zip(gates, verdict.judgements, strict=True)
-            held = all(judgement.verdict == "pass" for gate, judgement in judged if not isinstance(gate, Gain))
+            judged = zip(gates, verdict.judgements, strict=not verdict.failure)
+            held = not verdict.failure and all(j.verdict == "pass" for gate, j in judged if not isinstance(gate, Gain))
             outcome = "went on" if held else "went back"
         if outcome == "kept":
             self.plan, self.complete = verdict.plan, last

@@ -182,10 +182,13 @@ class Steps:
         self.lab.on_arm = lambda share: self.progress.advance(share * per_batch)
 
         def compute() -> Step:
-            return to_step(self.lab.measure(plans, loader, keys, base))
+            data, tensors = to_step(self.lab.measure(plans, loader, keys, base))
+            return {**data, "failed": {plan: why for plan, why in self.lab.failed.items() if plan in plans}}, tensors
 
         make = partial(typed, dict[str, Any])
-        return to_table(*self.timed(name, phase, what, compute, examples * (1 + len(plans)), whole, make))
+        data, tensors = self.timed(name, phase, what, compute, examples * (1 + len(plans)), whole, make)
+        self.lab.failed |= typed(dict[str, str], data.get("failed", {}))
+        return to_table(data, tensors)
 
     def race(
         self,

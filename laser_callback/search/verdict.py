@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from laser_callback.compare.controls import random_plan
+from laser_callback.compare.reduced_arm import ReducedPassError
 from laser_callback.reports.row_text import finding
 from laser_callback.results.search import SearchResult
 from laser_callback.search.steps import Steps
@@ -24,6 +25,17 @@ def confirm(steps: Steps, result: SearchResult, bounds: Sequence[Constraint], co
         except ValueError as error:
             controls = False
             result.warnings.append(f"without controls: {error}")
+    try:
+        _compare_unseen(steps, result, bounds, controls)
+    except ReducedPassError as error:
+        result.reason = f"no gain of {result.found} is confirmed: {error}"
+        return
+    decide(result, steps.objective.signs[0])
+
+
+def _compare_unseen(steps: Steps, result: SearchResult, bounds: Sequence[Constraint], controls: bool) -> None:
+    """On the confirm and the guard set."""
+    assert result.found is not None
     loaders, primary = [steps.sets.loader("confirm")], steps.objective.keys[0]
     better = dict(zip(steps.objective.keys, (sign > 0 for sign in steps.objective.signs), strict=True))
     result.confirmed = steps.compare("confirm", result.found, loaders, primary, controls).directed(better)
@@ -33,7 +45,6 @@ def confirm(steps: Steps, result: SearchResult, bounds: Sequence[Constraint], co
         guard += [] if text is None else [text]
         result.guard = steps.compare("guard", result.found, guard, None, controls=False).directed(better)
         result.judgements = judge_all(bounds, result.guard["laser"].rows)
-    decide(result, steps.objective.signs[0])
 
 
 def decide(result: SearchResult, sign: int) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Mapping, Sequence, Sized
+from collections.abc import Callable, Mapping, Sequence, Sized
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -20,6 +20,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.utils.data import DataLoader, Dataset
 
 from laser_callback.compare.measure import Lab
+from laser_callback.compare.reduced_arm import ReducedPassError
 from laser_callback.data.datamodule import FactsDataModule
 from laser_callback.data.facts import subject_key
 from laser_callback.data.probes import ProbesDataModule
@@ -153,6 +154,13 @@ class Gates:
                 better = {g.key: g.direction == "max" for g in own if isinstance(g, Gain) and g.direction}
                 results[name] = found.directed({key.removeprefix(f"{name}/"): of for key, of in better.items()})
         return results
+
+    def judge(self, plan: LaserPlan, measured: Callable[[], Mapping[str, LaserResult]]) -> GateVerdict:
+        """What the gates say to what is ``measured``; a plan whose passes fail is not accepted."""
+        try:
+            return self.verdict(plan, measured())
+        except ReducedPassError as error:
+            return GateVerdict(plan, [], {}, str(error))
 
     def verdict(self, plan: LaserPlan, results: Mapping[str, LaserResult]) -> GateVerdict:
         """What the gates say to what was measured."""

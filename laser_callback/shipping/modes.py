@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import lightning.pytorch as pl
 
@@ -54,7 +55,7 @@ def accept(result: CleanupResult, lab: Lab, gates: Gates | None, base: BaseSourc
         assert plan is not None
         if gates is not None:
             lab.spectra = spectra_of(mode, lab.module, base)
-            verdict = result.gates[mode] = gates.verdict(plan, gates.measure(lab, plan))
+            verdict = result.gates[mode] = gates.judge(plan, partial(gates.measure, lab, plan))
             if not verdict.accepted:
                 continue
         result.mode, result.plan = mode, plan

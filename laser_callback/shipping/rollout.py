@@ -228,16 +228,23 @@ class StagedRollout:
         changed = [f"`{matrix.name}`" for (matrix, _), applied in pairs if matrix_hash(matrix.value) != applied]
         if changed and not overwrite:
             raise RuntimeError(
-                f"{', '.join(changed)} changed since the rollout has cut them, as in training: the original weights "
-                "would overwrite that. Keep the module as it is, or give it up by `undo(overwrite=True)`"
+                f"{', '.join(changed)} changed since the rollout has cut them, as in training or by a later cut, "
+                "which is to be undone first: the original weights would overwrite that. Keep the module as it is, or "
+                "give it up by `undo(overwrite=True)`"
             )
         self._applied.restore()
         self._applied = None
 
     def _passes(self, number: int, plan: LaserPlan) -> bool:
         """Judge a stage; whether the rollout goes on."""
-        results, seconds = self._measured(number, plan)
-        verdict = self._gates.verdict(plan, results)
+        seconds = 0.0
+
+        def measured() -> dict[str, LaserResult]:
+            nonlocal seconds
+            results, seconds = self._measured(number, plan)
+            return results
+
+        verdict = self._gates.judge(plan, measured)
         return self.result.add(verdict, self._gates.gates, self.gain_at, seconds)
 
     def _measured(self, number: int, plan: LaserPlan) -> tuple[dict[str, LaserResult], float]:

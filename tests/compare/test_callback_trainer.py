@@ -13,6 +13,7 @@ import torch
 import yaml
 from lightning.pytorch.loggers import CSVLogger
 from torch.nn import functional as F
+from torch.utils.data import DataLoader
 from torchmetrics import MeanMetric
 from toy import OTHER, PLAN, Toy, evaluate, make_data, oracle, update_mean
 from untouched import assert_untouched, snapshot
@@ -115,6 +116,9 @@ class ToyData(pl.LightningDataModule):
     def val_dataloader(self):
         return make_data()
 
+    def predict_dataloader(self):
+        return DataLoader(make_data().dataset, batch_size=4)
+
 
 @pytest.mark.parametrize(
     ("arguments", "names"),
@@ -151,6 +155,10 @@ def test_lightning_cli(tmp_path, arguments, names, monkeypatch):
     if "loops" in arguments:
         loops = arguments["loops"]
         assert callback.loops == ((loops,) if isinstance(loops, str) else tuple(loops))
+    cli = LightningCLI(Toy, ToyData, args=["predict", "--config", "config.yaml"], save_config_callback=None)
+    (callback,) = [c for c in cli.trainer.callbacks if isinstance(c, LaserCallback)]
+    with pytest.raises(RuntimeError):
+        _ = callback.result  # nothing is compared there
 
 
 def test_state_keys_differ_by_prefix():

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from tiny import tiny_tokenizer
 from torch import Tensor
 from torch.nn.utils.rnn import pack_sequence
 from transformers import BatchEncoding
@@ -34,10 +35,10 @@ class Split(enum.Enum):
 
 
 class Item:
-    """Data beside a function and an enum."""
+    """Data beside a function, an enum and a tokenizer."""
 
     def __init__(self, x: Tensor) -> None:
-        self.x, self.split, self.function = x, Split.VAL, len
+        self.x, self.split, self.function, self.tokenizer = x, Split.VAL, len, tiny_tokenizer()
 
 
 @dataclass(frozen=True)

@@ -414,6 +414,22 @@ def test_the_error_names_the_plan(trainer: Any) -> None:
     assert isinstance(caught.value.__cause__, ValueError)
 
 
+def test_a_control_that_breaks_says_nothing_of_the_plan(trainer: Any) -> None:
+    class Zeros(Toy):
+        def validation_step(self, batch: Any, batch_idx: int) -> Any:
+            if batch_idx and not self.net.encoder.layers[1].linear1.weight.any():
+                raise ValueError("Input contains NaN.")
+            return super().validation_step(batch, batch_idx)
+
+    callback = LaserCallback(PLAN, controls=True, report=False)
+    evaluate(trainer, Zeros(), callback)
+    alone = LaserCallback(PLAN, report=False)
+    evaluate(trainer, Zeros(), alone)
+    assert callback.result["laser"].rows == alone.result["laser"].rows
+    assert list(callback.result.controls["laser"]) == ["random"]
+    assert "fails on batch 1" in callback.result.not_compared["zeroed control of laser"]
+
+
 def test_training_goes_on(trainer: Any) -> None:
     module = Breaks()
     callback = LaserCallback(PLAN, loops="fit", report=False)

@@ -134,6 +134,49 @@ def test_a_search_goes_on_with_as_many_candidates_as_it_began_with(recall, tmp_p
     assert [c.to_dict() for c in again.candidates] == [c.to_dict() for c in first.candidates]
 
 
+class Refuses(Recall):
+    """Refuses a matrix of zeros, and, where it is told so, any other than its own."""
+
+    strict = False
+
+    def validation_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
+        weight = self.model.model.layers[0].mlp.up_proj.weight
+        if not weight.any() or (self.strict and not torch.equal(weight, self.own)):
+            raise ValueError("Input contains NaN")
+        return super().validation_step(batch, batch_idx)
+
+
+def test_a_candidate_that_raises_is_dropped_with_the_reason_also_on_resuming(recall, tmp_path):
+    module, loader = Refuses(recall[0].model).eval(), recall[1]
+    options = {**SEARCH, "within": "0.mlp", "rhos": [0.0, 0.1], "candidates": 8, "screen": "random", "controls": False}
+    options |= {"folder": tmp_path / "run"}
+    results = [LaserSearch(module, loader, **options, resume=resume).run() for resume in (False, True)]
+    for result in results:
+        (dropped,) = [c for c in result.candidates if str(c.reduction) == "0.fc_up@0"]
+        assert dropped.status == "dropped"
+        assert "fails on batch 0" in dropped.reason
+        assert "Input contains NaN" in dropped.reason
+    assert results[0].found == results[1].found
+
+
+def test_a_plan_that_raises_on_unseen_examples_is_not_confirmed(recall, monkeypatch):
+    module, loader = Refuses(recall[0].model).eval(), recall[1]
+    module.own = module.model.model.layers[0].mlp.up_proj.weight.detach().clone()
+    compare = Steps.compare
+
+    def strict(*arguments: Any, **options: Any) -> Any:
+        module.strict = True
+        return compare(*arguments, **options)
+
+    monkeypatch.setattr(Steps, "compare", strict)
+    options = {**SEARCH, "within": "0.fc_up", "rhos": [0.1, 0.9], "screen": "random", "controls": False}
+    result = LaserSearch(module, loader, **options).run()
+    assert result.plan is None
+    if result.found is not None:
+        assert "is confirmed: the reduced pass of the plan" in result.reason
+        assert "Input contains NaN" in result.reason
+
+
 def test_what_enters_late_is_in_the_budget():
     lab = cast("Any", SimpleNamespace(share=lambda plan: 0.5))
     sets = cast("Any", SimpleNamespace(sizes={"confirm": 100}))

@@ -122,6 +122,35 @@ def test_a_harmful_plan_keeps_the_original(recall, heals):
     assert same(module, before)
 
 
+def test_a_stage_whose_passes_fail_goes_back_with_the_reason(recall, heals):
+    class Refuses(Recall):
+        def validation_step(self, batch, batch_idx):
+            output = super().validation_step(batch, batch_idx)
+            if batch_idx and not self.model.model.layers[1].mlp.gate_proj.weight.any():
+                raise ValueError("Input contains NaN")
+            return output
+
+    module, loader = Refuses(recall[0].model).eval(), recall[1]
+    result = StagedRollout(module, [heals, f"{heals}, 1.fc_in@0"], [GAIN], loader, **QUIET).run()
+    assert [stage.outcome for stage in result.stages] == ["kept", "went back"]
+    assert "Input contains NaN" in result.log[1]
+    assert result.plan == LaserPlan.parse(heals)
+    assert not result.stages[1].verdict.accepted
+
+
+def test_two_rollouts_are_undone_the_last_first(recall, heals):
+    module, loader = recall
+    before = weights(module)
+    first, second = (StagedRollout(module, heals, [GUARD], loader, apply=True, **QUIET) for _ in range(2))
+    first.run()
+    second.run()
+    with pytest.raises(RuntimeError, match="by a later cut, which is to be undone first"):
+        first.undo()
+    second.undo()
+    first.undo()
+    assert same(module, before)
+
+
 def test_what_is_undecided_does_not_ship(recall, heals, planted):
     module, _ = recall
     few = DataLoader(TensorDataset(*(part[:5] for part in planted.race)), batch_size=5)  # p is 0.06 at best
