@@ -179,6 +179,8 @@ NOTHING_REPLAYED = {  # why nothing can be replayed
     "InPlaceResidual": "changes its inputs in place",
     "TestTimeGradient": "autograd",
 }
+if Version("5.2") > TRANSFORMERS:  # before, outputs are collected by hooks on the layers
+    NOTHING_REPLAYED["Attentions"] = "a forward hook listens inside of it"
 
 
 @pytest.mark.parametrize(

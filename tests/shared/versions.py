@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import lightning
 import torch
 import transformers
 from packaging.version import Version
 
+LIGHTNING = Version(lightning.__version__)
 TORCH = Version(torch.__version__)
 TRANSFORMERS = Version(transformers.__version__)
 EXACT = Version("2.7") <= TORCH

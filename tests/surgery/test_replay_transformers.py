@@ -37,7 +37,8 @@ def test_all_hidden_states_are_bit_identical(ids: Tensor) -> None:
     model = tiny_causal_lm()
     replayed = Replayed(model)
     replayed.once(lambda: tuple(model(ids, output_hidden_states=True).hidden_states))
-    assert replayed.report().replayed == 3
+    by_hooks = Version("5.2") > TRANSFORMERS  # which change what they hold
+    assert replayed.report().replayed == (0 if by_hooks else 3)
 
 
 def test_a_cache_that_already_holds_something(ids: Tensor) -> None:
