@@ -13,6 +13,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 import yaml
+from tiny import tiny_causal_lm, tiny_tokenizer
 
 from laser_callback.cli import commands as cli
 from laser_callback.cli.command import Answer, Exit, json_numbers, run
@@ -156,6 +157,22 @@ def test_help_is_quick_and_without_torch():
     assert time.perf_counter() - begin < 2  # half a second on an idle machine; torch alone takes longer than this
     assert all(name.split()[0] in shown for name in COMMANDS)
     assert shown.endswith("False\n")
+
+
+@pytest.mark.slow
+def test_without_a_home_folder_the_work_goes_on(tmp_path, monkeypatch, capsys):
+    """Containers often have none: what a cache would have saved is done again, and that is told once."""
+    tiny_causal_lm().save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    monkeypatch.delenv("LASER_CALLBACK_CACHE", raising=False)
+
+    def no_home(self):
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr("pathlib.Path.expanduser", no_home)
+    with pytest.warns(UserWarning, match="no home folder"):
+        assert main(["inspect", str(tmp_path / "model")]) == 0
+    assert "fc_in" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", COMMANDS)

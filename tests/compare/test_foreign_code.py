@@ -394,6 +394,19 @@ def test_a_graph_that_keeps_weights_of_its_own(trainer: Any) -> None:
     assert "may keep weights of its own" in callback.result.not_compared["plan laser"]
 
 
+def test_a_compiled_module(trainer: Any) -> None:
+    """`torch.compile(LightningModule)`: the users' keys are as without the callback, and nothing is replayed."""
+    plain = evaluate(trainer, torch.compile(Toy(), backend="eager"))
+    callback = LaserCallback(PLAN, report=False)
+    module = Toy()
+    got = evaluate(trainer, torch.compile(module, backend="eager"), callback)
+    assert {key: got[key] for key in plain} == plain
+    with reduced(fresh := Toy(), PLAN):
+        alone = evaluate(trainer, torch.compile(fresh, backend="eager"))
+    assert {key: got[f"laser/{key}"] for key in alone} == pytest.approx(alone)
+    assert "compiled" in callback.result["laser"].replay
+
+
 # ---- what breaks in the reduced pass only ----------------------------------------------------------------------------
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from rich.console import Console
+from small_models import gpt2
 from tiny import tiny_causal_lm, tiny_tokenizer
 from transformers import T5Config, T5ForConditionalGeneration
 
@@ -83,6 +84,13 @@ def test_table_by_kind_and_by_matrix():
     ranks = sorted(100 * m.ranks["entropy"] / m.max_rank for m in found.matrices if m.kind == "q_proj")
     shown = f"{(ranks[1] + ranks[2]) / 2:.0f} ({ranks[0]:.0f}-{ranks[3]:.0f})"
     assert shown in next(line for line in by_kind.splitlines() if line.startswith("q_proj"))
+
+
+def test_parts_of_a_fused_matrix_have_their_names():
+    """`[q_proj]` is no markup."""
+    table = text(render(inspect_model(gpt2()), each=True))
+    for part in ("q_proj", "k_proj", "v_proj"):
+        assert f"c_attn[{part}]" in "".join(table.split())
 
 
 def test_several_stacks_and_what_is_not_cut():
