@@ -176,4 +176,5 @@ def runs(value: Any) -> bool:
         return value.get(runs) is runs  # else it has a place
     module = getattr(type(value), "__module__", "")
     iterates = isinstance(value, Iterator) or module == "itertools"
-    return iterates and module.partition(".")[0] in _PYTHONS and not isinstance(value, io.IOBase)
+    is_followed = type(value).__dictoffset__ != 0  # its attributes are; to ask a mock for one would make it
+    return iterates and not is_followed and module.partition(".")[0] in _PYTHONS and not isinstance(value, io.IOBase)

@@ -13,6 +13,7 @@ from collections import defaultdict
 from contextvars import ContextVar
 from enum import Enum
 from typing import Any
+from unittest.mock import MagicMock, patch
 
 import lightning.pytorch as pl
 import numpy as np
@@ -20,6 +21,7 @@ import pytest
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from toy import PLAN, Toy, evaluate, make_data, oracle
+from trainers import quiet_trainer
 
 from laser_callback import LaserCallback
 from laser_callback.passes.reach import reachable
@@ -214,3 +216,16 @@ def _environment() -> dict[str, str]:
 
 def test_memory_of_its_own_form_has_a_place() -> None:
     assert [type(place) for place in reachable({"a": bytearray(1), "b": b"x", "c": memoryview(b"x")})] == [Bytes]
+
+
+def test_a_mock_is_not_asked_for_what_it_would_make() -> None:
+    """A mock has every attribute, and each is a mock: to follow them would never end."""
+    module = Toy()
+    trainer = quiet_trainer(laser := LaserCallback(PLAN, report=False))
+    loop = trainer.validate_loop
+    module.mock = MagicMock()
+    with patch.object(loop, "_evaluation_step", wraps=loop._evaluation_step) as mocked:
+        trainer.validate(module, make_data(), verbose=False)
+    assert mocked.call_count == 3
+    assert not module.mock.mock_calls
+    assert laser.result["laser"]["acc"].n == 10
