@@ -52,8 +52,8 @@ class LaserCallback(pl.Callback):
 
     Args:
         plan: what to cut: a :class:`LaserPlan`, its text, a plan file, or several of them by name.
-        base: what the module was fine-tuned from, as :class:`~laser_callback.spectra.BaseWeights` takes it: then only
-            the difference is cut (delta mode).
+        base: what the module was fine-tuned from, as :class:`~laser_callback.spectra.BaseWeights` takes it, for a plan
+            that cuts the difference to it: ``27.fc_in@0.1:cut=delta``.
         loops: where to compare: ``"validate"``, ``"test"``, and ``"fit"`` for the validation inside of ``trainer.fit``:
             each of these is another look, so that their p values are exploratory.
         metrics: torchmetrics of your own, fed for both arms by ``update``; logged under their names.
@@ -127,6 +127,11 @@ class LaserCallback(pl.Callback):
         self.on_error = on_error
         self.isolate = (isolate,) if isinstance(isolate, str) else tuple(isolate)
         self.skip_isolation = skip_isolation
+        if base is not None and not any(plan.cuts_delta for plan in self.plans.values()):
+            raise MisconfigurationException(
+                f"`base` is given, and no plan cuts the difference to it: write {next(iter(self.plans.values()))} with "
+                "cut=delta, as in 27.fc_in@0.1:cut=delta, or leave `base` out"
+            )
         self.base = base
         self._base_weights: Mapping[str, Tensor] | None = None  # read once for all runs
         self.metrics = None if metrics is None else _collection(metrics)

@@ -25,13 +25,15 @@ def control_plans(model: nn.Module, plan: LaserPlan, seed: int, base: BaseWeight
     Raises:
         ValueError: as :func:`random_plan`.
     """
-    drawn = random_plan(model, plan, seed, base.changed) if base else random_plan(model, plan, seed)
+    drawn = random_plan(model, plan, seed, base.changed) if base and plan.cuts_delta else random_plan(model, plan, seed)
     return {"zeroed": zeroed_plan(plan), "random": drawn}
 
 
 def zeroed_plan(plan: LaserPlan) -> LaserPlan:
     """The same matrices at rho = 0."""
-    return LaserPlan(Reduction(r.layer, r.matrix, 0.0, stack=r.stack, expert=r.expert) for r in plan)
+    return LaserPlan(
+        Reduction(r.layer, r.matrix, 0.0, stack=r.stack, expert=r.expert, cut=r.cut, bias=r.bias) for r in plan
+    )
 
 
 def random_plan(
@@ -45,7 +47,7 @@ def random_plan(
         ValueError: if the model has too few matrices outside of the plan.
     """
     matrices = find_matrices(model)
-    resolved = plan.resolve(matrices)
+    resolved = [pair for pair in plan.resolve(matrices) if not pair[0].is_bias]
     planned = {matrix.name for matrix, _ in resolved}
     others = [m for m in matrices if not m.obstacle and m.kind is not None and m.name not in planned and among(m)]
     if len(others) < len(resolved):

@@ -176,7 +176,10 @@ class Lab:
     def targets(self, within: str, without: Iterable[Reduction] = ()) -> list[Target]:
         """What may be cut ``within`` and not cut yet; in delta mode only what fine-tuning has changed."""
         found, weights = targets(self.module, within, without), self.spectra.base
-        return found if weights is None else [t for t in found if any(map(weights.changed, t.matrices))]
+        if weights is None:
+            return found
+        changed = [target for target in found if any(map(weights.changed, target.matrices))]
+        return [Target(target.matrices, {**target.address, "cut": "delta"}) for target in changed]
 
     def alters(self, candidate: Candidate) -> bool:
         """Whether it does more than round: the difference to a base may have a lower rank than a candidate keeps."""

@@ -78,6 +78,11 @@ class LaserPlan:
     def __str__(self) -> str:
         return ", ".join(map(str, self.reductions))
 
+    @property
+    def cuts_delta(self) -> bool:
+        """Whether it cuts the difference to a base anywhere, and so needs one."""
+        return any(reduction.cut == "delta" for reduction in self.reductions)
+
     @classmethod
     def parse(cls, text: str) -> LaserPlan:
         """Read a plan from its text form: reductions separated by commas or line breaks.
@@ -174,6 +179,8 @@ class LaserPlan:
     def resolve(self, model: nn.Module | Sequence[WeightMatrix]) -> list[tuple[WeightMatrix, Reduction]]:
         """The matrices of ``model`` (or of what was found in one) that the plan names, in the model's order.
 
+        Where a reduction cuts biases too, each stands behind its matrix.
+
         Raises:
             ValueError: if a reduction matches nothing (the message lists what exists), is ambiguous, names what cannot
                 be cut (then also a TypeError), or two reductions meet in one matrix.
@@ -187,7 +194,13 @@ class LaserPlan:
                     one, other = clipped(chosen[position]), clipped(reduction)
                     raise ValueError(f"the reductions {one} and {other} both cut `{matrices[position].name}`")
                 chosen[position] = reduction
-        return [(matrices[position], chosen[position]) for position in sorted(chosen)]
+        resolved: list[tuple[WeightMatrix, Reduction]] = []
+        for position in sorted(chosen):
+            matrix, reduction = matrices[position], chosen[position]
+            resolved.append((matrix, reduction))
+            if reduction.bias == "cut" and (bias := matrix.bias) is not None:
+                resolved.append((bias, reduction))
+        return resolved
 
 
 def pieces(text: str) -> list[str]:

@@ -129,7 +129,8 @@ class GradientScreen(pl.Callback):
                 self._places.setdefault(id(matrix.parameter), []).append((part, matrix))
                 parameters[id(matrix.parameter)] = matrix.parameter
         wanted = [matrix for places in self._places.values() for _, matrix in places]
-        self._spectra.ahead([(matrix.value, matrix.name) for matrix in wanted])
+        cut = self._reductions[0].cut if self._reductions else "weight"
+        self._spectra.ahead([(matrix.value, matrix.name, cut) for matrix in wanted])
         # No weight changes here: what memory has room for is not looked up by its content again in every batch.
         self._found: dict[str, Spectrum] = {}
         self._keeps = sum(size_for(matrix.shape) for matrix in wanted) <= self._spectra.memory_bytes
@@ -240,10 +241,11 @@ class GradientScreen(pl.Callback):
         for part, matrix in self._places[id(parameter)]:
             weight = matrix.read(parameter.data)
             ranks = [reduction.rank(matrix.max_rank) for reduction in self._reductions[part]]
-            spectrum = self._found.get(matrix.name) or self._spectra.of(weight, matrix.name)
+            cut = self._reductions[part][0].cut
+            spectrum = self._found.get(matrix.name) or self._spectra.of(weight, matrix.name, cut)
             if self._keeps:
                 self._found[matrix.name] = spectrum
-            operand = self._spectra.operand(weight, matrix.name)
+            operand = self._spectra.operand(weight, matrix.name, cut)
             changes = loss_changes(matrix.read(gradient), operand, spectrum, ranks)
             if not bool(changes.isfinite().all()):
                 raise ValueError(f"the gradient of `{matrix.name}` holds NaN or infinite values")

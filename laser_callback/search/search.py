@@ -242,7 +242,7 @@ class LaserSearch:
     def _spectra(self) -> Spectra:
         if self.base is not None:
             return Spectra.default(BaseWeights(self.base, self.module))
-        return self.spectra or (Spectra(method="reference") if self.method == "paper" else Spectra.default())
+        return self.spectra or Spectra.default()
 
     def _screen(self, steps: Steps) -> Screen:
         if callable(self.screen):
