@@ -19,6 +19,7 @@ from laser_callback.shipping.rollout import StagedRollout, in_steps, one_by_one
 from laser_callback.spectra.delta import BaseWeights
 from laser_callback.spectra.store import Spectra
 from laser_callback.support.files import need_files, need_writable
+from laser_callback.surgery.recipe import Recipe
 
 
 def rollout(
@@ -83,7 +84,7 @@ def rollout(
     """
     if stages is not None and steps is not None:
         raise ValueError("give `--stages` or `--steps`, not both")
-    whole = LaserPlan.of(plan)
+    whole = Recipe.of(plan)
     if stages is not None:
         declared = [*map(LaserPlan.parse, [stages] if isinstance(stages, str) else stages), whole]
     elif steps is not None:

@@ -38,6 +38,7 @@ from laser_callback.spectra.delta import BaseSource, BaseWeights, read_weights
 from laser_callback.spectra.store import Spectra
 from laser_callback.support.files import need_writable, told_if_unwritten
 from laser_callback.support.interrupts import is_of_handler
+from laser_callback.surgery.recipe import Recipe
 
 LOOPS = ("validate", "test", "fit")
 
@@ -392,7 +393,7 @@ def _check_trainer(trainer: pl.Trainer, callback: LaserCallback) -> None:
 
 def _named_plans(plan: Any, key_prefix: str) -> dict[str, LaserPlan]:
     if not isinstance(plan, Mapping) or set(plan) == {"reductions"}:
-        return {key_prefix: LaserPlan.of(plan)}
+        return {key_prefix: Recipe.of(plan)}
     if not plan:
         raise MisconfigurationException("`plan` must hold at least one plan, got an empty mapping")
     reserved = ("delta", ORIGINAL, *DESCRIPTIONS)  # each a key of its own beside the plans'
@@ -401,7 +402,7 @@ def _named_plans(plan: Any, key_prefix: str) -> dict[str, LaserPlan]:
             raise MisconfigurationException(
                 f"a plan's name must be a word without '/' and '.', none of {', '.join(reserved)}, got {name!r}"
             )
-    return {name: LaserPlan.of(value) for name, value in plan.items()}
+    return {name: Recipe.of(value) for name, value in plan.items()}
 
 
 def _collection(metrics: MetricCollection | Metric | Mapping[str, Metric]) -> MetricCollection:

@@ -37,6 +37,7 @@ from laser_callback.results.ab_test import ABResult
 from laser_callback.results.comparison import LaserResult
 from laser_callback.stats.outcomes import Outcomes
 from laser_callback.support.pretrained import load_tokenizer
+from laser_callback.surgery.recipe import Recipe
 
 _SHARES_OF_FACTS = (
     "first_token_accuracy",
@@ -201,7 +202,7 @@ class LaserModule(pl.LightningModule):
             check_strategy(self.trainer)
             if isinstance(self.report, str) and not self.report.endswith(".json"):
                 raise MisconfigurationException(f"an A/B test writes JSON: `report` is {self.report!r}")
-            self._ab = ABTest(self, LaserPlan.of(self.plan), self.ab_fraction, self.ab_seed)
+            self._ab = ABTest(self, Recipe.of(self.plan), self.ab_fraction, self.ab_seed)
 
     @override
     def on_predict_epoch_end(self) -> None:

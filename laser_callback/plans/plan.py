@@ -79,6 +79,11 @@ class LaserPlan:
         return ", ".join(map(str, self.reductions))
 
     @property
+    def directions(self) -> Any:
+        """What its cuts need and the weights do not say: a recipe may bring it along, a plan alone has none."""
+        return None
+
+    @property
     def cuts_delta(self) -> bool:
         """Whether it cuts the difference to a base anywhere, and so needs one."""
         return any(reduction.cut == "delta" for reduction in self.reductions)

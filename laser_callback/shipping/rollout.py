@@ -33,7 +33,7 @@ from laser_callback.support.journal import Journal, Step
 from laser_callback.support.progress import PhaseProgress
 from laser_callback.support.provenance import versions
 from laser_callback.support.reading import Seconds, typed
-from laser_callback.surgery.recipe import matrix_hash
+from laser_callback.surgery.recipe import Recipe, matrix_hash
 from laser_callback.surgery.swap import reduced
 
 
@@ -43,7 +43,7 @@ def one_by_one(plan: LaserPlan | str) -> list[LaserPlan]:
     >>> [str(stage) for stage in one_by_one("27.fc_in@0.01, 11.q_proj@0.05")]
     ['27.fc_in@0.01', '27.fc_in@0.01, 11.q_proj@0.05']
     """
-    reductions = LaserPlan.of(plan).reductions
+    reductions = Recipe.of(plan).reductions
     return [LaserPlan(reductions[: count + 1]) for count in range(len(reductions))]
 
 
@@ -56,7 +56,7 @@ def in_steps(plan: LaserPlan | str, rhos: Iterable[float]) -> list[LaserPlan]:
     >>> [str(stage) for stage in in_steps("27.fc_in@0.01, 11.q_proj@0.2", [0.1, 0.5])]
     ['27.fc_in@0.5, 11.q_proj@0.5', '27.fc_in@0.1, 11.q_proj@0.2', '27.fc_in@0.01, 11.q_proj@0.2']
     """
-    plan = LaserPlan.of(plan)
+    plan = Recipe.of(plan)
     rhos = sorted(set(rhos), reverse=True)
     if not all(0 < rho < 1 for rho in rhos):
         raise ValueError(f"`rhos` must be between 0 and 1, got {rhos}")
@@ -135,7 +135,7 @@ class StagedRollout:
         if isinstance(self.module, LaserModule) and self.module.plan is not None:
             raise MisconfigurationException("`module` must have no plan of its own: the rollout puts the stages in")
         given = [self.stages] if isinstance(self.stages, (LaserPlan, str)) else self.stages
-        plans = tuple(LaserPlan.of(stage) for stage in given)
+        plans = tuple(Recipe.of(stage) for stage in given)
         if not plans:
             raise ValueError("`stages` must hold at least one plan, got none")
         self._gates = Gates(self.gates, self.data, self.others, controls=self.controls, seed=self.seed)

@@ -1,6 +1,8 @@
 from .cut import CutSpectrum as CutSpectrum
 from .cut import cut_spectra as cut_spectra
 from .delta import BaseWeights as BaseWeights
+from .directions import InputDirections as InputDirections
+from .directions import input_directions as input_directions
 from .folder import SpectrumFolder as SpectrumFolder
 from .inspection import InspectedMatrix as InspectedMatrix
 from .inspection import Inspection as Inspection

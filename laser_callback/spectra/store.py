@@ -9,6 +9,7 @@ kept, and either is said once. Any number of processes may share a folder, and a
 
 from __future__ import annotations
 
+import copy
 import time
 import warnings
 from collections import OrderedDict, deque
@@ -27,6 +28,7 @@ from torch import Tensor
 from laser_callback.plans.matrices import WeightMatrix
 from laser_callback.plans.rank_rules import global_ranks, mean_rank, unit
 from laser_callback.plans.reduction import Reduction
+from laser_callback.spectra.directions import Directions, cut_in_directions, to_text
 from laser_callback.spectra.entries import reduce_entries
 from laser_callback.spectra.folder import (
     DISK_BYTES,
@@ -75,6 +77,7 @@ class Spectra:
         disk_bytes: the same for the folder.
         base: the weights before fine-tuning, for reductions with ``cut="delta"``: what is factorised and cut is then
             the difference to them, and ``matrix``, wherever it is asked for, is the fine-tuned one, by its name.
+        directions: for reductions with ``metric="inputs"``: what is known of the inputs.
 
     Attributes:
         factorised: factorisations made.
@@ -92,11 +95,13 @@ class Spectra:
         memory_bytes: int = 2**30,
         disk_bytes: int = DISK_BYTES,
         base: BaseWeights | None = None,
+        directions: Directions | None = None,
     ) -> None:
         for argument, value in (("memory_bytes", memory_bytes), ("disk_bytes", disk_bytes)):
             if value < 0:
                 raise ValueError(f"`{argument}` must be a number of bytes, 0 to keep nothing, got {value}")
         self.base = base
+        self.directions = directions
         self.memory_bytes = memory_bytes
         self.folder = None if folder is None else SpectrumFolder(folder, disk_bytes)
         self.factorised = 0
@@ -275,6 +280,8 @@ class Spectra:
             return reduction.rank(min(matrix.shape)) == min(matrix.shape)
         if reduction.scale == 1:
             return True
+        if reduction.metric == "inputs":
+            return self._kept(reduction, name).shape[1] == min(matrix.shape)
         operand = self.operand(matrix, name, reduction.cut)
         return all(self._spares(block, reduction, name) for block in _blocks(operand, reduction, name))
 
@@ -291,6 +298,27 @@ class Spectra:
         gone = torch.cat([values[start:stop] for start, stop in removed])
         return bool(gone.norm() <= NEGLIGIBLE * values.norm())
 
+    def _kept(self, reduction: Reduction, name: str) -> Tensor:
+        """The directions that a reduction in the metric of the inputs keeps."""
+        if self.directions is None:
+            raise ValueError(
+                f"{reduction} cuts `{name}` in the metric of its inputs, which is not in the weights: use the recipe "
+                "that came with it, or search with the strategy 'whitened'"
+            )
+        return self.directions.kept(name, reduction)
+
+    def directions_text(self, name: str, reduction: Reduction) -> str | None:
+        """What a recipe must bring along of the matrix ``name`` for ``reduction``; ``None`` if that is nothing."""
+        return to_text(self._kept(reduction, name)) if reduction.metric == "inputs" else None
+
+    def bringing(self, directions: Directions | None) -> Spectra:
+        """The same, with these directions, if there are any."""
+        if directions is None:
+            return self
+        other = copy.copy(self)
+        other.directions = directions
+        return other
+
     def _reduce_block(self, block: Tensor, reduction: Reduction, name: str) -> Tensor:
         if reduction.of == "entries":
             refuse_non_finite(block, name)
@@ -298,6 +326,9 @@ class Spectra:
         if reduction.rho == 0 and reduction.keep == "head" and reduction.band == 1:  # nothing to know of it
             refuse_non_finite(block, name)
             return (as_double(block) * reduction.scale + 0.0).to(block.device, block.dtype)
+        if reduction.metric == "inputs":
+            refuse_non_finite(block, name)
+            return cut_in_directions(block, self._kept(reduction, name), reduction).to(block.device, block.dtype)
         return self._of(block, name).reduce(block, reduction)
 
 

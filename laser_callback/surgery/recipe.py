@@ -23,6 +23,7 @@ from laser_callback.plans.matrices import WeightMatrix, same_name
 from laser_callback.plans.plan import LaserPlan
 from laser_callback.plans.reduction import Reduction
 from laser_callback.plans.selection import NoSuchMatrixError
+from laser_callback.spectra.directions import StoredDirections, from_text
 from laser_callback.spectra.store import Spectra
 from laser_callback.support.hashing import content_hash
 from laser_callback.support.interrupts import whole
@@ -52,6 +53,8 @@ class CutMatrix:
         norm: its Frobenius norm after the cut.
         sketch: products of random signs with it after the cut (:func:`matrix_sketch`), by which another matrix is told
             from one that was rounded otherwise; empty in recipes of earlier versions.
+        directions: of a cut in the metric of the inputs, the directions that it keeps, float32, shape (rows, k), as
+            base64; ``None`` where the cut can be made from the weights alone.
 
     Raises:
         ValueError: if a value cannot be any matrix'.
@@ -65,8 +68,11 @@ class CutMatrix:
     after: str
     norm: float
     sketch: tuple[float, ...] = ()
+    directions: str | None = None
 
     def __post_init__(self) -> None:
+        if self.directions is not None:
+            from_text(self.directions, self.shape[0])
         dtype = getattr(torch, self.dtype, None)
         if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
             raise ValueError(f"`dtype` must be a floating dtype of torch, got {shown(self.dtype)}")
@@ -118,6 +124,12 @@ class Recipe(LaserPlan):
             ("versions", dict(versions or {})),
         ):
             object.__setattr__(self, name, value)
+
+    @property
+    def directions(self) -> StoredDirections | None:
+        """What its cuts keep, where that is not in the weights; ``None`` where all of it is."""
+        stored = {m.name: from_text(m.directions, m.shape[0]) for m in self.matrices if m.directions is not None}
+        return StoredDirections(stored) if stored else None
 
     @classmethod
     def of(cls, plan: LaserPlan | str | Mapping[str, Any] | Iterable[Any]) -> LaserPlan:
@@ -216,6 +228,7 @@ def recorded(
     expected = plan if isinstance(plan, Recipe) else None
     spectra = Spectra() if spectra is None else spectra
     if expected is not None:
+        spectra = spectra.bringing(expected.directions)
         _check_base(expected, spectra)
     try:
         cut = reduced(model, plan, spectra)
@@ -235,6 +248,7 @@ def recorded(
                 matrix_hash(matrix.value),
                 float(torch.linalg.vector_norm(matrix.value, dtype=torch.float64)),
                 matrix_sketch(matrix.value),
+                spectra.directions_text(matrix.name, reduction),
             )
             for (matrix, reduction), was in zip(cut.matrices, before, strict=True)
         ]

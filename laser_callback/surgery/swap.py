@@ -125,7 +125,8 @@ class reduced(AbstractContextManager["reduced"]):  # noqa: N801 - reads as a ver
         """Factorise now, unless that has been done. Returns the reduced tensors, one per changed parameter."""
         if self._cuts is None:
             with with_gradients(False):
-                self._cuts = _reduced_parameters(self.matrices, self._spectra or Spectra())
+                spectra = (self._spectra or Spectra()).bringing(self.plan.directions)
+                self._cuts = _reduced_parameters(self.matrices, spectra)
         return [tensor for _, tensor, _ in self._cuts]
 
     def forget(self) -> None:
