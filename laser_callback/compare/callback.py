@@ -28,7 +28,7 @@ from laser_callback.compare import arms
 from laser_callback.compare.controls import random_plan
 from laser_callback.compare.options import RunOptions, UpdateFn, warn_early
 from laser_callback.compare.run import ComparisonRun
-from laser_callback.plans.plan import LaserPlan
+from laser_callback.plans.plan import LaserPlan, check_base
 from laser_callback.reports.loggers import publish
 from laser_callback.reports.page import save_page
 from laser_callback.reports.terminal import print_report
@@ -128,11 +128,8 @@ class LaserCallback(pl.Callback):
         self.on_error = on_error
         self.isolate = (isolate,) if isinstance(isolate, str) else tuple(isolate)
         self.skip_isolation = skip_isolation
-        if base is not None and not any(plan.cuts_delta for plan in self.plans.values()):
-            raise MisconfigurationException(
-                f"`base` is given, and no plan cuts the difference to it: write {next(iter(self.plans.values()))} with "
-                "cut=delta, as in 27.fc_in@0.1:cut=delta, or leave `base` out"
-            )
+        if base is not None:
+            check_base(self.plans.values(), given=True)
         self.base = base
         self._base_weights: Mapping[str, Tensor] | None = None  # read once for all runs
         self.metrics = None if metrics is None else _collection(metrics)
@@ -166,7 +163,9 @@ class LaserCallback(pl.Callback):
 
     def _options_for(self, module: pl.LightningModule) -> RunOptions:
         if self.base is None:
-            return self._options
+            options = self._options
+            check_base(self.plans.values(), options.spectra is not None and options.spectra.base is not None)
+            return options
         self._base_weights = read_weights(self.base) if self._base_weights is None else self._base_weights
         return replace(self._options, spectra=Spectra(base=BaseWeights(self._base_weights, module)))
 

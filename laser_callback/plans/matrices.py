@@ -63,23 +63,35 @@ class WeightMatrix:
     @property
     def bias(self) -> WeightMatrix | None:
         """What the layer adds to the matrix' outputs, as a matrix of one column, or ``None`` where it adds nothing."""
-        for name in dict.fromkeys((self.attribute.replace("weight", "bias"), f"{self.attribute}_bias")):
-            place = (*self.index[: -2 if self.transposed else -1], self.index[-1], None)
-            parameter = self.module._parameters.get(name)
-            if name != self.attribute and parameter is not None and parameter.ndim == len(place) - 1:
-                names = tuple(f"{one.removesuffix(self.attribute)}{name}" for one in self.parameter_names)
-                return replace(
-                    self,
-                    name=f"{self.name}.bias",
-                    kind=None,
-                    shape=(self.shape[0], 1),
-                    parameter_names=names,
-                    attribute=name,
-                    transposed=False,
-                    index=place,
-                    is_bias=True,
-                )
-        return None
+        names = (self.attribute.replace("weight", "bias"), f"{self.attribute}_bias", "in_proj_bias")
+        # The last is of an `nn.MultiheadAttention` with `kdim`: three weights, and one bias of all.
+        for name in names[: 3 if isinstance(self.module, nn.MultiheadAttention) and self.kind else 2]:
+            tensor = getattr(self.module, name, None)
+            if name != self.attribute and isinstance(tensor, Tensor):
+                break
+        else:
+            return None
+        rows = self.index[-1]
+        if name == "in_proj_bias" and self.attribute != "in_proj_weight":
+            start = ("q_proj", "k_proj", "v_proj").index(str(self.kind)) * self.shape[0]
+            rows = slice(start, start + self.shape[0])
+        place = (*self.index[: -2 if self.transposed else -1], rows, None)
+        whole = f"{self.name}.bias"
+        obstacle = obstacle_of(self.module, whole, tensor)
+        if not isinstance(tensor, nn.Parameter) or tensor.ndim != len(place) - 1:
+            obstacle = f"`{whole}` is no parameter with one number for each output: it can only be kept, bias=kept"
+        return replace(
+            self,
+            name=whole,
+            kind=None,
+            shape=(self.shape[0], 1),
+            parameter_names=tuple(f"{one.removesuffix(self.attribute)}{name}" for one in self.parameter_names),
+            attribute=name,
+            transposed=False,
+            index=place,
+            obstacle=obstacle,
+            is_bias=True,
+        )
 
     @property
     def parameter(self) -> nn.Parameter:

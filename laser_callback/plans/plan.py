@@ -21,7 +21,7 @@ from torch import nn
 from laser_callback.plans.kinds import GROUPS, KINDS
 from laser_callback.plans.matrices import WeightMatrix, find_matrices
 from laser_callback.plans.reduction import Reduction
-from laser_callback.plans.selection import Catalogue, select
+from laser_callback.plans.selection import Catalogue, UncuttableError, select
 from laser_callback.support.files import need_files, write_atomically
 from laser_callback.support.reading import read_plain, read_text, shown
 from laser_callback.support.suggest import clipped
@@ -204,8 +204,30 @@ class LaserPlan:
             matrix, reduction = matrices[position], chosen[position]
             resolved.append((matrix, reduction))
             if reduction.bias == "cut" and (bias := matrix.bias) is not None:
+                if bias.obstacle:
+                    raise UncuttableError(f"the reduction {clipped(reduction)} cuts `{bias.name}`: {bias.obstacle}")
                 resolved.append((bias, reduction))
         return resolved
+
+
+def check_base(plans: Iterable[LaserPlan], given: bool) -> None:
+    """Look whether there is a base where one is needed, and none where none is.
+
+    Raises:
+        ValueError: naming a plan, and what to do.
+    """
+    plans = tuple(plans)
+    needs = [plan for plan in plans if plan.cuts_delta]
+    if needs and not given:
+        raise ValueError(
+            f"the plan {clipped(needs[0])} cuts the difference to what the model was fine-tuned from: give that as "
+            "`base`, on the command line --base"
+        )
+    if given and not needs:
+        raise ValueError(
+            f"`base` is given, and {clipped(plans[0])} cuts the weights themselves: to cut the difference to the base "
+            "add cut=delta to the plan, as in 27.fc_in@0.1:cut=delta; else leave `base` out"
+        )
 
 
 def pieces(text: str) -> list[str]:

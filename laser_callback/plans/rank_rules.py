@@ -105,7 +105,8 @@ def canonical_rule(text: str) -> str | None:
     if rank := _RANK.fullmatch(text):
         return f"k{int(rank[1])}"
     if text.startswith(_PLACES) and _LIST.fullmatch(listed := text.removeprefix(_PLACES)):
-        return places_rule(_read_places(listed))
+        places = _read_places(listed)
+        return None if places is None else places_rule(places)
     for prefix, most in ((_ENERGY, 1.0), (_GLOBAL, math.inf)):
         if text.startswith(prefix):
             try:
@@ -167,17 +168,20 @@ def global_ranks(values: Sequence[Tensor], mean: float) -> list[int]:
     >>> global_ranks([torch.tensor([3.0, 2.0]), torch.tensor([1.0, 0.5])], 1)
     [2, 0]
     """
-    count = max(round(mean * len(values)), 1)
     owner = torch.cat([torch.full((len(each),), i) for i, each in enumerate(values)])
+    count = min(max(round(mean * len(values)), 1), len(owner))
     together = torch.cat([each.cpu() for each in values])
     first = together.argsort(descending=True, stable=True)[:count]
     first = first[together[first] > 0]
     return torch.bincount(owner[first], minlength=len(values)).tolist()
 
 
-def _read_places(text: str) -> list[int]:
+def _read_places(text: str) -> list[int] | None:
+    """The places of a list; ``None`` if it has a run from a place to an earlier one."""
     runs = [part.partition("-") for part in text.split("+")]
     ends = [(int(first), int(last or first)) for first, _, last in runs]
+    if any(last < first for first, last in ends):
+        return None
     if sum(last - first for first, last in ends) > _MOST_PLACES:
         raise ValueError(f"a list of places may count at most {_MOST_PLACES:,}, got {clipped(text)}")
     return [place for first, last in ends for place in range(first, last + 1)]
@@ -190,7 +194,12 @@ def rank_by(rule: str, values: Tensor, shape: tuple[int, int]) -> int:
         rule: one of :data:`RANK_RULES` that knows a rank from one matrix alone.
         values: singular values, descending, float64, shape (min(m, n),).
         shape: (m, n) of the matrix.
+
+    Raises:
+        ValueError: for one that needs more than this matrix.
     """
+    if mean_rank(rule) is not None:
+        raise ValueError(f"{rule} is one threshold for all matrices of a reduction: of one alone there is no rank")
     if (rank := fixed_rank(rule)) is not None:
         return min(rank, len(values))
     if not len(values):

@@ -132,8 +132,11 @@ class Reduction:
             raise ValueError("norm='whole' goes with of='rank': of entries it is not offered")
         if joint and (self.blocks != 1 or self.band != 1):
             raise ValueError(f"`blocks` and `band` do not go with {self.rho}: both count from the largest on")
-        if self.bias == "cut" and (self.rho != 0 or self.keep != "head" or self.of != "rank" or self.band != 1):
-            raise ValueError(f"bias='cut' goes with a cut that keeps nothing, rho 0, got {self.rho}")
+        if self.bias == "cut":
+            own = {"rho": self.rho, **{name: getattr(self, name) for name in ("keep", "of", "band", "norm")}}
+            other = [f"{name} {value}" for name, value in own.items() if value != {**_OPTIONS, "rho": 0}[name]]
+            if other:
+                raise ValueError(f"bias='cut' goes with a cut that keeps nothing, rho 0, got {', '.join(other)}")
         if self.metric == "inputs" and (self.of != "rank" or self.blocks != 1):
             raise ValueError("metric='inputs' goes with of='rank' and blocks=1: it is about a matrix' own directions")
         if self.of == "reference":

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -104,6 +104,9 @@ class _Originals(Spectra):
 
     def settled(self, resolved: Resolved) -> Resolved:
         return resolved
+
+    def ahead(self, matrices: Sequence[tuple[Tensor, str, str]]) -> None:
+        pass
 
     def changes_nothing(self, matrix: Tensor, reduction: Reduction, name: str = "matrix") -> bool:
         return False

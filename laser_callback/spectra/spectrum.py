@@ -64,7 +64,7 @@ class Spectrum:
         """The rank k of a reduction: from its rho, or from the rule it names.
 
         Raises:
-            ValueError: for a rule about all matrices of a reduction (:func:`settled` knows these).
+            ValueError: for a rule about all matrices of a reduction, which `Spectra.settled` knows.
         """
         if reduction.is_ruled:
             return rank_by(str(reduction.rho), self.values, self.shape)
@@ -80,7 +80,8 @@ class Spectrum:
         for start, stop in self.removed(reduction):
             gains[start:stop] = reduction.scale
         if reduction.norm == "whole":
-            gains *= _or_one(self.values.norm() / (gains * self.values).norm())
+            values = self.values / unit(self.values)
+            gains *= _ratio(values, gains * values)
         return gains
 
     def reduce(self, matrix: Tensor, reduction: Reduction) -> Tensor:
@@ -96,15 +97,16 @@ class Spectrum:
         else:
             gone = torch.cat([self.basis[:, start:stop] for start, stop in removed], 1)
             kept = work - ((work @ gone) @ gone.T if self.shape[0] >= self.shape[1] else gone @ (gone.T @ work))
-        result = (kept + reduction.scale * (work - kept) if reduction.scale else kept) * scale
-        if reduction.norm == "whole":
-            result = result * _or_one(work.norm() * scale / result.norm())
-        return result.to(device=matrix.device, dtype=matrix.dtype)
+        result = kept + reduction.scale * (work - kept) if reduction.scale else kept
+        if reduction.norm == "whole" and bool((self.gains(reduction) * self.values).any()):  # else it is rounding
+            result = result * _ratio(work, result)
+        return (result * scale).to(device=matrix.device, dtype=matrix.dtype)
 
 
-def _or_one(factor: Tensor) -> Tensor:
-    """``factor``; 1 where there is nothing left to be multiplied."""
-    return torch.where(factor.isfinite(), factor, 1.0)
+def _ratio(whole: Tensor, part: Tensor) -> Tensor:
+    """How much larger the one is than the other in the Frobenius norm; 1 where there is no other."""
+    ratio = whole.norm() / part.norm()
+    return torch.where(ratio.isfinite(), ratio, 1.0)
 
 
 def as_double(matrix: Tensor) -> Tensor:

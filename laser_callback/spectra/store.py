@@ -323,7 +323,8 @@ class Spectra:
         if reduction.of == "entries":
             refuse_non_finite(block, name)
             return reduce_entries(block, reduction)
-        if reduction.rho == 0 and reduction.keep == "head" and reduction.band == 1:  # nothing to know of it
+        if reduction.rho == 0 and reduction.keep == "head" and reduction.band == 1 and reduction.norm == "part":
+            # Nothing needs to be known of it.
             refuse_non_finite(block, name)
             return (as_double(block) * reduction.scale + 0.0).to(block.device, block.dtype)
         if reduction.metric == "inputs":
@@ -356,10 +357,12 @@ def _dense(matrix: Tensor) -> tuple[Tensor, str]:
 def _noisy(matrix: Tensor, reduced: Tensor, seed: int) -> Tensor:
     """``matrix`` plus Gaussian noise with the Frobenius norm of what was taken from it; seeded by the matrix, too."""
     work = as_double(matrix.detach())
-    size = (work - as_double(reduced)).norm()
+    gone = work - as_double(reduced)
+    scale = unit(gone)
+    size = (gone / scale).norm()
     generator = torch.Generator().manual_seed(int(content_hash(f"noise {seed}", matrix.detach().contiguous())[:15], 16))
     noise = torch.randn(matrix.shape, generator=generator, dtype=torch.float64).to(work.device)
-    return (work + noise * (size / noise.norm())).to(matrix.device, matrix.dtype)
+    return (work + noise * (size / noise.norm()) * scale).to(matrix.device, matrix.dtype)
 
 
 def _blocks(matrix: Tensor, reduction: Reduction, name: str) -> tuple[Tensor, ...]:
