@@ -1,11 +1,11 @@
 """The search: which cut helps this model on this task, in minutes, with sound statistics.
 
-Four steps on disjoint examples. *Screen*: one backward pass scores every (matrix, rho). *Race*: the best few dozen run
-on more and more examples while the worse half drops out. *Compose*: the same again with the winner in place, accepted
-only on fresh examples. *Confirm*: the plan against the original, once, on examples that nothing before has seen; only
-this is a result. A plan is recommended if the confirmed gain is significant, is more than a shift of what is said most,
-and every constraint holds on the guard set; else the original is. Here are the arguments, and what must be right before
-the work; its course is ``course.py``'s.
+Four steps on disjoint examples. *Screen*: strategies propose candidates, and one backward pass scores them. *Race*: the
+best few dozen run on more and more examples while the worse half drops out. *Compose*: the same again with the winner
+in place, accepted only on fresh examples. *Confirm*: the plan against the original, once, on examples that nothing
+before has seen; only this is a result. A plan is recommended if the confirmed gain is significant, is more than a shift
+of what is said most, and every constraint holds on the guard set; else the original is. Here are the arguments, and
+what must be right before the work; its course is ``course.py``'s.
 """
 
 from __future__ import annotations
@@ -28,14 +28,15 @@ from laser_callback.plans.target import RHOS
 from laser_callback.results.examples import ORIGINAL
 from laser_callback.results.search import SearchResult
 from laser_callback.search.budget import Budget
-from laser_callback.search.candidates import DELTA_RHOS, REFERENCE_RHOS
 from laser_callback.search.course import Course
-from laser_callback.search.data_free import SCREENS
 from laser_callback.search.fingerprints import fingerprints
 from laser_callback.search.screen import LossFn
-from laser_callback.search.setup import constraints_of, objective_of, plain, probe_positions
+from laser_callback.search.setup import constraints_of, described, objective_of, plain, probe_positions
 from laser_callback.search.sizes import by_batches, confirm_warnings, guard_warnings, is_share_right
-from laser_callback.search.steps import Screen, Steps
+from laser_callback.search.steps import Steps
+from laser_callback.search.strategies.base import Strategy
+from laser_callback.search.strategies.grid import DELTA_RHOS, REFERENCE_RHOS
+from laser_callback.search.strategies.registry import strategies_of
 from laser_callback.search.verdict import confirm
 from laser_callback.spectra.delta import BaseSource, BaseWeights
 from laser_callback.spectra.store import Spectra
@@ -77,16 +78,16 @@ class LaserSearch:
             the difference is cut (delta mode).
         within: where to look, as plan text without rho: ``"*.all"``, ``"20-29.mlp, *.q_proj"``.
         rhos: the grid.
-        screen: ``"gradient"``; one that looks at no data, ``"gavish-donoho"``, ``"entropy"``, ``"laser-rmt-snr"``,
-            ``"late-mlp"``, ``"random"``; or a function ``(targets, rhos, loader) -> {reduction: score}``, lower is
-            better.
-        screen_loss: ``f(module, batch)``, the loss of the gradient screen, where the step does not return it.
-        candidates: how many of the screen's best race.
-        max_reductions: stop composing at so many.
+        strategies: what proposes candidates: names, or objects of your own (:class:`Strategy`). ``"laser"`` proposes
+            every matrix at every rho, and knows their order by the gradient; without a look at data do ``"late-mlp"``,
+            ``"laser-rmt"``, ``"gavish-donoho"``, ``"entropy"`` and ``"random"``.
+        screen_loss: ``f(module, batch)``, the loss that the screen differentiates, where the step does not return it.
+        candidates: how many of those that are proposed race.
+        max_reductions: stop composing at so many candidates.
         min_gain: warn before the work if a gain of this size would be confirmed with less than 80 % probability.
-        method: ``"exhaustive"`` runs all candidates on all race examples instead of screening; ``"paper"`` does so as
-            the paper's code does: its nine rates, cut by ``torch.svd_lowrank``, on the first fifth of the examples, of
-            which the best objective, then the lowest log loss selects.
+        method: ``"exhaustive"`` runs all candidates of the strategies on all race examples instead of screening;
+            ``"paper"`` does so as the paper's code does: its nine rates, cut by ``torch.svd_lowrank``, on the first
+            fifth of the examples, of which the best objective, then the lowest log loss selects.
         controls: confirm beside the plan its matrices zeroed and random matrices cut at the same rho.
         minutes: race only as many candidates as fit into so much time.
         folder: keep each finished step here; with ``resume`` go on from them.
@@ -119,7 +120,7 @@ class LaserSearch:
     base: BaseSource | None = None
     within: str = "*.all"
     rhos: Sequence[float] = RHOS
-    screen: str | Screen = "gradient"
+    strategies: str | Sequence[str | Strategy] = ("laser",)
     screen_loss: LossFn | None = None
     candidates: int = 40
     max_reductions: int = 1
@@ -144,9 +145,10 @@ class LaserSearch:
                 raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}")
         if self.method not in get_args(Method):
             raise ValueError(f"`method` must be one of {', '.join(get_args(Method))}, got {self.method!r}")
-        if not callable(self.screen) and self.screen not in ("gradient", *SCREENS):
-            known = ", ".join(("gradient", *SCREENS))
-            raise ValueError(f"`screen` must be one of {known}, or a function, got {self.screen!r}")
+        self._strategies = strategies_of(self.strategies)
+        if self.method == "paper" and [strategy.name for strategy in self._strategies] != ["laser"]:
+            names = ", ".join(strategy.name for strategy in self._strategies)
+            raise ValueError(f"the paper's procedure tries what `strategies` 'laser' proposes, got {names}")
         if not self.rhos or not all(0 <= rho <= 1 for rho in self.rhos):
             raise ValueError(f"`rhos` must be numbers in [0, 1], at least one, got {self.rhos!r}")
         if self.method == "paper" and self.max_reductions > 1:
@@ -184,6 +186,7 @@ class LaserSearch:
     def _prepare(self, start: float) -> Course:
         """Everything that can be wrong is found here, before the work."""
         sets, spectra, paper = self._sets(), self._spectra(), self.method == "paper"
+        self._check_needs(sets, spectra)
         lab = Lab(self.module, spectra, self.accelerator, self.precision)
         if not (possible := lab.targets(self.within)):
             raise ValueError(f"`base` and the module do not differ in any matrix of `within` {self.within!r}")
@@ -211,6 +214,7 @@ class LaserSearch:
         for warning in found.warnings:
             rank_zero_warn(warning)
         own = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in _NOT_SETTINGS}
+        own["strategies"] = list(map(described, self._strategies))
         found.settings = {name: plain(value) for name, value in own.items()} | {"versions": versions()}
         found.settings |= {"objective": list(objective.keys), "loss": objective.loss, "sizes": dict(sets.sizes)}
         if self.folder is not None:
@@ -226,8 +230,10 @@ class LaserSearch:
             found,
             bounds,
             Budget(self.minutes, start, pass_seconds, self.controls),
-            self._screen(steps) if self.method == "screened" else None,
+            self._strategies,
+            screened=self.method == "screened",
             paper=paper,
+            screen_loss=self.screen_loss,
             within=self.within,
             rhos=self.rhos,
             candidates=self.candidates,
@@ -244,13 +250,18 @@ class LaserSearch:
             return Spectra.default(BaseWeights(self.base, self.module))
         return self.spectra or (Spectra(method="reference") if self.method == "paper" else Spectra.default())
 
-    def _screen(self, steps: Steps) -> Screen:
-        if callable(self.screen):
-            return self.screen
-        if self.screen == "gradient":
-            return steps.gradient_screen(self.screen_loss)
-        by_name = SCREENS[self.screen]
-        return lambda found, rhos, _: by_name(found, rhos, steps.lab.spectra, self.seed)
+    def _check_needs(self, sets: ExampleSets, spectra: Spectra) -> None:
+        """Whether there is what the strategies cannot do without."""
+        for strategy in self._strategies:
+            if "base" in strategy.needs and spectra.base is None:
+                raise MisconfigurationException(
+                    f"the strategy {strategy.name!r} needs `base`, what the module was fine-tuned from: a folder, hub "
+                    "name, checkpoint or model"
+                )
+            if "activations" in strategy.needs and "screen" not in sets.sizes:
+                raise MisconfigurationException(
+                    f"the strategy {strategy.name!r} needs examples to run the module on: give the data a set `screen`"
+                )
 
     def _finish(self, steps: Steps) -> SearchResult:
         self.result.phases = list(steps.phases.values())
