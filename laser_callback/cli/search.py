@@ -35,7 +35,7 @@ def search(
     base: str | None = None,
     within: str = "*.all",
     rhos: float | list[float] | None = None,
-    screen: str = "gradient",
+    strategies: str | list[str] = "laser",
     candidates: int = 40,
     max_reductions: int = 1,
     min_gain: float = 0.05,
@@ -76,9 +76,10 @@ def search(
         base: folder, hub name or checkpoint that the model was fine-tuned from; only the difference is then cut.
         within: where to look, as plan text without rho, e.g. "20-29.mlp, *.q_proj".
         rhos: fractions of the rank to try; by default those of the paper's code, and 0.
-        screen: gradient, gavish-donoho, entropy, laser-rmt-snr, late-mlp or random.
-        candidates: how many of the screen's best race.
-        max_reductions: stop composing at so many cuts.
+        strategies: what proposes candidates: laser, late-mlp, laser-rmt, gavish-donoho, entropy or random, or several,
+            e.g. laser,late-mlp.
+        candidates: how many of those that are proposed race.
+        max_reductions: stop composing at so many candidates.
         min_gain: warn if the examples are too few to confirm a gain of this size.
         limit: use a seeded sample of so many facts, stratified by group; 0 for all.
         batch_size: facts in a batch.
@@ -123,7 +124,7 @@ def search(
         base=base,
         within=within,
         rhos=RHOS if rhos is None else [rhos] if isinstance(rhos, float) else rhos,
-        screen=screen,
+        strategies=strategies,
         candidates=candidates,
         max_reductions=max_reductions,
         min_gain=min_gain,

@@ -27,10 +27,8 @@ from laser_callback.compare.trainer import left_as_found, quiet_trainer
 from laser_callback.data.facts import draw
 from laser_callback.plans.matrices import find_matrices, layer_stacks
 from laser_callback.plans.plan import LaserPlan
-from laser_callback.plans.reduction import Reduction
 from laser_callback.plans.selection import Catalogue
 from laser_callback.plans.target import Target, targets
-from laser_callback.results.candidates import Candidate
 from laser_callback.results.comparison import LaserResult
 from laser_callback.results.examples import ORIGINAL, Logged, PairedExamples
 from laser_callback.spectra.store import Spectra
@@ -88,6 +86,11 @@ class Lab:
         spectra: shared by all candidates.
         accelerator, precision: as in ``Trainer``, but "auto" takes CUDA or the CPU, and "cuda:1" names the device.
         on_arm: called after each arm's pass over a batch with the share of the model's layers that it had to compute.
+
+    Attributes:
+        matrices: of the module.
+        logged: by the base, in the latest measurement.
+        failed: why plans have no values, by name.
     """
 
     module: pl.LightningModule
@@ -95,11 +98,12 @@ class Lab:
     accelerator: str = "auto"
     precision: Any = None
     on_arm: Callable[[float], None] = lambda share: None
-    logged: dict[str, Logged] = field(default_factory=dict, init=False)  # by the base, in the latest measurement
-    failed: dict[str, str] = field(default_factory=dict, init=False)  # why plans have no values, by name
+    matrices: Catalogue = field(init=False)  # looked up for each candidate
+    logged: dict[str, Logged] = field(default_factory=dict, init=False)
+    failed: dict[str, str] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
-        self._matrices = Catalogue(find_matrices(self.module))  # looked up for each candidate
+        self.matrices = Catalogue(find_matrices(self.module))
         self._depth = {stack: len(layers) for stack, layers in layer_stacks(self.module).items()}
 
     def validate(
@@ -116,7 +120,7 @@ class Lab:
         plans: Mapping[str, LaserPlan],
         loader: DataLoader[Any],
         keys: Iterable[str],
-        base: Iterable[Reduction] = (),
+        base: LaserPlan | None = None,
     ) -> Table:
         """Values of ``keys`` on every example of ``loader``, of the base and of each plan on top of it.
 
@@ -124,7 +128,7 @@ class Lab:
             plans: what each arm cuts in addition to ``base``.
             loader: the examples.
             keys: metrics that the module logs.
-            base: reductions in place.
+            base: what is in place.
 
         Raises:
             MisconfigurationException: for a key that is not logged, or is not a mean over examples or batches.
@@ -154,7 +158,7 @@ class Lab:
 
     def compare(
         self,
-        plan: Iterable[Reduction],
+        plan: LaserPlan,
         loaders: Any,
         *,
         primary: str | None,
@@ -164,34 +168,29 @@ class Lab:
     ) -> LaserResult:
         """The original against one plan, with all statistics, as anyone would run it; or on the first batches only."""
         options = {"primary": primary, "controls": controls, "seed": seed}
-        callback = _WithSpectra(LaserPlan(plan), self.spectra, loops="validate", report=False, **options)
+        callback = _WithSpectra(plan, self.spectra, loops="validate", report=False, **options)
         self.validate(loaders, callback, limit_batches=limit_batches)
         return callback.result
 
-    def base(self, reductions: Iterable[Reduction]) -> AbstractContextManager[Any]:
-        """Context in which ``reductions`` are in place."""
-        base = list(reductions)
-        return reduced(self._matrices, LaserPlan(base), self.spectra) if base else nullcontext()
+    def base(self, plan: LaserPlan | None) -> AbstractContextManager[Any]:
+        """Context in which ``plan`` is in place."""
+        return nullcontext() if plan is None else reduced(self.matrices, plan, self.spectra)
 
-    def targets(self, within: str, without: Iterable[Reduction] = ()) -> list[Target]:
-        """What may be cut ``within`` and not cut yet; in delta mode only what fine-tuning has changed."""
-        found, weights = targets(self.module, within, without), self.spectra.base
-        if weights is None:
-            return found
-        changed = [target for target in found if any(map(weights.changed, target.matrices))]
-        return [Target(target.matrices, {**target.address, "cut": "delta"}) for target in changed]
+    def targets(self, within: str, without: LaserPlan | None = None) -> list[Target]:
+        """What may be cut ``within`` and not cut yet."""
+        return targets(self.module, within, without or ())
 
-    def alters(self, candidate: Candidate) -> bool:
-        """Whether it does more than round: the difference to a base may have a lower rank than a candidate keeps."""
-        return self.spectra.base is None or any(
+    def alters(self, plan: LaserPlan) -> bool:
+        """Whether it does more than round: the difference to a base may have a lower rank than a plan keeps."""
+        return not plan.cuts_delta or any(
             not self.spectra.changes_nothing(matrix.value, reduction, matrix.name)
-            for matrix, reduction in LaserPlan([candidate.reduction]).resolve(self._matrices)
+            for matrix, reduction in self.spectra.settled(plan.resolve(self.matrices))
         )
 
     def share(self, plan: LaserPlan) -> float:
         """Share of the model's layers from the plan's first cut on: what a pass costs when the others are replayed."""
         first: dict[str, int] = {}
-        for matrix, _ in plan.resolve(self._matrices):
+        for matrix, _ in plan.resolve(self.matrices):
             if matrix.stack is None or matrix.layer is None:
                 return 1.0
             first[matrix.stack] = min(matrix.layer, first.get(matrix.stack, matrix.layer))

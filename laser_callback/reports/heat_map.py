@@ -2,7 +2,7 @@
 
 Contract: a list of candidates is read and not changed. A map shows the first step, in which every candidate is cut from
 the original model; later steps start from a model that is cut already, so their numbers do not belong in the same
-picture.
+picture. A candidate without a rho, such as a plan of several cuts, has no place in it.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def heat_map(
     Returns:
         The map and its legend; one sentence if nothing improves, nothing at all if there is nothing to show.
     """
-    cells = _cells([(c, value) for c in candidates if (value := change(c)) is not None])
+    cells = _cells([(c, c.rho, value) for c in candidates if c.rho is not None and (value := change(c)) is not None])
     if not cells:
         return []
     best = min((cell.change for cell in cells.values() if cell.change is not None), default=0.0)
@@ -72,18 +72,18 @@ def heat_map(
 _Rows = tuple[int, int] | None  # first and last layer of a row; None outside of any stack
 
 
-def _cells(values: list[tuple[Candidate, float]]) -> dict[tuple[_Rows, str], _Cell]:
-    layers = [candidate.layer for candidate, _ in values if candidate.layer is not None]
+def _cells(values: list[tuple[Candidate, float, float]]) -> dict[tuple[_Rows, str], _Cell]:
+    layers = [candidate.layer for candidate, *_ in values if candidate.layer is not None]
     # Neighbours are grouped from layer 0 on, so that one map's rows are those of the other.
     size = math.ceil((max(layers, default=0) + 1) / _MAX_ROWS)
     last = max(layers, default=0)
     cells: dict[tuple[_Rows, str], _Cell] = {}
-    for candidate, value in values:
+    for candidate, rho, value in values:
         start = None if candidate.layer is None else candidate.layer // size * size
         rows = None if start is None else (start, min(start + size - 1, last))
         key = rows, candidate.kind or _OTHER
         known = None if math.isnan(value) or value == -math.inf else value
-        new = _Cell(known, candidate.rho, candidate.status == "chosen")
+        new = _Cell(known, rho, candidate.status == "chosen")
         old = cells.get(key)
         if old is None:
             cells[key] = new

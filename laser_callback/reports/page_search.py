@@ -11,7 +11,16 @@ from laser_callback.reports.drawing import heat_map
 from laser_callback.reports.page_columns import Columns, code, flat, foreign, with_interval
 from laser_callback.reports.panels import Panel, Shading, panels, shading
 from laser_callback.reports.pictures import one, trades
-from laser_callback.reports.search_text import GainText, Teller, aligned, change_unit, merit, pictured, trade_order
+from laser_callback.reports.search_text import (
+    GainText,
+    Teller,
+    aligned,
+    change_unit,
+    merit,
+    pictured,
+    trade_order,
+    with_strategy,
+)
 from laser_callback.reports.svg import inline
 from laser_callback.results.candidates import Estimate, bases, ranks
 from laser_callback.results.search import SearchResult
@@ -70,7 +79,9 @@ def _race(result: SearchResult) -> dict[str, Any] | None:
         return None
     gain, place, steps = GainText.of(result), ranks(result.candidates), bases(result.candidates)
     shown = run[:RACERS]
-    columns: Columns = {"reduction": [code(str(candidate.reduction)) for candidate in shown]}
+    columns: Columns = {"plan": [code(str(candidate.plan)) for candidate in shown]}
+    if with_strategy(result):
+        columns["strategy"] = [code(candidate.strategy) for candidate in shown]
     if len(steps) > 1:
         columns["step"] = [steps.index(candidate.base) + 1 for candidate in shown]
     if any(candidate.score is not None for candidate in shown):
@@ -90,7 +101,7 @@ def _race(result: SearchResult) -> dict[str, Any] | None:
 def _trades(result: SearchResult) -> dict[str, Any]:
     """The finalists' gain against their fluency: a picture where fluency was measured, and a table."""
     gain, listed = GainText.of(result), sorted(result.trades, key=trade_order)
-    by_plan = {str(candidate.plan): candidate.gain for candidate in result.candidates if not candidate.base}
+    by_plan = {str(candidate.whole): candidate.gain for candidate in result.candidates if not candidate.base}
     estimates = [by_plan.get(trade.plan) or Estimate(trade.gain) for trade in listed]
     marks = [["no other is better in both"] * t.efficient + ["went to confirmation"] * t.chosen for t in listed]
     shown, figure = pictured(listed), trades(result)

@@ -1,6 +1,8 @@
 """A search as panels for pictures: one per kind of matrix, layers (or names) as rows, rhos as columns.
 
-Contract: only the first step, in which every candidate is cut from the original model; nothing is drawn here.
+Contract: only the first step, in which every candidate is cut from the original model, and only what has a rho: plans
+of several cuts have no place here. Where strategies meet in one place, the candidate that came furthest has it. Nothing
+is drawn here.
 """
 
 from __future__ import annotations
@@ -9,10 +11,11 @@ import math
 from bisect import bisect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from laser_callback.plans.kinds import KINDS
 from laser_callback.reports.heat_map import round_threshold
-from laser_callback.reports.search_text import GainText, change_unit, score_name, score_unit
+from laser_callback.reports.search_text import REACHED, GainText, change_unit, score_name
 from laser_callback.results.candidates import Candidate
 from laser_callback.results.search import SearchResult
 from laser_callback.support.plain_json import finite
@@ -80,23 +83,31 @@ def panels(result: SearchResult) -> list[Panel]:
     """The candidates of the first step, by kind in the order of :data:`KINDS`, then others by name."""
     by_kind: dict[str, list[Candidate]] = {}
     for candidate in result.candidates:
-        if not candidate.base:
+        if not candidate.base and candidate.rho is not None:
             by_kind.setdefault(candidate.kind or "other", []).append(candidate)
     order = [*(kind for kind in KINDS if kind in by_kind), *sorted(set(by_kind) - {*KINDS, "other"}), "other"]
     return [_panel(kind, by_kind[kind], result.settings.get("rhos")) for kind in order if kind in by_kind]
 
 
 def _panel(kind: str, candidates: Sequence[Candidate], grid: Sequence[float] | None) -> Panel:
-    places = {(_address(candidate), candidate.rho): candidate for candidate in candidates}
+    places: dict[tuple[str, float], Candidate] = {}
+    for candidate in candidates:
+        if candidate.rho is not None:
+            there = places.setdefault((_address(candidate), candidate.rho), candidate)
+            places[_address(candidate), candidate.rho] = min(there, candidate, key=_behind)
     rhos = tuple(sorted({rho for _, rho in places if grid is None or rho in grid}))
     cells = {place: candidate for place, candidate in places.items() if place[1] in rhos}
     between = ((row, bisect(rhos, rho), candidate) for (row, rho), candidate in places.items() if rho not in rhos)
     return Panel(kind, tuple(dict.fromkeys(row for row, _ in places)), rhos, cells, tuple(between))
 
 
+def _behind(candidate: Candidate) -> tuple[Any, ...]:
+    return REACHED[candidate.status], -candidate.examples, math.inf if candidate.score is None else candidate.score
+
+
 def _address(candidate: Candidate) -> str:
     """A layer's number where that is enough, else all of the reduction's text in front of rho."""
-    reduction = candidate.reduction
+    reduction = candidate.plan.reductions[0]
     if reduction.layer is None:
         return str(reduction).rpartition("@")[0]
     stack = f"{reduction.stack}." if reduction.stack else ""
@@ -105,21 +116,21 @@ def _address(candidate: Candidate) -> str:
 
 
 def shading(result: SearchResult) -> Shading | None:
-    """By the screen's score; where there was no screen, by the measured change of the loss, or else of the objective.
+    """By the score; where there is none, by the measured change of the loss, or else of the objective.
 
     ``None`` if nothing of these is known.
     """
-    gain = GainText.of(result)
+    gain, unit = GainText.of(result), change_unit(result)
     choices: list[tuple[Callable[[Candidate], float | None], str, str]] = [
-        (lambda c: c.score, score_name(result).removesuffix(f" in {score_unit(result)}"), score_unit(result)),
-        (lambda c: c.loss.delta if c.loss else None, "measured change of the loss", change_unit(result)),
+        (lambda c: c.score, score_name(result).removesuffix(f" in {unit}"), unit),
+        (lambda c: c.loss.delta if c.loss else None, "measured change of the loss", unit),
         (lambda c: -gain.scale * c.gain.delta if c.gain else None, f"minus the {gain.told}", gain.unit),
     ]
-    for change, name, unit in choices:
+    for change, name, of_it in choices:
         known = [value for c in result.candidates if not c.base and (value := finite(change(c))) is not None]
         best = -min(known, default=0.0)
         if known:
             # Where nothing is better, half of what is worse gets a middle shade or more.
             typical = sorted(abs(value) for value in known)[len(known) // 2]
-            return Shading(change, name, unit, round_threshold(best if best > 0 else typical or 1.0))
+            return Shading(change, name, of_it, round_threshold(best if best > 0 else typical or 1.0))
     return None

@@ -191,7 +191,7 @@ def _map(result: SearchResult) -> Figure | None:
 def trades(result: SearchResult) -> Figure | None:
     """The finalists' gain against their fluency; ``None`` where that was not measured."""
     shown = pictured(result.trades)
-    gains = {str(candidate.plan): candidate.gain for candidate in result.candidates if not candidate.base}
+    gains = {str(candidate.whole): candidate.gain for candidate in result.candidates if not candidate.base}
     return one(6, 4.2, drawing.trade_off, shown, gains, GainText.of(result)) if shown else None
 
 

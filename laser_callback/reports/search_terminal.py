@@ -24,9 +24,9 @@ from laser_callback.reports.search_text import (
     change_unit,
     merit,
     score_name,
-    score_unit,
     seconds_text,
     trade_order,
+    with_strategy,
 )
 from laser_callback.results.candidates import Candidate, Estimate, bases, ranks
 from laser_callback.results.search import Phase, SearchResult, Trade
@@ -129,8 +129,10 @@ def _race(result: SearchResult, wide: bool) -> list[RenderableType]:
     best = run[:_TOP]
     columns: list[tuple[str, list[Text]]] = [
         ("", [Text(_MARKS[c.status], style="bold green" if c.status == "chosen" else "dim") for c in best]),
-        ("reduction", [Text(str(c.reduction), style="cyan", overflow="fold") for c in best]),
+        ("plan", [Text(str(c.plan), style="cyan", overflow="fold") for c in best]),
     ]
+    if with_strategy(result):
+        columns.append(("strategy", [Text(c.strategy) for c in best]))
     if len(steps) > 1:
         columns.append(("step", [Text(str(steps.index(c.base) + 1)) for c in best]))
     if any(finite(c.score) is not None for c in best):
@@ -143,7 +145,7 @@ def _race(result: SearchResult, wide: bool) -> list[RenderableType]:
         columns.append((f"loss change [95 %]\n{change_unit(result)}", _estimates([c.loss for c in best], 1, -1)))
     if wide:
         columns.append(("outcome", [Text(f"{c.status}{': ' * bool(c.reason)}{c.reason}", style="dim") for c in best]))
-    left = ("", "reduction", "outcome")
+    left = ("", "plan", "strategy", "outcome")
     table = _table(
         *(title for title, _ in columns),
         right=[title for title, _ in columns if title not in left],
@@ -169,7 +171,7 @@ def leaders(candidates: Sequence[Candidate], keys: Sequence[str], loss: str | No
     gain = GainText(keys)
     titles = ("best so far", "n", f"gain [95 %]\n{gain.unit}", f"{loss} change [95 %]")
     cells = [
-        [Text(str(candidate.reduction), style="cyan", overflow="fold") for candidate in best],
+        [Text(str(candidate.plan), style="cyan", overflow="fold") for candidate in best],
         [Text(f"{candidate.examples:,}") for candidate in best],
         _estimates([candidate.gain for candidate in best], gain.scale, +1, gain.decimals),
         *([_estimates([candidate.loss for candidate in best], 1, -1)] if loss else []),
@@ -185,7 +187,7 @@ def _reasons(best: Iterable[Candidate]) -> list[RenderableType]:
     reasons: dict[str, dict[str, list[str]]] = {}
     for candidate in best:
         if candidate.reason:
-            reasons.setdefault(candidate.status, {}).setdefault(candidate.reason, []).append(str(candidate.reduction))
+            reasons.setdefault(candidate.status, {}).setdefault(candidate.reason, []).append(str(candidate.plan))
     told = {status: [f"{', '.join(who)}: {why}" for why, who in by.items()] for status, by in reasons.items()}
     return [report.indent(_dim(f"{_MARKS[status]} {'; '.join(lines)}")) for status, lines in told.items()]
 
@@ -220,7 +222,7 @@ def _trades(trades: Sequence[Trade], gain: GainText) -> list[RenderableType]:
 
 def _maps(result: SearchResult) -> list[list[RenderableType]]:
     first = [candidate for candidate in result.candidates if not candidate.base]
-    screen = heat_map(first, lambda c: c.score, score_unit(result))
+    screen = heat_map(first, lambda c: c.score, change_unit(result))
     race = heat_map(first, lambda c: c.loss.delta if c.loss else None, change_unit(result))
     return [
         [_heading("map of the screen", score_name(result)), *screen] if screen else [],
@@ -270,7 +272,7 @@ def _plural(count: int, status: str) -> str:
 def _table(*titles: str, right: Iterable[str], gap: int = 2) -> Table:
     table = Table(box=None, pad_edge=False, padding=(0, gap, 0, 0), header_style="bold")
     for title in titles:
-        fold = title in ("reduction", "plan", "outcome", "best so far")
+        fold = title in ("plan", "outcome", "best so far")
         head, _, unit = title.partition("\n")
         table.add_column(
             Text.assemble(head, (f"\n{unit}" if unit else "", "dim not bold")),

@@ -45,22 +45,15 @@ def _loss_unit(key: str) -> str:
     return "soft error" if key == "soft_error" else ""
 
 
-def score_unit(result: SearchResult) -> str:
-    """Of the screen's scores."""
-    # Only the gradient's score estimates a change of the loss; the others merely order the candidates.
-    return change_unit(result) if _by_gradient(result) else "score units"
-
-
 def score_name(result: SearchResult) -> str:
-    """What the screen's scores are."""
-    if _by_gradient(result):
-        unit = change_unit(result)
-        return f"estimated change of the loss{f' in {unit}' * (unit != _OWN_UNIT)}"
-    return f"score of the screen {result.settings['screen']}, lower is tried earlier"
+    """What the scores are."""
+    unit = change_unit(result)
+    return f"estimated change of the loss{f' in {unit}' * (unit != _OWN_UNIT)}"
 
 
-def _by_gradient(result: SearchResult) -> bool:
-    return result.settings.get("screen", "gradient") == "gradient"
+def with_strategy(result: SearchResult) -> bool:
+    """Whether it is worth saying who has proposed a candidate."""
+    return len({candidate.strategy for candidate in result.candidates}) > 1
 
 
 def change_unit(result: SearchResult) -> str:
@@ -86,7 +79,7 @@ class Teller:
 
     def __call__(self, candidate: Candidate) -> str:
         """In one line of text."""
-        parts = [str(candidate.reduction)]
+        parts = [str(candidate.plan)]
         score = finite(candidate.score)
         if score is not None:
             parts.append(f"screen {score:+.3g}, rank {self._place[id(candidate)]:,} of {self._ranked:,}")
@@ -117,7 +110,7 @@ def merit(candidate: Candidate) -> tuple[Any, ...]:
         math.inf if gain is None else -gain,
         math.inf if loss is None else loss,
         candidate.base,
-        str(candidate.reduction),
+        str(candidate.plan),
     )
 
 

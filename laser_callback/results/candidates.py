@@ -1,6 +1,6 @@
 """What became of each candidate of a search: as objects, and as flat rows.
 
-A *candidate* is a target at a rho. Ranks are the screen's, within one step of the search.
+A *candidate* is a plan that a strategy proposes. Ranks are those of the scores, within one step of the search.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from laser_callback.plans.plan import LaserPlan
-from laser_callback.plans.reduction import Reduction
 from laser_callback.support.plain_json import finite
 from laser_callback.support.reading import shown
 
@@ -32,10 +31,12 @@ class Candidate:
     """One candidate in one step of the search.
 
     Attributes:
-        reduction: what is cut; :attr:`plan` adds what was in place already.
-        layer, kind, rho: where it stands in the map of the search.
-        base: the reductions in place when it was tried, as text; empty in the first step.
-        score: the screen's estimate of how the loss changes (lower is better), or ``None`` where there was no screen.
+        plan: what is cut; :attr:`whole` adds what was in place already.
+        strategy: the name of what proposed it.
+        layer, kind, rho: where it stands in the map of the search. A plan of several matrices may have no layer or kind
+            that is that of all; one without a ``rho`` stands nowhere in the map.
+        base: the plan in place when it was tried, as text; empty in the first step.
+        score: the estimate of how the loss changes (lower is better), or ``None`` where there is none.
         error: its standard error; 0 where it is not known.
         examples: race examples that it was run on.
         gain: change of the objective on these, in the direction that is better, against ``base``.
@@ -47,10 +48,11 @@ class Candidate:
         ValueError: if ``layer`` is none.
     """
 
-    reduction: Reduction
+    plan: LaserPlan
+    strategy: str
     layer: int | None
     kind: str | None
-    rho: float
+    rho: float | None
     base: str = ""
     score: float | None = None
     error: float = 0.0
@@ -65,9 +67,9 @@ class Candidate:
             raise ValueError(f"`layer` must be at least 0 and less than {_MOST_LAYERS:,}, got {shown(self.layer)}")
 
     @property
-    def plan(self) -> LaserPlan:
-        """The whole plan that was run: ``base`` and the reduction."""
-        return LaserPlan([*(LaserPlan.parse(self.base) if self.base else ()), self.reduction])
+    def whole(self) -> LaserPlan:
+        """The whole plan that was run: ``base`` and ``plan``."""
+        return LaserPlan([*(LaserPlan.parse(self.base) if self.base else ()), *self.plan])
 
     @property
     def helps(self) -> bool:
@@ -77,15 +79,17 @@ class Candidate:
 
     def to_dict(self) -> dict[str, Any]:
         """Ready for JSON."""
-        return {**asdict(self), "reduction": str(self.reduction)}
+        estimates = {"gain": self.gain, "loss": self.loss}
+        return {**vars(self), "plan": str(self.plan), **{name: e and asdict(e) for name, e in estimates.items()}}
 
 
 def to_rows(candidates: Iterable[Candidate]) -> list[dict[str, Any]]:
-    """One flat dictionary per candidate, that is per layer, kind and rho of each step, for CSV files and pictures.
+    """One flat dictionary per candidate of each step, for CSV files and pictures.
 
-    Keys: ``step`` (from 1), ``base``, ``reduction``, ``layer``, ``kind``, ``rho``, ``score``, ``rank`` (of the score in
-    its step, from 1), ``examples``, ``gain``, ``gain_lower``, ``gain_upper``, ``loss``, ``loss_lower``, ``loss_upper``
-    (changes, see :class:`Candidate`), ``status`` and ``reason``. What is unknown or not finite is ``None``.
+    Keys: ``step`` (from 1), ``base``, ``plan``, ``strategy``, ``layer``, ``kind``, ``rho``, ``score``, ``rank`` (of the
+    score in its step, from 1), ``examples``, ``gain``, ``gain_lower``, ``gain_upper``, ``loss``, ``loss_lower``,
+    ``loss_upper`` (changes, see :class:`Candidate`), ``status`` and ``reason``. What is unknown or not finite is
+    ``None``.
     """
     listed = list(candidates)
     place = ranks(listed)
@@ -94,7 +98,8 @@ def to_rows(candidates: Iterable[Candidate]) -> list[dict[str, Any]]:
         {
             "step": step[candidate.base],
             "base": candidate.base,
-            "reduction": str(candidate.reduction),
+            "plan": str(candidate.plan),
+            "strategy": candidate.strategy,
             "layer": candidate.layer,
             "kind": candidate.kind,
             "rho": candidate.rho,

@@ -69,7 +69,7 @@ def passes_of(
 
     ``confirmed`` models run on the confirm set: the original, the plan, and its two controls if there are any.
     """
-    share, alive = sum(steps.lab.share(c.plan) for c in racers) / len(racers), len(racers)
+    share, alive = sum(steps.lab.share(c.whole) for c in racers) / len(racers), len(racers)
     passes = float(confirmed * steps.sets.sizes["confirm"])
     passes += near * share * examples / 2
     for rung in schedule(examples, len(racers), finalists):

@@ -1,4 +1,4 @@
-"""The course of one search up to the plan that is confirmed: screen, race, compose.
+"""The course of one search up to the plan that is confirmed: screen, propose, race, compose.
 
 Contract: it chooses, on screen and race examples, and claims nothing. What every step found is in the result as soon
 as it is known, for an interruption to leave it there.
@@ -8,19 +8,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 
 from laser_callback.compare.measure import Table
 from laser_callback.plans.plan import LaserPlan
-from laser_callback.plans.target import Target
 from laser_callback.results.candidates import Candidate
 from laser_callback.results.search import SearchResult, Trade, mark_efficient
 from laser_callback.search.budget import Budget, OutOfTimeError
-from laser_callback.search.candidates import grid, shortlist
+from laser_callback.search.proposals import Proposals, views_for
 from laser_callback.search.race import Rung, choose, schedule
 from laser_callback.search.refine import NEAR, Refinement
+from laser_callback.search.screen import LossFn
 from laser_callback.search.setup import FLUENCY
-from laser_callback.search.steps import Screen, Steps
+from laser_callback.search.steps import Steps
+from laser_callback.search.strategies.base import Context, Strategy
 from laser_callback.search.tables import from_original, keeps, row_of, rows_of
 from laser_callback.stats.constraint import Constraint
 
@@ -40,22 +42,25 @@ class Course:
         result: what it has found so far.
         bounds: constraints, which finalists must keep as far as the race can tell.
         budget: the time that there is.
-        screen: what ranks the candidates; without one, all of them race on all examples.
+        strategies: what proposes the candidates.
+        screened: only the first of them race, by score where there is one; else all of them do, on all examples.
         paper: choose as the paper's code does, among the grid's candidates only.
-        within, rhos, candidates, max_reductions: as of :class:`LaserSearch`.
+        screen_loss, within, rhos, candidates, max_reductions: as of :class:`LaserSearch`.
     """
 
     steps: Steps
     result: SearchResult
     bounds: Sequence[Constraint]
     budget: Budget
-    screen: Screen | None
+    strategies: Sequence[Strategy]
+    screened: bool
     paper: bool
+    screen_loss: LossFn | None
     within: str
     rhos: Sequence[float]
     candidates: int
     max_reductions: int
-    # Of the reductions in place, each as estimated when it was added.
+    # Of what is in place, each part as estimated when it was added.
     _base_gain: float = field(default=0.0, init=False)
     _base_changes: dict[str, float] = field(default_factory=dict, init=False)
 
@@ -95,42 +100,59 @@ class Course:
 
     def _one_step(self, number: int, positions: list[int]) -> tuple[Table, list[Candidate]]:
         """Screen, race and refine with the base in place: the finalists and their values."""
-        found = self.steps.lab.targets(self.within, self.steps.base)
-        if not found:
+        proposals = self._proposals(number)
+        if proposals is None:
             return {}, []
-        candidates = grid(found, self.rhos, base=", ".join(map(str, self.steps.base)))
-        self.result.candidates += candidates
-        ranked = self._ranked(number, found, candidates)
-        refine = None
-        if not self.paper:
-            refine = Refinement(self.steps, found, candidates, self.result.candidates, self.rhos)
+        refine = None if self.paper else Refinement(self.steps, proposals)
         table: Table = {}
         finalists: list[Candidate] = []
-        for round_ in range(1 if self.screen is None else ROUNDS):
+        for round_ in range(ROUNDS if self.screened else 1):
             step = f"{number}" if round_ == 0 else f"{number}.{round_ + 1}"
-            racers = [c for c in ranked if not c.examples]  # what a round before raced, near its leaders too, is out
-            if self.screen is not None and racers:
+            # What a round before raced, near its leaders too, is out.
+            racers = [candidate for candidate in proposals.ranked if not candidate.examples]
+            if self.screened and racers:
                 racers = self._affordable(step, racers[: self.candidates], len(positions))
             if not racers:
                 break
             all_on_all = [Rung(len(positions), FINALISTS)]
-            rungs = all_on_all if self.screen is None else schedule(len(positions), len(racers), FINALISTS)
+            rungs = schedule(len(positions), len(racers), FINALISTS) if self.screened else all_on_all
             table, finalists = self.steps.race(step, racers, positions, rungs, refine)
             finalists = self._fluent(step, finalists, table)
             if finalists:
                 break
         return table, finalists
 
-    def _ranked(self, number: int, found: Sequence[Target], candidates: Sequence[Candidate]) -> list[Candidate]:
-        """Candidates in the order in which they race; their scores are written into them."""
-        alters = self.steps.lab.alters
-        if self.screen is None:
-            return list(filter(alters, candidates))
-        scores = self.steps.screen(number, found, self.rhos, self.screen)
-        for candidate in candidates:
-            candidate.score, candidate.error = scores.get(str(candidate.reduction), (None, 0.0))
-        scored = [c for c in candidates if c.score is not None and not math.isnan(c.score)]
-        return shortlist(filter(alters, scored))
+    def context(self) -> Context:
+        """What strategies are told, ahead of all that is measured for them."""
+        steps, lab = self.steps, self.steps.lab
+        has_screen = "screen" in steps.sets.sizes
+        return Context(
+            lab.module,
+            lab.matrices,
+            lab.targets(self.within, steps.base),
+            self.rhos,
+            "" if steps.base is None else str(steps.base),
+            steps.seed,
+            lab.spectra,
+            partial(lab.validate, steps.sets.loader("screen"), limit_batches=1) if has_screen else None,
+        )
+
+    def _proposals(self, number: int) -> Proposals | None:
+        """The candidates of a step, which are then in the result; ``None`` where nothing is left to cut."""
+        steps, lab = self.steps, self.steps.lab
+        context = self.context()
+        if not context.targets:
+            return None
+        if self.screened and any("activations" in strategy.needs for strategy in self.strategies):
+            steps.see_inputs(context.targets)
+            context = replace(context, spectra=lab.spectra)
+        wanted = views_for(self.strategies, context) if self.screened else {}
+        if wanted:
+            context = replace(context, sensitivities=steps.screen(number, wanted, self.screen_loss))
+        candidates = steps.propose(number, context, self.strategies)
+        self.result.candidates += candidates
+        listed = self.result.candidates
+        return Proposals(candidates, self.strategies, context, lab, steps.base, listed, in_order=not self.screened)
 
     def _affordable(self, step: str, ranked: list[Candidate], examples: int) -> list[Candidate]:
         """Those of the ranked candidates for which there is time."""
@@ -149,10 +171,10 @@ class Course:
         """The finalists that keep the constraints as far as the race can tell; all enter the trade-off table."""
         text, fluency = self.steps.sets.text("race"), None
         if text is not None and finalists:
-            fluency = self.steps.fluency(step, [c.plan for c in finalists], text)
+            fluency = self.steps.fluency(step, [c.whole for c in finalists], text)
         kept = []
         for candidate in finalists:
-            arm, plan = str(candidate.reduction), str(candidate.plan)
+            arm, plan = str(candidate.plan), str(candidate.whole)
             rows = {
                 key: from_original(row, self._base_changes.get(key, 0.0))
                 for key, row in rows_of(self.steps.keys, table, arm).items()
@@ -173,17 +195,16 @@ class Course:
     def _choose(self, table: Table, finalists: Sequence[Candidate]) -> Candidate:
         if self.paper:
             return max(finalists, key=lambda c: (c.gain.delta if c.gain else 0.0, -(c.loss.delta if c.loss else 0.0)))
-        by_name = {str(candidate.reduction): candidate for candidate in finalists}
+        by_name = {str(candidate.plan): candidate for candidate in finalists}
         return by_name[choose(self.steps.objective, table, list(by_name))]
 
     def _put_in_place(self, winner: Candidate, table: Table) -> None:
         """From here on candidates are added to the winner."""
         winner.status, winner.reason = "chosen", ""
         self._base_gain += winner.gain.delta if winner.gain else 0.0
-        for key, row in rows_of(self.steps.keys, table, str(winner.reduction)).items():
+        for key, row in rows_of(self.steps.keys, table, str(winner.plan)).items():
             self._base_changes[key] = from_original(row, self._base_changes.get(key, 0.0)).delta
-        self.steps.base.append(winner.reduction)
-        self.result.found = LaserPlan(self.steps.base)
+        self.result.found = self.steps.base = LaserPlan([*(self.steps.base or ()), *winner.plan])
         self.result.reason = f"{self.result.found} was the best in the race; it is not confirmed"
 
     def _check_positive(self, table: Table) -> None:

@@ -1,29 +1,28 @@
-"""Other rhos of a race's leading matrices, tried ahead of its last rung.
+"""What strategies propose around a race's leaders, tried ahead of its last round.
 
-Which rho of a matrix is best is what a derivative tells worst, since it knows of small changes only. So from the best
-candidate of each of the first few matrices the search looks along the grid; then from where that led, and at the
-leader's closest: between the grid's rhos, and the matrices with which it acts as a product.
+Which rho of a matrix is best is what a derivative tells worst, since it knows of small changes only. So the strategies
+of the best candidates of the first few families are asked for neighbours further away; then those of where that led,
+and for the closest at the leader.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
 
 from laser_callback.compare.measure import Table
-from laser_callback.plans.reduction import Reduction
-from laser_callback.plans.target import Target
 from laser_callback.results.candidates import Candidate
-from laser_callback.search.candidates import neighbours, partners
+from laser_callback.search.candidates import family
+from laser_callback.search.proposals import Proposals
 from laser_callback.search.race import choose, order
 from laser_callback.search.steps import Steps
 from laser_callback.search.tables import joined
 
 REFINED = 3
-"""So many matrices, those of the best candidates, try other rhos."""
+"""So many families, those of the best candidates, try others of their own."""
 
 NEAR = 20
-"""About so many candidates that makes: four each at first, then some from where that led."""
+"""About so many candidates that makes on a grid: four each at first, then some from where that led."""
 
 
 @dataclass
@@ -32,17 +31,11 @@ class Refinement:
 
     Attributes:
         steps: those of the search.
-        targets: what may be cut.
-        candidates: each target at each rho of the grid.
-        added: candidates between the grid's rhos are added here.
-        rhos: the grid.
+        proposals: of the step of the search, which new candidates are added to.
     """
 
     steps: Steps
-    targets: Sequence[Target]
-    candidates: Sequence[Candidate]
-    added: list[Candidate]
-    rhos: Sequence[float]
+    proposals: Proposals
 
     def __call__(
         self, step: str, alive: dict[str, Candidate], table: Table, seen: Sequence[Sequence[int]], keep: int
@@ -57,43 +50,28 @@ class Refinement:
             values: Table = {}
             for number, positions in enumerate(seen):  # the same batches as in the race, for pairs may be batches
                 loader = self.steps.sets.loader("race", positions)
-                cuts = [candidate.reduction for candidate in found]
-                fresh = self.steps.measure(f"{name}-{number}", "refine", cuts, loader)
+                plans = [candidate.plan for candidate in found]
+                fresh = self.steps.measure(f"{name}-{number}", "refine", plans, loader)
                 values = joined(values, fresh)
             for candidate in found:
-                arm = str(candidate.reduction)
+                arm = str(candidate.plan)
                 alive[arm], table[arm] = candidate, values[arm]
                 candidate.examples, candidate.status = examples, "finalist"
                 candidate.gain, candidate.loss = objective.estimates(table, arm)
 
-        heads: dict[Reduction, str] = {}
+        heads: dict[Hashable, str] = {}
         for arm in order(objective, table, list(alive)):
-            heads.setdefault(replace(alive[arm].reduction, rho=0.0), arm)
-        along = {arm: self.along(alive[arm]) for arm in list(heads.values())[:REFINED]}
+            heads.setdefault(family(alive[arm].plan), arm)
+        around = self.proposals.around
+        along = {arm: around(alive[arm], closest=False) for arm in list(heads.values())[:REFINED]}
         run(f"{step}-refine-along", [candidate for found in along.values() for candidate in found])
-        led = [choose(objective, table, [arm, *(str(c.reduction) for c in found)]) for arm, found in along.items()]
-        further = [candidate for arm in led if arm not in along for candidate in self.along(alive[arm])]
+        led = [choose(objective, table, [arm, *(str(c.plan) for c in found)]) for arm, found in along.items()]
+        further = [candidate for arm in led if arm not in along for candidate in around(alive[arm], closest=False)]
         leader = alive[choose(objective, table, list(alive))]
-        run(f"{step}-refine-further", [*further, *self.around(leader)])
+        run(f"{step}-refine-further", [*further, *around(leader, closest=True)])
         ranked = order(objective, table, list(alive))
         for place, arm in enumerate(ranked[keep:], keep + 1):
             alive[arm].status = "dropped"
-            alive[arm].reason = f"place {place} of {len(ranked)} after {examples} examples, other rhos included"
+            alive[arm].reason = f"place {place} of {len(ranked)} after {examples} examples, neighbours included"
             del table[arm]
         return {arm: alive[arm] for arm in ranked[:keep]}
-
-    def along(self, candidate: Candidate) -> list[Candidate]:
-        """Two steps of the grid each way."""
-        same = [c for c in self.candidates if c.reduction == replace(candidate.reduction, rho=c.rho)]
-        place = same.index(candidate)
-        return self._new(same[max(place - 2, 0) : place + 3])
-
-    def around(self, candidate: Candidate) -> list[Candidate]:
-        """Between the grid's rhos, and on the other sides of a product."""
-        target = next(t for t in self.targets if t.at(candidate.rho) == candidate.reduction)
-        between = neighbours(candidate, self.rhos, target.matrices[0].max_rank)
-        self.added += between
-        return self._new(between + partners(candidate, self.candidates))
-
-    def _new(self, candidates: Sequence[Candidate]) -> list[Candidate]:
-        return [c for c in candidates if not c.examples and self.steps.lab.alters(c)]

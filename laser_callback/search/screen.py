@@ -1,12 +1,10 @@
-"""Score every candidate cut by one backward pass: which are worth a race.
+"""One backward pass that serves every candidate: how the loss answers to each singular direction of each matrix.
 
 Contract: :class:`GradientScreen` is a Lightning callback for ``trainer.validate``. It takes the loss of the user's own
-validation step, runs it backwards, and leaves in ``scores`` an estimate of how the mean loss changes under every cut:
+validation step, runs it backwards, and leaves in ``sensitivities`` what tells how the mean loss changes under a plan:
 lower is better. Afterwards the module is as before: weights, ``requires_grad``, ``.grad`` and hooks.
 
-With W = sum_i sigma_i u_i v_i' and G = dL/dW, keeping the first k singular directions changes the loss, to first order,
-by <G, W_k - W> = -sum_{i > k} d_i with d_i = sigma_i u_i' G v_i: one gradient and one factorisation serve every rho.
-Inside the gradient's own hook each parameter is scored and its gradient dropped, so that beside the model and the
+Inside the gradient's own hook each parameter is read and its gradient dropped, so that beside the model and the
 activations of one batch only one gradient and one factorisation are in memory, whatever the number of candidates.
 """
 
@@ -22,16 +20,17 @@ import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from typing_extensions import override
 
+from laser_callback.compare.measure import Lab
 from laser_callback.passes.copies import copy_batch
-from laser_callback.plans.matrices import WeightMatrix
-from laser_callback.plans.reduction import Reduction
-from laser_callback.plans.target import Target
+from laser_callback.plans.matrices import WeightMatrix, find_matrices
+from laser_callback.plans.plan import LaserPlan
+from laser_callback.plans.selection import Catalogue
 from laser_callback.results.returned import ORIGINAL, read_returned
-from laser_callback.search.candidates import grid
+from laser_callback.search.sensitivities import Factor, Sensitivities, View, Views, in_parts
 from laser_callback.spectra.folder import size_for
-from laser_callback.spectra.spectrum import Spectrum
 from laser_callback.spectra.store import Spectra
 from laser_callback.stats.outcomes import Outcomes
 from laser_callback.support.interrupts import catch_up, closed, opened, undisturbed
@@ -40,15 +39,14 @@ LossFn = Callable[[pl.LightningModule, Any], Tensor]
 
 
 class GradientScreen(pl.Callback):
-    """Estimated change of the loss under every cut, from one backward pass per batch.
+    """The estimated change of the loss under any plan, from one backward pass per batch.
 
     The step runs with gradients on, as in training but in eval mode. A step that cannot (it calls ``.numpy()`` on what
     depends on weights, say) runs as usual when ``loss`` is given, which then has a forward pass of its own.
 
     Args:
-        targets: what may be cut.
-        rhos: at which each target is scored; those that keep the whole rank are left out, as in
-            ``candidates.grid``.
+        matrices: what plans may cut, of those that :func:`~laser_callback.plans.find_matrices` finds in the module that
+            is validated; or those of which each view is wanted.
         spectra: asked once per matrix and batch. It should keep what it has factorised (on disk, or in a memory that
             holds all of the model's spectra) where there is more than one batch.
         loss: function of the module and a batch that returns the loss: a scalar, or one number per example. By
@@ -57,10 +55,7 @@ class GradientScreen(pl.Callback):
         key: a name under which the step returns its loss.
 
     Attributes:
-        scores: after ``trainer.validate()``: each candidate's estimated change of the mean loss over examples.
-        errors: standard errors of these, from the variance between batches; 0 where there is one batch only. Half the
-            mean square over examples of <G_n, W_k - W> in their place (the empirical Fisher matrix for the Hessian)
-            lost the best cut on the benchmark.
+        sensitivities: what :meth:`estimate` follows from; empty before ``trainer.validate()``.
 
     Raises:
         MisconfigurationException: outside of ``trainer.validate``, under inference mode, on several devices, or if
@@ -69,33 +64,36 @@ class GradientScreen(pl.Callback):
 
     Example::
 
-        screen = GradientScreen(targets(module), RHOS, Spectra())
+        screen = GradientScreen(find_matrices(module), Spectra())
         Trainer(inference_mode=False, devices=1, callbacks=[screen]).validate(module, loader)
-        best = min(screen.scores, key=screen.scores.get)
+        change, standard_error = screen.estimate("27.fc_in@0.01")
     """
 
     def __init__(
         self,
-        targets: Sequence[Target],
-        rhos: Sequence[float],
+        matrices: Sequence[WeightMatrix] | Views,
         spectra: Spectra,
         *,
         loss: LossFn | None = None,
         key: str = "loss",
     ) -> None:
-        self.scores: dict[Reduction, float] = {}
-        self.errors: dict[Reduction, float] = {}
-        self._reductions: list[Reduction] = []
-        self._cuts: list[tuple[Target, slice]] = []  # a target's reductions are this part of all
-        for target in targets:
-            begin = len(self._reductions)
-            self._reductions += [candidate.reduction for candidate in grid([target], rhos)]
-            self._cuts.append((target, slice(begin, len(self._reductions))))
+        self.sensitivities = Sensitivities()
+        self._wanted = matrices if isinstance(matrices, Mapping) else {View(): matrices}
         self._spectra = spectra
         self._loss = loss
         self._key = key
         self._undo: list[Callable[[], Any]] = []  # what puts back, the latest change last
         self._grad_mode = False
+
+    def estimate(self, plan: LaserPlan | str) -> tuple[float, float] | None:
+        """The estimated change of the mean loss over examples under ``plan``, and its standard error.
+
+        Returns:
+            ``None`` if the plan cuts what the pass has not looked at, or in another way than by singular directions.
+            The standard error is from the variance between batches: 0 where there is one batch only.
+        """
+        cuts = LaserPlan.of(plan).resolve(self._matrices)
+        return self.sensitivities.estimate(cuts, self._spectra)
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -113,27 +111,29 @@ class GradientScreen(pl.Callback):
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if torch.is_inference_mode_enabled():
             raise MisconfigurationException("GradientScreen needs gradients: use Trainer(inference_mode=False)")
-        self.scores, self.errors = {}, {}
-        self._reached: set[str] = set()
-        self._batch = self._zeros()
-        self._sum, self._square, self._weight, self._batches = self._zeros(), self._zeros(), 0.0, 0
-        self._places: dict[int, list[tuple[slice, WeightMatrix]]] = {}
+        self.sensitivities = Sensitivities()
+        self._matrices = Catalogue(find_matrices(pl_module))
+        self._batches: list[dict[tuple[View, str], Tensor]] = [{}]  # the last one is under way
+        self._weights: list[float] = []
+        self._places: dict[int, dict[tuple[View, str], WeightMatrix]] = {}
         parameters: dict[int, nn.Parameter] = {}
-        for target, part in self._cuts:
-            for matrix in target.matrices:
+        for view, matrices in self._wanted.items():
+            for matrix in matrices:
                 if matrix.parameter.is_inference():
                     raise MisconfigurationException(
                         f"`{matrix.name}` was made under torch.inference_mode and cannot have a gradient: load the "
                         "model outside of it"
                     )
-                self._places.setdefault(id(matrix.parameter), []).append((part, matrix))
+                self._places.setdefault(id(matrix.parameter), {})[view, matrix.name] = matrix
                 parameters[id(matrix.parameter)] = matrix.parameter
-        wanted = [matrix for places in self._places.values() for _, matrix in places]
-        cut = self._reductions[0].cut if self._reductions else "weight"
-        self._spectra.ahead([(matrix.value, matrix.name, cut) for matrix in wanted])
+        wanted = [matrix for places in self._places.values() for matrix in places.values()]
         # No weight changes here: what memory has room for is not looked up by its content again in every batch.
-        self._found: dict[str, Spectrum] = {}
+        self._found: dict[tuple[View, str], list[Factor]] = {}
         self._keeps = sum(size_for(matrix.shape) for matrix in wanted) <= self._spectra.memory_bytes
+        whole = {View(): "weight", View("delta"): "delta"}
+        self._spectra.ahead(
+            [(m.value, m.name, whole[view]) for view, of_view in self._wanted.items() if view in whole for m in of_view]
+        )
         self._put_in(pl_module, parameters)
 
     @override
@@ -163,21 +163,25 @@ class GradientScreen(pl.Callback):
         weight = self._pending if self._loss is not None else self._backward(*returned_loss(outputs, self._key))
         if weight is None:
             weight = float(read_returned({ORIGINAL: outputs}, batch).size)
-        self._sum += weight * self._batch
-        self._square += weight * self._batch**2
-        self._weight += weight
-        self._batches += 1
-        self._batch = self._zeros()
+        self._weights.append(weight)
+        self._batches.append({})
 
     @override
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._put_back()
         self._found.clear()
-        mean, error = self._estimate()
-        self.scores = dict(zip(self._reductions, mean.tolist(), strict=True))
-        self.errors = dict(zip(self._reductions, error.tolist(), strict=True))
-        names = [matrix.name for places in self._places.values() for _, matrix in places]
-        missed = [name for name in names if name not in self._reached]
+        if not self._weights:
+            raise ValueError("the screen set has no batch")
+        batches = self._batches[:-1]
+        reached = dict.fromkeys(key for batch in batches for key in batch)
+        wanted = {key: matrix for places in self._places.values() for key, matrix in places.items()}
+        views: dict[View, dict[str, Tensor]] = {}
+        for view, name in dict.fromkeys([*reached, *wanted]):
+            none = torch.zeros(sum(view.sizes(wanted[view, name].shape)), dtype=torch.float64)
+            views.setdefault(view, {})[name] = torch.stack([batch.get((view, name), none) for batch in batches])
+        self.sensitivities = Sensitivities(self._weights, views)
+        names = list(dict.fromkeys(name for _, name in wanted))
+        missed = [name for name in names if not any(name == of for _, of in reached)]
         if missed:
             shown = ", ".join(missed[:5]) + (", ..." if len(missed) > 5 else "")
             rank_zero_warn(
@@ -214,9 +218,6 @@ class GradientScreen(pl.Callback):
             self._undo.pop()
         closed(self)
 
-    def _zeros(self) -> Tensor:
-        return torch.zeros(len(self._reductions), dtype=torch.float64)
-
     def _backward(self, value: Any, source: str) -> float | None:
         """Run the loss backwards. Returns the weight of the batch, or ``None`` where it is the number of examples."""
         with torch.enable_grad():
@@ -234,55 +235,36 @@ class GradientScreen(pl.Callback):
 
     @torch.no_grad()
     def _collect(self, parameter: Tensor) -> None:
-        """Gradient hook: score the matrices of a parameter, and drop its gradient."""
+        """Gradient hook: read what the matrices of a parameter are worth, and drop its gradient."""
         gradient, parameter.grad = parameter.grad, None
         assert gradient is not None
         gradient = gradient if gradient.layout == torch.strided else gradient.to_dense()
-        for part, matrix in self._places[id(parameter)]:
+        batch = self._batches[-1]
+        for (view, name), matrix in self._places[id(parameter)].items():
             weight = matrix.read(parameter.data)
-            ranks = [reduction.rank(matrix.max_rank) for reduction in self._reductions[part]]
-            cut = self._reductions[part][0].cut
-            spectrum = self._found.get(matrix.name) or self._spectra.of(weight, matrix.name, cut)
+            factors = self._found.get((view, name)) or view.factors(weight, name, self._spectra)
             if self._keeps:
-                self._found[matrix.name] = spectrum
-            operand = self._spectra.operand(weight, matrix.name, cut)
-            changes = loss_changes(matrix.read(gradient), operand, spectrum, ranks)
-            if not bool(changes.isfinite().all()):
-                raise ValueError(f"the gradient of `{matrix.name}` holds NaN or infinite values")
-            self._batch[part] += changes
-            self._reached.add(matrix.name)
-
-    def _estimate(self) -> tuple[Tensor, Tensor]:
-        """Each candidate's mean change and its standard error."""
-        if self._batches == 0:
-            raise ValueError("the screen set has no batch")
-        mean = self._sum / self._weight
-        # A batch of w examples has the variance of one example divided by w.
-        variance = (self._square - self._weight * mean**2).clamp_min(0) / max(self._batches - 1, 1)
-        return mean, (variance / self._weight).sqrt() * (self._batches > 1)
+                self._found[view, name] = factors
+            found = view.derivatives(matrix.read(gradient), weight, name, self._spectra, factors)
+            if not bool(found.isfinite().all()):
+                raise ValueError(f"the gradient of `{name}` holds NaN or infinite values")
+            batch[view, name] = batch[view, name] + found if (view, name) in batch else found
 
 
-def loss_changes(gradient: Tensor, matrix: Tensor, spectrum: Spectrum, ranks: Sequence[int]) -> Tensor:
-    """First-order change of the loss when ``matrix`` is cut to each rank: <G, W_k - W>.
+def sense(
+    lab: Lab, wanted: Views, loader: DataLoader[Any], *, loss: LossFn | None = None, key: str = "loss"
+) -> Sensitivities:
+    """Run :class:`GradientScreen` over a loader.
 
-    Args:
-        gradient: dL/dW, shape (m, n).
-        matrix: W, shape (m, n). The work is done in float64 if its dtype is float64, else in float32.
-        spectrum: of ``matrix``.
-        ranks: each k, from 0 to min(m, n).
-
-    Returns:
-        Float64 on the CPU, shape (len(ranks),).
+    Where all spectra are more than can be kept from one batch to the next, one part of the model after the other is
+    looked at: passes over a hundred examples are cheaper than to factorise again for every batch.
     """
-    work = torch.float64 if matrix.dtype == torch.float64 else torch.float32
-    w, g, basis = (x.to(work).to(matrix.device) for x in (matrix, gradient, spectrum.basis))
-    # W - W_k is W projected on the tail of the shorter side's basis; so <G, W - W_k> is the sum over the tail of
-    # v_i' G'W v_i, or of u_i' G W' u_i.
-    inner = g.T @ w if w.shape[0] >= w.shape[1] else g @ w.T
-    derivatives = (basis * (inner @ basis)).sum(0).cpu().double()
-    tails = torch.zeros(len(derivatives) + 1, dtype=torch.float64)
-    tails[:-1] = derivatives.flip(0).cumsum(0).flip(0)
-    return -tails[list(ranks)]
+    found = []
+    for part in in_parts(wanted, lab.spectra.capacity) if len(loader) > 1 else [wanted]:
+        screen = GradientScreen(part, lab.spectra, loss=loss, key=key)
+        lab.validate(loader, screen, inference_mode=False)
+        found.append(screen.sensitivities)
+    return Sensitivities.join(found)
 
 
 _CURE = (

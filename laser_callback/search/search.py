@@ -1,11 +1,11 @@
 """The search: which cut helps this model on this task, in minutes, with sound statistics.
 
-Four steps on disjoint examples. *Screen*: one backward pass scores every (matrix, rho). *Race*: the best few dozen run
-on more and more examples while the worse half drops out. *Compose*: the same again with the winner in place, accepted
-only on fresh examples. *Confirm*: the plan against the original, once, on examples that nothing before has seen; only
-this is a result. A plan is recommended if the confirmed gain is significant, is more than a shift of what is said most,
-and every constraint holds on the guard set; else the original is. Here are the arguments, and what must be right before
-the work; its course is ``course.py``'s.
+Four steps on disjoint examples. *Screen*: strategies propose candidates, and one backward pass scores them. *Race*: the
+best few dozen run on more and more examples while the worse half drops out. *Compose*: the same again with the winner
+in place, accepted only on fresh examples. *Confirm*: the plan against the original, once, on examples that nothing
+before has seen; only this is a result. A plan is recommended if the confirmed gain is significant, is more than a shift
+of what is said most, and every constraint holds on the guard set; else the original is. Here are the arguments, and
+what must be right before the work; its course is ``course.py``'s.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ from laser_callback.plans.target import RHOS
 from laser_callback.results.examples import ORIGINAL
 from laser_callback.results.search import SearchResult
 from laser_callback.search.budget import Budget
-from laser_callback.search.candidates import DELTA_RHOS, REFERENCE_RHOS
 from laser_callback.search.course import Course
-from laser_callback.search.data_free import SCREENS
 from laser_callback.search.fingerprints import fingerprints
 from laser_callback.search.screen import LossFn
-from laser_callback.search.setup import constraints_of, objective_of, plain, probe_positions
+from laser_callback.search.setup import constraints_of, described, objective_of, plain, probe_positions
 from laser_callback.search.sizes import by_batches, confirm_warnings, guard_warnings, is_share_right
-from laser_callback.search.steps import Screen, Steps
+from laser_callback.search.steps import Steps
+from laser_callback.search.strategies.base import Strategy
+from laser_callback.search.strategies.registry import strategies_of
 from laser_callback.search.verdict import confirm
 from laser_callback.spectra.delta import BaseSource, BaseWeights
 from laser_callback.spectra.store import Spectra
@@ -77,16 +77,16 @@ class LaserSearch:
             the difference is cut (delta mode).
         within: where to look, as plan text without rho: ``"*.all"``, ``"20-29.mlp, *.q_proj"``.
         rhos: the grid.
-        screen: ``"gradient"``; one that looks at no data, ``"gavish-donoho"``, ``"entropy"``, ``"laser-rmt-snr"``,
-            ``"late-mlp"``, ``"random"``; or a function ``(targets, rhos, loader) -> {reduction: score}``, lower is
-            better.
-        screen_loss: ``f(module, batch)``, the loss of the gradient screen, where the step does not return it.
-        candidates: how many of the screen's best race.
-        max_reductions: stop composing at so many.
+        strategies: what proposes candidates: names, or objects of your own (:class:`Strategy`). ``"laser"`` proposes
+            every matrix at every rho, and knows their order by the gradient; without a look at data do ``"late-mlp"``,
+            ``"laser-rmt"``, ``"gavish-donoho"``, ``"entropy"`` and ``"random"``.
+        screen_loss: ``f(module, batch)``, the loss that the screen differentiates, where the step does not return it.
+        candidates: how many of those that are proposed race.
+        max_reductions: stop composing at so many candidates.
         min_gain: warn before the work if a gain of this size would be confirmed with less than 80 % probability.
-        method: ``"exhaustive"`` runs all candidates on all race examples instead of screening; ``"paper"`` does so as
-            the paper's code does: its nine rates, cut by ``torch.svd_lowrank``, on the first fifth of the examples, of
-            which the best objective, then the lowest log loss selects.
+        method: ``"exhaustive"`` runs all candidates of the strategies on all race examples instead of screening;
+            ``"paper"`` does so as the paper's code does: its nine rates, cut by ``torch.svd_lowrank``, on the first
+            fifth of the examples, of which the best objective, then the lowest log loss selects.
         controls: confirm beside the plan its matrices zeroed and random matrices cut at the same rho.
         minutes: race only as many candidates as fit into so much time.
         folder: keep each finished step here; with ``resume`` go on from them.
@@ -119,7 +119,7 @@ class LaserSearch:
     base: BaseSource | None = None
     within: str = "*.all"
     rhos: Sequence[float] = RHOS
-    screen: str | Screen = "gradient"
+    strategies: str | Sequence[str | Strategy] | None = None
     screen_loss: LossFn | None = None
     candidates: int = 40
     max_reductions: int = 1
@@ -144,24 +144,28 @@ class LaserSearch:
                 raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}")
         if self.method not in get_args(Method):
             raise ValueError(f"`method` must be one of {', '.join(get_args(Method))}, got {self.method!r}")
-        if not callable(self.screen) and self.screen not in ("gradient", *SCREENS):
-            known = ", ".join(("gradient", *SCREENS))
-            raise ValueError(f"`screen` must be one of {known}, or a function, got {self.screen!r}")
+        self._strategies = strategies_of(self._default if self.strategies is None else self.strategies)
+        if self.method == "paper" and [strategy.name for strategy in self._strategies] != ["reference"]:
+            names = ", ".join(strategy.name for strategy in self._strategies)
+            raise ValueError(f"the paper's procedure tries what `strategies` 'reference' proposes, got {names}")
         if not self.rhos or not all(0 <= rho <= 1 for rho in self.rhos):
             raise ValueError(f"`rhos` must be numbers in [0, 1], at least one, got {self.rhos!r}")
         if self.method == "paper" and self.max_reductions > 1:
             raise ValueError(f"the paper's procedure finds one cut: got `max_reductions` {self.max_reductions}")
-        if (self.base is not None) + (self.spectra is not None) + (self.method == "paper") > 1:
-            raise ValueError(
-                "`base`, `spectra` (which have their own `base`) and method='paper' each say how weights are cut: "
-                "give one of them"
-            )
-        if self.rhos is RHOS:
-            self.rhos = REFERENCE_RHOS if self.method == "paper" else RHOS if self.base is None else DELTA_RHOS
+        if self.base is not None and self.spectra is not None:
+            raise ValueError("`spectra` have their own `base`: give one of them")
         if self.folder is None and self.resume:
             raise ValueError("`resume` needs the `folder` of the search to go on with")
         for text in self.constraints or ():
             Constraint.parse(text)
+
+    @property
+    def _default(self) -> tuple[str, ...]:
+        """The strategies of a search that names none."""
+        if self.method != "screened":
+            return ("reference",) if self.method == "paper" else ("laser",)
+        has_base = self.base is not None or (self.spectra is not None and self.spectra.base is not None)
+        return ("laser", "drop", "delta") if has_base else ("laser", "drop")
 
     def run(self) -> SearchResult:
         """Search. The module is left as it was, bit by bit, whatever happens.
@@ -184,8 +188,11 @@ class LaserSearch:
     def _prepare(self, start: float) -> Course:
         """Everything that can be wrong is found here, before the work."""
         sets, spectra, paper = self._sets(), self._spectra(), self.method == "paper"
+        self._check_needs(sets, spectra)
         lab = Lab(self.module, spectra, self.accelerator, self.precision)
-        if not (possible := lab.targets(self.within)):
+        possible = lab.targets(self.within)
+        changed = spectra.base.changed if spectra.base is not None else None
+        if changed is not None and not any(changed(matrix) for target in possible for matrix in target.matrices):
             raise ValueError(f"`base` and the module do not differ in any matrix of `within` {self.within!r}")
         # One small batch, and one candidate, show what is logged and whether it can be compared.
         probe = {"probe": LaserPlan([possible[0].at(self.rhos[0])])}
@@ -211,6 +218,7 @@ class LaserSearch:
         for warning in found.warnings:
             rank_zero_warn(warning)
         own = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in _NOT_SETTINGS}
+        own["strategies"] = list(map(described, self._strategies))
         found.settings = {name: plain(value) for name, value in own.items()} | {"versions": versions()}
         found.settings |= {"objective": list(objective.keys), "loss": objective.loss, "sizes": dict(sets.sizes)}
         if self.folder is not None:
@@ -221,18 +229,33 @@ class LaserSearch:
         self.result = found
         journal = Journal(self.folder, found.settings, self.resume)
         steps = Steps(lab, sets, journal, PhaseProgress(self.progress), objective, keys, self.seed, self.folder)
-        return Course(
+        course = Course(
             steps,
             found,
             bounds,
             Budget(self.minutes, start, pass_seconds, self.controls),
-            self._screen(steps) if self.method == "screened" else None,
+            self._strategies,
+            screened=self.method == "screened",
             paper=paper,
+            screen_loss=self.screen_loss,
             within=self.within,
             rhos=self.rhos,
             candidates=self.candidates,
             max_reductions=self.max_reductions,
         )
+        self._leave_out_what_cannot(course)
+        return course
+
+    def _leave_out_what_cannot(self, course: Course) -> None:
+        """Strategies that have nothing to propose for this model: an error where they were asked for by name."""
+        context = course.context()
+        for strategy in list(course.strategies):
+            reason = strategy.refusal(context) if hasattr(strategy, "refusal") else ""
+            if reason and self.strategies is not None:
+                raise MisconfigurationException(f"the strategy {strategy.name!r} has nothing to propose: {reason}")
+            if reason:
+                course.strategies = [other for other in course.strategies if other is not strategy]
+                course.result.warnings.append(f"without the strategy {strategy.name!r}: {reason}")
 
     def _sets(self) -> ExampleSets:
         if isinstance(self.data, ExampleSets):
@@ -244,13 +267,18 @@ class LaserSearch:
             return Spectra.default(BaseWeights(self.base, self.module))
         return self.spectra or Spectra.default()
 
-    def _screen(self, steps: Steps) -> Screen:
-        if callable(self.screen):
-            return self.screen
-        if self.screen == "gradient":
-            return steps.gradient_screen(self.screen_loss)
-        by_name = SCREENS[self.screen]
-        return lambda found, rhos, _: by_name(found, rhos, steps.lab.spectra, self.seed)
+    def _check_needs(self, sets: ExampleSets, spectra: Spectra) -> None:
+        """Whether there is what the strategies cannot do without."""
+        for strategy in self._strategies:
+            if "base" in strategy.needs and spectra.base is None:
+                raise MisconfigurationException(
+                    f"the strategy {strategy.name!r} needs `base`, what the module was fine-tuned from: a folder, hub "
+                    "name, checkpoint or model"
+                )
+            if "activations" in strategy.needs and "screen" not in sets.sizes:
+                raise MisconfigurationException(
+                    f"the strategy {strategy.name!r} needs examples to run the module on: give the data a set `screen`"
+                )
 
     def _finish(self, steps: Steps) -> SearchResult:
         self.result.phases = list(steps.phases.values())

@@ -16,6 +16,7 @@ from laser_callback.data.encoding import EncodedFact
 from laser_callback.data.sets import ExampleSets
 from laser_callback.results.examples import Logged
 from laser_callback.search.race import Objective
+from laser_callback.search.strategies.base import Strategy
 from laser_callback.stats.constraint import Constraint
 
 FLUENCY = "perplexity"
@@ -125,3 +126,10 @@ def plain(value: Any) -> Any:
     if isinstance(value, Iterable):
         return [plain(item) for item in value]
     return getattr(value, "__qualname__", None) or type(value).__qualname__
+
+
+def described(strategy: Strategy) -> str:
+    """A strategy by its name, and by what it was made with: ``drop(blocks=4)``."""
+    made_with = {key: value for key, value in getattr(strategy, "__dict__", {}).items() if key not in ("name", "needs")}
+    options = ", ".join(f"{key}={plain(value)}" for key, value in made_with.items() if not key.startswith("_"))
+    return f"{strategy.name}({options})" if options else strategy.name

@@ -1,4 +1,6 @@
-"""The steps of a search: screen, race, refine, accept, compare. Each is kept in the journal and counted in its phase.
+"""The steps of a search: screen, propose, race, refine, accept, compare.
+
+Each is kept in the journal and counted in its phase.
 
 :class:`Steps` holds what they share; the order in which they run, and what follows from them, is ``course.py``'s.
 """
@@ -20,18 +22,21 @@ from laser_callback.compare.controls import control_plans
 from laser_callback.compare.measure import Lab, Table
 from laser_callback.data.sets import ExampleSets
 from laser_callback.plans.plan import LaserPlan
-from laser_callback.plans.reduction import Reduction
 from laser_callback.plans.target import Target
 from laser_callback.reports.search_terminal import leaders
 from laser_callback.results.candidates import Candidate
 from laser_callback.results.comparison import LaserResult
 from laser_callback.results.examples import ORIGINAL
 from laser_callback.results.search import Phase
-from laser_callback.search.candidates import Score, in_parts
+from laser_callback.search.moments import input_directions_of
+from laser_callback.search.proposals import checked
 from laser_callback.search.race import Objective, Rung, choose, improved, order
-from laser_callback.search.screen import GradientScreen, LossFn
+from laser_callback.search.screen import LossFn, sense
+from laser_callback.search.sensitivities import Sensitivities, Views
 from laser_callback.search.setup import FLUENCY
+from laser_callback.search.strategies.base import ENOUGH_BATCHES, Context, Strategy
 from laser_callback.search.tables import joined, to_step, to_table, twins_of
+from laser_callback.spectra.directions import InputDirections
 from laser_callback.support.journal import Journal, Step
 from laser_callback.support.progress import PhaseProgress
 from laser_callback.support.reading import Seconds, typed
@@ -39,17 +44,12 @@ from laser_callback.support.reading import Seconds, typed
 FLUENCY_WINDOWS = 12
 """At most so many windows of text rank the finalists' fluency; the guard set has others, and more."""
 
-SCREEN_BATCHES = 5
-"""The screen set in at least so many, between which its gradients are seen to vary."""
-
 ARMS = 64
 """So many candidates run in one evaluation loop, and are one step of the journal."""
 
 Refine = Callable[[str, dict[str, Candidate], Table, Sequence[Sequence[int]], int], dict[str, Candidate]]
 """From a step's name, the candidates in a race, their values (which it adds to), the examples that they have seen in
 each rung, and how many may go on, to those that do, the best first."""
-
-Screen = Callable[[Sequence[Target], Sequence[float], DataLoader[Any]], Mapping[Reduction, Score]]
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class Steps:
         keys: metrics that candidates are measured by: those of the objective, and of constraints on the same examples.
         seed: of the random control.
         folder: where each example's outcomes are kept, if anywhere.
-        base: reductions in place, which candidates are added to.
+        base: the plan in place, which candidates are added to.
         phases: time and passes so far.
     """
 
@@ -82,7 +82,7 @@ class Steps:
     keys: tuple[str, ...]
     seed: int = 0
     folder: str | Path | None = None
-    base: list[Reduction] = field(default_factory=list)
+    base: LaserPlan | None = None
     phases: dict[str, Phase] = field(default_factory=dict)
 
     def timed(
@@ -115,47 +115,60 @@ class Steps:
         total.whole_passes += found.whole_passes
         return found.data, tensors
 
-    def screen(
-        self, number: int, found: Sequence[Target], rhos: Sequence[float], screen: Screen
-    ) -> dict[str, tuple[float, float]]:
-        """Each candidate's estimated change of the loss and its standard error, by its text."""
-        loader = self.sets.loader("screen", batches=SCREEN_BATCHES)
+    def screen(self, number: int, wanted: Views, loss: LossFn | None) -> Sensitivities:
+        """One backward pass over the screen set; ``loss`` as for :class:`~laser_callback.search.GradientScreen`."""
+        loader = self.sets.loader("screen", batches=ENOUGH_BATCHES)
 
         def compute() -> Step:
             with self.lab.base(self.base):
-                scores = screen(found, rhos, loader)
-            return {str(r): score if isinstance(score, tuple) else (score, 0.0) for r, score in scores.items()}, {}
+                return sense(self.lab, wanted, loader, loss=loss, key=self.objective.loss or "loss").to_step()
 
-        examples = self.sets.sizes["screen"]
-        what = f"screen: {len(found)} targets at {len(rhos)} rhos, one backward pass on {examples} examples"
-        make = partial(typed, dict[str, tuple[float, float]])
-        return self.timed(f"{number}-screen", "screen", what, compute, examples, 3.0 * examples, make)[0]
+        examples, matrices = self.sets.sizes["screen"], {m.name for of_view in wanted.values() for m in of_view}
+        what = f"screen: {len(matrices)} matrices, one backward pass on {examples} examples"
+        make = partial(typed, dict[str, Any])
+        kept = self.timed(f"{number}-screen", "screen", what, compute, examples, 3.0 * examples, make)
+        return Sensitivities.from_step(*kept)
 
-    def gradient_screen(self, loss: LossFn | None) -> Screen:
-        """The screen by a backward pass; ``loss`` as for :class:`GradientScreen`.
+    def see_inputs(self, targets: Sequence[Target]) -> None:
+        """Let the spectra know the directions of the targets in the metric of their inputs on the screen set.
 
-        Where the spectra of all targets are more than can be kept from one batch to the next, part of the model after
-        part is screened: passes over a hundred examples are cheaper than to factorise again for every batch.
+        They are as large as the model, and not kept in the journal: a search that goes on makes them again.
         """
-        spectra = self.lab.spectra
+        begin, loader = time.perf_counter(), self.sets.loader("screen")
+        with (
+            self.progress.phase(f"inputs: {len(targets)} targets", total=float(_length(loader))),
+            self.lab.base(self.base),
+        ):
+            found = input_directions_of(self.lab, targets, loader)
+        known = self.lab.spectra.directions
+        self.lab.spectra = self.lab.spectra.bringing(
+            found.joined(known) if isinstance(known, InputDirections) else found
+        )
+        phase = self.phases.setdefault("inputs", Phase("inputs"))
+        phase.seconds += time.perf_counter() - begin
+        phase.passes += _length(loader)
+        phase.whole_passes += _length(loader)
 
-        def screen(found: Sequence[Target], rhos: Sequence[float], loader: DataLoader[Any]) -> dict[Reduction, Score]:
-            scores: dict[Reduction, Score] = {}
-            for part in in_parts(found, spectra.capacity) if len(loader) > 1 else [found]:
-                gradient = GradientScreen(part, rhos, spectra, loss=loss, key=self.objective.loss or "loss")
-                self.lab.validate(loader, gradient, inference_mode=False)
-                # Few batches tell nothing about their variance.
-                errors = gradient.errors if len(loader) >= SCREEN_BATCHES else {}
-                scores |= {cut: (score, errors.get(cut, 0.0)) for cut, score in gradient.scores.items()}
-            return scores
+    def propose(self, number: int, context: Context, strategies: Sequence[Strategy]) -> list[Candidate]:
+        """What the strategies propose."""
 
-        return screen
+        def compute() -> Step:
+            with self.lab.base(self.base):
+                return {
+                    s.name: [c.to_dict() for c, _ in checked(s, s.propose(context), context)] for s in strategies
+                }, {}
 
-    def measure(self, name: str, phase: str, reductions: Iterable[Reduction], loader: DataLoader[Any]) -> Table:
-        """Values of all keys for the base and for each reduction added to it."""
-        plans = {str(reduction): LaserPlan([reduction]) for reduction in reductions}
-        what = f"{phase}: {len(plans)} candidates on {_length(loader)} examples"
-        return self._measure(name, phase, what, plans, loader, self.keys, self.base)
+        what = f"propose: {', '.join(strategy.name for strategy in strategies)}"
+        make = partial(typed, dict[str, list[Candidate]])
+        phase = "screen" if context.sensitivities.views else "propose"
+        found, _ = self.timed(f"{number}-propose", phase, what, compute, 0, 0.0, make)
+        return [candidate for of_strategy in found.values() for candidate in of_strategy]
+
+    def measure(self, name: str, phase: str, plans: Iterable[LaserPlan], loader: DataLoader[Any]) -> Table:
+        """Values of all keys for the base and for each plan added to it."""
+        by_text = {str(plan): plan for plan in plans}
+        what = f"{phase}: {len(by_text)} candidates on {_length(loader)} examples"
+        return self._measure(name, phase, what, by_text, loader, self.keys, self.base)
 
     def fluency(self, step: str, plans: Sequence[LaserPlan], loader: DataLoader[Any]) -> Table:
         """Perplexity of the original and of each whole plan, by its text, on a few windows of running text."""
@@ -164,7 +177,7 @@ class Steps:
         loader = DataLoader(few, loader.batch_size, collate_fn=loader.collate_fn)
         what = f"fluency: {len(plans)} finalists on {len(few)} windows of text"
         by_text = {str(plan): plan for plan in plans}
-        return self._measure(f"{step}-fluency", "fluency", what, by_text, loader, (FLUENCY,), [])
+        return self._measure(f"{step}-fluency", "fluency", what, by_text, loader, (FLUENCY,), None)
 
     def _measure(
         self,
@@ -174,7 +187,7 @@ class Steps:
         plans: Mapping[str, LaserPlan],
         loader: DataLoader[Any],
         keys: Sequence[str],
-        base: Sequence[Reduction],
+        base: LaserPlan | None,
     ) -> Table:
         examples = _length(loader)
         whole = examples * (1 + sum(map(self.lab.share, plans.values())))
@@ -210,7 +223,7 @@ class Steps:
         Returns:
             The finalists' values, and the finalists.
         """
-        alive = {str(candidate.reduction): candidate for candidate in candidates}
+        alive = {str(candidate.plan): candidate for candidate in candidates}
         table: Table = {}
         seen: list[Sequence[int]] = []
         begin = 0
@@ -221,8 +234,8 @@ class Steps:
             fresh: Table = {}
             names = list(alive)
             for chunk, first in enumerate(range(0, len(names), ARMS)):
-                reductions = [alive[name].reduction for name in names[first : first + ARMS]]
-                fresh |= self.measure(f"{step}-race-{number_of_rung}-{chunk}", "race", reductions, loader)
+                plans = [alive[name].plan for name in names[first : first + ARMS]]
+                fresh |= self.measure(f"{step}-race-{number_of_rung}-{chunk}", "race", plans, loader)
             table = joined(table, fresh)
             ranked = order(self.objective, table, names)
             for name, candidate in alive.items():
@@ -256,16 +269,14 @@ class Steps:
     ) -> Candidate | None:
         """The best of the finalists that improve on the base also on fresh examples (:func:`improved`); or none."""
         loader = self.sets.loader("race", positions)
-        fresh = self.measure(f"{number}-accept", "accept", [c.reduction for c in finalists], loader)
-        accepted = improved(self.objective, table, fresh, [str(c.reduction) for c in finalists])
-        for candidate in finalists:
-            if str(candidate.reduction) not in accepted:
+        fresh = self.measure(f"{number}-accept", "accept", [c.plan for c in finalists], loader)
+        by_text = {str(candidate.plan): candidate for candidate in finalists}
+        accepted = improved(self.objective, table, fresh, list(by_text))
+        for text, candidate in by_text.items():
+            if text not in accepted:
                 candidate.status = "rejected"
                 candidate.reason = f"no better than without it on {len(positions)} fresh examples"
-        if not accepted:
-            return None
-        chosen = choose(self.objective, table, accepted)
-        return next(candidate for candidate in finalists if str(candidate.reduction) == chosen)
+        return by_text[choose(self.objective, table, accepted)] if accepted else None
 
     def compare(
         self, name: str, plan: LaserPlan, loaders: Sequence[DataLoader[Any]], primary: str | None, controls: bool

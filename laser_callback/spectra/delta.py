@@ -96,6 +96,11 @@ class BaseWeights:
         matrix, tensor = self._pairs[found[0]]
         return matrix.read(tensor).to(like.device, like.dtype)
 
+    def has(self, matrix: WeightMatrix) -> bool:
+        """Whether it has a counterpart of a matrix, of its shape."""
+        pair = self._pairs.get(matrix.name)
+        return pair is not None and pair[1].shape == matrix.parameter.shape
+
     def difference(self, matrix: Tensor, name: str) -> Tensor:
         """``matrix`` minus its base in float64, shape (m, n)."""
         return as_double(matrix) - as_double(self.matrix(name, matrix))

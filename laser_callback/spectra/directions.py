@@ -48,8 +48,13 @@ class InputDirections:
     def __init__(self, found: Mapping[tuple[str, str], tuple[Tensor, Tensor]]) -> None:
         self._found = {key: (values, left.float()) for key, (values, left) in found.items()}
 
-    def __contains__(self, key: tuple[str, str]) -> bool:
-        return key in self._found
+    def joined(self, others: InputDirections) -> InputDirections:
+        """These, and of what is not among them the others'."""
+        return InputDirections({**others._found, **self._found})
+
+    def knows(self, name: str, cut: str = "weight") -> bool:
+        """Whether anything is known of the matrix."""
+        return any(part == cut and same_name(known, name) for known, part in self._found)
 
     def of(self, name: str, cut: str = "weight") -> tuple[Tensor, Tensor]:
         """Singular values, float64, and U, float32.
@@ -62,11 +67,17 @@ class InputDirections:
                 return found
         raise ValueError(f"nothing is known of the inputs of `{name}`: no example has gone through it on the way here")
 
+    def rank(self, name: str, reduction: Reduction) -> int:
+        """What rho counts: from the singular values, where it is a rule."""
+        values, left = self.of(name, reduction.cut)
+        if reduction.is_ruled:
+            return rank_by(str(reduction.rho), values, (len(left), len(values)))
+        return reduction.rank(len(values))
+
     def kept(self, name: str, reduction: Reduction) -> Tensor:
         """See :class:`Directions`."""
         values, left = self.of(name, reduction.cut)
-        shape = (len(left), len(values))
-        rank = rank_by(str(reduction.rho), values, shape) if reduction.is_ruled else reduction.rank(len(values))
+        rank = self.rank(name, reduction)
         stays = torch.ones(len(values), dtype=torch.bool)
         for start, stop in reduction.removed(rank, len(values)):
             stays[start:stop] = False

@@ -25,6 +25,7 @@ from typing import Any
 import lightning.pytorch as pl
 import numpy as np
 import torch
+from laser_callback.search.data_free import late_mlp_screen, random_screen, spectrum_screen
 from planted import plant
 from rich.console import Console
 from rich.table import Table
@@ -39,7 +40,6 @@ from laser_callback.plans.reduction import Reduction
 from laser_callback.plans.target import RHOS, Target, targets
 from laser_callback.results.candidates import Candidate
 from laser_callback.search.candidates import CAUTION, shortlist
-from laser_callback.search.data_free import late_mlp_screen, random_screen, spectrum_screen
 from laser_callback.search.screen import GradientScreen
 from laser_callback.spectra.store import Spectra
 from laser_callback.surgery.swap import reduced

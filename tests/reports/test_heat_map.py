@@ -76,7 +76,8 @@ def test_rows():
     assert rows[2] == {
         "step": 1,
         "base": "",
-        "reduction": "1.fc_in@0",
+        "plan": "1.fc_in@0",
+        "strategy": "laser",
         "layer": 1,
         "kind": "fc_in",
         "rho": 0.0,
@@ -93,4 +94,4 @@ def test_rows():
         "reason": "late",
     }
     assert {tuple(row) for row in rows} == {tuple(rows[0])}
-    assert (rows[4]["layer"], rows[4]["kind"], rows[4]["reduction"]) == (None, None, "/x.*/@0.1")
+    assert (rows[4]["layer"], rows[4]["kind"], rows[4]["plan"]) == (None, None, "/x.*/@0.1")

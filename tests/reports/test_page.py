@@ -213,7 +213,7 @@ def test_the_map_tells_each_candidate(pages):
     told = [text for text in page.text("title") if "@" in text]
     first = [candidate for candidate in search.candidates if not candidate.base]
     for candidate in first:
-        line, *_ = [text for text in told if text.split(";")[0] == str(candidate.reduction)]
+        line, *_ = [text for text in told if text.split(";")[0] == str(candidate.plan)]
         assert ("raced on 100 examples" in line) == bool(candidate.examples)
     (winner,) = {text for text in told if text.endswith("chosen")}
     assert winner == (

@@ -9,12 +9,11 @@ import re
 
 import pytest
 import torch
-from candidates import candidate
+from candidates import candidate, proposed
 from rich.console import Console
 
 from laser_callback.plans.kinds import KINDS
 from laser_callback.plans.plan import LaserPlan
-from laser_callback.plans.reduction import Reduction
 from laser_callback.reports.search_terminal import plain, print_search, render
 from laser_callback.results.candidates import Candidate, Estimate
 from laser_callback.results.comparison import ArmResult, LaserResult
@@ -62,7 +61,7 @@ def full(layers: int = 4) -> SearchResult:
         c.gain = Estimate(0.05 - 0.01 * place, 0.004 - 0.01 * place, 0.096 - 0.01 * place)
         c.loss = Estimate(-0.81 + 0.1 * place, -0.92 + 0.1 * place, -0.70 + 0.1 * place)
     best.status, best.reason = "chosen", ""
-    plan = str(best.reduction)
+    plan = str(best.plan)
     return SearchResult(
         LaserPlan.parse(plan),
         LaserPlan.parse(plan),
@@ -183,7 +182,7 @@ def test_units_follow_what_was_measured():
     run = {"examples": 9, "gain": Estimate(0.25, 0.125, 0.5), "loss": Estimate(-0.1)}
     candidates = [candidate(0, "fc_in", 0.1, -3.0, **run)]
     by_key = {
-        key: plain(SearchResult(None, None, "", (key,), candidates, settings={"screen": "random", "loss": "mse"}))
+        key: plain(SearchResult(None, None, "", (key,), candidates, settings={"loss": "mse"}))
         for key in ("answer_accuracy", "log_loss", "f1")
     }
     assert "+25.0 [+12.5, +50.0]" in by_key["answer_accuracy"]
@@ -192,7 +191,7 @@ def test_units_follow_what_was_measured():
     assert "nats" in by_key["log_loss"]
     assert "points" not in by_key["f1"]
     assert "nats" not in by_key["f1"]
-    assert all("units of mse" in text and "score units" in text for text in by_key.values())
+    assert all("units of mse" in text for text in by_key.values())
 
 
 def test_later_steps_are_told_apart():
@@ -215,7 +214,8 @@ def test_hostile_names_are_text():
     result.trades = [Trade(evil, 0.1, math.nan)]
     result.judgements = [Judgement(evil, evil, 3, math.nan, None, "fail", evil)]
     result.confirmed = confirmed(evil, metric=evil, primary=evil)
-    result.settings, result.sets = {"screen": evil, "loss": evil}, {evil: 1}
+    result.candidates.append(proposed("0.fc_in@0.1, 1.fc_in@0.1", evil, examples=1))
+    result.settings, result.sets = {"loss": evil}, {evil: 1}
     for width in (80, 120):
         text = plain(result, width)
         assert fits(text, width)
@@ -240,7 +240,7 @@ def test_long_plans_fold():
 def test_order_of_the_race():
     def run(name: str, examples: int, gain: float, loss: float, status: str) -> Candidate:
         estimates = {"gain": Estimate(gain), "loss": Estimate(loss)}
-        return Candidate(Reduction.parse(name), 0, "fc_in", 0.1, examples=examples, status=status, **estimates)
+        return proposed(name, examples=examples, status=status, **estimates)
 
     in_order = [
         run("9.fc_in@0.1", 50, -0.1, 0.5, "chosen"),

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from candidates import proposed
 from classifier import PLAN, Classifier, compared, searched
 
 from laser_callback import LaserPlan, find_matrices
@@ -15,7 +16,7 @@ from laser_callback.plans.reduction import Reduction
 from laser_callback.reports.page import spectrum_pictures
 from laser_callback.reports.panels import STEPS, panels, shading
 from laser_callback.reports.search_text import pictured
-from laser_callback.results.candidates import Candidate, Estimate
+from laser_callback.results.candidates import Estimate
 from laser_callback.results.comparison import LaserResult
 from laser_callback.results.flips import claim_row, flip_metric, flips, label_counts
 from laser_callback.results.search import SearchResult, Trade
@@ -143,7 +144,7 @@ def test_panels_hold_each_candidate_of_the_first_step_once():
 
 def test_a_candidate_off_the_grid_stands_between_its_columns():
     search = searched()
-    near = Candidate(Reduction(2, "fc_out", 0.3), 2, "fc_out", 0.3, examples=5)
+    near = proposed("2.fc_out@0.3", examples=5)
     search.candidates.append(near)
     panel = panels(search)[1]
     assert panel.rhos == (0.0, 0.1, 0.5)
@@ -153,14 +154,23 @@ def test_a_candidate_off_the_grid_stands_between_its_columns():
 
 def test_namesakes_have_rows_of_their_own():
     texts = ["decoder.3.fc_in@0.1", "encoder.3.fc_in@0.1", "3.fc_in[1]@0.1", "3.fc_in@0.1", "/a/@0.1", "/b/@0.1"]
-    candidates = [Candidate(Reduction.parse(text), 3, "fc_in", 0.1) for text in texts]
+    candidates = [replace(proposed(text), layer=3, kind="fc_in") for text in texts]
     (panel,) = panels(SearchResult(None, None, "", (), candidates))
     assert panel.rows == ("decoder.3", "encoder.3", "3[1]", "3", "/a/", "/b/")
     assert list(panel.cells.values()) == candidates
 
 
+def test_of_strategies_that_meet_in_one_place_the_one_that_came_furthest_has_it():
+    raced = proposed("1.fc_in@0.1", "drop", examples=5, status="dropped")
+    several = proposed("1.fc_in@0.1, 2.fc_in@0.1", "drop", score=-9.0, examples=9, status="chosen")
+    scored = proposed("1.fc_in@0.1", score=-1.0)
+    for found in ([scored, raced, several], [raced, several, scored]):
+        (panel,) = panels(SearchResult(None, None, "", (), found))
+        assert list(panel.cells.values()) == [raced]
+
+
 def with_scores(*scores: float) -> SearchResult:
-    found = [Candidate(Reduction(i, "fc_in", 0.1), i, "fc_in", 0.1, score=score) for i, score in enumerate(scores)]
+    found = [proposed(f"{i}.fc_in@0.1", score=score) for i, score in enumerate(scores)]
     return SearchResult(None, None, "", ("acc",), found)
 
 
@@ -181,7 +191,7 @@ def test_shades_where_nothing_is_better_or_all_is_extreme(scores):
 def test_without_a_screen_the_measured_changes_are_shaded():
     search = with_scores()
     search.objective = ("accuracy",)
-    search.candidates = [Candidate(Reduction(0, "fc_in", 0.1), 0, "fc_in", 0.1)]
+    search.candidates = [proposed("0.fc_in@0.1")]
     assert shading(search) is None
     search.candidates[0].gain = Estimate(0.25)
     assert shading(search).change(search.candidates[0]) == -25.0  # points

@@ -13,6 +13,7 @@ import pytest
 import torch
 import transformers as hf
 from benchmarks.planted import plant
+from laser_callback.search.data_free import laser_rmt, late_mlp_screen, random_screen, spectrum_screen
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from screening import Steps, ids, run
 from tiny import tiny_causal_lm
@@ -26,7 +27,6 @@ from laser_callback.plans.matrices import find_matrices
 from laser_callback.plans.reduction import Reduction
 from laser_callback.plans.target import RHOS, Target, by_name, targets
 from laser_callback.search.candidates import grid
-from laser_callback.search.data_free import laser_rmt, late_mlp_screen, random_screen, spectrum_screen
 from laser_callback.search.screen import GradientScreen
 from laser_callback.spectra.spectrum import Spectrum
 from laser_callback.spectra.store import Spectra

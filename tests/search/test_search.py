@@ -66,7 +66,7 @@ def test_a_model_whose_spectra_have_no_room_is_screened_in_parts(recall, monkeyp
     for memory in (2**30, 80_000):
         made.clear()
         result = LaserSearch(module, loader, **SEARCH, spectra=Spectra(memory_bytes=memory)).run()
-        scores.append({str(candidate.reduction): candidate.score for candidate in result.candidates})
+        scores.append({str(candidate.plan): candidate.score for candidate in result.candidates})
         counts.append(made.copy())
     assert scores[0] == scores[1]
     matrices = sum(len(target.matrices) for target in targets(module))
@@ -113,7 +113,7 @@ def test_the_reference_selects_as_the_papers_code_does(recall):
     assert len({c.rho for c in result.candidates}) == 8  # its nine rates, of which two make rank 1 of 64
     tried = [c for c in result.candidates if c.examples]
     best = max(tried, key=lambda c: (c.gain.delta, -c.loss.delta))
-    assert list(result.found) == [best.reduction]
+    assert result.found == best.plan
     # Confirmed is the cut that was tried: by torch.svd_lowrank, not the exact one.
     row = result.confirmed["laser"]["val_loss"]
     exact = Lab(module, Spectra(), "cpu").compare(
@@ -122,11 +122,15 @@ def test_the_reference_selects_as_the_papers_code_does(recall):
     assert row.reduced != exact["laser"]["val_loss"].reduced
 
 
-@pytest.mark.parametrize("screen", ["late-mlp", "gavish-donoho", lambda found, rhos, loader: {found[0].at(0.1): 0.0}])
-def test_other_screens(recall, screen):
+@pytest.mark.parametrize("strategies", ["late-mlp", ["gavish-donoho", "laser"]])
+def test_other_strategies(recall, strategies):
     module, loader = recall
-    result = LaserSearch(module, loader, **SEARCH, screen=screen, controls=False).run()
-    assert any(c.examples for c in result.candidates)
+    result = LaserSearch(module, loader, **SEARCH, strategies=strategies, controls=False).run()
+    names = ["late-mlp"] if strategies == "late-mlp" else strategies
+    assert {c.strategy for c in result.candidates if c.examples} == set(names)
+    assert result.settings["strategies"] == names
+    assert {c.strategy for c in result.candidates if c.score is not None} == {"laser"} & set(names)
+    assert ("screen" in {phase.name for phase in result.phases}) == ("laser" in names)
 
 
 def test_luck_is_not_recommended():
@@ -149,7 +153,7 @@ def test_composing_accepts_only_what_fresh_examples_confirm(recall):
     assert second
     first = next(iter(result.found))
     assert {c.base for c in second} == {str(first)}
-    assert all(c.reduction.matrix != first.matrix or c.reduction.layer != first.layer for c in second)
+    assert all((c.kind, c.layer) != (first.matrix, first.layer) for c in second)
     if len(result.found) == 1:
         assert any(c.status == "rejected" for c in second)
     assert same(module, before)
@@ -170,7 +174,7 @@ class ByKey(Recall):
 def test_the_screen_differentiates_what_the_loss_is_returned_under(recall):
     module, loader = recall
     expected, found = (LaserSearch(m, loader, **SEARCH).run() for m in (module, ByKey(module.model).eval()))
-    scores = [{str(c.reduction): c.score for c in result.candidates if c.score} for result in (expected, found)]
+    scores = [{str(c.plan): c.score for c in result.candidates if c.score} for result in (expected, found)]
     assert scores[0] == pytest.approx(scores[1], rel=1e-4, abs=1e-7)
 
 
@@ -299,8 +303,8 @@ def test_an_interrupted_search_goes_on_where_it_stopped(recall, tmp_path, monkey
         LaserSearch(module, loader, **SEARCH, folder=tmp_path / "run").run()
     monkeypatch.setattr(Lab, "measure", lambda self, *a, **o: measured.append("two") or measure(self, *a, **o))
     second = LaserSearch(module, loader, **SEARCH, folder=tmp_path / "run", resume=True).run()
-    assert [(str(c.reduction), c.status, c.gain, c.loss) for c in second.candidates] == [
-        (str(c.reduction), c.status, c.gain, c.loss) for c in whole.candidates
+    assert [(str(c.plan), c.status, c.gain, c.loss) for c in second.candidates] == [
+        (str(c.plan), c.status, c.gain, c.loss) for c in whole.candidates
     ]
     assert second.confirmed["laser"]["val_acc"] == whole.confirmed["laser"]["val_acc"]
 
@@ -377,7 +381,10 @@ def test_what_cannot_work_is_said_before_the_work(recall, options, message):
     [
         ({"candidates": 0}, "`candidates` must be at least 1"),
         ({"rhos": (0.5, 2)}, r"`rhos` must be numbers in \[0, 1\]"),
-        ({"screen": "magic"}, "`screen` must be one of gradient, "),
+        ({"strategies": "lasers"}, "`strategies` must be of laser, .* or objects, got 'lasers', did you mean `laser`?"),
+        ({"strategies": []}, "`strategies` must be one or more, .* got none"),
+        ({"strategies": "laser, laser"}, "each of a name of its own, got laser, laser"),
+        ({"strategies": "random", "method": "paper"}, "tries what `strategies` 'laser' proposes, got random"),
         ({"method": "fast"}, "`method` must be one of screened, exhaustive, paper"),
         ({"method": "paper", "max_reductions": 2}, "the paper's procedure finds one cut"),
         ({"method": "paper", "spectra": Spectra()}, "each say how weights are cut"),

@@ -12,6 +12,7 @@ from typing import Any, cast
 import lightning.pytorch as pl
 import pytest
 import torch
+from candidates import proposed
 from recall import QUIET, SEARCH, Recall
 from tiny import tiny_causal_lm, tiny_tokenizer
 from torch import Tensor, nn
@@ -20,9 +21,8 @@ from torch.utils.data import DataLoader, TensorDataset
 from laser_callback import FactsDataModule, LaserModule, LaserSearch, reduced
 from laser_callback.compare.measure import Lab, Table, Values
 from laser_callback.plans.plan import LaserPlan
-from laser_callback.plans.reduction import Reduction
 from laser_callback.plans.target import targets
-from laser_callback.results.candidates import Candidate, Estimate
+from laser_callback.results.candidates import Estimate
 from laser_callback.results.examples import ORIGINAL
 from laser_callback.search.budget import Budget, OutOfTimeError, passes_of
 from laser_callback.search.race import Objective, Rung
@@ -66,18 +66,18 @@ def test_where_pairs_are_batches_refined_candidates_see_the_batches_of_the_other
 
 @pytest.mark.parametrize("loss", [None, "loss"])
 def test_without_a_loss_the_same_right_answers_make_no_twins(loss):
-    arms = [str(Reduction.parse(f"0.fc_in@{rho}")) for rho in (0.1, 0.2, 0.4)]
+    arms = [f"0.fc_in@{rho}" for rho in (0.1, 0.2, 0.4)]
     ones = Values(torch.ones(10, dtype=torch.float64), torch.ones(10, dtype=torch.float64))
 
-    def measure(name: str, phase: str, reductions: list[Reduction], *_: Any) -> Table:
-        return {arm: {"right": ones, "loss": ones} for arm in [ORIGINAL, *map(str, reductions)]}
+    def measure(name: str, phase: str, plans: list[LaserPlan], *_: Any) -> Table:
+        return {arm: {"right": ones, "loss": ones} for arm in [ORIGINAL, *map(str, plans)]}
 
     none = cast("Any", None)
     sets = cast("Any", SimpleNamespace(loader=lambda *_: None))
     objective = Objective(("right",), (1,), loss)
     steps = Steps(none, sets, none, PhaseProgress(False), objective, objective.measured)
     steps.measure = measure  # type: ignore[method-assign, assignment]
-    candidates = [Candidate(Reduction.parse(arm), 0, "fc_in", 0.1) for arm in arms]
+    candidates = list(map(proposed, arms))
     _, finalists = steps.race("1", candidates, range(10), [Rung(10, 3)])
     assert len(finalists) == (3 if loss is None else 1)
 
@@ -107,7 +107,7 @@ def test_an_arm_that_is_nan_everywhere_is_the_last_and_ends_nothing():
     broken, _ = objective.estimates(table, "/project/@0")
     assert broken.delta != broken.delta
     assert not rows_of(["val_loss"], table, "/project/@0")
-    assert not Candidate(Reduction.parse("0.fc_in@0"), 0, "fc_in", 0.0, gain=broken).helps
+    assert not proposed("0.fc_in@0", gain=broken).helps
 
 
 @pytest.mark.slow
@@ -148,11 +148,18 @@ class Refuses(Recall):
 
 def test_a_candidate_that_raises_is_dropped_with_the_reason_also_on_resuming(recall, tmp_path):
     module, loader = Refuses(recall[0].model).eval(), recall[1]
-    options = {**SEARCH, "within": "0.mlp", "rhos": [0.0, 0.1], "candidates": 8, "screen": "random", "controls": False}
+    options = {
+        **SEARCH,
+        "within": "0.mlp",
+        "rhos": [0.0, 0.1],
+        "candidates": 8,
+        "strategies": "random",
+        "controls": False,
+    }
     options |= {"folder": tmp_path / "run"}
     results = [LaserSearch(module, loader, **options, resume=resume).run() for resume in (False, True)]
     for result in results:
-        (dropped,) = [c for c in result.candidates if str(c.reduction) == "0.fc_up@0"]
+        (dropped,) = [c for c in result.candidates if str(c.plan) == "0.fc_up@0"]
         assert dropped.status == "dropped"
         assert "fails on batch 0" in dropped.reason
         assert "Input contains NaN" in dropped.reason
@@ -169,7 +176,7 @@ def test_a_plan_that_raises_on_unseen_examples_is_not_confirmed(recall, monkeypa
         return compare(*arguments, **options)
 
     monkeypatch.setattr(Steps, "compare", strict)
-    options = {**SEARCH, "within": "0.fc_up", "rhos": [0.1, 0.9], "screen": "random", "controls": False}
+    options = {**SEARCH, "within": "0.fc_up", "rhos": [0.1, 0.9], "strategies": "random", "controls": False}
     result = LaserSearch(module, loader, **options).run()
     assert result.plan is None
     if result.found is not None:
@@ -182,7 +189,7 @@ def test_what_enters_late_is_in_the_budget():
     sets = cast("Any", SimpleNamespace(sizes={"confirm": 100}))
     none = cast("Any", None)
     steps = Steps(lab, sets, Journal(None, {}), none, Objective(("right",), (1,)), ("right",))
-    ranked = [Candidate(r := Reduction.parse(f"{i}.fc_in@0.1"), i, "fc_in", r.rho) for i in range(12)]
+    ranked = [proposed(f"{i}.fc_in@0.1") for i in range(12)]
     alone, with_others = (passes_of(steps, ranked, 200, 6, near) for near in (0, 20))
     assert with_others - alone == 20 * 0.5 * 200 / 2
     for minutes in (None, with_others + 1):  # a pass takes a minute
@@ -210,7 +217,7 @@ def test_controls_that_cannot_be_drawn_are_left_out_and_said(recall, monkeypatch
 )
 def test_what_helps(gain, loss, helps):
     estimate = None if loss is None else Estimate(loss)
-    assert Candidate(Reduction.parse("0.fc_in@0"), 0, "fc_in", 0.0, gain=Estimate(gain), loss=estimate).helps is helps
+    assert proposed("0.fc_in@0", gain=Estimate(gain), loss=estimate).helps is helps
 
 
 def test_a_row_against_a_base_becomes_one_against_the_original():

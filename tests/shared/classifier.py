@@ -6,14 +6,13 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from candidates import proposed
 from torch import nn
 from torch.utils.data import DataLoader
 from trainers import quiet_trainer
 
 from laser_callback import LaserCallback, reduced
-from laser_callback.plans.plan import LaserPlan
-from laser_callback.plans.reduction import Reduction
-from laser_callback.results.candidates import Candidate, Estimate
+from laser_callback.results.candidates import Estimate
 from laser_callback.results.comparison import LaserResult
 from laser_callback.results.search import Phase, SearchResult, Trade
 from laser_callback.stats.judgement import Judgement
@@ -72,19 +71,19 @@ def compared(plan: Any = PLAN, logger: Any = False, **options: Any) -> LaserResu
 def searched(confirmed: LaserResult | None = None) -> SearchResult:
     """A search of 3 layers, 2 kinds and what has no kind at 3 rhos, in two steps, with every status and gap."""
     found = [
-        Candidate(Reduction(layer, kind, rho), layer, kind, rho, score=0.01 * (rho - 0.05) * (1 + layer) * 2**place)
+        proposed(f"{layer}.{kind}@{rho}", score=0.01 * (rho - 0.05) * (1 + layer) * 2**place)
         for place, kind in enumerate(("q_proj", "fc_out"))
         for layer in range(3)
         for rho in (0.0, 0.1, 0.5)
     ]
-    found += [Candidate(Reduction(None, "/lstm.*<b>/", 0.1), None, None, 0.1, score=float("nan"))]
+    found += [proposed("/lstm.*<b>/@0.1", score=float("nan"))]
     for place, candidate in enumerate(found[:6]):
         candidate.examples, candidate.status, candidate.reason = 100, "dropped", f"place {place} <i>of</i> 6"
         candidate.gain = Estimate(0.05 - 0.02 * place, 0.01 - 0.02 * place, 0.09 - 0.02 * place)
         candidate.loss = Estimate(-0.4 + 0.1 * place, -0.5 + 0.1 * place, -0.3 + 0.1 * place)
     found[0].status, found[0].reason = "chosen", ""
-    found.append(Candidate(Reduction(1, "q_proj", 0.1), 1, "q_proj", 0.1, base="0.q_proj@0", score=-9.0, examples=100))
-    plan = LaserPlan([found[0].reduction])
+    found.append(proposed("1.q_proj@0.1", base="0.q_proj@0", score=-9.0, examples=100))
+    plan = found[0].plan
     return SearchResult(
         plan,
         plan,
@@ -101,6 +100,6 @@ def searched(confirmed: LaserResult | None = None) -> SearchResult:
         [Judgement("perplexity <= +2 %", "perplexity", 32, 0.013, 0.031, "undecided", "96 windows decide it")],
         [Phase("screen", 24.84, 100, 300.0), Phase("race", 3725.0, 9600, 1800.4)],
         {"screen": 100, "race": 300, "confirm": 400, "guard": 200},
-        {"screen": "gradient", "loss": "log_loss", "versions": {"torch": "2"}, "rhos": [0.0, 0.1, 0.5]},
+        {"strategies": ["laser"], "loss": "log_loss", "versions": {"torch": "2"}, "rhos": [0.0, 0.1, 0.5]},
         [f"few examples {HOSTILE}"],
     )

@@ -272,10 +272,10 @@ def test_lora_is_cleaned_under_the_adapters(tmp_path, planted, loader):
     assert set(watch.seen.values()) == {True}, watch.seen
     (found,) = result.plan
     assert (found.layer, found.matrix) == (0, "v_proj")
-    tried = {candidate.matrix for candidate in (c.reduction for c in result.searches["delta"].candidates)}
+    tried = {candidate.matrix for candidate in (next(iter(c.plan)) for c in result.searches["delta"].candidates)}
     assert tried == {"v_proj", "fc_up"}
     raced = [c for c in result.searches["delta"].candidates if c.examples and c.layer == 0 and c.kind == "v_proj"]
-    assert max(c.reduction.rank(64) for c in raced) < 8  # from there on nothing would be cut
+    assert max(cut.rank(64) for c in raced for cut in c.plan) < 8  # from there on nothing would be cut
 
     spoilt = accuracy(fresh, loader)
     fresh.load_state_dict(torch.load(result.checkpoint, weights_only=True)["state_dict"])

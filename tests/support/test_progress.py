@@ -5,19 +5,16 @@ from __future__ import annotations
 import io
 import re
 
+from candidates import proposed
 from rich.console import Console
 
-from laser_callback.plans.reduction import Reduction
 from laser_callback.reports.search_terminal import leaders
-from laser_callback.results.candidates import Candidate, Estimate
+from laser_callback.results.candidates import Estimate
 from laser_callback.support.progress import PhaseProgress
 
 
 def table():
-    candidates = [
-        Candidate(Reduction(layer, "fc_in", 0.1), layer, "fc_in", 0.1, examples=38, gain=Estimate(0.05, 0.01, 0.09))
-        for layer in range(7)
-    ]
+    candidates = [proposed(f"{layer}.fc_in@0.1", examples=38, gain=Estimate(0.05, 0.01, 0.09)) for layer in range(7)]
     candidates[1].loss = Estimate(-0.25, -0.5, -0.125)
     return leaders(candidates, ("first_token_accuracy",), "log_loss")
 

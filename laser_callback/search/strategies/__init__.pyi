@@ -1,0 +1,10 @@
+from .at_random import AtRandom as AtRandom
+from .base import Context as Context
+from .base import Strategy as Strategy
+from .laser import Laser as Laser
+from .late_mlp import LateMLP as LateMLP
+from .registry import STRATEGIES as STRATEGIES
+from .registry import strategies_of as strategies_of
+from .rules import Entropy as Entropy
+from .rules import GavishDonoho as GavishDonoho
+from .rules import LaserRMT as LaserRMT

@@ -1,0 +1,152 @@
+"""What fine-tuning has changed, cut as a whole by one rule, or matrix by matrix."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from itertools import pairwise, zip_longest
+from types import MappingProxyType
+from typing import Any
+
+from typing_extensions import override
+
+from laser_callback.plans.plan import LaserPlan
+from laser_callback.plans.rank_rules import fixed_rank, mean_rank
+from laser_callback.plans.target import Target, by_name
+from laser_callback.results.candidates import Candidate
+from laser_callback.search.strategies.base import Context, Need
+from laser_callback.search.strategies.joint import at, cover
+from laser_callback.search.strategies.laser import Laser
+from laser_callback.spectra.delta import BaseWeights
+
+RANKS = (1, 2, 4, 8, 3, 16)
+"""Directions of each matrix' change, those that helped most often after noisy labels first."""
+THRESHOLDS = (1.0, 2.0, 0.5, 4.0, 0.25)
+"""Directions of a matrix' change on average, by one threshold for the whole model."""
+FACTORS = (0.5, 0.75, 0.25)
+"""Of the whole change."""
+RULES = ("gavish-donoho", "marchenko-pastur", "energy-0.9", "energy-0.5")
+MATRIX_RANKS = (0, 1, 2, 3, 4, 6, 8, 16, 32, 64)
+"""For single matrices: fine-tuning, and LoRA by its making, changes few directions."""
+
+
+class Delta:
+    """The whole change of fine-tuning, W - W_base of all targets, under one rule.
+
+    - one integer rank for all matrices (``*.all@k2:cut=delta``),
+    - the largest directions of the whole model, by one threshold (``*.all@global-1:cut=delta``),
+    - all of it, smaller: weight interpolation, WiSE-FT (arXiv 2109.01903), which every other must beat to be worth its
+      name (``*.all@0:cut=delta,scale=0.5``),
+    - its first direction with the norm of the whole (arXiv 2510.00553, after reinforcement learning),
+    - a rule of thumb: Gavish and Donoho's threshold (DG-Hard, arXiv 2605.20296), the Marchenko-Pastur edge, a share of
+      the energy. Of a LoRA difference the first two keep everything, since most of its singular values are 0.
+
+    They are a handful, and not scored: a first-order estimate says nothing about so large a change.
+
+    Args:
+        besides: also what is changed besides the targets: embeddings, the head if the base has one, and biases. Without
+            it they stay as fine-tuning has left them. Norms always do.
+    """
+
+    needs: frozenset[Need] = frozenset({"base"})
+
+    def __init__(self, besides: bool = False) -> None:
+        self.besides = besides
+
+    @property
+    def name(self) -> str:
+        """``delta``, or ``delta-all`` where embeddings and heads are included."""
+        return "delta-all" if self.besides else "delta"
+
+    def propose(self, context: Context) -> Iterator[Candidate]:
+        """All rules, the kinds of rule by turns."""
+        ranks = [self._plan(context, f"k{rank}") for rank in RANKS]
+        thresholds = [self._plan(context, f"global-{mean:g}") for mean in THRESHOLDS]
+        factors = [self._plan(context, 0, scale=factor) for factor in FACTORS]
+        first = self._plan(context, "k1", norm="whole")
+        rules = [first, *(self._plan(context, rule) for rule in RULES)]
+        for plan in _by_turns(factors, ranks, thresholds, rules):
+            yield context.candidate(self, plan)
+
+    def neighbours(self, leader: Candidate, context: Context, closest: bool) -> Iterator[Candidate]:
+        """Ranks, thresholds or factors a little lower and higher."""
+        reduction = next(iter(leader.plan))
+        if reduction.norm == "whole":
+            return
+        step = 1.25 if closest else 1.5
+        if (rank := fixed_rank(reduction.rho)) is not None:
+            near: list[tuple[float | str, dict[str, Any]]] = [
+                (f"k{other}", {})
+                for other in {max(1, min(rank - 1, round(rank / step))), max(rank + 1, round(rank * step))}
+            ]
+        elif (mean := mean_rank(reduction.rho)) is not None:
+            near = [(f"global-{float(f'{mean * by:.3g}'):g}", {}) for by in (1 / step, step)]
+        elif reduction.rho == 0:
+            gap = 0.05 if closest else 0.1
+            near = [(0, {"scale": round(reduction.scale + by, 3)}) for by in (-gap, gap)]
+        else:
+            return
+        for rho, options in near:
+            plan = self._plan(context, rho, **options)
+            if plan != leader.plan:
+                yield context.candidate(self, plan)
+
+    def _plan(self, context: Context, rho: float | str, **options: Any) -> LaserPlan:
+        base = _base(context)
+        changed = [target for target in context.targets if any(map(base.changed, target.matrices))]
+        addresses = cover(changed, context.matrices)
+        if not self.besides:
+            return at(addresses, rho, cut="delta", **options)
+        others = [
+            matrix
+            for matrix in context.matrices
+            if matrix.kind is None and not matrix.obstacle and base.has(matrix) and len(matrix.parameter_names) == 1
+        ]
+        plan = at([*addresses, *map(by_name, others)], rho, cut="delta", **options)
+        # A bias has one direction: it goes where the whole change is made smaller, and stays where directions are cut.
+        return LaserPlan(replace(r, bias="cut") if rho == 0 else r for r in plan)
+
+
+class DeltaMatrices(Laser):
+    """One matrix' change at a time, cut to a small rank, scored by the gradient."""
+
+    name = "delta-matrices"
+    needs: frozenset[Need] = frozenset({"gradient", "base"})
+    options: Mapping[str, Any] = MappingProxyType({"cut": "delta"})
+
+    @override
+    def targets(self, context: Context) -> list[Target]:
+        base = _base(context)
+        return [target for target in super().targets(context) if any(map(base.changed, target.matrices))]
+
+    @override
+    def row(self, target: Target, context: Context) -> list[Candidate]:
+        return self._scored([self._at(target, rank, context) for rank in MATRIX_RANKS if rank < _most(target)], context)
+
+    @override
+    def between(self, candidate: Candidate, target: Target, context: Context) -> list[Candidate]:
+        (reduction,) = candidate.plan
+        own = reduction.rank(_most(target))
+        places = sorted({*MATRIX_RANKS, own})
+        near = places[max(places.index(own) - 1, 0) : places.index(own) + 2]
+        middles = {round(math.sqrt(low * high)) for low, high in pairwise(near)} - {*near}
+        return [self._at(target, rank, context) for rank in sorted(middles) if rank < _most(target)]
+
+    def _at(self, target: Target, rank: int, context: Context) -> Candidate:
+        matrix = target.matrices[0]
+        plan, rho = LaserPlan([replace(target.at(0.0), rho=f"k{rank}")]), rank / _most(target)
+        return Candidate(plan, self.name, matrix.layer, matrix.kind, rho, context.base)
+
+
+def _most(target: Target) -> int:
+    return target.matrices[0].max_rank
+
+
+def _base(context: Context) -> BaseWeights:
+    assert context.spectra.base is not None
+    return context.spectra.base
+
+
+def _by_turns(*lists: Sequence[LaserPlan]) -> Iterator[LaserPlan]:
+    return (plan for turn in zip_longest(*lists) for plan in turn if plan is not None)
