@@ -100,9 +100,9 @@ class Strategy(Protocol):
     runs the module sees to that itself, and leaves it as it was. The same context gives the same candidates.
 
     A strategy with "gradient" among its needs gets the sensitivities of all targets' weights, or if "base" is among
-    them too, of their differences to the base. A method ``views(context)``, if it has one, says otherwise: it returns
-    the matrices of which it wants each :class:`~laser_callback.search.sensitivities.View`. Another, ``refusal(context)``,
-    may say, before the work, why there is nothing to propose for this model.
+    them too, of their differences to the base. Two more methods are asked if there are any: ``views(context)`` returns
+    the matrices of which it wants each :class:`~laser_callback.search.sensitivities.View` instead, and
+    ``refusal(context)``, before the work, why there is nothing to propose for this model, or an empty text.
 
     Attributes:
         name: letters, digits and hyphens; each of its candidates has it.
