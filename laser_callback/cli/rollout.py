@@ -12,7 +12,7 @@ from laser_callback.cli.subject import facts_for, subject
 from laser_callback.compare.module import LaserModule
 from laser_callback.data.lm_eval import file_of
 from laser_callback.data.probes import ProbesDataModule
-from laser_callback.plans.plan import LaserPlan
+from laser_callback.plans.plan import LaserPlan, check_base
 from laser_callback.reports.gate_terminal import print_rollout
 from laser_callback.shipping.gates import read_gates
 from laser_callback.shipping.rollout import StagedRollout, in_steps, one_by_one
@@ -64,7 +64,8 @@ def rollout(
         others: more facts by name, for gates on {name}/{metric}.
         module: instead of a model, a LightningModule class of your own; goes with data.
         data: a LightningDataModule class with a validation dataloader.
-        base: what the model was fine-tuned from, a folder, hub name or checkpoint: then only the difference is cut.
+        base: for a plan that cuts the difference to what the model was fine-tuned from, as in 27.fc_in@0.1:cut=delta:
+            that model's folder, hub name or checkpoint.
         stages: the plans to go through before the last, in order; by default one more reduction at a time.
         steps: instead, cut the whole plan at these rhos first.
         gain_at: demand gains of each stage, or of the last only.
@@ -90,6 +91,7 @@ def rollout(
         declared = in_steps(whole, [steps] if isinstance(steps, float) else steps)
     else:
         declared = one_by_one(whole)
+    check_base(declared, base is not None)
     read_gates(gates)
     read = {"probes": probes, **{f"others.{name}": file_of(path) for name, path in (others or {}).items()}}
     need_files(**read)

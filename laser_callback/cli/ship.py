@@ -13,6 +13,7 @@ from rich.filesize import decimal
 from transformers import AutoProcessor, PreTrainedModel
 
 from laser_callback.cli.command import Answer
+from laser_callback.plans.plan import check_base
 from laser_callback.results.search import SearchResult, result_of
 from laser_callback.shipping.export import Form, save_reduced
 from laser_callback.shipping.undo import restore as restore_model
@@ -42,7 +43,8 @@ def export(
         plan: a plan's file (.yaml, .json, .txt) or its text; by default the one that the result recommends.
         form: recipe, dense, factored, adapter or undo.
         result: the JSON file of a search or a comparison of this plan, for the model card.
-        base: what the model was fine-tuned from, a folder, hub name or checkpoint: then only the difference is cut.
+        base: for a plan that cuts the difference to what the model was fine-tuned from, as in 27.fc_in@0.1:cut=delta:
+            that model's folder, hub name or checkpoint.
         allow_missing: go on with a model of which weights are missing: they are random, and a warning names them.
     """
     numbers = None if result is None else read_plain(result, "result", result_of)
@@ -54,6 +56,7 @@ def export(
     chosen = Recipe.of(wanted)
     if form == "recipe":
         need_recipe_ending(output=output)
+    check_base([chosen], base is not None)
     original, spectra = _original(model, base, allow_missing)
     done = save_reduced(original, chosen, output, form, result=numbers, tokenizer=_tokenizer(model), spectra=spectra)
     return _answer(f"wrote {form}", output, done)
@@ -76,6 +79,7 @@ def apply(
     plan = Recipe.from_file(recipe)
     if not isinstance(plan, Recipe):
         raise ValueError(f"{recipe} is a plan without hashes, not a recipe: use `laser-callback export --plan`")
+    check_base([plan], base is not None)
     original, spectra = _original(model, base, allow_missing)
     with _about(recipe), recorded(original, plan, spectra, exact=exact) as (_, here):
         pass  # now `here` has the hashes of what rounding makes here

@@ -28,7 +28,7 @@ from laser_callback.compare import arms
 from laser_callback.compare.controls import random_plan
 from laser_callback.compare.options import RunOptions, UpdateFn, warn_early
 from laser_callback.compare.run import ComparisonRun
-from laser_callback.plans.plan import LaserPlan
+from laser_callback.plans.plan import LaserPlan, check_base
 from laser_callback.reports.loggers import publish
 from laser_callback.reports.page import save_page
 from laser_callback.reports.terminal import print_report
@@ -52,8 +52,8 @@ class LaserCallback(pl.Callback):
 
     Args:
         plan: what to cut: a :class:`LaserPlan`, its text, a plan file, or several of them by name.
-        base: what the module was fine-tuned from, as :class:`~laser_callback.spectra.BaseWeights` takes it: then only
-            the difference is cut (delta mode).
+        base: what the module was fine-tuned from, as :class:`~laser_callback.spectra.BaseWeights` takes it, for a plan
+            that cuts the difference to it: ``27.fc_in@0.1:cut=delta``.
         loops: where to compare: ``"validate"``, ``"test"``, and ``"fit"`` for the validation inside of ``trainer.fit``:
             each of these is another look, so that their p values are exploratory.
         metrics: torchmetrics of your own, fed for both arms by ``update``; logged under their names.
@@ -127,6 +127,8 @@ class LaserCallback(pl.Callback):
         self.on_error = on_error
         self.isolate = (isolate,) if isinstance(isolate, str) else tuple(isolate)
         self.skip_isolation = skip_isolation
+        if base is not None:
+            check_base(self.plans.values(), given=True)
         self.base = base
         self._base_weights: Mapping[str, Tensor] | None = None  # read once for all runs
         self.metrics = None if metrics is None else _collection(metrics)
@@ -160,7 +162,9 @@ class LaserCallback(pl.Callback):
 
     def _options_for(self, module: pl.LightningModule) -> RunOptions:
         if self.base is None:
-            return self._options
+            options = self._options
+            check_base(self.plans.values(), options.spectra is not None and options.spectra.base is not None)
+            return options
         self._base_weights = read_weights(self.base) if self._base_weights is None else self._base_weights
         return replace(self._options, spectra=Spectra(base=BaseWeights(self._base_weights, module)))
 

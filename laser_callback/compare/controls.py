@@ -7,6 +7,7 @@ matrices at the same rho helps as much, it is not in where the cut was made.
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -14,6 +15,7 @@ from torch import nn
 
 from laser_callback.plans.matrices import WeightMatrix, find_matrices
 from laser_callback.plans.plan import LaserPlan
+from laser_callback.plans.rank_rules import mean_rank
 from laser_callback.plans.reduction import Reduction
 from laser_callback.plans.target import by_name
 from laser_callback.spectra.delta import BaseWeights
@@ -25,13 +27,15 @@ def control_plans(model: nn.Module, plan: LaserPlan, seed: int, base: BaseWeight
     Raises:
         ValueError: as :func:`random_plan`.
     """
-    drawn = random_plan(model, plan, seed, base.changed) if base else random_plan(model, plan, seed)
+    drawn = random_plan(model, plan, seed, base.changed) if base and plan.cuts_delta else random_plan(model, plan, seed)
     return {"zeroed": zeroed_plan(plan), "random": drawn}
 
 
 def zeroed_plan(plan: LaserPlan) -> LaserPlan:
     """The same matrices at rho = 0."""
-    return LaserPlan(Reduction(r.layer, r.matrix, 0.0, stack=r.stack, expert=r.expert) for r in plan)
+    return LaserPlan(
+        Reduction(r.layer, r.matrix, 0.0, stack=r.stack, expert=r.expert, cut=r.cut, bias=r.bias) for r in plan
+    )
 
 
 def random_plan(
@@ -45,9 +49,11 @@ def random_plan(
         ValueError: if the model has too few matrices outside of the plan.
     """
     matrices = find_matrices(model)
-    resolved = plan.resolve(matrices)
+    resolved = [pair for pair in plan.resolve(matrices) if not pair[0].is_bias]
     planned = {matrix.name for matrix, _ in resolved}
     others = [m for m in matrices if not m.obstacle and m.kind is not None and m.name not in planned and among(m)]
+    if any(mean_rank(reduction.rho) is not None for reduction in plan):
+        others = [m for m in others if m.parameter.ndim == 2]  # a pattern can name no single expert of a tensor
     if len(others) < len(resolved):
         raise ValueError(
             f"the random control needs {len(resolved)} matrices that the plan leaves alone, the model has "
@@ -57,7 +63,17 @@ def random_plan(
     near = [matrix for matrix in others if matrix.stack in stacks]
     others = near if len(near) >= len(resolved) else others
     drawn = random.Random(seed).sample(others, len(resolved))
-    return LaserPlan(_on(matrix, reduction, matrices) for matrix, (_, reduction) in zip(drawn, resolved, strict=True))
+    reductions: list[Reduction] = []
+    joint: dict[Reduction, list[WeightMatrix]] = {}
+    for matrix, (_, reduction) in zip(drawn, resolved, strict=True):
+        if mean_rank(reduction.rho) is None:
+            reductions.append(_on(matrix, reduction, matrices))
+        else:
+            joint.setdefault(reduction, []).append(matrix)
+    for reduction, members in joint.items():  # one threshold for all of them, as in the plan
+        pattern = "|".join(re.escape(matrix.name) for matrix in members)
+        reductions.append(replace(reduction, layer=None, stack=None, expert=None, matrix=f"/{pattern}/"))
+    return LaserPlan(reductions)
 
 
 def _on(matrix: WeightMatrix, reduction: Reduction, matrices: list[WeightMatrix]) -> Reduction:

@@ -179,13 +179,16 @@ class Lab:
     def targets(self, within: str, without: LaserPlan | None = None) -> list[Target]:
         """What may be cut ``within`` and not cut yet; in delta mode only what fine-tuning has changed."""
         found, weights = targets(self.module, within, without or ()), self.spectra.base
-        return found if weights is None else [t for t in found if any(map(weights.changed, t.matrices))]
+        if weights is None:
+            return found
+        changed = [target for target in found if any(map(weights.changed, target.matrices))]
+        return [Target(target.matrices, {**target.address, "cut": "delta"}) for target in changed]
 
     def alters(self, plan: LaserPlan) -> bool:
         """Whether it does more than round: the difference to a base may have a lower rank than a plan keeps."""
-        return self.spectra.base is None or any(
+        return any(
             not self.spectra.changes_nothing(matrix.value, reduction, matrix.name)
-            for matrix, reduction in plan.resolve(self.matrices)
+            for matrix, reduction in self.spectra.settled(plan.resolve(self.matrices))
         )
 
     def share(self, plan: LaserPlan) -> float:

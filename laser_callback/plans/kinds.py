@@ -17,7 +17,9 @@ from laser_callback.support.tables import read_table
 ATTENTION_KINDS = ("q_proj", "k_proj", "v_proj", "out_proj")
 MLP_KINDS = ("fc_in", "fc_up", "fc_out")
 KINDS = ATTENTION_KINDS + MLP_KINDS
-GROUPS = {"attn": ATTENTION_KINDS, "mlp": MLP_KINDS, "all": KINDS}
+WRITES = ("out_proj", "fc_out")
+"""What writes to the residual stream: the last matrix of an attention, and of an MLP."""
+GROUPS = {"attn": ATTENTION_KINDS, "mlp": MLP_KINDS, "writes": WRITES, "all": KINDS}
 
 _FAMILIES = read_table("laser_callback.plans", "families.yaml")
 

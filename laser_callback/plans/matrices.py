@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
@@ -23,7 +23,7 @@ from laser_callback.plans.fused import Rows, rows_of_kinds
 from laser_callback.plans.kinds import KINDS, kinds_of
 from laser_callback.plans.packed import has_ordinary, obstacle_of, packed_buffers
 
-_Index = tuple[int | Rows, ...]
+_Index = tuple[int | Rows | None, ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,6 +40,7 @@ class WeightMatrix:
         shape: (rows, columns); rows are output features, also where the parameter is stored transposed.
         parameter_names: every name under which the parameter is registered (several when it is tied).
         passes: how often a forward pass goes through it; more than once where layers share their weights.
+        is_bias: it is the :attr:`bias` of another.
         module: the module that owns the parameter, and ``attribute`` its name there.
         obstacle: why it cannot be cut and what to do instead, or ``None``. A plan that names it is refused.
     """
@@ -57,6 +58,40 @@ class WeightMatrix:
     transposed: bool = field(default=False, repr=False)
     index: _Index = field(default=(), repr=False)
     obstacle: str | None = field(default=None, repr=False)
+    is_bias: bool = field(default=False, repr=False)
+
+    @property
+    def bias(self) -> WeightMatrix | None:
+        """What the layer adds to the matrix' outputs, as a matrix of one column, or ``None`` where it adds nothing."""
+        names = (self.attribute.replace("weight", "bias"), f"{self.attribute}_bias", "in_proj_bias")
+        # The last is of an `nn.MultiheadAttention` with `kdim`: three weights, and one bias of all.
+        for name in names[: 3 if isinstance(self.module, nn.MultiheadAttention) and self.kind else 2]:
+            tensor = getattr(self.module, name, None)
+            if name != self.attribute and isinstance(tensor, Tensor):
+                break
+        else:
+            return None
+        rows = self.index[-1]
+        if name == "in_proj_bias" and self.attribute != "in_proj_weight":
+            start = ("q_proj", "k_proj", "v_proj").index(str(self.kind)) * self.shape[0]
+            rows = slice(start, start + self.shape[0])
+        place = (*self.index[: -2 if self.transposed else -1], rows, None)
+        whole = f"{self.name}.bias"
+        obstacle = obstacle_of(self.module, whole, tensor)
+        if not isinstance(tensor, nn.Parameter) or tensor.ndim != len(place) - 1:
+            obstacle = f"`{whole}` is no parameter with one number for each output: it can only be kept, bias=kept"
+        return replace(
+            self,
+            name=whole,
+            kind=None,
+            shape=(self.shape[0], 1),
+            parameter_names=tuple(f"{one.removesuffix(self.attribute)}{name}" for one in self.parameter_names),
+            attribute=name,
+            transposed=False,
+            index=place,
+            obstacle=obstacle,
+            is_bias=True,
+        )
 
     @property
     def parameter(self) -> nn.Parameter:

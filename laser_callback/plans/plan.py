@@ -21,7 +21,7 @@ from torch import nn
 from laser_callback.plans.kinds import GROUPS, KINDS
 from laser_callback.plans.matrices import WeightMatrix, find_matrices
 from laser_callback.plans.reduction import Reduction
-from laser_callback.plans.selection import Catalogue, select
+from laser_callback.plans.selection import Catalogue, UncuttableError, select
 from laser_callback.support.files import need_files, write_atomically
 from laser_callback.support.reading import read_plain, read_text, shown
 from laser_callback.support.suggest import clipped
@@ -77,6 +77,11 @@ class LaserPlan:
 
     def __str__(self) -> str:
         return ", ".join(map(str, self.reductions))
+
+    @property
+    def cuts_delta(self) -> bool:
+        """Whether it cuts the difference to a base anywhere, and so needs one."""
+        return any(reduction.cut == "delta" for reduction in self.reductions)
 
     @classmethod
     def parse(cls, text: str) -> LaserPlan:
@@ -174,6 +179,8 @@ class LaserPlan:
     def resolve(self, model: nn.Module | Sequence[WeightMatrix]) -> list[tuple[WeightMatrix, Reduction]]:
         """The matrices of ``model`` (or of what was found in one) that the plan names, in the model's order.
 
+        Where a reduction cuts biases too, each stands behind its matrix.
+
         Raises:
             ValueError: if a reduction matches nothing (the message lists what exists), is ambiguous, names what cannot
                 be cut (then also a TypeError), or two reductions meet in one matrix.
@@ -187,7 +194,35 @@ class LaserPlan:
                     one, other = clipped(chosen[position]), clipped(reduction)
                     raise ValueError(f"the reductions {one} and {other} both cut `{matrices[position].name}`")
                 chosen[position] = reduction
-        return [(matrices[position], chosen[position]) for position in sorted(chosen)]
+        resolved: list[tuple[WeightMatrix, Reduction]] = []
+        for position in sorted(chosen):
+            matrix, reduction = matrices[position], chosen[position]
+            resolved.append((matrix, reduction))
+            if reduction.bias == "cut" and (bias := matrix.bias) is not None:
+                if bias.obstacle:
+                    raise UncuttableError(f"the reduction {clipped(reduction)} cuts `{bias.name}`: {bias.obstacle}")
+                resolved.append((bias, reduction))
+        return resolved
+
+
+def check_base(plans: Iterable[LaserPlan], given: bool) -> None:
+    """Look whether there is a base where one is needed, and none where none is.
+
+    Raises:
+        ValueError: naming a plan, and what to do.
+    """
+    plans = tuple(plans)
+    needs = [plan for plan in plans if plan.cuts_delta]
+    if needs and not given:
+        raise ValueError(
+            f"the plan {clipped(needs[0])} cuts the difference to what the model was fine-tuned from: give that as "
+            "`base`, on the command line --base"
+        )
+    if given and not needs:
+        raise ValueError(
+            f"`base` is given, and {clipped(plans[0])} cuts the weights themselves: to cut the difference to the base "
+            "add cut=delta to the plan, as in 27.fc_in@0.1:cut=delta; else leave `base` out"
+        )
 
 
 def pieces(text: str) -> list[str]:

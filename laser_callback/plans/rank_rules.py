@@ -8,11 +8,16 @@ is not that sum, and its small singular values may matter (arXiv 2410.17770): fo
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 
 import torch
 from torch import Tensor
+
+from laser_callback.support.suggest import clipped
+
+_MOST_PLACES = 10**6
 
 
 def energy_rank(values: Tensor, share: float) -> int:
@@ -74,37 +79,129 @@ _RULES: dict[str, Callable[[Tensor, tuple[int, int]], int]] = {
     "marchenko-pastur": marchenko_pastur_rank,
     "laser-rmt": laser_rmt_rank,
 }
-_ENERGY = "energy-"
+_ENERGY, _GLOBAL, _PLACES = "energy-", "global-", "places-"
+_RANK = re.compile(r"k(\d{1,9})")
+_LIST = re.compile(r"\d{1,9}(-\d{1,9})?(\+\d{1,9}(-\d{1,9})?)*")
 
-RANK_RULES = (*_RULES, f"{_ENERGY}SHARE")
-"""What may stand in place of a number for rho; SHARE is a number between 0 and 1, as in ``energy-0.99``."""
+RANK_RULES = (*_RULES, f"{_ENERGY}SHARE", "kRANK", f"{_GLOBAL}RANK", f"{_PLACES}LIST")
+"""What may stand in place of a number for rho: SHARE is a number between 0 and 1, as in ``energy-0.99``; RANK a number
+of singular directions, ``k2`` for each matrix, ``global-0.5`` on average over all matrices that the reduction names, by
+one threshold; LIST says which directions, counted from 0, the largest first, as in ``places-0-4+7``."""
+
+Run = tuple[int, int]
+"""Components from the first number to before the second."""
 
 
 def canonical_rule(text: str) -> str | None:
     """The name of a rule as plans write it, or ``None`` if it is none.
 
-    >>> canonical_rule("energy-.990"), canonical_rule("energy-2")
-    ('energy-0.99', None)
+    >>> canonical_rule("energy-.990"), canonical_rule("energy-2"), canonical_rule("k02"), canonical_rule("global-1")
+    ('energy-0.99', None, 'k2', 'global-1')
+    >>> canonical_rule("places-7+0-2+3")
+    'places-0-3+7'
     """
     if text in _RULES:
         return text
-    if not text.startswith(_ENERGY):
+    if rank := _RANK.fullmatch(text):
+        return f"k{int(rank[1])}"
+    if text.startswith(_PLACES) and _LIST.fullmatch(listed := text.removeprefix(_PLACES)):
+        places = _read_places(listed)
+        return None if places is None else places_rule(places)
+    for prefix, most in ((_ENERGY, 1.0), (_GLOBAL, math.inf)):
+        if text.startswith(prefix):
+            try:
+                number = float(text.removeprefix(prefix))
+            except ValueError:
+                return None
+            return f"{prefix}{int(number) if number.is_integer() else number!r}" if 0 < number < most else None
+    return None
+
+
+def places_rule(places: Iterable[int]) -> str | None:
+    """The rule that counts the components at these places, from 0; ``None`` for none.
+
+    >>> places_rule([7, 0, 1, 2])
+    'places-0-2+7'
+    """
+    runs: list[list[int]] = []
+    for place in sorted({*places}):
+        if runs and runs[-1][1] == place:
+            runs[-1][1] += 1
+        else:
+            runs.append([place, place + 1])
+    text = "+".join(f"{start}-{stop - 1}" if stop - start > 1 else f"{start}" for start, stop in runs)
+    return f"{_PLACES}{text}" if text else None
+
+
+def listed_places(rule: float | str) -> tuple[Run, ...] | None:
+    """The runs of components that a rule lists, ascending; ``None`` if it is no list."""
+    if not isinstance(rule, str) or not rule.startswith(_PLACES):
         return None
-    try:
-        share = float(text.removeprefix(_ENERGY))
-    except ValueError:
+    parts = (part.partition("-") for part in rule.removeprefix(_PLACES).split("+"))
+    return tuple((int(first), int(last or first) + 1) for first, _, last in parts)
+
+
+def fixed_rank(rule: float | str) -> int | None:
+    """The rank that a rule asks of any matrix; ``None`` if it is not such a rule."""
+    match = _RANK.fullmatch(rule) if isinstance(rule, str) else None
+    return None if match is None else int(match[1])
+
+
+def mean_rank(rule: float | str) -> float | None:
+    """The mean rank over its matrices that a rule asks for; ``None`` if it is not such a rule."""
+    is_one = isinstance(rule, str) and rule.startswith(_GLOBAL)
+    return float(str(rule).removeprefix(_GLOBAL)) if is_one else None
+
+
+def global_ranks(values: Sequence[Tensor], mean: float) -> list[int]:
+    """The rank of each of several matrices when one threshold keeps ``mean`` directions of a matrix on average.
+
+    The largest singular values of all matrices together are kept, ``round(mean * len(values))`` of them, at least one;
+    of equal ones those of the earlier matrix. None that is 0 is kept.
+
+    Args:
+        values: singular values of each matrix, descending, float64.
+        mean: directions per matrix.
+
+    >>> global_ranks([torch.tensor([3.0, 1.0]), torch.tensor([2.0, 0.5])], 1)
+    [1, 1]
+    >>> global_ranks([torch.tensor([3.0, 2.0]), torch.tensor([1.0, 0.5])], 1)
+    [2, 0]
+    """
+    owner = torch.cat([torch.full((len(each),), i) for i, each in enumerate(values)])
+    count = min(max(round(mean * len(values)), 1), len(owner))
+    together = torch.cat([each.cpu() for each in values])
+    first = together.argsort(descending=True, stable=True)[:count]
+    first = first[together[first] > 0]
+    return torch.bincount(owner[first], minlength=len(values)).tolist()
+
+
+def _read_places(text: str) -> list[int] | None:
+    """The places of a list; ``None`` if it has a run from a place to an earlier one."""
+    runs = [part.partition("-") for part in text.split("+")]
+    ends = [(int(first), int(last or first)) for first, _, last in runs]
+    if any(last < first for first, last in ends):
         return None
-    return f"{_ENERGY}{share!r}" if 0 < share < 1 else None
+    if sum(last - first for first, last in ends) > _MOST_PLACES:
+        raise ValueError(f"a list of places may count at most {_MOST_PLACES:,}, got {clipped(text)}")
+    return [place for first, last in ends for place in range(first, last + 1)]
 
 
 def rank_by(rule: str, values: Tensor, shape: tuple[int, int]) -> int:
     """The rank that ``rule`` keeps.
 
     Args:
-        rule: one of :data:`RANK_RULES`.
+        rule: one of :data:`RANK_RULES` that knows a rank from one matrix alone.
         values: singular values, descending, float64, shape (min(m, n),).
         shape: (m, n) of the matrix.
+
+    Raises:
+        ValueError: for one that needs more than this matrix.
     """
+    if mean_rank(rule) is not None:
+        raise ValueError(f"{rule} is one threshold for all matrices of a reduction: of one alone there is no rank")
+    if (rank := fixed_rank(rule)) is not None:
+        return min(rank, len(values))
     if not len(values):
         return 0  # of a matrix without rows or columns
     values = values / unit(values)

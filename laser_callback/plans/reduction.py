@@ -10,7 +10,7 @@ from typing import Any
 
 import regex
 
-from laser_callback.plans.rank_rules import RANK_RULES, canonical_rule
+from laser_callback.plans.rank_rules import RANK_RULES, Run, canonical_rule, fixed_rank, listed_places, mean_rank
 from laser_callback.support.reading import shown
 from laser_callback.support.suggest import clipped
 
@@ -54,8 +54,19 @@ class Reduction:
         scale: what is removed is multiplied by this factor instead of dropped; 0 drops it, 1 changes nothing.
         of: ``"rank"``: components are singular directions, as in the paper. ``"entries"``: they are the entries, from
             the largest magnitude on (the paper's code calls this pruning); rho and band are fractions of their number.
+            ``"reference"``: singular directions as the paper's code finds them, by ``torch.svd_lowrank``.
         blocks: cut the rows in so many groups of neighbours, as equal as can be, and reduce each like a matrix of its
             own (arXiv 2510.20800).
+        cut: ``"weight"``, or ``"delta"``: the difference to what the model was fine-tuned from, and nothing else
+            (delta mode). Then a ``base`` is needed wherever the plan is used.
+        metric: ``"inputs"`` takes the singular directions of the matrix in the metric of its inputs, those of W S with
+            S S' their second moments, so that what is removed changes the outputs least (SVD-LLM, arXiv 2403.07378,
+            section 3.1). They are not in the weights: a search finds them, and a recipe brings them along.
+        norm: ``"whole"`` multiplies what is left so that it has the Frobenius norm of the whole (arXiv 2510.00553 does
+            so with the first direction of what reinforcement learning has changed).
+        bias: ``"cut"``, with a rho of 0: the layer's bias goes with its matrix, so that the layer gives nothing.
+        noise: in place of the cut, add Gaussian noise with the Frobenius norm of what the cut removes; the number is
+            its seed. For comparison: does any change of this size do the same?
 
     Raises:
         ValueError, TypeError: naming the field, what was expected and what was got.
@@ -71,6 +82,11 @@ class Reduction:
     scale: float = 0.0
     of: str = "rank"
     blocks: int = 1
+    cut: str = "weight"
+    metric: str = "none"
+    norm: str = "part"
+    bias: str = "kept"
+    noise: int | None = None
 
     def __post_init__(self) -> None:
         _check_layer(self.layer, self.matrix)
@@ -91,20 +107,46 @@ class Reduction:
             raise ValueError(f"`stack` goes with a `layer`; put {shown(self.stack)} into the /regex/ instead")
         if self.expert is not None and (type(self.expert) is not int or self.expert < 0):
             raise ValueError(f"`expert` must be a non-negative integer or None, got {shown(self.expert)}")
-        if self.keep not in ("head", "tail"):
-            raise ValueError(f"`keep` must be 'head' or 'tail', got {shown(self.keep)}")
+        for field, known in _WORDS.items():
+            if getattr(self, field) not in known:
+                names = ", ".join(map(repr, known[:-1]))
+                raise ValueError(f"`{field}` must be {names} or {known[-1]!r}, got {shown(getattr(self, field))}")
         object.__setattr__(self, "band", _check_number(self.band, "band"))
         if not 0 < self.band <= 1:
             raise ValueError(f"`band` must be a number above 0 and at most 1, got {shown(self.band)}")
         if self.keep == "tail" and self.band != 1:
             raise ValueError(f"`band` goes with keep='head'; keep='tail' removes the first k, got band {self.band}")
         object.__setattr__(self, "scale", _check_number(self.scale, "scale"))
-        if self.of not in ("rank", "entries"):
-            raise ValueError(f"`of` must be 'rank' or 'entries', got {shown(self.of)}")
-        if self.of == "entries" and isinstance(self.rho, str):
-            raise ValueError(f"`rho` must be a number with of='entries': the rule {self.rho!r} needs singular values")
         if type(self.blocks) is not int or self.blocks < 1:
             raise ValueError(f"`blocks` must be a positive integer, got {shown(self.blocks)}")
+        if self.noise is not None and (type(self.noise) is not int or self.noise < 0):
+            raise ValueError(f"`noise` must be a seed, a non-negative integer, or None, got {shown(self.noise)}")
+        self._check_together()
+
+    def _check_together(self) -> None:
+        """What each field says may be right, and both not."""
+        joint = listed_places(self.rho) is not None or mean_rank(self.rho) is not None
+        if self.of == "entries" and isinstance(self.rho, str):
+            raise ValueError(f"`rho` must be a number with of='entries': the rule {self.rho!r} needs singular values")
+        if self.of == "entries" and self.norm == "whole":
+            raise ValueError("norm='whole' goes with of='rank': of entries it is not offered")
+        if joint and (self.blocks != 1 or self.band != 1):
+            raise ValueError(f"`blocks` and `band` do not go with {self.rho}: both count from the largest on")
+        if self.bias == "cut":
+            own = {"rho": self.rho, **{name: getattr(self, name) for name in ("keep", "of", "band", "norm")}}
+            other = [f"{name} {value}" for name, value in own.items() if value != {**_OPTIONS, "rho": 0}[name]]
+            if other:
+                raise ValueError(f"bias='cut' goes with a cut that keeps nothing, rho 0, got {', '.join(other)}")
+        if self.metric == "inputs" and (self.of != "rank" or self.blocks != 1):
+            raise ValueError("metric='inputs' goes with of='rank' and blocks=1: it is about a matrix' own directions")
+        if self.of == "reference":
+            own = {name: getattr(self, name) for name in ("keep", "band", "scale", "blocks", "cut", "metric", "norm")}
+            other = [name for name, value in own.items() if value != _OPTIONS[name]]
+            if other or isinstance(self.rho, str):
+                raise ValueError(
+                    "of='reference' keeps the head at a numeric rho and drops the rest, as the paper's code does, got "
+                    + (f"rho {self.rho}" if isinstance(self.rho, str) else ", ".join(other))
+                )
 
     def __str__(self) -> str:
         stack = f"{self.stack}." if self.stack else ""
@@ -116,14 +158,46 @@ class Reduction:
         return f"{stack}{layer}{self.matrix}{expert}@{rho}{':' if options else ''}{','.join(options)}"
 
     def rank(self, max_rank: int) -> int:
-        """The rank k = floor(rho * max_rank), at least 1 when rho > 0. Only for a numeric rho."""
+        """The rank k = floor(rho * max_rank), at least 1 when rho > 0; or what ``k2`` or a list of places counts."""
+        if (runs := listed_places(self.rho)) is not None:
+            return sum(stop - start for start, stop in runs)
+        if (rank := fixed_rank(self.rho)) is not None:
+            return min(rank, max_rank)
         if isinstance(self.rho, str):
             raise TypeError(f"the rank of {self} depends on the spectrum; see `spectrum.Spectrum.rank`")
+        if self.of == "reference":
+            return int(max_rank * self.rho)  # in floating point, as in the paper's code: it may be one lower, and 0
         return part_of(self.rho, max_rank)
 
-    def removed(self, first: int, size: int) -> tuple[int, int]:
-        """Which of ``size`` components are removed, [start, stop), if ``first`` of them are those that rho counts."""
-        return (0, first) if self.keep == "tail" else (first, min(first + part_of(self.band, size), size))
+    @property
+    def is_ruled(self) -> bool:
+        """Whether its rank depends on singular values."""
+        return isinstance(self.rho, str) and fixed_rank(self.rho) is None and listed_places(self.rho) is None
+
+    def removed(self, first: int, size: int) -> tuple[Run, ...]:
+        """Which of ``size`` components are removed, as ascending runs, if rho counts the ``first`` of them.
+
+        Raises:
+            ValueError: if rho lists a place that there is not.
+        """
+        counted: tuple[Run, ...] = ((0, first),)
+        if (listed := listed_places(self.rho)) is not None:
+            counted = listed
+            if counted[-1][1] > size:
+                raise ValueError(f"{clipped(self)} names place {counted[-1][1] - 1}, of {size}, counted from 0")
+        if self.keep == "tail":
+            removed = counted
+        elif listed is None:
+            removed = ((first, min(first + part_of(self.band, size), size)),)
+        else:
+            ends = [0, *(end for run in counted for end in run), size]
+            removed = tuple(zip(ends[::2], ends[1::2], strict=True))
+        return tuple((start, stop) for start, stop in removed if start < stop)
+
+    @property
+    def is_spectral(self) -> bool:
+        """Whether it takes out singular directions of the whole matrix, or of its difference to the base."""
+        return self.of == "rank" and self.blocks == 1 and self.metric == "none"
 
     @property
     def is_truncation(self) -> bool:
@@ -153,7 +227,7 @@ class Reduction:
                 raise ValueError(
                     f"cannot read the option {shown(option)} in {shown(text.strip())}: options are {known}"
                 )
-            options[key] = _int(value, key) if key == "blocks" else value
+            options[key] = _int(value, key) if key in ("blocks", "noise") else value
         layer = part["layer"]
         return cls(
             layer=int(layer) if layer and re.fullmatch(r"-?\d+", layer) else layer,
@@ -169,7 +243,15 @@ class Reduction:
         return {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
 
 
-_OPTIONS = {f.name: f.default for f in fields(Reduction) if f.name in ("keep", "band", "scale", "of", "blocks")}
+_OPTIONS = {f.name: f.default for f in fields(Reduction) if f.name not in ("layer", "matrix", "rho", "stack", "expert")}
+_WORDS = {
+    "keep": ("head", "tail"),
+    "of": ("rank", "entries", "reference"),
+    "cut": ("weight", "delta"),
+    "metric": ("none", "inputs"),
+    "norm": ("part", "whole"),
+    "bias": ("kept", "cut"),
+}
 
 
 def _check_layer(layer: Any, matrix: Any) -> None:
@@ -216,7 +298,7 @@ def part_of(share: float, size: int) -> int:
 
 def _int(text: str, field: str) -> int:
     if not re.fullmatch(r"\d{1,9}", text):
-        raise ValueError(f"`{field}` must be a positive integer, got {shown(text)}")
+        raise ValueError(f"`{field}` must be an integer from 0 on, got {shown(text)}")
     return int(text)
 
 

@@ -74,10 +74,11 @@ def spectrum(axis: Axes, cut: CutSpectrum) -> None:
 
     values = [value for value in cut.values if value > 0]
     floor = max(values[-1], values[0] * 1e-6)  # what is below is rounding, and would flatten the rest
-    count, (start, stop) = min(cut.shape), cut.removed
+    count = min(cut.shape)
     axis.semilogy([place + 0.5 for place in cut.places], [max(v, floor) for v in cut.values], color=INK, linewidth=1.5)
-    axis.axvspan(start, stop, color=SHADES[-4], alpha=0.35, linewidth=0)
-    for edge in {start, stop} - {0, count}:
+    for start, stop in cut.removed:
+        axis.axvspan(start, stop, color=SHADES[-4], alpha=0.35, linewidth=0)
+    for edge in {edge for run in cut.removed for edge in run} - {0, count}:
         axis.axvline(edge, color=WORSE, linewidth=1.2, linestyle="--")
     axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if values[0] < 200 * floor else (1,)))
     axis.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
@@ -88,9 +89,8 @@ def spectrum(axis: Axes, cut: CutSpectrum) -> None:
 
 def kept_text(cut: CutSpectrum) -> str:
     """How much of a cut matrix is kept."""
-    start, stop = cut.removed
     count = min(cut.shape)
-    kept = f"{count - (stop - start):,} of {count:,} directions kept"
+    kept = f"{count - sum(stop - start for start, stop in cut.removed):,} of {count:,} directions kept"
     return f"{kept}, {percent(cut.energy)} of the squared singular values"
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 
 from laser_callback.compare.measure import Table
 from laser_callback.plans.plan import LaserPlan
+from laser_callback.plans.target import Target
 from laser_callback.results.candidates import Candidate
 from laser_callback.results.search import SearchResult, Trade, mark_efficient
 from laser_callback.search.budget import Budget, OutOfTimeError
@@ -127,6 +128,8 @@ class Course:
         found = lab.targets(self.within, steps.base)
         if not found:
             return None
+        if self.paper:
+            found = [Target(target.matrices, {**target.address, "of": "reference"}) for target in found]
         has_screen = "screen" in steps.sets.sizes
         context = Context(
             lab.module,

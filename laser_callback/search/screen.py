@@ -127,11 +127,11 @@ class GradientScreen(pl.Callback):
                     )
                 self._places.setdefault(id(matrix.parameter), {})[view, matrix.name] = matrix
                 parameters[id(matrix.parameter)] = matrix.parameter
-        wanted = [matrix for places in self._places.values() for matrix in places.values()]
-        self._spectra.ahead([(matrix.value, matrix.name) for matrix in wanted])
+        wanted = [(matrix, view) for places in self._places.values() for (view, _), matrix in places.items()]
+        self._spectra.ahead([(matrix.value, matrix.name, view.cut) for matrix, view in wanted])
         # No weight changes here: what memory has room for is not looked up by its content again in every batch.
         self._found: dict[tuple[View, str], Spectrum] = {}
-        self._keeps = sum(size_for(matrix.shape) for matrix in wanted) <= self._spectra.memory_bytes
+        self._keeps = sum(size_for(matrix.shape) for matrix, _ in wanted) <= self._spectra.memory_bytes
         self._put_in(pl_module, parameters)
 
     @override
@@ -240,10 +240,11 @@ class GradientScreen(pl.Callback):
         batch = self._batches[-1]
         for (view, name), matrix in self._places[id(parameter)].items():
             weight = matrix.read(parameter.data)
-            spectrum = self._found.get((view, name)) or view.spectrum(weight, name, self._spectra)
+            spectrum = self._found.get((view, name)) or self._spectra.of(weight, name, view.cut)
             if self._keeps:
                 self._found[view, name] = spectrum
-            found = derivatives(matrix.read(gradient), view.operand(weight, name, self._spectra), spectrum)
+            operand = self._spectra.operand(weight, name, view.cut)
+            found = derivatives(matrix.read(gradient), operand, spectrum)
             if not bool(found.isfinite().all()):
                 raise ValueError(f"the gradient of `{name}` holds NaN or infinite values")
             batch[view, name] = batch[view, name] + found if (view, name) in batch else found

@@ -248,7 +248,7 @@ class LaserSearch:
     def _spectra(self) -> Spectra:
         if self.base is not None:
             return Spectra.default(BaseWeights(self.base, self.module))
-        return self.spectra or (Spectra(method="reference") if self.method == "paper" else Spectra.default())
+        return self.spectra or Spectra.default()
 
     def _check_needs(self, sets: ExampleSets, spectra: Spectra) -> None:
         """Whether there is what the strategies cannot do without."""

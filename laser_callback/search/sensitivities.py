@@ -11,8 +11,8 @@ What is factorised of a matrix is a :class:`View` of it: the weight, or its diff
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -25,8 +25,8 @@ from laser_callback.spectra.store import Spectra
 from laser_callback.support.journal import Step
 from laser_callback.support.reading import typed
 
-_TOLD = {"layer", "matrix", "stack", "expert", "rho", "keep", "band", "scale", "cut"}
-"""What a reduction may say and still multiply each direction of a view; anything else changes more than these."""
+_OTHER = {"of": "rank", "blocks": 1, "metric": "none", "noise": None}
+"""What a reduction must not change, to be a factor for each direction of a view."""
 
 
 @dataclass(frozen=True)
@@ -41,19 +41,9 @@ class View:
 
     @classmethod
     def of(cls, reduction: Reduction) -> View | None:
-        """The view whose directions a reduction removes or scales; ``None`` if it does anything else."""
-        own = {f.name for f in fields(reduction) if getattr(reduction, f.name) != f.default}
-        return cls(getattr(reduction, "cut", "weight")) if own <= _TOLD else None
-
-    # Whether the difference to a base is cut is still a property of the spectra, and the same for all views.
-
-    def spectrum(self, weight: Tensor, name: str, spectra: Spectra) -> Spectrum:
-        """Of what is factorised of the matrix ``name``."""
-        return spectra.of(weight, name)
-
-    def operand(self, weight: Tensor, name: str, spectra: Spectra) -> Tensor:
-        """What is factorised of the matrix ``name``, shape (m, n)."""
-        return spectra.operand(weight, name)
+        """The view whose directions a reduction multiplies; ``None`` if it does anything else."""
+        multiplies = all(getattr(reduction, name) == value for name, value in _OTHER.items())
+        return cls(cast("Any", reduction.cut)) if multiplies else None
 
 
 Views = Mapping[View, Sequence[WeightMatrix]]
@@ -86,7 +76,7 @@ class Sensitivities:
         its place (the empirical Fisher matrix for the Hessian) lost the best cut on the benchmark.
 
         Args:
-            cuts: of a resolved plan.
+            cuts: of a resolved plan, each of which knows its rank (:meth:`Spectra.settled`).
             spectra: asked for the rank that a rule keeps.
 
         Returns:
@@ -110,13 +100,18 @@ class Sensitivities:
 
     def _change(self, view: View, matrix: WeightMatrix, reduction: Reduction, spectra: Spectra) -> Tensor:
         """Of each batch, what the removed directions add up to times what becomes of them; shape (batches,)."""
-        if isinstance(reduction.rho, str):
-            rank = view.spectrum(matrix.value, matrix.name, spectra).rank(reduction)
+        if reduction.norm == "whole":  # which changes those that stay, too
+            gains = spectra.of(matrix.value, matrix.name, view.cut).gains(reduction).cpu()
+            return self.views[view][matrix.name] @ (gains - 1)
+        if reduction.is_ruled:
+            removed = spectra.of(matrix.value, matrix.name, view.cut).removed(reduction)
         else:
-            rank = reduction.rank(matrix.max_rank)
-        start, stop = reduction.removed(rank, matrix.max_rank)
+            removed = reduction.removed(reduction.rank(matrix.max_rank), matrix.max_rank)
         tails = self._tails_of(view, matrix.name)
-        return (reduction.scale - 1) * (tails[:, start] - tails[:, stop])
+        gone = torch.zeros(self.batches, dtype=torch.float64)
+        for start, stop in removed:
+            gone += tails[:, start] - tails[:, stop]
+        return (reduction.scale - 1) * gone
 
     def _tails_of(self, view: View, name: str) -> Tensor:
         """Of each batch the sums from each direction on to the last, shape (batches, min(m, n) + 1)."""

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from laser_callback.compare.language_model import kind_of
 from laser_callback.plans.plan import LaserPlan
-from laser_callback.shipping.thin import gains_of, thin_factors, why_not_thin
+from laser_callback.shipping.thin import thin_factors, why_not_thin
 from laser_callback.spectra.spectrum import refuse_out_of_range
 from laser_callback.spectra.store import Spectra
 
@@ -27,13 +27,18 @@ Factors = Mapping[str, tuple[Tensor, Tensor]]
 
 
 def difference_of(model: PreTrainedModel, plan: LaserPlan, spectra: Spectra) -> Factors:
-    """What the cut adds to each planned matrix of ``model`` (delta mode: of its base), as thin factors in float64.
+    """What the cut adds to each planned matrix of ``model``, or in delta mode of its base, as thin factors in float64.
 
     Raises:
         ValueError: if a matrix is not the whole weight of a linear layer, or its difference is no smaller than itself;
             in delta mode if fine-tuning has changed more than what is planned.
     """
-    planned, base = plan.resolve(model), spectra.base
+    base = spectra.base if plan.cuts_delta else None
+    if base is not None and not all(reduction.cut == "delta" for reduction in plan):
+        raise ValueError("no one adapter is for the weights and for what fine-tuning has changed: split the plan")
+    planned = spectra.settled(plan.resolve(model))
+    if biases := [matrix.name for matrix, _ in planned if matrix.is_bias]:
+        raise ValueError(f"`{biases[0]}` is a bias, which no adapter holds. Write the cut as dense instead")
     left = [] if base is None else base.changed_besides([matrix for matrix, _ in planned])
     if left:
         raise ValueError(
@@ -45,10 +50,10 @@ def difference_of(model: PreTrainedModel, plan: LaserPlan, spectra: Spectra) -> 
         weight = matrix.value
         if base is None and spectra.changes_nothing(weight, reduction, matrix.name):
             continue
-        if why := why_not_thin(matrix, reduction, spectra):
+        if why := why_not_thin(matrix, reduction):
             raise ValueError(f"`{matrix.name}` cannot have an adapter: {why}. Write the cut as dense instead")
-        spectrum = spectra.of(weight, matrix.name)
-        change = gains_of(reduction, spectrum) - (1 if base is None else 0)
+        spectrum = spectra.of(weight, matrix.name, reduction.cut)
+        change = spectrum.gains(reduction) - (1 if base is None else 0)
         rank, own = int(((change != 0) & (spectrum.values > 0)).sum()), weight.numel()
         numbers = rank * sum(matrix.shape)
         if numbers >= own:
@@ -59,7 +64,7 @@ def difference_of(model: PreTrainedModel, plan: LaserPlan, spectra: Spectra) -> 
                 + (" or factored" if base is None else "")
             )
         if rank:
-            factors[matrix.name] = thin_factors(spectra.operand(weight, matrix.name), spectrum, change)
+            factors[matrix.name] = thin_factors(spectra.operand(weight, matrix.name, reduction.cut), spectrum, change)
     return factors
 
 

@@ -29,7 +29,7 @@ from laser_callback.shipping.undo import save_undo
 from laser_callback.spectra.store import Spectra
 from laser_callback.support.files import appearing
 from laser_callback.support.pretrained import pretrained_in, save_about, save_weights
-from laser_callback.surgery.recipe import Recipe, need_recipe_ending, recorded, spectra_for
+from laser_callback.surgery.recipe import Recipe, need_recipe_ending, recorded
 
 Form = Literal["recipe", "dense", "checkpoint", "factored", "adapter", "undo"]
 
@@ -82,8 +82,8 @@ def save_reduced(
     path, plan = Path(path), Recipe.of(plan)
     if form not in get_args(Form):
         raise ValueError(f"`form` must be one of {', '.join(get_args(Form))}, got {form!r}")
-    spectra = spectra_for(plan) if spectra is None else spectra
-    base = None if spectra.base is None else spectra.base.digest
+    spectra = Spectra() if spectra is None else spectra
+    base = spectra.base.digest if spectra.base is not None and plan.cuts_delta else None
     numbers = None if result is None else numbers_of(result, plan, base)
     if form == "undo":
         return save_undo(model, plan, path, spectra, numbers=numbers)
@@ -152,8 +152,9 @@ def _save_adapter(
 ) -> Recipe:
     with recorded(model, plan, spectra, numbers=numbers) as (_, recipe):
         pass
-    original = "original" if spectra.base is None else "base"
-    name = hub_name(model.name_or_path if spectra.base is None else spectra.base.name)
+    base = spectra.base if plan.cuts_delta else None
+    original = "original" if base is None else "base"
+    name = hub_name(model.name_or_path if base is None else base.name)
     save_adapter(model, difference_of(model, plan, spectra), folder, name)
     usage = f'from peft import PeftModel\n\nmodel = PeftModel.from_pretrained({original}, "this-folder")'
     notes = [f"The {original} with this adapter is the reduced model, up to rounding; without it, the {original}."]

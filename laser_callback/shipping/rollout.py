@@ -20,7 +20,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from laser_callback.compare.measure import Lab
 from laser_callback.compare.module import LaserModule
-from laser_callback.plans.plan import LaserPlan
+from laser_callback.plans.plan import LaserPlan, check_base
 from laser_callback.plans.reduction import Reduction
 from laser_callback.results.comparison import LaserResult
 from laser_callback.results.rollout import GainAt, RolloutResult
@@ -50,6 +50,8 @@ def one_by_one(plan: LaserPlan | str) -> list[LaserPlan]:
 def in_steps(plan: LaserPlan | str, rhos: Iterable[float]) -> list[LaserPlan]:
     """Stages that cut the whole plan deeper and deeper: at each rho, but no reduction below its own, then as planned.
 
+    Biases are cut in a stage that cuts their matrix to nothing, and in no stage before.
+
     Raises:
         ValueError: if a rho is not in (0, 1), or the plan has a rule in place of a number.
 
@@ -64,7 +66,7 @@ def in_steps(plan: LaserPlan | str, rhos: Iterable[float]) -> list[LaserPlan]:
     def at(reduction: Reduction, rho: float) -> Reduction:
         if isinstance(reduction.rho, str):
             raise ValueError(f"a plan cut in steps must have a number for each rho, got {reduction}")
-        return replace(reduction, rho=max(rho, reduction.rho))
+        return reduction if rho <= reduction.rho else replace(reduction, rho=rho, bias="kept")
 
     stages = [LaserPlan(at(reduction, rho) for reduction in plan) for rho in rhos]
     return [stage for stage in stages if stage != plan] + [plan]
@@ -160,6 +162,8 @@ class StagedRollout:
         for plan in self.result.declared:
             plan.resolve(self.module)
         lab = Lab(self.module, self.spectra or Spectra.default(), self.accelerator, self.precision)
+        if lab.spectra.base is None:
+            check_base(self.result.declared, given=False)
         self._gates.prepare(lab, self.result.declared[0])
         self.result.settings = {
             "gates": [str(gate) for gate in self._gates.gates],

@@ -26,7 +26,7 @@ from laser_callback.plans.reduction import Reduction
 from laser_callback.spectra.spectrum import Spectrum, as_double
 from laser_callback.spectra.store import Spectra
 from laser_callback.support.interrupts import whole
-from laser_callback.surgery.recipe import Recipe, recorded, spectra_for
+from laser_callback.surgery.recipe import Recipe, recorded
 from laser_callback.surgery.swap import reduced
 
 MAX_SHARE = 0.5
@@ -117,22 +117,17 @@ def factored(
     if not 0 < max_share <= 1:
         raise ValueError(f"`max_share` must be a number above 0 and at most 1, got {max_share!r}")
     plan = Recipe.of(plan)
-    spectra = spectra_for(plan) if spectra is None else spectra
-    if spectra.base is not None:
-        raise ValueError(
-            "the difference to a base is of low rank, the sum is not, and no thin layers can stand for it: write the "
-            "model as dense, or the difference as an adapter of the base"
-        )
+    spectra = Spectra() if spectra is None else spectra
     layers: dict[str, FactoredLinear] = {}
     dense: dict[str, str] = {}
     places: list[tuple[_Place, nn.Module]] = []
     registered, owners = _places(model), _owners(model)
-    for matrix, reduction in plan.resolve(model):
+    for matrix, reduction in spectra.settled(plan.resolve(model)):
         original = matrix.value
-        if spectra.changes_nothing(original, reduction, matrix.name):
+        if matrix.is_bias or spectra.changes_nothing(original, reduction, matrix.name):
             continue
         own = registered.get(matrix.module, [])
-        why = why_not_thin(matrix, reduction, spectra) or _why_in_use(matrix, own, owners[matrix.parameter])
+        why = why_not_thin(matrix, reduction) or _why_in_use(matrix, own, owners[matrix.parameter])
         layer = why or _thin_layer(matrix, reduction, spectra, max_share)
         if isinstance(layer, FactoredLinear):
             layers[matrix.name] = layer
@@ -186,14 +181,6 @@ def make_room(model: nn.Module, ranks: Mapping[str, int]) -> None:
     _put(places)
 
 
-def gains_of(reduction: Reduction, spectrum: Spectrum) -> Tensor:
-    """What ``reduction`` multiplies each singular value by, float64, shape (min(m, n),)."""
-    gains = torch.ones_like(spectrum.values)
-    start, stop = reduction.removed(spectrum.rank(reduction), len(gains))
-    gains[start:stop] = reduction.scale
-    return gains
-
-
 def thin_factors(matrix: Tensor, spectrum: Spectrum, gains: Tensor) -> tuple[Tensor, Tensor]:
     """The sum of gains[i] s_i u_i v_i' over the singular values s_i of ``matrix`` as a product of two thin matrices.
 
@@ -219,9 +206,9 @@ def thin_factors(matrix: Tensor, spectrum: Spectrum, gains: Tensor) -> tuple[Ten
 _LINEAR = ("Linear", "Conv1D")
 
 
-def why_not_thin(matrix: WeightMatrix, reduction: Reduction, spectra: Spectra) -> str | None:
+def why_not_thin(matrix: WeightMatrix, reduction: Reduction) -> str | None:
     """``None`` if ``matrix`` is the weight of a plain linear layer, cut along its singular directions."""
-    if spectra.method != "exact" or reduction.of != "rank" or reduction.blocks != 1:
+    if not reduction.is_spectral or reduction.noise is not None:
         return "it is not cut along its singular directions"
     if matrix.expert is not None and matrix.parameter.ndim == 3:
         return "it is an expert in a 3-D tensor"
@@ -258,9 +245,11 @@ def _reads_weight(parent: nn.Module, name: str) -> bool:
 
 def _thin_layer(matrix: WeightMatrix, reduction: Reduction, spectra: Spectra, max_share: float) -> FactoredLinear | str:
     """The layer, or why there is none."""
+    if reduction.cut == "delta":
+        return "the difference to a base is of low rank, and the sum is not"
     original, (rows, columns) = matrix.value, matrix.shape
     spectrum = spectra.of(original, matrix.name)
-    gains = gains_of(reduction, spectrum)
+    gains = spectrum.gains(reduction)
     rank, most = int((gains != 0).sum()), int(max_share * rows * columns / (rows + columns))
     if rank > most:
         return f"its rank is {rank}, and two thin layers are worth it up to {most}"

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from laser_callback.plans.matrices import same_name
 from laser_callback.plans.plan import LaserPlan
 from laser_callback.plans.reduction import Reduction
-from laser_callback.spectra.store import Spectra
+from laser_callback.spectra.store import Resolved, Spectra
 from laser_callback.support.files import appearing, need_files
 from laser_callback.support.reading import parse_plain, shown
 from laser_callback.surgery.recipe import CutMatrix, Recipe, matrix_hash, recorded
@@ -79,7 +79,7 @@ def restore(model: nn.Module, path: str | Path) -> Recipe:
     """
     recipe, packed = _read(Path(path))
     # To restore is to apply the recipe the other way round, with originals looked up instead of cuts computed.
-    back = Recipe(recipe, [replace(m, before=m.after, after=m.before) for m in recipe.matrices], recipe.method)
+    back = Recipe(recipe, [replace(m, before=m.after, after=m.before) for m in recipe.matrices])
     with recorded(model, back, _Originals(back, packed, path)) as (cut, _):
         cut.keep()
     return recipe
@@ -92,7 +92,7 @@ class _Originals(Spectra):
     """
 
     def __init__(self, recipe: Recipe, packed: Mapping[str, Tensor], path: str | Path) -> None:
-        super().__init__(method=recipe.method)
+        super().__init__()
         self._records, self._packed, self._path = recipe.matrices, packed, path
 
     def reduce(self, matrix: Tensor, reduction: Reduction, name: str = "matrix") -> Tensor:
@@ -101,6 +101,12 @@ class _Originals(Spectra):
             return _unpack(self._packed[record.name], record).to(matrix.device)
         except (zlib.error, ValueError) as error:
             raise ValueError(f"{self._path} is damaged: {error}") from error
+
+    def settled(self, resolved: Resolved) -> Resolved:
+        return resolved
+
+    def ahead(self, matrices: Sequence[tuple[Tensor, str, str]]) -> None:
+        pass
 
     def changes_nothing(self, matrix: Tensor, reduction: Reduction, name: str = "matrix") -> bool:
         return False

@@ -25,7 +25,7 @@ class CutSpectrum:
         matrix: its name in the model.
         reduction: the cut, as text.
         shape: (m, n).
-        removed: the places [start, stop) of the singular values that were removed, counted from 0, the largest first.
+        removed: runs [start, stop) of the singular values that were removed, counted from 0, the largest first.
         energy: share of the squared singular values that is kept where ``scale`` is 0, in [0, 1]; 1 for a zero matrix.
         places: of the singular values in ``values``, ascending: all of a short spectrum, else the head densely.
         values: singular values, descending.
@@ -37,14 +37,16 @@ class CutSpectrum:
     matrix: str
     reduction: str
     shape: tuple[int, int]
-    removed: tuple[int, int]
+    removed: tuple[tuple[int, int], ...]
     energy: float
     places: tuple[int, ...]
     values: tuple[float, ...]
 
     def __post_init__(self) -> None:
-        count, (start, stop) = min(self.shape), self.removed
-        if not 0 <= start <= stop <= count or not all(0 <= place < count for place in self.places):
+        count = min(self.shape)
+        if not all(0 <= start < stop <= count for start, stop in self.removed) or not all(
+            0 <= place < count for place in self.places
+        ):
             raise ValueError(f"`removed` and `places` must be within the {count} of a {self.shape} matrix")
         if len(self.values) != len(self.places) or not all(0 <= value < math.inf for value in self.values):
             raise ValueError(f"`values` must be a finite value for each of {len(self.places)} places")
@@ -53,15 +55,16 @@ class CutSpectrum:
     def of(cls, spectrum: Spectrum, matrix: str, reduction: Reduction) -> CutSpectrum:
         """From the whole spectrum of the matrix ``matrix``, cut as ``reduction`` says."""
         values = spectrum.values.cpu().numpy()
-        start, stop = reduction.removed(spectrum.rank(reduction), len(values))
+        removed = spectrum.removed(reduction)
         squares = (values / unit(spectrum.values)) ** 2
-        energy = 1 - float(squares[start:stop].sum() / squares.sum()) if squares.any() else 1.0
+        gone = sum(float(squares[start:stop].sum()) for start, stop in removed)
+        energy = 1 - gone / float(squares.sum()) if squares.any() else 1.0
         places = _places(len(values))
         return cls(
             matrix,
             str(reduction),
             spectrum.shape,
-            (start, stop),
+            removed,
             min(max(energy, 0.0), 1.0),
             places,
             tuple(float(f"{values[place]:.6g}") for place in places),
@@ -69,16 +72,14 @@ class CutSpectrum:
 
 
 def cut_spectra(matrices: list[tuple[WeightMatrix, Reduction]], spectra: Spectra) -> list[CutSpectrum]:
-    """Of the matrices of a resolved plan, those whose singular directions were cut.
+    """Of the matrices of a resolved plan, those whose own singular directions were cut.
 
-    Left out is what has no such spectrum: entries, blocks of rows, and all cuts of the reference method.
+    Left out is what has no such spectrum: entries, blocks of rows, biases, the reference's cuts, and noise.
     """
-    if spectra.method == "reference":
-        return []
     return [
-        CutSpectrum.of(spectra.of(matrix.value, matrix.name), matrix.name, reduction)
-        for matrix, reduction in matrices
-        if reduction.of == "rank" and reduction.blocks == 1
+        CutSpectrum.of(spectra.of(matrix.value, matrix.name, reduction.cut), matrix.name, reduction)
+        for matrix, reduction in spectra.settled(matrices)
+        if reduction.is_spectral and reduction.noise is None and not matrix.is_bias
     ]
 
 

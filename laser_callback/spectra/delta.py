@@ -1,9 +1,9 @@
 """Delta mode: cut what fine-tuning has changed and nothing else, W_base + rank_k(W - W_base).
 
-Contract: delta mode is a property of the :class:`~laser_callback.spectra.Spectra` that a run uses. With ``base=`` they
-hold :class:`BaseWeights`, which know of each matrix of a model the one that it was fine-tuned from; what is factorised
-and cut is then the difference, in float64, and the sum is rounded once. Plans, search, statistics and surgery are the
-same. What does not fit (other shapes, missing weights, unrelated weights, adapters that are not merged) is an error
+Contract: a reduction with ``cut="delta"`` is in delta mode. The :class:`~laser_callback.spectra.Spectra` of a run hold
+:class:`BaseWeights`, which know of each matrix of a model the one that it was fine-tuned from; what is factorised and
+cut is then the difference, in float64, and the sum is rounded once. Search, statistics and surgery are the same. What
+does not fit (other shapes, missing weights, unrelated weights, adapters that are not merged) is an error
 before any work.
 """
 
@@ -54,7 +54,7 @@ class BaseWeights:
     Example::
 
         base = BaseWeights("HuggingFaceTB/SmolLM2-135M-Instruct", module)
-        with reduced(module, "27.fc_in@0.01", Spectra(base=base)): ...
+        with reduced(module, "27.fc_in@0.01:cut=delta", Spectra(base=base)): ...
     """
 
     def __init__(self, source: BaseSource, model: nn.Module) -> None:
@@ -67,7 +67,7 @@ class BaseWeights:
         matrices = [matrix for matrix in find_matrices(model) if not matrix.obstacle]
         self.name = str(source) if isinstance(source, (str, Path)) else getattr(source, "name_or_path", None)
         weights = _Weights(read_weights(source, model), matrices)
-        self._pairs = weights.matched(matrices)
+        self._pairs = weights.matched([*matrices, *(bias for matrix in matrices if (bias := matrix.bias))])
         known = [matrix for matrix in matrices if matrix.kind is not None]
         _check_complete(known, self._pairs)
         self._changes = {m.name: self._relative_change(m) for m in known if not m.parameter.is_meta}

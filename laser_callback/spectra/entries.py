@@ -16,9 +16,9 @@ def reduce_entries(matrix: Tensor, reduction: Reduction) -> Tensor:
     as small as the largest one removed.
     """
     entries = matrix.flatten()
-    start, stop = reduction.removed(reduction.rank(len(entries)), len(entries))
-    chosen = entries.abs().argsort(descending=True, stable=True)[start:stop]
-    result = entries.clone()
-    scaled = as_double(entries[chosen]) * reduction.scale + 0.0  # no -0.0
-    result[chosen] = scaled.to(device=matrix.device, dtype=matrix.dtype)
+    order, result = entries.abs().argsort(descending=True, stable=True), entries.clone()
+    for start, stop in reduction.removed(reduction.rank(len(entries)), len(entries)):
+        chosen = order[start:stop]
+        scaled = as_double(entries[chosen]) * reduction.scale + 0.0  # no -0.0
+        result[chosen] = scaled.to(device=matrix.device, dtype=matrix.dtype)
     return result.view(matrix.shape)

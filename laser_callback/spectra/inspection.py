@@ -121,7 +121,7 @@ def inspect_model(
     with progress.phase(f"factorising {len(found)} matrices", sum(work)):
         for i, (matrix, amount) in enumerate(zip(found, work, strict=True)):
             if i % SIDE_BY_SIDE == 0:
-                spectra.ahead([(m.value, m.name) for m in found[i : i + SIDE_BY_SIDE]])
+                spectra.ahead([(m.value, m.name, "weight") for m in found[i : i + SIDE_BY_SIDE]])
             values = spectra.of(matrix.value, matrix.name).values.cpu()
             ranks = {rule: rank_by(rule, values, matrix.shape) for rule in RULES}
             place = (matrix.name, matrix.stack, matrix.layer, matrix.kind, matrix.expert, matrix.shape)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from laser_callback.plans.rank_rules import rank_by, unit
+from laser_callback.plans.rank_rules import Run, rank_by, unit
 from laser_callback.plans.reduction import Reduction
 from laser_callback.spectra.eigen import gram_eigen
 
@@ -61,22 +61,52 @@ class Spectrum:
         return (work @ head) @ head.T if self.shape[0] >= self.shape[1] else head @ (head.T @ work)
 
     def rank(self, reduction: Reduction) -> int:
-        """The rank k of a reduction: from its rho, or from the rule it names."""
-        if isinstance(reduction.rho, str):
-            return rank_by(reduction.rho, self.values, self.shape)
+        """The rank k of a reduction: from its rho, or from the rule it names.
+
+        Raises:
+            ValueError: for a rule about all matrices of a reduction, which `Spectra.settled` knows.
+        """
+        if reduction.is_ruled:
+            return rank_by(str(reduction.rho), self.values, self.shape)
         return reduction.rank(min(self.shape))
+
+    def removed(self, reduction: Reduction) -> tuple[Run, ...]:
+        """The runs of singular directions that a reduction removes, from 0, the largest first."""
+        return reduction.removed(self.rank(reduction), len(self.values))
+
+    def gains(self, reduction: Reduction) -> Tensor:
+        """What ``reduction`` multiplies each singular value by, float64, shape (min(m, n),)."""
+        gains = torch.ones_like(self.values)
+        for start, stop in self.removed(reduction):
+            gains[start:stop] = reduction.scale
+        if reduction.norm == "whole":
+            values = self.values / unit(self.values)
+            gains *= _ratio(values, gains * values)
+        return gains
 
     def reduce(self, matrix: Tensor, reduction: Reduction) -> Tensor:
         """``matrix`` without the singular directions that ``reduction`` removes, or with them scaled; shape (m, n).
 
         In ``matrix``' dtype, rounded once at the end.
         """
-        start, stop = reduction.removed(self.rank(reduction), len(self.values))
         work = as_double(matrix)
         work = work / (scale := unit(work))
-        kept = self.truncate(work, start) + (work - self.truncate(work, stop))
-        result = (kept + reduction.scale * (work - kept) if reduction.scale else kept) * scale
-        return result.to(device=matrix.device, dtype=matrix.dtype)
+        if len(removed := self.removed(reduction)) <= 1:
+            start, stop = removed[0] if removed else (len(self.values),) * 2
+            kept = self.truncate(work, start) + (work - self.truncate(work, stop))
+        else:
+            gone = torch.cat([self.basis[:, start:stop] for start, stop in removed], 1)
+            kept = work - ((work @ gone) @ gone.T if self.shape[0] >= self.shape[1] else gone @ (gone.T @ work))
+        result = kept + reduction.scale * (work - kept) if reduction.scale else kept
+        if reduction.norm == "whole" and bool((self.gains(reduction) * self.values).any()):  # else it is rounding
+            result = result * _ratio(work, result)
+        return (result * scale).to(device=matrix.device, dtype=matrix.dtype)
+
+
+def _ratio(whole: Tensor, part: Tensor) -> Tensor:
+    """How much larger the one is than the other in the Frobenius norm; 1 where there is no other."""
+    ratio = whole.norm() / part.norm()
+    return torch.where(ratio.isfinite(), ratio, 1.0)
 
 
 def as_double(matrix: Tensor) -> Tensor:
@@ -99,3 +129,9 @@ def refuse_out_of_range(made: Tensor, name: str) -> None:
             "convert the model to a dtype with a wider range (`model.bfloat16()`, `model.float()`), or leave this "
             "matrix out of the plan, or of `within`"
         )
+
+
+def need_weights(matrix: Tensor, name: str) -> None:
+    """Raise where ``matrix`` has no elements, naming it."""
+    if not matrix.numel():
+        raise ValueError(f"`{name}` is {matrix.shape[0]} x {matrix.shape[1]}, without any weights: leave it out")

@@ -14,16 +14,18 @@ import warnings
 from collections import OrderedDict, deque
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from threading import Lock
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 from weakref import WeakValueDictionary
 
 import numpy
 import torch
 from torch import Tensor
 
-from laser_callback.plans.rank_rules import unit
+from laser_callback.plans.matrices import WeightMatrix
+from laser_callback.plans.rank_rules import global_ranks, mean_rank, unit
 from laser_callback.plans.reduction import Reduction
 from laser_callback.spectra.entries import reduce_entries
 from laser_callback.spectra.folder import (
@@ -34,7 +36,14 @@ from laser_callback.spectra.folder import (
     size_for,
     size_of,
 )
-from laser_callback.spectra.spectrum import Spectrum, refuse_non_finite, refuse_out_of_range
+from laser_callback.spectra.reference import reduce_as_reference
+from laser_callback.spectra.spectrum import (
+    Spectrum,
+    as_double,
+    need_weights,
+    refuse_non_finite,
+    refuse_out_of_range,
+)
 from laser_callback.support.hashing import content_hash
 from laser_callback.support.interrupts import elsewhere, is_awaited
 from laser_callback.support.settings import with_gradients, with_inference
@@ -47,6 +56,8 @@ NEGLIGIBLE = 1e-3
 SIDE_BY_SIDE = 4
 """So many matrices at most are factorised at a time, each on one thread: each needs several times its own memory."""
 
+Resolved = list[tuple[WeightMatrix, Reduction]]
+"""What :meth:`LaserPlan.resolve` gives."""
 
 _lock = Lock()
 """Of what is kept in memory. Not an attribute of it: a module with spectra may be copied, and sent to a process."""
@@ -59,26 +70,16 @@ class Spectra:
 
     Args:
         folder: where factorisations outlive the run; ``None`` keeps them in memory alone.
-        method: ``"exact"``, or ``"reference"`` to reduce as the paper's code does (see below; nothing is kept).
         memory_bytes: hold no more than this in memory; the least recently used go first. A spectrum takes 8 bytes times
             the square of the matrix' shorter side, on the matrix' device.
         disk_bytes: the same for the folder.
-        base: the weights before fine-tuning. What is factorised and cut is then the difference to them (delta mode),
-            and ``matrix``, wherever it is asked for, is the fine-tuned one, by its name.
+        base: the weights before fine-tuning, for reductions with ``cut="delta"``: what is factorised and cut is then
+            the difference to them, and ``matrix``, wherever it is asked for, is the fine-tuned one, by its name.
 
     Attributes:
         factorised: factorisations made.
         loaded: factorisations read from disk.
         seconds: time spent on both, in all threads together.
-
-    The reference method is ``do_low_rank`` of the paper's code (github.com/pratyushasharma/laser): the float32 product
-    of ``torch.svd_lowrank(W, q=k, niter=2)``, which is not the best approximation of rank k but a random one near it.
-    Reproduced are the number of iterations, the lack of oversampling, and the rank ``int(rho * max_rank)`` in floating
-    point, which may be one lower than that of :meth:`Reduction.rank`, and 0. Not reproduced is how that code comes by
-    rho: its ``(10 - 9.9) * 0.1`` gives rank 9 of 1,000, here as there if a plan's rho is that number, but a rho of 0.01
-    gives 10. Nor is its random stream, which has no seed: here the seed comes from the matrix, and torch's generators
-    are left as they were. Weights that a model stores transposed (GPT-2's) are sketched from the other side than there,
-    and its ``niter=20`` for RoBERTa is 2 here.
 
     Raises:
         ValueError: if an argument is out of range.
@@ -88,22 +89,16 @@ class Spectra:
         self,
         folder: str | Path | None = None,
         *,
-        method: Literal["exact", "reference"] = "exact",
         memory_bytes: int = 2**30,
         disk_bytes: int = DISK_BYTES,
         base: BaseWeights | None = None,
     ) -> None:
-        if base is not None and method == "reference":
-            raise ValueError("`method` must be 'exact' where there is a `base`: the paper's code has no delta mode")
-        if method not in ("exact", "reference"):
-            raise ValueError(f"`method` must be 'exact' or 'reference', got {method!r}")
         for argument, value in (("memory_bytes", memory_bytes), ("disk_bytes", disk_bytes)):
             if value < 0:
                 raise ValueError(f"`{argument}` must be a number of bytes, 0 to keep nothing, got {value}")
-        self.method = method
         self.base = base
         self.memory_bytes = memory_bytes
-        self.folder = None if folder is None or method == "reference" else SpectrumFolder(folder, disk_bytes)
+        self.folder = None if folder is None else SpectrumFolder(folder, disk_bytes)
         self.factorised = 0
         self.loaded = 0
         self.seconds = 0.0
@@ -111,7 +106,7 @@ class Spectra:
 
     @classmethod
     def default(cls, base: BaseWeights | None = None) -> Spectra:
-        """Exact, with :func:`default_folder` if there can be one; of the difference to ``base`` if one is given."""
+        """With :func:`default_folder` if there can be one."""
         try:
             folder = default_folder()
         except OSError as error:
@@ -139,8 +134,8 @@ class Spectra:
         with _lock:
             self._memory.clear()
 
-    def ahead(self, matrices: Sequence[tuple[Tensor, str]]) -> None:
-        """Find the spectra of these ``(matrix, name)`` now, several at a time, if there is room for them all.
+    def ahead(self, matrices: Sequence[tuple[Tensor, str, str]]) -> None:
+        """Find the spectra of these ``(matrix, name, cut)`` now, several at a time, if there is room for them all.
 
         Only time is gained: a factorisation uses one thread.
 
@@ -148,12 +143,12 @@ class Spectra:
             ValueError: as :meth:`of` does.
         """
         workers = min(torch.get_num_threads(), len(matrices), SIDE_BY_SIDE)
-        needed = sum(size_for(_shape(matrix)) for matrix, _ in matrices)
-        on_cpu = all(matrix.device.type == "cpu" for matrix, _ in matrices)
-        if self.method == "reference" or workers < 2 or needed > self.capacity or not on_cpu:
+        needed = sum(size_for(_shape(matrix)) for matrix, *_ in matrices)
+        on_cpu = all(matrix.device.type == "cpu" for matrix, *_ in matrices)
+        if workers < 2 or needed > self.capacity or not on_cpu:
             return
 
-        def find(each: tuple[Tensor, str]) -> None:
+        def find(each: tuple[Tensor, str, str]) -> None:
             if not is_awaited():  # what is left to do is done when it is asked for, if at all
                 self._of(self.operand(*each), each[1])
 
@@ -163,21 +158,31 @@ class Spectra:
 
         elsewhere(find_all)
 
-    def operand(self, matrix: Tensor, name: str = "matrix") -> Tensor:
-        """What is factorised and cut, shape (m, n): ``matrix``, or in delta mode its difference to the base."""
-        return matrix if self.base is None else self.base.difference(matrix.detach(), name)
+    def operand(self, matrix: Tensor, name: str = "matrix", cut: str = "weight") -> Tensor:
+        """What is factorised and cut, shape (m, n): ``matrix``, or if ``cut`` is "delta" its difference to the base.
 
-    def of(self, matrix: Tensor, name: str = "matrix") -> Spectrum:
+        Raises:
+            ValueError: if there is no base.
+        """
+        return matrix if cut == "weight" else self._need_base(name).difference(matrix.detach(), name)
+
+    def _need_base(self, name: str) -> BaseWeights:
+        if self.base is None:
+            raise ValueError(
+                f"cut=delta cuts the difference of `{name}` to what it was fine-tuned from, and there is no base: give "
+                "`base`, or in Python spectra=Spectra(base=BaseWeights(..., model))"
+            )
+        return self.base
+
+    def of(self, matrix: Tensor, name: str = "matrix", cut: str = "weight") -> Spectrum:
         """The spectrum of ``matrix``' :meth:`operand`, any floating dtype, on its device: kept, read or made.
 
         It is shared with later callers: do not write into its tensors.
 
         Raises:
-            ValueError: if ``matrix`` holds NaN or infinite values; with the reference method, which has no spectrum.
+            ValueError: if ``matrix`` holds NaN or infinite values, or there is no base for its difference.
         """
-        if self.method == "reference":
-            raise ValueError("the method 'reference' has no spectrum, it only reduces: use `Spectra(method='exact')`")
-        return self._of(self.operand(matrix, name), name)
+        return self._of(self.operand(matrix, name, cut), name)
 
     def _of(self, matrix: Tensor, name: str) -> Spectrum:
         start = time.perf_counter()
@@ -220,87 +225,81 @@ class Spectra:
                 self._memory.popitem(last=False)
             self._memory[key] = spectrum
 
+    def settled(self, resolved: Resolved) -> Resolved:
+        """The matrices of a resolved plan with reductions that each know their rank.
+
+        Where a reduction sets one threshold for all of its matrices (``*.all@global-2``), each gets the rank that this
+        leaves it; all others stay as they are.
+        """
+        joint: dict[Reduction, dict[int, Tensor]] = {}
+        for place, (matrix, reduction) in enumerate(resolved):
+            if mean_rank(reduction.rho) is not None:
+                values = self.of(matrix.value, matrix.name, reduction.cut).values
+                joint.setdefault(reduction, {})[place] = values
+        settled = list(resolved)
+        for reduction, values_at in joint.items():
+            ranks = global_ranks(list(values_at.values()), mean_rank(reduction.rho) or 0.0)
+            for place, rank in zip(values_at, ranks, strict=True):
+                settled[place] = settled[place][0], replace(reduction, rho=f"k{rank}")
+        return settled
+
     def reduce(self, matrix: Tensor, reduction: Reduction, name: str = "matrix") -> Tensor:
         """``matrix`` after ``reduction``, shape (m, n), in ``matrix``' dtype and on its device.
 
         Raises:
             ValueError: if ``matrix`` holds NaN or infinite values or no values at all, what is made of it is beyond its
-                dtype, or the reference method cannot do ``reduction``.
+                dtype, or there is no base for a cut of the difference to it.
         """
-        reduced = self._reduce(matrix, reduction, name)
+        with with_gradients(False):
+            reduced = self._reduce(matrix, reduction, name)
+            if reduction.noise is not None:
+                reduced = _noisy(matrix, reduced, reduction.noise)
         refuse_out_of_range(reduced, f"{name} after {reduction}")
         return reduced
 
     def _reduce(self, matrix: Tensor, reduction: Reduction, name: str) -> Tensor:
-        with with_gradients(False):
-            if self.method == "reference":
-                reduced = self._reduce_as_reference(matrix, reduction, name)
-            else:
-                blocks = _blocks(self.operand(matrix, name), reduction, name)
-                parts = [self._reduce_block(block, reduction, name) for block in blocks]
-                reduced = parts[0] if len(parts) == 1 else torch.cat(parts)
-                reduced = reduced if self.base is None else self.base.sum(reduced, matrix, name)
-            return reduced
+        if reduction.of == "reference":
+            return reduce_as_reference(matrix, reduction, name)
+        blocks = _blocks(self.operand(matrix, name, reduction.cut), reduction, name)
+        parts = [self._reduce_block(block, reduction, name) for block in blocks]
+        reduced = parts[0] if len(parts) == 1 else torch.cat(parts)
+        return reduced if reduction.cut == "weight" else self._need_base(name).sum(reduced, matrix, name)
 
     def changes_nothing(self, matrix: Tensor, reduction: Reduction, name: str = "matrix") -> bool:
         """True where rounding would be the only effect: everything is kept, or what is removed keeps its scale.
 
-        Only a rank rule needs the spectrum for that; a number is answered from the shape. In delta mode what counts is
-        how much the part removed holds, since a difference may have a low rank (that of LoRA).
+        Only a rank rule needs the spectrum for that; a number is answered from the shape. Of a difference to a base it
+        counts how much the part removed holds, since it may have a low rank (that of LoRA).
         """
-        if self.method == "reference":
-            return _reference_rank(reduction, min(matrix.shape)) == min(matrix.shape)
+        if reduction.of == "reference":
+            return reduction.rank(min(matrix.shape)) == min(matrix.shape)
         if reduction.scale == 1:
             return True
-        return all(
-            self._spares(block, reduction, name) for block in _blocks(self.operand(matrix, name), reduction, name)
-        )
+        operand = self.operand(matrix, name, reduction.cut)
+        return all(self._spares(block, reduction, name) for block in _blocks(operand, reduction, name))
 
     def _spares(self, block: Tensor, reduction: Reduction, name: str) -> bool:
-        start, stop = self._removed(block, reduction, name)
-        if start == stop or self.base is None or reduction.of == "entries":
-            return start == stop
+        if reduction.of == "entries" or not reduction.is_ruled:
+            size = block.numel() if reduction.of == "entries" else min(block.shape)
+            removed = reduction.removed(reduction.rank(size), size)
+        else:
+            removed = self._of(block, name).removed(reduction)
+        if not removed or reduction.cut == "weight" or reduction.of == "entries":
+            return not removed
         values = self._of(block, name).values
         values = values / unit(values)
-        return bool(values[start:stop].norm() <= NEGLIGIBLE * values.norm())
-
-    def _removed(self, block: Tensor, reduction: Reduction, name: str) -> tuple[int, int]:
-        size = block.numel() if reduction.of == "entries" else min(block.shape)
-        ruled = isinstance(reduction.rho, str)
-        return reduction.removed(self._of(block, name).rank(reduction) if ruled else reduction.rank(size), size)
+        gone = torch.cat([values[start:stop] for start, stop in removed])
+        return bool(gone.norm() <= NEGLIGIBLE * values.norm())
 
     def _reduce_block(self, block: Tensor, reduction: Reduction, name: str) -> Tensor:
         if reduction.of == "entries":
             refuse_non_finite(block, name)
             return reduce_entries(block, reduction)
+        if reduction.rho == 0 and reduction.keep == "head" and reduction.band == 1 and reduction.norm == "part":
+            # Nothing needs to be known of it.
+            refuse_non_finite(block, name)
+            return (as_double(block) * reduction.scale + 0.0).to(block.device, block.dtype)
         return self._of(block, name).reduce(block, reduction)
-
-    def _reduce_as_reference(self, matrix: Tensor, reduction: Reduction, name: str) -> Tensor:
-        _need_weights(matrix, name)
-        rank = _reference_rank(reduction, min(matrix.shape))
-        refuse_non_finite(matrix, name)
-        start = time.perf_counter()
-        # Other accelerators than CUDA keep their generators in ways of their own.
-        on_cuda = matrix.device.type == "cuda"
-        work = matrix.detach().contiguous().to(matrix.device if on_cuda else "cpu")
-        refuse_out_of_range(work.float(), f"{name} in the single precision of method 'reference'")
-        seed = int(content_hash("reference", work)[:15], 16)
-        with torch.random.fork_rng(devices=[work.device.index] if on_cuda else []):
-            # Not `torch.manual_seed`, which seeds the generators of all devices.
-            generator = torch.cuda.default_generators[work.device.index] if on_cuda else torch.default_generator
-            generator.manual_seed(seed)
-            try:
-                u, s, v = torch.svd_lowrank(work.float(), q=rank, niter=2)
-            except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
-                raise ValueError(
-                    f"the method 'reference' computes in float32, which does not hold the products of `{name}`: use "
-                    "the method 'exact', or scale its weights down"
-                ) from error
-        result = u @ torch.diag(s) @ v.T
-        with _lock:
-            self.factorised += 1
-            self.seconds += time.perf_counter() - start
-        return result.to(matrix.device, matrix.dtype)
 
 
 # ---- keys ------------------------------------------------------------------------------------------------------------
@@ -324,23 +323,20 @@ def _dense(matrix: Tensor) -> tuple[Tensor, str]:
 # ---- small ones ------------------------------------------------------------------------------------------------------
 
 
-def _reference_rank(reduction: Reduction, max_rank: int) -> int:
-    if isinstance(reduction.rho, str) or not reduction.is_truncation:
-        raise ValueError(
-            f"the method 'reference' keeps the head at a numeric rho and drops the rest, it cannot do {reduction}: "
-            "use the method 'exact'"
-        )
-    return int(max_rank * reduction.rho)
-
-
-def _need_weights(matrix: Tensor, name: str) -> None:
-    if not matrix.numel():
-        raise ValueError(f"`{name}` is {matrix.shape[0]} x {matrix.shape[1]}, without any weights: leave it out")
+def _noisy(matrix: Tensor, reduced: Tensor, seed: int) -> Tensor:
+    """``matrix`` plus Gaussian noise with the Frobenius norm of what was taken from it; seeded by the matrix, too."""
+    work = as_double(matrix.detach())
+    gone = work - as_double(reduced)
+    scale = unit(gone)
+    size = (gone / scale).norm()
+    generator = torch.Generator().manual_seed(int(content_hash(f"noise {seed}", matrix.detach().contiguous())[:15], 16))
+    noise = torch.randn(matrix.shape, generator=generator, dtype=torch.float64).to(work.device)
+    return (work + noise * (size / noise.norm()) * scale).to(matrix.device, matrix.dtype)
 
 
 def _blocks(matrix: Tensor, reduction: Reduction, name: str) -> tuple[Tensor, ...]:
     """The groups of rows that ``reduction`` cuts apart."""
-    _need_weights(matrix, name)
+    need_weights(matrix, name)
     if reduction.blocks > len(matrix):
         raise ValueError(
             f"`blocks` of {reduction} must be at most the number of rows of `{name}`, {len(matrix)}, got "

@@ -14,13 +14,14 @@ from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from laser_callback.plans.matrices import WeightMatrix, same_name
 from laser_callback.plans.plan import LaserPlan
+from laser_callback.plans.reduction import Reduction
 from laser_callback.plans.selection import NoSuchMatrixError
 from laser_callback.spectra.store import Spectra
 from laser_callback.support.hashing import content_hash
@@ -31,10 +32,9 @@ from laser_callback.support.reading import built, made, shown
 from laser_callback.support.suggest import clipped
 from laser_callback.surgery.swap import reduced
 
-Method = Literal["exact", "reference"]
 SKETCHES = 8
 _ROWS = 1024  # are made float64 at a time
-_COMPUTED: dict[Method, float] = {"exact": 1e-8, "reference": 1e-4}
+_COMPUTED = {"rank": 1e-8, "entries": 1e-8, "reference": 1e-4}
 """By how much a cut differs from one computed elsewhere before it is rounded to its dtype: float64, and float32."""
 
 
@@ -82,8 +82,7 @@ class Recipe(LaserPlan):
     Args:
         plan: the reductions.
         matrices: what they cut, in the model's order.
-        method: how, as in :class:`Spectra`.
-        base: the digest of the base's weights, if the difference to these was cut (delta mode), else ``None``.
+        base: the digest of the base's weights, if a difference to these was cut, else ``None``.
         numbers: what was shown, as plain data; see :func:`laser_callback.results.numbers_of`.
         versions: of the packages that the cut was made with.
 
@@ -99,7 +98,6 @@ class Recipe(LaserPlan):
     """
 
     matrices: tuple[CutMatrix, ...]
-    method: Method
     base: str | None
     numbers: Mapping[str, Any]
     versions: Mapping[str, str]
@@ -108,7 +106,6 @@ class Recipe(LaserPlan):
         self,
         plan: LaserPlan,
         matrices: Sequence[CutMatrix],
-        method: Method = "exact",
         base: str | None = None,
         numbers: Mapping[str, Any] | None = None,
         versions: Mapping[str, str] | None = None,
@@ -116,7 +113,6 @@ class Recipe(LaserPlan):
         super().__init__(plan.reductions)
         for name, value in (
             ("matrices", tuple(matrices)),
-            ("method", method),
             ("base", base),
             ("numbers", dict(numbers or {})),
             ("versions", dict(versions or {})),
@@ -138,7 +134,6 @@ class Recipe(LaserPlan):
         return plain(
             {
                 **super().to_dict(),
-                "method": self.method,
                 "base": self.base,
                 "matrices": [asdict(matrix) for matrix in self.matrices],
                 "numbers": dict(self.numbers),
@@ -155,7 +150,7 @@ class Recipe(LaserPlan):
         """
         read = built(_Written, data)
         plan = made(LaserPlan.of, {"reductions": read.reductions})
-        return cls(plan, read.matrices, read.method, read.base, read.numbers, read.versions)
+        return cls(plan, read.matrices, read.base, read.numbers, read.versions)
 
 
 @dataclass(frozen=True)
@@ -163,7 +158,6 @@ class _Written:
     """A recipe's dictionary form."""
 
     reductions: list[Any]
-    method: Method
     base: str | None
     matrices: tuple[CutMatrix, ...]
     numbers: dict[str, Any]
@@ -220,9 +214,9 @@ def recorded(
     """
     plan = Recipe.of(plan)
     expected = plan if isinstance(plan, Recipe) else None
-    spectra = spectra_for(plan) if spectra is None else spectra
+    spectra = Spectra() if spectra is None else spectra
     if expected is not None:
-        _check_spectra(expected, spectra)
+        _check_base(expected, spectra)
     try:
         cut = reduced(model, plan, spectra)
     except NoSuchMatrixError as error:
@@ -245,9 +239,9 @@ def recorded(
             for (matrix, reduction), was in zip(cut.matrices, before, strict=True)
         ]
         if expected is not None:
-            _check_after(expected, done, exact)
+            _check_after(expected, done, cut.matrices, exact)
             numbers = expected.numbers if numbers is None else numbers
-    return _in_place(cut, Recipe(plan, done, spectra.method, _digest(spectra), numbers, versions()))
+    return _in_place(cut, Recipe(plan, done, _digest(plan, spectra), numbers, versions()))
 
 
 @whole
@@ -270,11 +264,6 @@ def need_recipe_ending(**paths: str | Path) -> None:
             raise ValueError(f"`{option}` of a recipe must end in .json or .yaml, got {clipped(path)!r}")
 
 
-def spectra_for(plan: LaserPlan) -> Spectra:
-    """Fresh ones, by the method that ``plan`` asks for if it is a recipe."""
-    return Spectra(method=plan.method if isinstance(plan, Recipe) else "exact")
-
-
 def matrix_hash(matrix: Tensor) -> str:
     """64 hexadecimal digits that stand for the dtype, the shape and the elements of ``matrix``, wherever it lies."""
     return content_hash(f"{matrix.dtype} {tuple(matrix.shape)}", matrix.contiguous())
@@ -294,22 +283,17 @@ def _signs(name: str, size: int) -> Tensor:
     return torch.tensor(bytearray(stream), dtype=torch.uint8).reshape(SKETCHES, size).bitwise_and(1).double() * 2 - 1
 
 
-def _digest(spectra: Spectra) -> str | None:
-    return None if spectra.base is None else spectra.base.digest
+def _digest(plan: LaserPlan, spectra: Spectra) -> str | None:
+    return spectra.base.digest if spectra.base is not None and plan.cuts_delta else None
 
 
-def _check_spectra(recipe: Recipe, spectra: Spectra) -> None:
-    if spectra.method != recipe.method:
-        raise ValueError(f"the recipe cuts by the method {recipe.method!r}, `spectra` by {spectra.method!r}")
-    given = _digest(spectra)
-    if given == recipe.base:
-        return
-    if recipe.base is None:
-        raise ValueError("the recipe cuts the weights themselves, `spectra` their difference to a base: leave that out")
-    raise ValueError(
-        f"the recipe cuts the difference to the base {recipe.base}, and `spectra` has {given or 'none'}: give "
-        "spectra=Spectra(base=BaseWeights(..., model)), on the command line --base"
-    )
+def _check_base(recipe: Recipe, spectra: Spectra) -> None:
+    given = None if spectra.base is None else spectra.base.digest
+    if recipe.base not in (None, given):
+        raise ValueError(
+            f"the recipe cuts the difference to the base {recipe.base}, and `spectra` has {given or 'none'}: give "
+            "spectra=Spectra(base=BaseWeights(..., model)), on the command line --base"
+        )
 
 
 def _check_before(recipe: Recipe, found: Sequence[WeightMatrix], hashes: Sequence[str]) -> None:
@@ -343,8 +327,10 @@ def _check_before(recipe: Recipe, found: Sequence[WeightMatrix], hashes: Sequenc
             )
 
 
-def _check_after(recipe: Recipe, done: Sequence[CutMatrix], exact: bool) -> None:
-    for wanted, got in zip(recipe.matrices, done, strict=True):
+def _check_after(
+    recipe: Recipe, done: Sequence[CutMatrix], resolved: Sequence[tuple[WeightMatrix, Reduction]], exact: bool
+) -> None:
+    for wanted, got, (_, reduction) in zip(recipe.matrices, done, resolved, strict=True):
         if got.after == wanted.after:
             continue
         if len(wanted.sketch) != SKETCHES:
@@ -354,7 +340,7 @@ def _check_after(recipe: Recipe, done: Sequence[CutMatrix], exact: bool) -> None
             )
         # A sketch of the difference is a random number with the difference's norm as its standard deviation.
         apart = math.dist(wanted.sketch, got.sketch) / math.sqrt(SKETCHES)
-        rounding = (2 * torch.finfo(getattr(torch, got.dtype)).eps + _COMPUTED[recipe.method]) * got.norm
+        rounding = (2 * torch.finfo(getattr(torch, got.dtype)).eps + _COMPUTED[reduction.of]) * got.norm
         if apart > rounding or abs(got.norm - wanted.norm) > rounding:
             raise ValueError(
                 f"after the cut `{got.name}` is not what the recipe says (norm {got.norm:.6g}, not {wanted.norm:.6g}; "

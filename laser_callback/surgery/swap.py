@@ -258,12 +258,14 @@ def _dropped(swaps: list[_Swap], plan: str) -> None:
 def _reduced_parameters(matrices: list[tuple[WeightMatrix, Reduction]], spectra: Spectra) -> list[_Cut]:
     """One reduced tensor per parameter that changes; several matrices of a fused parameter share it."""
     tensors: dict[int, _Cut] = {}
+    for matrix, _ in matrices:
+        if matrix.parameter.device.type == "meta":
+            raise TypeError(_without_storage(matrix))
+    matrices = spectra.settled(matrices)
     for i, (matrix, reduction) in enumerate(matrices):
         if i % SIDE_BY_SIDE == 0:
             spectra.ahead(_factorised_whole(matrices[i : i + SIDE_BY_SIDE]))
         parameter = matrix.parameter
-        if parameter.device.type == "meta":
-            raise TypeError(_without_storage(matrix))
         # Normal tensors also inside of inference mode, since a later `fit` may run autograd while one is in place; for
         # a parameter that was itself made in inference mode, again such a tensor: torch cannot mix the two.
         with with_inference(parameter.is_inference()):
@@ -277,11 +279,11 @@ def _reduced_parameters(matrices: list[tuple[WeightMatrix, Reduction]], spectra:
     return list(tensors.values())
 
 
-def _factorised_whole(matrices: list[tuple[WeightMatrix, Reduction]]) -> list[tuple[Tensor, str]]:
+def _factorised_whole(matrices: list[tuple[WeightMatrix, Reduction]]) -> list[tuple[Tensor, str, str]]:
     return [
-        (matrix.value, matrix.name)
+        (matrix.value, matrix.name, reduction.cut)
         for matrix, reduction in matrices
-        if reduction.of == "rank" and reduction.blocks == 1 and 1 not in (reduction.rho, reduction.scale)
+        if reduction.is_spectral and 1 not in (reduction.rho, reduction.scale) and not matrix.is_bias
     ]
 
 

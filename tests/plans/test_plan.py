@@ -340,12 +340,12 @@ def test_ranks_against_fractions():
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        ({}, (2, 10)),
-        ({"keep": "tail"}, (0, 2)),
-        ({"band": 0.5}, (2, 7)),
-        ({"band": 0.8}, (2, 10)),
-        ({"band": 0.9}, (2, 10)),  # ends with the matrix
-        ({"band": 1e-9}, (2, 3)),  # as with rho, at least one
+        ({}, ((2, 10),)),
+        ({"keep": "tail"}, ((0, 2),)),
+        ({"band": 0.5}, ((2, 7),)),
+        ({"band": 0.8}, ((2, 10),)),
+        ({"band": 0.9}, ((2, 10),)),  # ends with the matrix
+        ({"band": 1e-9}, ((2, 3),)),  # as with rho, at least one
     ],
 )
 def test_what_is_removed_is_one_run_of_components(options, expected):

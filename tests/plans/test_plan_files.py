@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from laser_callback.plans.plan import LaserPlan
-from laser_callback.plans.rank_rules import RANK_RULES, rank_by
+from laser_callback.plans.rank_rules import rank_by
 
 BROKEN = [
     b"",
@@ -59,7 +59,7 @@ def test_a_byte_order_mark_is_no_part_of_a_plan(tmp_path: Path) -> None:
         assert LaserPlan.from_file(path) == LaserPlan.parse("0.fc_in@0.1")
 
 
-@pytest.mark.parametrize("rule", [*RANK_RULES[:-1], "energy-0.9"])
+@pytest.mark.parametrize("rule", ["entropy", "gavish-donoho", "marchenko-pastur", "laser-rmt", "energy-0.9", "k2"])
 @pytest.mark.parametrize("shape", [(5, 0), (0, 5), (0, 0)])
 def test_of_a_matrix_without_entries_every_rule_keeps_nothing(rule: str, shape: tuple[int, int]) -> None:
     assert rank_by(rule, torch.zeros(0, dtype=torch.float64), shape) == 0

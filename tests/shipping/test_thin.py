@@ -16,7 +16,7 @@ from weights import same, weights
 from laser_callback.plans.reduction import Reduction
 from laser_callback.shipping.export import save_reduced
 from laser_callback.shipping.factored_file import WEIGHTS, load_factored
-from laser_callback.shipping.thin import FactoredLinear, factored, gains_of, make_room, thin_factors
+from laser_callback.shipping.thin import FactoredLinear, factored, make_room, thin_factors
 from laser_callback.spectra.spectrum import Spectrum
 from laser_callback.spectra.store import Spectra
 from laser_callback.surgery.recipe import apply
@@ -167,10 +167,10 @@ def test_an_exception_in_the_block_puts_all_back():
     assert all(one is other for one, other in zip(model.modules(), modules, strict=True))
 
 
-def test_cuts_of_the_reference_method_stay_dense():
+def test_cuts_of_the_paper_s_code_stay_dense():
     model = tiny_causal_lm()
-    expected = dense(model, "1.fc_in@0.1", Spectra(method="reference"))
-    with factored(model, "1.fc_in@0.1", Spectra(method="reference")) as thin:
+    expected = dense(model, "1.fc_in@0.1:of=reference")
+    with factored(model, "1.fc_in@0.1:of=reference") as thin:
         assert not thin.layers
         assert torch.equal(run(model), expected)
 
@@ -182,11 +182,23 @@ def test_one_factorisation_serves_the_layer_and_the_record():
 
 
 @pytest.mark.parametrize("shape", [(40, 24), (24, 40), (24, 24)])
-@pytest.mark.parametrize("text", ["0.x@0", "0.x@0.3", "0.x@0.9:keep=tail", "0.x@0.2:scale=-0.5", "0.x@1"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "0.x@0",
+        "0.x@0.3",
+        "0.x@0.9:keep=tail",
+        "0.x@0.2:scale=-0.5",
+        "0.x@1",
+        "0.x@0.2:norm=whole",
+        "0.x@0.2:scale=0.3,norm=whole",
+        "0.x@places-1+4-6",
+    ],
+)
 def test_factors_multiply_to_the_cut(shape, text):
     matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     reduction, spectrum = Reduction.parse(text), Spectrum.of(matrix)
-    gains = gains_of(reduction, spectrum)
+    gains = spectrum.gains(reduction)
     up, down = thin_factors(matrix, spectrum, gains)
     assert up.shape[1] == down.shape[0] == int((gains != 0).sum())
     torch.testing.assert_close(up @ down, spectrum.reduce(matrix, reduction), rtol=1e-10, atol=1e-10)

@@ -18,7 +18,6 @@ from weights import same, weights
 
 from laser_callback.plans.plan import LaserPlan
 from laser_callback.shipping.undo import restore, save_undo
-from laser_callback.spectra.store import Spectra
 from laser_callback.surgery.recipe import apply
 
 
@@ -57,7 +56,7 @@ def test_special_numbers_come_back(tmp_path):
 
 
 def test_a_module_around_the_model_is_restored_too(tmp_path):
-    save_undo(tiny_causal_lm(), PLAN, tmp_path / "undo", Spectra(method="exact"))
+    save_undo(tiny_causal_lm(), PLAN, tmp_path / "undo")
     module = Wrapped()
     before = weights(module)
     apply(module, PLAN)
@@ -65,11 +64,11 @@ def test_a_module_around_the_model_is_restored_too(tmp_path):
     assert same(module, before)
 
 
-def test_cuts_of_the_reference_method(tmp_path):
+def test_cuts_of_the_paper_s_code(tmp_path):
     model = tiny_causal_lm()
     before = weights(model)
-    save_undo(model, "1.fc_in@0.1", tmp_path / "undo", Spectra(method="reference"))
-    apply(model, "1.fc_in@0.1", spectra=Spectra(method="reference"))
+    save_undo(model, "1.fc_in@0.1:of=reference", tmp_path / "undo")
+    apply(model, "1.fc_in@0.1:of=reference")
     restore(model, tmp_path / "undo")
     assert same(model, before)
 

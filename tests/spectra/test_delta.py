@@ -34,7 +34,7 @@ from laser_callback import (
 from laser_callback.cli.commands import main
 from laser_callback.plans.matrices import WeightMatrix
 from laser_callback.plans.reduction import Reduction
-from laser_callback.plans.target import targets
+from laser_callback.plans.target import Target, targets
 from laser_callback.search.screen import GradientScreen
 from laser_callback.spectra.delta import BaseWeights
 from laser_callback.spectra.store import Spectra
@@ -78,7 +78,7 @@ def test_only_the_difference_is_cut(kind, rho):
     matrix, counterpart = matrix_of(model, 2, kind), matrix_of(base, 2, kind)
     rank = Reduction(2, kind, rho).rank(matrix.max_rank)
     own, theirs = matrix.parameter.data.clone(), counterpart.parameter.data
-    with reduced(model, f"2.{kind}@{rho}", Spectra(base=BaseWeights(base, model))):
+    with reduced(model, f"2.{kind}@{rho}:cut=delta", Spectra(base=BaseWeights(base, model))):
         inside = matrix.parameter.data
         torch.testing.assert_close(inside.double(), expected(own, theirs, rank), rtol=0, atol=1e-7)
         if rho == 0:
@@ -94,7 +94,7 @@ def test_parts_of_fused_and_transposed_parameters():
     base = hf.GPT2LMHeadModel(config).eval()
     model = tuned(base, 2e-3)
     own, theirs = (m.transformer.h[1].attn.c_attn.weight.data.clone() for m in (model, base))  # (in, q | k | v)
-    with reduced(model, "1.k_proj@0.2", Spectra(base=BaseWeights(base, model))):
+    with reduced(model, "1.k_proj@0.2:cut=delta", Spectra(base=BaseWeights(base, model))):
         inside = model.transformer.h[1].attn.c_attn.weight.data
         assert torch.equal(inside[:, :16], own[:, :16])
         assert torch.equal(inside[:, 32:], own[:, 32:])
@@ -109,7 +109,7 @@ def test_a_base_of_higher_precision_counts_as_fine_tuning_had_it():
     weights = BaseWeights(base, model)
     changed = [m.name for m in find_matrices(model) if weights.changed(m)]
     assert changed == ["model.layers.1.mlp.up_proj"]  # rounding to bfloat16 is no fine-tuning
-    with reduced(model, "1.fc_up@0", Spectra(base=weights)):
+    with reduced(model, "1.fc_up@0:cut=delta", Spectra(base=weights)):
         inside = model.model.layers[1].mlp.up_proj.weight
         assert inside.dtype == torch.bfloat16
         assert torch.equal(inside, base.model.layers[1].mlp.up_proj.weight.bfloat16())
@@ -120,7 +120,10 @@ def test_scaled_and_tail_cuts_are_of_the_difference_too():
     model = tuned(base)
     own, theirs = (m.model.layers[0].mlp.gate_proj.weight.data.clone().double() for m in (model, base))
     head = expected(own, theirs, 3) - theirs
-    cases = {"0.fc_in@0.1:scale=0.5": 0.5 * (own - theirs + head), "0.fc_in@0.1:keep=tail": own - theirs - head}
+    cases = {
+        "0.fc_in@0.1:cut=delta,scale=0.5": 0.5 * (own - theirs + head),
+        "0.fc_in@0.1:cut=delta,keep=tail": own - theirs - head,
+    }
     for text, kept in cases.items():
         with reduced(model, text, Spectra(base=BaseWeights(base, model))):
             inside = model.model.layers[0].mlp.gate_proj.weight.double()
@@ -195,18 +198,19 @@ def test_a_matrix_without_counterpart_is_named():
     base = tiny_causal_lm()
     module = Wrapped(tuned(base))
     spectra = Spectra(base=BaseWeights(base, module))
-    with pytest.raises(ValueError, match="no counterpart of `q_proj`"), reduced(module, "/q_proj/@0", spectra):
+    with (
+        pytest.raises(ValueError, match="no counterpart of `q_proj`"),
+        reduced(module, "/q_proj/@0:cut=delta", spectra),
+    ):
         pass
-    with pytest.raises(ValueError, match="`method` must be 'exact' where there is a `base`"):
-        Spectra(method="reference", base=spectra.base)
 
 
 def test_the_model_in_a_module_has_the_base_of_the_module():
     base = tiny_causal_lm()
     module = Wrapped(tuned(base))
     spectra = Spectra(base=BaseWeights(base, module))
-    (inside,) = reduced(module.net["backbone"], "0.q_proj@0", spectra).prepare()
-    (outside,) = reduced(module, "0.q_proj@0", spectra).prepare()
+    (inside,) = reduced(module.net["backbone"], "0.q_proj@0:cut=delta", spectra).prepare()
+    (outside,) = reduced(module, "0.q_proj@0:cut=delta", spectra).prepare()
     assert torch.equal(inside, outside)
     assert torch.equal(inside, matrix_of(base, 0, "q_proj").parameter)
 
@@ -250,13 +254,13 @@ def test_the_difference_of_lora_has_its_rank():
         spectra = Spectra(base=BaseWeights(base, model))
         q, k = matrix_of(model, 1, "q_proj"), matrix_of(model, 1, "k_proj")
         unchanged = {
-            rho: spectra.changes_nothing(q.parameter.data, Reduction(1, "q_proj", rho), q.name)
+            rho: spectra.changes_nothing(q.parameter.data, Reduction(1, "q_proj", rho, cut="delta"), q.name)
             for rho in (0.0, 3 / 32, 4 / 32, 0.5)
         }
         assert unchanged == {0.0: False, 3 / 32: False, 4 / 32: True, 0.5: True}
-        assert spectra.changes_nothing(k.parameter.data, Reduction(1, "k_proj", 0.0), k.name)
+        assert spectra.changes_nothing(k.parameter.data, Reduction(1, "k_proj", 0.0, cut="delta"), k.name)
         u, s, v = torch.linalg.svd(update.double())
-        with reduced(model, f"1.q_proj@{2 / 32}", spectra):
+        with reduced(model, f"1.q_proj@{2 / 32}:cut=delta", spectra):
             kept = q.parameter.data.double() - base.model.layers[1].self_attn.q_proj.weight.double()
             torch.testing.assert_close(kept, (u[:, :2] * s[:2]) @ v[:2], rtol=0, atol=1e-6)
 
@@ -291,7 +295,8 @@ def test_scores_are_derivatives_towards_the_base():
     torch.manual_seed(0)
     base = tiny_causal_lm().double()
     module = Steps(tuned(base))
-    found, rhos = targets(module, "1.attn, 3.mlp"), (0.0, 0.1, 0.5)
+    found = [Target(t.matrices, {**t.address, "cut": "delta"}) for t in targets(module, "1.attn, 3.mlp")]
+    rhos = (0.0, 0.1, 0.5)
     batch = ids()
     screen = GradientScreen(found, rhos, Spectra(base=BaseWeights(base, module)))
     run(screen, module, batch)
@@ -308,9 +313,9 @@ def test_scores_are_derivatives_towards_the_base():
 def test_the_callback_compares_with_the_cut_difference(tmp_path):
     base = Toy()
     module = tuned(base, 0.3)
-    laser = LaserCallback("1.mlp@0.1", base=base, controls=True, report=False)
+    laser = LaserCallback("1.mlp@0.1:cut=delta", base=base, controls=True, report=False)
     logged = quiet_trainer(laser).validate(module, make_data(), verbose=False)[0]
-    with reduced(module, "1.mlp@0.1", Spectra(base=BaseWeights(base, module))):
+    with reduced(module, "1.mlp@0.1:cut=delta", Spectra(base=BaseWeights(base, module))):
         alone = quiet_trainer().validate(module, make_data(), verbose=False)[0]
     full = LaserCallback("1.mlp@0.1", report=False)
     quiet_trainer(full).validate(module, make_data(), verbose=False)
@@ -322,7 +327,7 @@ def test_the_callback_compares_with_the_cut_difference(tmp_path):
     other.net.head = nn.Linear(4, CLASSES)
     other.net.encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(4, 2, 8, batch_first=True), 3)
     with pytest.raises(ValueError, match="another shape"):
-        quiet_trainer(LaserCallback("1.mlp@0.1", base=other)).validate(module, make_data())
+        quiet_trainer(LaserCallback("1.mlp@0.1:cut=delta", base=other)).validate(module, make_data())
 
 
 @pytest.fixture(scope="module")
@@ -376,8 +381,8 @@ def test_a_recipe_of_delta_mode_needs_its_base_and_can_be_undone(tmp_path):
     model = tuned(base)
     before = weights(model)
     spectra = Spectra(base=BaseWeights(base, model))
-    save_reduced(model, "1.fc_in@0.1", tmp_path / "laser.json", "recipe", spectra=spectra)
-    save_reduced(model, "1.fc_in@0.1", tmp_path / "undo.safetensors", "undo", spectra=spectra)
+    save_reduced(model, "1.fc_in@0.1:cut=delta", tmp_path / "laser.json", "recipe", spectra=spectra)
+    save_reduced(model, "1.fc_in@0.1:cut=delta", tmp_path / "undo.safetensors", "undo", spectra=spectra)
     recipe = Recipe.from_file(tmp_path / "laser.json")
     with pytest.raises(ValueError, match="cuts the difference to the base"):
         apply(model, recipe)
@@ -403,14 +408,14 @@ def test_delta_mode_ships_from_the_command_line(tmp_path, capsys):
     def ship(*arguments: str) -> int:
         return main([str(tmp_path / a[1:]) if a.startswith("/") else a for a in arguments])
 
-    export = ("export", "--model", "/tuned", "--plan", "1.fc_in@0.1", "--base", "/base")
+    export = ("export", "--model", "/tuned", "--plan", "1.fc_in@0.1:cut=delta", "--base", "/base")
     assert ship(*export, "--form", "recipe", "--output", "/laser.json") == 0
     apply = ("apply", "--model", "/tuned", "--recipe", "/laser.json", "--output", "/cut")
     assert ship(*apply) == 2
     assert "on the command line --base" in " ".join(capsys.readouterr().err.split())
     assert ship(*apply, "--base", "/base") == 0
     found = weights(hf.AutoModelForCausalLM.from_pretrained(tmp_path / "cut"))
-    with reduced(model, "1.fc_in@0.1", Spectra(base=BaseWeights(base, model))):
+    with reduced(model, "1.fc_in@0.1:cut=delta", Spectra(base=BaseWeights(base, model))):
         assert same(model, found)
 
 
@@ -421,10 +426,11 @@ def test_a_rollout_in_delta_mode_from_the_command_line(tmp_path):
         tiny_tokenizer().save_pretrained(tmp_path / name)
     facts = [{"id": f"{i}", "prompt": f"The capital of {i} is", "answer": "Paris"} for i in range(12)]
     (tmp_path / "facts.jsonl").write_text("\n".join(map(json.dumps, facts)))
-    command = ["gate", "--plan", "1.mlp@0", "--gates", '["log_loss: delta < 1e9"]', "--accelerator", "cpu"]
+    command = ["gate", "--gates", '["log_loss: delta < 1e9"]', "--accelerator", "cpu"]
     command += ["--model", str(tmp_path / "tuned"), "--facts", str(tmp_path / "facts.jsonl")]
     losses = {}
-    for name, options in (("full", []), ("delta", ["--base", str(tmp_path / "base")])):
+    delta = ["--plan", "1.mlp@0:cut=delta", "--base", str(tmp_path / "base")]
+    for name, options in (("full", ["--plan", "1.mlp@0"]), ("delta", delta)):
         assert main([*command, *options, "--output", str(tmp_path / name)]) == 0
         result = json.loads((tmp_path / name).read_text())
         assert ("base" in result["settings"]) == (name == "delta")
@@ -441,7 +447,7 @@ def test_what_is_left_of_a_difference_is_an_adapter_of_the_base(tmp_path):
         weight.data += torch.randn(weight.shape, generator=torch.Generator().manual_seed(layer)) * 0.05
     module = LaserModule(model, tiny_tokenizer())
     spectra = Spectra(base=BaseWeights(base, module))  # of the module around: the folder holds the model in it
-    plan = "0.q_proj@0.1, 1.fc_in@0.1"
+    plan = "0.q_proj@0.1:cut=delta, 1.fc_in@0.1:cut=delta"
     save_reduced(module, plan, tmp_path / "adapter", "adapter", spectra=spectra)
     save_reduced(module, plan, tmp_path / "dense", "dense", spectra=spectra)
     with torch.no_grad(), reduced(module, plan, spectra):
@@ -456,9 +462,10 @@ def test_what_is_left_of_a_difference_is_an_adapter_of_the_base(tmp_path):
     with pytest.raises(
         ValueError, match=r"changed 1 parameters besides .* first `model\.model\.layers\.1\.mlp\.gate_proj"
     ):
-        save_reduced(module, "0.q_proj@0.1", tmp_path / "part", "adapter", spectra=spectra)
+        save_reduced(module, "0.q_proj@0.1:cut=delta", tmp_path / "part", "adapter", spectra=spectra)
+    large = "0.q_proj@0.9:cut=delta, 1.fc_in@0.9:cut=delta"
     with pytest.raises(ValueError, match="leaves of the difference has rank"):
-        save_reduced(module, "0.q_proj@0.9, 1.fc_in@0.9", tmp_path / "large", "adapter", spectra=spectra)
+        save_reduced(module, large, tmp_path / "large", "adapter", spectra=spectra)
     model.model.norm.weight.data += 0.1
     again = Spectra(base=BaseWeights(base, module))
     with pytest.raises(ValueError, match=r"first `model\.model\.norm\.weight`"):

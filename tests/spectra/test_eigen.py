@@ -8,6 +8,7 @@ import random
 import signal
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -173,8 +174,13 @@ def test_where_a_device_fails_the_cpu_factorises(error, monkeypatch):
 
     def found() -> list[torch.Tensor]:
         stores = [Spectra(), Spectra(base=BaseWeights(base, model))]
-        values = [store.of(torch.zeros(6, 4) if store.base is None else weight, name).values for store in stores]
-        return values + [store.reduce(matrix, cut, name) for store in stores for matrix, cut in cuts]
+        values = [stores[0].of(torch.zeros(6, 4), name).values, stores[1].of(weight, name, "delta").values]
+        of_delta = [(matrix, replace(cut, cut="delta")) for matrix, cut in cuts]
+        return values + [
+            store.reduce(matrix, cut, name)
+            for store, each in zip(stores, (cuts, of_delta), strict=True)
+            for matrix, cut in each
+        ]
 
     expected = found()
     monkeypatch.setattr("laser_callback.spectra.spectrum.gram_eigen", eigen._by_torch)

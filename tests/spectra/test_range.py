@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from matrices import best, noise
@@ -66,10 +68,10 @@ def test_a_cut_that_its_dtype_cannot_hold_is_refused_by_name_and_nothing_is_in_p
         assert all(bool(torch.isfinite(tensor).all()) for tensor in cut.prepare())
 
 
-def test_the_reference_method_says_that_it_works_in_single_precision():
+def test_the_reference_cut_says_that_it_works_in_single_precision():
     matrix = noise(6, 5).double() * 1e100
-    with pytest.raises(ValueError, match="`w in the single precision of method 'reference'` would have values beyond"):
-        Spectra(method="reference").reduce(matrix, HALF, "w")
+    with pytest.raises(ValueError, match="`w in single precision, for of='reference'` would have values beyond"):
+        Spectra().reduce(matrix, replace(HALF, of="reference"), "w")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

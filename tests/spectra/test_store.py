@@ -121,22 +121,22 @@ def test_the_key_is_the_content_not_the_name_or_the_object(tmp_path):
     assert spectra.factorised == 2 + len(zeros)
 
 
-@pytest.mark.parametrize("method", ["exact", "reference"])
+@pytest.mark.parametrize("of", ["rank", "reference"])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_inference_mode_and_autograd(tmp_path, method, dtype):
+def test_inference_mode_and_autograd(tmp_path, of, dtype):
     with torch.inference_mode():
         matrix = noise(24, 16, dtype=dtype)
-        spectra = Spectra(tmp_path, method=method)
-        inside = spectra.reduce(matrix, cut(0.5))
-    outside = spectra.reduce(matrix, cut(0.5))  # an inference tensor
+        spectra = Spectra(tmp_path)
+        inside = spectra.reduce(matrix, cut(0.5, of=of))
+    outside = spectra.reduce(matrix, cut(0.5, of=of))  # an inference tensor
     parameter = torch.nn.Parameter(noise(24, 16, dtype=dtype))
     with torch.enable_grad():
-        plain = spectra.reduce(parameter, cut(0.5))
+        plain = spectra.reduce(parameter, cut(0.5, of=of))
     assert torch.equal(inside, outside)
     assert torch.equal(inside, plain)
     assert not plain.requires_grad
     assert not plain.is_inference()
-    if method == "exact":
+    if of == "rank":
         assert spectra.factorised == 1
         kept = spectra.of(parameter)
         assert not kept.basis.is_inference()
@@ -144,30 +144,30 @@ def test_inference_mode_and_autograd(tmp_path, method, dtype):
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-@pytest.mark.parametrize("method", ["exact", "reference"])
-def test_weights_that_are_not_finite(tmp_path, method, value):
+@pytest.mark.parametrize("of", ["rank", "reference"])
+def test_weights_that_are_not_finite(tmp_path, of, value):
     matrix = noise(8, 8)
     matrix[1, 2] = value
     with pytest.raises(ValueError, match=r"`3\.mlp` hold NaN"):
-        Spectra(tmp_path, method=method).reduce(matrix, cut(0.5), "3.mlp")
+        Spectra(tmp_path).reduce(matrix, cut(0.5, of=of), "3.mlp")
     assert files(tmp_path) == []
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("method", ["exact", "reference"])
-def test_values_beyond_the_dtype_are_refused(dtype, method):
+@pytest.mark.parametrize("of", ["rank", "reference"])
+def test_values_beyond_the_dtype_are_refused(dtype, of):
     matrix = (noise(5, 6).sign() * torch.finfo(dtype).max).to(dtype)
     name = str(dtype).removeprefix("torch.")
     beyond = rf"`3\.mlp after .*` would have values beyond torch\.{name}, whose largest is"
-    with pytest.raises(ValueError, match=rf"{beyond}|'reference' computes in float32, .* of `3\.mlp`: use"):
-        Spectra(method=method).reduce(matrix, cut(0.4), "3.mlp")
+    with pytest.raises(ValueError, match=rf"{beyond}|of='reference' computes in float32, .* of `3\.mlp`: cut it"):
+        Spectra().reduce(matrix, cut(0.4, of=of), "3.mlp")
 
 
 @pytest.mark.parametrize("shape", [(0, 5), (5, 0)])
 def test_a_matrix_without_weights_is_named(shape):
-    for ask in (Spectra().reduce, Spectra().changes_nothing, Spectra(method="reference").reduce):
+    for ask, of in ((Spectra().reduce, "rank"), (Spectra().changes_nothing, "rank"), (Spectra().reduce, "reference")):
         with pytest.raises(ValueError, match=rf"`3\.mlp` is {shape[0]} x {shape[1]}, without any weights"):
-            ask(torch.zeros(shape), cut(0.4), "3.mlp")
+            ask(torch.zeros(shape), cut(0.4, of=of), "3.mlp")
 
 
 @pytest.mark.parametrize(
@@ -393,7 +393,7 @@ def test_processes_share_a_folder(tmp_path):
     assert sum(stat.st_size for _, stat in kept) <= 5 * 4000
 
 
-# ---- the reference method --------------------------------------------------------------------------------------------
+# ---- the cut of the paper's code -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -408,18 +408,19 @@ def test_reference_is_svd_lowrank_under_a_seed_of_its_own(monkeypatch, rho, rank
         seeds.append(torch.initial_seed())
         return original(*args, **kwargs)
 
-    matrix, spectra = noise(100, 120, dtype=dtype), Spectra(method="reference")
+    matrix, spectra = noise(100, 120, dtype=dtype), Spectra()
+    reduction = cut(rho, of="reference")
     torch.manual_seed(5)
     state = torch.get_rng_state()
     with monkeypatch.context() as patch:
         patch.setattr(torch, "svd_lowrank", spy)
-        result = spectra.reduce(matrix, cut(rho))
+        result = spectra.reduce(matrix, reduction)
         torch.rand(3)
-        assert torch.equal(spectra.reduce(matrix.clone(), cut(rho)), result)
-        spectra.reduce(noise(100, 120, seed=1, dtype=dtype), cut(rho))
+        assert torch.equal(spectra.reduce(matrix.clone(), reduction), result)
+        spectra.reduce(noise(100, 120, seed=1, dtype=dtype), reduction)
     assert torch.initial_seed() == 5
     torch.set_rng_state(state)
-    spectra.reduce(matrix, cut(rho))
+    spectra.reduce(matrix, reduction)
     assert torch.equal(torch.get_rng_state(), state)
     assert seeds[0] == seeds[1] != seeds[2]
 
@@ -427,27 +428,19 @@ def test_reference_is_svd_lowrank_under_a_seed_of_its_own(monkeypatch, rho, rank
     u, s, v = torch.svd_lowrank(matrix.float(), q=rank, niter=2)
     assert result.dtype == dtype
     assert torch.equal(result, (u @ torch.diag(s) @ v.T).to(dtype))
-    assert spectra.changes_nothing(matrix, cut(rho)) is (rank == 100)
+    assert spectra.changes_nothing(matrix, reduction) is (rank == 100)
 
 
-def test_reference_keeps_nothing_and_refuses_what_it_cannot_do(tmp_path):
-    spectra, matrix = Spectra(tmp_path, method="reference"), noise(20, 20)
-    for reduction in (cut(0.5, keep="tail"), cut(0.5, scale=0.5), cut("entropy")):
-        for ask in (spectra.reduce, spectra.changes_nothing):
-            with pytest.raises(ValueError, match=r"'reference' .* cannot do 0\.fc_in@"):
-                ask(matrix, reduction)
-    with pytest.raises(ValueError, match="has no spectrum"):
-        spectra.of(matrix)
-    spectra.reduce(matrix, cut(0.5))
-    assert (spectra.factorised, spectra.loaded, spectra.held, files(tmp_path)) == (1, 0, 0, [])
+def test_nothing_of_a_reference_cut_is_kept(tmp_path):
+    spectra = Spectra(tmp_path)
+    spectra.reduce(noise(20, 20), cut(0.5, of="reference"))
+    assert (spectra.factorised, spectra.loaded, spectra.held, files(tmp_path)) == (0, 0, 0, [])
 
 
 # ---- arguments, the command ------------------------------------------------------------------------------------------
 
 
 def test_bad_arguments():
-    with pytest.raises(ValueError, match="`method` must be 'exact' or 'reference', got 'fast'"):
-        Spectra(method="fast")
     for argument in ("memory_bytes", "disk_bytes"):
         with pytest.raises(ValueError, match=f"`{argument}` must be"):
             Spectra(**{argument: -1})
@@ -477,8 +470,8 @@ def test_cache_command_shows_and_clears_the_default_folder(tmp_path, monkeypatch
 
 
 def test_side_by_side_is_the_same_and_leaves_the_threads_of_blas(tmp_path, monkeypatch):
-    matrices = [(noise(90, 60 + i), f"m{i}") for i in range(9)]
-    alone = [Spectrum.of(matrix) for matrix, _ in matrices]
+    matrices = [(noise(90, 60 + i), f"m{i}", "weight") for i in range(9)]
+    alone = [Spectrum.of(matrix) for matrix, *_ in matrices]
     inside = Barrier(3)
 
     def together(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -492,7 +485,7 @@ def test_side_by_side_is_the_same_and_leaves_the_threads_of_blas(tmp_path, monke
     spectra.ahead(matrices)
     assert [library["num_threads"] for library in threadpool_info()] == before
     assert (spectra.factorised, len(spectra.folder.files())) == (9, 9)
-    for (matrix, name), expected in zip(matrices, alone, strict=True):
+    for (matrix, name, _), expected in zip(matrices, alone, strict=True):
         found = spectra.of(matrix, name)
         assert same(found, expected)
     assert (spectra.factorised, spectra.loaded) == (9, 0)
@@ -503,7 +496,7 @@ def test_side_by_side_is_the_same_and_leaves_the_threads_of_blas(tmp_path, monke
 
 def test_nothing_ahead_where_memory_would_not_keep_it(monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-    matrices = [(noise(8, 8), "a"), (noise(8, 8, seed=1), "b")]
+    matrices = [(noise(8, 8), "a", "weight"), (noise(8, 8, seed=1), "b", "weight")]
     one = 8 * 8 * 9
     for memory, factorised in ((2 * one, 2), (2 * one - 1, 0)):
         spectra = Spectra(memory_bytes=memory)
