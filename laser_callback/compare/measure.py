@@ -182,7 +182,7 @@ class Lab:
 
     def alters(self, plan: LaserPlan) -> bool:
         """Whether it does more than round: the difference to a base may have a lower rank than a plan keeps."""
-        return not plan.cuts_delta or any(
+        return any(
             not self.spectra.changes_nothing(matrix.value, reduction, matrix.name)
             for matrix, reduction in self.spectra.settled(plan.resolve(self.matrices))
         )

@@ -137,8 +137,8 @@ class Reduction:
             other = [f"{name} {value}" for name, value in own.items() if value != {**_OPTIONS, "rho": 0}[name]]
             if other:
                 raise ValueError(f"bias='cut' goes with a cut that keeps nothing, rho 0, got {', '.join(other)}")
-        if self.metric == "inputs" and (self.of != "rank" or self.blocks != 1):
-            raise ValueError("metric='inputs' goes with of='rank' and blocks=1: it is about a matrix' own directions")
+        if self.metric == "inputs" and (self.of != "rank" or self.blocks != 1 or self.norm != "part"):
+            raise ValueError("metric='inputs' goes with of='rank', blocks=1 and norm='part', the plain cut")
         if self.of == "reference":
             own = {name: getattr(self, name) for name in ("keep", "band", "scale", "blocks", "cut", "metric", "norm")}
             other = [name for name, value in own.items() if value != _OPTIONS[name]]

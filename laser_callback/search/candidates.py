@@ -95,14 +95,13 @@ def cut_by(cuts: Iterable[tuple[WeightMatrix, Reduction]]) -> Hashable:
 
 
 def _effect(matrix: WeightMatrix, reduction: Reduction) -> Hashable:
-    options = {name: getattr(reduction, name) for name in _OPTIONS}
+    options = {name: getattr(reduction, name) for name in _OPTIONS if name != "bias"}  # which is a matrix of its own
     if reduction.is_ruled:  # only the spectrum tells the rank
         return (reduction.rho, *options.items())
     size = math.prod(matrix.shape) if reduction.of == "entries" else matrix.max_rank
     removed = reduction.removed(reduction.rank(size), size)
-    everything = removed == ((0, size),)
-    if reduction.blocks > 1 and not everything:  # each has a rank of its own
+    if removed == ((0, size),):  # of whatever components: all of it
+        options = {name: options[name] for name in ("scale", "cut", "noise")}
+    elif reduction.blocks > 1:  # each has a rank of its own
         return (reduction.rho, *options.items())
-    for name in ("keep", "band", *(("of", "blocks") if everything else ())):
-        del options[name]
-    return (removed, *options.items())
+    return (removed, *((name, value) for name, value in options.items() if name not in ("keep", "band")))

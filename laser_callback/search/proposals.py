@@ -8,17 +8,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Iterable, Sequence
+from typing import Any, cast
 
 from laser_callback.compare.measure import Lab
 from laser_callback.plans.matrices import WeightMatrix
 from laser_callback.plans.plan import LaserPlan
-from laser_callback.plans.reduction import Reduction
 from laser_callback.results.candidates import Candidate
 from laser_callback.search.candidates import cut_by, in_turns
 from laser_callback.search.sensitivities import View, Views
 from laser_callback.search.strategies.base import Context, Strategy
-
-Cuts = list[tuple[WeightMatrix, Reduction]]
 
 
 class Proposals:
@@ -65,8 +63,8 @@ class Proposals:
         with self._lab.base(self._base):
             given = checked(strategy, strategy.neighbours(leader, self._context, closest), self._context)
         found: dict[int, Candidate] = {}
-        for candidate, cuts in given:
-            known = self._known.setdefault(cut_by(cuts), candidate)
+        for candidate, cut in given:
+            known = self._known.setdefault(cut, candidate)
             if known is candidate:
                 self._listed.append(candidate)
             if not known.examples and self._may_race(known):
@@ -89,15 +87,23 @@ def views_for(strategies: Iterable[Strategy], context: Context) -> Views:
         if hasattr(strategy, "views"):
             views: Views = strategy.views(context)
         else:
-            view = View("delta" if "base" in strategy.needs else "weight")
-            views = {view: [matrix for target in context.targets for matrix in target.matrices]}
+            views = _of_targets(context, "base" in strategy.needs)
         for view, matrices in views.items():
             wanted.setdefault(view, {}).update({matrix.name: matrix for matrix in matrices})
     return {view: list(matrices.values()) for view, matrices in wanted.items() if matrices}
 
 
-def checked(strategy: Strategy, candidates: Iterable[Candidate], context: Context) -> list[tuple[Candidate, Cuts]]:
-    """What a strategy proposes, each candidate with the matrices that it cuts.
+def _of_targets(context: Context, delta: bool) -> Views:
+    """Of each target what is cut of it: its weight, or the difference to the base."""
+    wanted: dict[View, list[WeightMatrix]] = {}
+    for target in context.targets:
+        cut = "delta" if delta else target.at(0.0).cut
+        wanted.setdefault(View(cast("Any", cut)), []).extend(target.matrices)
+    return wanted
+
+
+def checked(strategy: Strategy, candidates: Iterable[Candidate], context: Context) -> list[tuple[Candidate, Hashable]]:
+    """What a strategy proposes, each candidate with what stands for its cut (:func:`cut_by`).
 
     Raises:
         ValueError: for a candidate that does not say whose it is or what it is added to, or whose plan is lost in its
@@ -116,7 +122,7 @@ def checked(strategy: Strategy, candidates: Iterable[Candidate], context: Contex
         if LaserPlan.parse(str(candidate.plan)) != candidate.plan:
             raise ValueError(f"{what}, which is read back as {LaserPlan.parse(str(candidate.plan))}")
         try:
-            found.append((candidate, context.resolve(candidate.plan)))
+            found.append((candidate, cut_by(context.resolve(candidate.plan))))
         except ValueError as error:
             raise ValueError(f"{what}: {error}") from error
     return found

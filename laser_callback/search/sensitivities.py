@@ -47,7 +47,7 @@ class View:
     @classmethod
     def of(cls, reduction: Reduction) -> View | None:
         """The view whose directions a reduction removes or scales; ``None`` if it does anything else."""
-        if reduction.of != "rank" or reduction.norm != "part" or reduction.noise is not None:
+        if reduction.of != "rank" or reduction.noise is not None:
             return None
         return cls(reduction.cut, reduction.metric, reduction.blocks)
 
@@ -148,6 +148,10 @@ class Sensitivities:
 
     def _change(self, view: View, matrix: WeightMatrix, reduction: Reduction, spectra: Spectra) -> Tensor:
         """Of each batch, what the removed directions add up to times what becomes of them; shape (batches,)."""
+        if reduction.norm == "whole":  # which changes those that stay, too
+            blocks = view.blocks_of(matrix.value, matrix.name, spectra)
+            gains = torch.cat([spectra.of(block, matrix.name).gains(reduction).cpu() for block in blocks])
+            return self.views[view][matrix.name] @ (gains - 1)
         change = torch.zeros(self.batches, dtype=torch.float64)
         sizes, ranks = view.sizes(matrix.shape), view.ranks(matrix, reduction, spectra)
         for tails, size, rank in zip(self._tails_of(view, matrix.name, sizes), sizes, ranks, strict=True):

@@ -53,12 +53,12 @@ class Context:
     sensitivities: Sensitivities = field(default_factory=Sensitivities)
 
     def resolve(self, plan: LaserPlan) -> list[tuple[WeightMatrix, Reduction]]:
-        """The matrices that a plan names, each with its cut.
+        """The matrices that a plan names, each with its cut, which knows its rank (:meth:`Spectra.settled`).
 
         Raises:
             ValueError: as :meth:`LaserPlan.resolve`.
         """
-        return plan.resolve(self.matrices)
+        return self.spectra.settled(plan.resolve(self.matrices))
 
     def estimate(self, plan: LaserPlan) -> tuple[float, float] | None:
         """The first-order change of the mean loss on the screen set under ``plan``, and its standard error.

@@ -25,7 +25,8 @@ class _ByRule(OnGrid):
         return [candidate for _, candidate in sorted(scored, key=lambda pair: pair[0])]
 
     def _judged(self, target: Target, context: Context) -> list[tuple[float, Candidate]]:
-        judged = [type(self).judge(context.spectra.of(m.value, m.name)) for m in target.matrices]
+        cut = target.at(0.0).cut
+        judged = [type(self).judge(context.spectra.of(m.value, m.name, cut)) for m in target.matrices]
         rank, preference = (sum(column) / len(judged) for column in zip(*judged, strict=True))
         max_rank = target.matrices[0].max_rank
         found = []
