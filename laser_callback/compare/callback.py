@@ -164,7 +164,8 @@ class LaserCallback(pl.Callback):
     def _options_for(self, module: pl.LightningModule) -> RunOptions:
         if self.base is None:
             options = self._options
-            check_base(self.plans.values(), options.spectra is not None and options.spectra.base is not None)
+            if options.spectra is None:  # those that are given say themselves what they lack
+                check_base(self.plans.values(), given=False)
             return options
         self._base_weights = read_weights(self.base) if self._base_weights is None else self._base_weights
         return replace(self._options, spectra=Spectra(base=BaseWeights(self._base_weights, module)))

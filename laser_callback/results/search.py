@@ -14,6 +14,7 @@ from laser_callback.stats.judgement import Judgement
 from laser_callback.support.files import write_json
 from laser_callback.support.plain_json import plain
 from laser_callback.support.reading import Seconds, built, read_plain, shown
+from laser_callback.surgery.recipe import Recipe
 
 
 @dataclass
@@ -83,6 +84,7 @@ class SearchResult:
         settings: all arguments, versions and the seed.
         warnings: what a reader must know.
         base: the digest of the base's weights in delta mode, else ``None``.
+        recipe: ``found`` with what its text does not say, where there is such (cuts in the metric of the inputs).
     """
 
     plan: LaserPlan | None
@@ -99,6 +101,7 @@ class SearchResult:
     settings: dict[str, Any] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
     base: str | None = None
+    recipe: Recipe | None = None
 
     @property
     def verdict(self) -> str:
@@ -112,6 +115,7 @@ class SearchResult:
             "plan": None if self.plan is None else str(self.plan),
             "found": None if self.found is None else str(self.found),
             "base": self.base,
+            "recipe": None if self.recipe is None else self.recipe.to_dict(),
             "reason": self.reason,
             "objective": list(self.objective),
             "confirmed": None if self.confirmed is None else self.confirmed.to_dict(),

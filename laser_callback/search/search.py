@@ -256,6 +256,7 @@ class LaserSearch:
             if reason:
                 course.strategies = [other for other in course.strategies if other is not strategy]
                 course.result.warnings.append(f"without the strategy {strategy.name!r}: {reason}")
+                rank_zero_warn(course.result.warnings[-1])
 
     def _sets(self) -> ExampleSets:
         if isinstance(self.data, ExampleSets):

@@ -12,12 +12,16 @@ from laser_callback.search.steps import Steps
 from laser_callback.stats.constraint import Constraint
 from laser_callback.stats.gain import Gain
 from laser_callback.stats.gates import judge_all
+from laser_callback.surgery.recipe import recorded
 
 
 def confirm(steps: Steps, result: SearchResult, bounds: Sequence[Constraint], controls: bool) -> None:
     """Run the found plan, if there is one, against the original on what nothing has seen; then :func:`decide`."""
     if result.found is None:
         return
+    if any(reduction.metric == "inputs" for reduction in result.found):  # what is kept is in no weights
+        with recorded(steps.lab.module, result.found, steps.lab.spectra) as (_, recipe):
+            result.found = result.recipe = recipe
     if controls:
         try:
             weights = steps.lab.spectra.base

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise, zip_longest
@@ -11,6 +12,7 @@ from typing import Any
 
 from typing_extensions import override
 
+from laser_callback.plans.matrices import WeightMatrix
 from laser_callback.plans.plan import LaserPlan
 from laser_callback.plans.rank_rules import fixed_rank, mean_rank
 from laser_callback.plans.target import Target, by_name
@@ -99,13 +101,12 @@ class Delta:
         if not self.besides:
             return at(addresses, rho, cut="delta", **options)
         others = [
-            matrix
-            for matrix in context.matrices
-            if matrix.kind is None and not matrix.obstacle and base.has(matrix) and len(matrix.parameter_names) == 1
+            matrix for matrix in context.matrices if matrix.kind is None and not matrix.obstacle and base.has(matrix)
         ]
-        plan = at([*addresses, *map(by_name, others)], rho, cut="delta", **options)
         # A bias has one direction: it goes where the whole change is made smaller, and stays where directions are cut.
-        return LaserPlan(replace(r, bias="cut") if rho == 0 else r for r in plan)
+        if rho == 0 and any(matrix.bias for matrix in context.matrices):
+            options["bias"] = "cut"
+        return at([*addresses, *map(_by_all_names, others)], rho, cut="delta", **options)
 
 
 class DeltaMatrices(Laser):
@@ -137,6 +138,12 @@ class DeltaMatrices(Laser):
         matrix = target.matrices[0]
         plan, rho = LaserPlan([replace(target.at(0.0), rho=f"k{rank}")]), rank / _most(target)
         return Candidate(plan, self.name, matrix.layer, matrix.kind, rho, context.base)
+
+
+def _by_all_names(matrix: WeightMatrix) -> dict[str, Any]:
+    """The fields that name a matrix, tied weights by each of their names."""
+    names = [name.removesuffix(".weight") for name in matrix.parameter_names]
+    return {"layer": None, "matrix": f"/{'|'.join(map(re.escape, names))}/"} if len(names) > 1 else by_name(matrix)
 
 
 def _most(target: Target) -> int:
