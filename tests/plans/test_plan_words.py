@@ -5,18 +5,20 @@ from __future__ import annotations
 import itertools
 import json
 import random
+import re
+from pathlib import Path
 
 import pytest
 import torch
 import yaml
 
-from laser_callback.plans.kinds import GROUPS
+from laser_callback.plans.kinds import GROUPS, KINDS
 from laser_callback.plans.plan import LaserPlan, check_base
-from laser_callback.plans.rank_rules import canonical_rule, global_ranks, places_rule
+from laser_callback.plans.rank_rules import RANK_RULES, canonical_rule, global_ranks, places_rule
 from laser_callback.plans.reduction import Reduction
 from laser_callback.shipping.rollout import in_steps
 
-RHOS = [0, 1, 0.1, "entropy", "energy-0.9", "k0", "k2", "k999999999", "global-0.5", "global-3", "global-1e-7",
+RHOS = [0, 1, 0.1, "entropy", "energy-0.9", "k0", "k2", "k999999999", "global-0.5", "global-3", "global-1e-07",
         "places-0", "places-0-4+7", "places-3+5-6+999999"]  # fmt: skip
 OPTIONS = {
     "keep": ["head", "tail"],
@@ -82,6 +84,26 @@ def test_yaml_as_people_write_it():
 def test_the_group_of_what_writes():
     assert GROUPS["writes"] == ("out_proj", "fc_out")
     assert {*GROUPS["writes"]} < {*GROUPS["all"]}
+
+
+def test_the_page_of_the_language_has_every_word_and_no_other():
+    page = (Path(__file__).parents[2] / "docs" / "plans.md").read_text(encoding="utf-8")
+    texts = re.findall(r"^\| `([^`|]*@[^`]*)` \|", page, re.MULTILINE)
+    assert len(texts) >= 6
+    for text in texts:
+        assert str(LaserPlan.parse(text)) == text
+    (whole,) = re.findall(r"^\*\*Options\*\*.*?(?=^Examples)", page, re.MULTILINE | re.DOTALL)
+    options = re.findall(r"^\| `([a-z]+)=([^`]+)` \| `?([^`|]+?)`? \|", whole, re.MULTILINE)
+    assert {name for name, *_ in options} == {*OPTIONS}
+    for name, value, default in options:
+        reduction = Reduction.parse(f"3.fc_in@{0 if name == 'bias' else 0.1}:{name}={value}")
+        assert str(getattr(reduction, name)) == value
+        assert str(getattr(Reduction(3, "fc_in", 0.1), name)) in (default, f"{default}.0", default.title())
+    rhos = re.findall(r"`([^`]+)`", "".join(re.findall(r"^\| rho \|.*?(?=^\*\*)", page, re.MULTILINE | re.DOTALL)))
+    rules = [Reduction(3, "fc_in", rho).rho for rho in rhos]
+    begins = {re.split(r"[A-Z]", rule)[0] for rule in RANK_RULES}
+    assert all(any(str(rule).startswith(begin) for rule in rules) for begin in begins)
+    assert all(f"`{name}`" in page for name in (*KINDS, *GROUPS))
 
 
 # ---- rules -----------------------------------------------------------------------------------------------------------
