@@ -16,6 +16,8 @@ from laser_callback import find_matrices, reduced
 from laser_callback.compare.controls import random_plan, zeroed_plan
 from laser_callback.plans.plan import LaserPlan
 from laser_callback.plans.reduction import Reduction
+from laser_callback.shipping.adapter import difference_of
+from laser_callback.shipping.thin import factored
 from laser_callback.spectra.cut import cut_spectra
 from laser_callback.spectra.delta import BaseWeights
 from laser_callback.spectra.store import Spectra
@@ -332,6 +334,49 @@ def test_the_writes_of_a_model():
     model = tiny_causal_lm()
     kinds = [matrix.kind for matrix, _ in LaserPlan.parse("*.writes@0").resolve(model)]
     assert kinds == ["out_proj", "fc_out"] * len(model.model.layers)
+
+
+@pytest.mark.parametrize("text", ["*.fc_out@global-1.5", "*.fc_out@k2:norm=whole", "*.fc_out@places-0+3"])
+def test_thin_layers_are_the_cut(text):
+    model, tokens = tiny_causal_lm(), torch.arange(6)[None]
+    with torch.no_grad(), reduced(model, text):
+        wanted = model(tokens).logits
+    with torch.no_grad(), factored(model, text) as thin:
+        assert len(thin.layers) == 4
+        torch.testing.assert_close(model(tokens).logits, wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("text", "of_delta"),
+    [
+        ("*.q_proj@global-1.5:cut=delta, *.fc_out@k1:cut=delta,norm=whole", True),
+        ("*.q_proj@places-0-2+4:cut=delta, *.fc_out@0:cut=delta,scale=0.5", True),
+        ("1.q_proj@places-0+2:keep=tail", False),
+    ],
+)
+def test_an_adapter_holds_the_cut(text, of_delta):
+    base = tiny_causal_lm().double()
+    model = tuned(base, rank=4)
+    spectra = Spectra(base=BaseWeights(base, model))
+    factors = difference_of(model, LaserPlan.parse(text), spectra)
+    start = {m.name: m.value.clone() for m in find_matrices(base if of_delta else model)}
+    with reduced(model, text, spectra) as cut:
+        assert len(cut.matrices) == (8 if of_delta else 1)
+        for matrix, _ in cut.matrices:
+            up, down = factors.get(matrix.name, (torch.zeros(1), torch.zeros(1)))
+            close(matrix.value, start[matrix.name] + up @ down, 1e-7)
+
+
+def test_an_adapter_is_of_weights_or_of_differences():
+    base = tiny_causal_lm()
+    model = tuned(base)
+    spectra = Spectra(base=BaseWeights(base, model))
+    for text, message in (
+        ("0.q_proj@k30, 1.q_proj@k1:cut=delta", "no one adapter is for the weights and for what fine-tuning"),
+        ("*.q_proj@k1:cut=delta,noise=1, *.fc_out@k1:cut=delta", "it is not cut along its singular directions"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            difference_of(model, LaserPlan.parse(text), spectra)
 
 
 # ---- the controls ----------------------------------------------------------------------------------------------------

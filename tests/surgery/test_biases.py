@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -195,6 +196,27 @@ def test_the_comparison_is_the_evaluation_of_the_cut_module(plan):
     assert {key: logged[f"laser/{key}"] for key in ("acc", "loss")} == pytest.approx(alone)
     assert without["laser/loss"] != logged["laser/loss"]
     assert snapshot.is_restored()
+
+
+class Saves(Toy):
+    """A step that saves by itself, in the middle of a pass."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self.folder = folder
+
+    def validation_step(self, batch: Any, batch_idx: int, *rest: Any) -> Any:
+        torch.save(self.state_dict(), self.folder / f"{len(list(self.folder.iterdir()))}.pt")
+        return super().validation_step(batch, batch_idx, *rest)
+
+
+def test_who_saves_in_the_middle_of_a_pass_saves_the_biases_of_the_original(tmp_path):
+    module = with_biases(Saves(tmp_path))
+    before = weights(module)
+    quiet_trainer(LaserCallback("1.writes@0:bias=cut", report=False)).validate(module, make_data(), verbose=False)
+    states = [torch.load(path) for path in tmp_path.iterdir()]
+    assert len(states) >= 2 * len(make_data())
+    assert all(torch.equal(state[name], value) for state in states for name, value in before.items())
 
 
 # ---- recipes, undo files, exports ------------------------------------------------------------------------------------
