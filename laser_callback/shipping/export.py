@@ -135,8 +135,8 @@ def _save_dense(
         else:
             recipe = Recipe(recipe, recipe.matrices, recipe.base, recipe.numbers, recipe.versions, dropped)
             notes = [
-                f"Left out: {layers}, as the original counts them. With all that they write cut to zero they would only "
-                "hand on what they are given: this model gives the same bits without them."
+                f"Left out: {layers}, as the original counts them. With all that they write cut to zero they only hand "
+                "on what they are given: without them the model gives the same, bit for bit."
             ]
     name = type(model).__name__
     usage = f'from transformers import {name}\n\nmodel = {name}.from_pretrained("this-folder")'

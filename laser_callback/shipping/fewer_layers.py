@@ -36,7 +36,7 @@ _INDICES = re.compile(
 )
 _LEADING = ("first_k_dense_replace", "max_window_layers")
 """How many layers, from the first on, are of another sort."""
-_NOT_BY_LAYER = re.compile(r"token|architectures|label")
+_NOT_BY_LAYER = re.compile(r"token|architectures|label|limit$")
 _OF_PLACE = "relative_attention_bias"
 """What belongs to a place in the stack, and not to the layer: the first block of T5 makes the positions for all."""
 
@@ -102,18 +102,18 @@ def _write_without(model: PreTrainedModel, dropped: Layers, folder: Path) -> Non
     kept = {stack: [i for i in range(len(stacks[stack])) if i not in gone] for stack, gone in dropped.items()}
     if empty := [stack for stack, layers in kept.items() if not layers]:
         raise CannotLeaveOutError(f"no layer of `{empty[0]}` would be left")
-    _check_identity(
-        {layer_path(stack, i): stacks[stack][i] for stack in dropped for i in dropped[stack]}, model, inputs
-    )
+    leaving = {layer_path(stack, i): stacks[stack][i] for stack, gone in dropped.items() for i in gone}
+    _check_identity(leaving, model, inputs)
     small = _smaller(model, kept)
     _fill(small, model, kept)
-    save_dense(small, folder)
-    del small
     try:
+        save_dense(small, folder)
         loaded = whole(type(model), folder).to(model.device)
+    except OSError:  # of the disk
+        raise
     except Exception as error:  # each class has its own way to fail
-        raise CannotLeaveOutError(f"transformers does not read the smaller model again: {_short(error)}") from error
-    _use_same_kernels(loaded, model)
+        raise CannotLeaveOutError(f"the smaller model cannot be written and read again: {_short(error)}") from error
+    _round_alike(loaded, model, kept)
     _check_settings(loaded, model, kept)
     if reason := why_not_same(model, loaded.eval(), inputs):
         raise CannotLeaveOutError(reason)
@@ -167,10 +167,8 @@ def _with_fewer(config: PreTrainedConfig, before: int, kept: Sequence[int]) -> I
                 for other, setting in vars(part).items():
                     vars(part)[other] = _renumbered(other, setting, before, kept)
                 vars(part)[name] = len(kept)
-                if hasattr(
-                    part, "num_decoder_layers"
-                ):  # T5 generates with as many layers of cache as this says, or else
-                    part.decoder_layers = part.num_decoder_layers  # with as many as its encoder has
+                if hasattr(part, "num_decoder_layers"):  # T5, whose cache else has as many layers as its encoder
+                    part.decoder_layers = part.num_decoder_layers
                 yield fewer
 
 
@@ -231,9 +229,8 @@ def _fill(small: PreTrainedModel, model: PreTrainedModel, kept: Layers) -> None:
             )
         state[name] = there[source]
         used.add(source)
-    gone = tuple(
-        f"{stack}.{i}." for stack in kept for i in range(len(layer_stacks(model)[stack])) if i not in kept[stack]
-    )
+    places = {stack: range(len(layers)) for stack, layers in layer_stacks(model).items() if stack in kept}
+    gone = tuple(f"{stack}.{i}." for stack in kept for i in places[stack] if i not in kept[stack])
     if unused := [name for name in there if name not in used and not name.startswith(gone)]:
         raise CannotLeaveOutError(f"the smaller model would have no place for `{clipped(unused[0], 100)}`")
     small.load_state_dict(state, assign=True)
@@ -251,12 +248,16 @@ def _source(name: str, kept: Layers) -> str:
     return name
 
 
-def _use_same_kernels(loaded: PreTrainedModel, model: PreTrainedModel) -> None:
-    """Others may round otherwise."""
+def _round_alike(loaded: PreTrainedModel, model: PreTrainedModel, kept: Layers) -> None:
+    """Let ``loaded`` compute with the kernels of ``model``, and in its precision also what is in no file."""
     for what in ("attn_implementation", "experts_implementation"):
         wanted = getattr(model.config, f"_{what}", None)
         if wanted is not None and wanted != getattr(loaded.config, f"_{what}"):
             getattr(loaded, f"set_{what}")(wanted)
+    buffers = dict(model.named_buffers())
+    for name, buffer in loaded.named_buffers():  # `model.to(torch.bfloat16)` has rounded frequencies of positions, too
+        if (was := buffers.get(_source(name, kept))) is not None:
+            buffer.data = buffer.to(was.dtype)
 
 
 def _check_settings(small: PreTrainedModel, model: PreTrainedModel, kept: Layers) -> None:

@@ -82,7 +82,7 @@ def why_not_same(one: PreTrainedModel, other: PreTrainedModel, inputs: Mapping[s
                 return f"the smaller model does not return the same `{name}`"
             if not torch.equal(here, tensor):
                 apart = float((here.double() - tensor.double()).abs().max())
-                return f"the smaller model gives other {name}, by up to {apart:.2g}: the place of a layer matters"
+                return f"the smaller model gives other {name}, by up to {apart:.2g}: the place of a layer may matter"
     return ""
 
 
