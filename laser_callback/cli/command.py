@@ -9,9 +9,10 @@ from __future__ import annotations
 import json
 import math
 import sys
+import warnings
 from argparse import ArgumentError
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext, redirect_stdout
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any
@@ -74,6 +75,14 @@ def run(work: Callable[[], Answer | int | None], prog: str, *, as_json: bool, de
     if as_json and answer.data is not None:
         print(json.dumps(answer.data, indent=2, ensure_ascii=False, allow_nan=False))
     return int(answer.code)
+
+
+@contextmanager
+def notes() -> Iterator[None]:
+    """Within: of a warning is shown the sentence, and not where in the code it was said."""
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *_: print(f"note: {message}", file=sys.stderr)
+        yield
 
 
 def in_lines(message: object) -> str:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import sys
-import warnings
 from pathlib import Path
 from typing import Any, Literal
 
 import lightning.pytorch as pl
 
-from laser_callback.cli.command import Answer, Exit
+from laser_callback.cli.command import Answer, Exit, notes
 from laser_callback.cli.report import read_examples
 from laser_callback.cli.subject import subject
 from laser_callback.data.lm_eval import ACC, is_lm_eval
@@ -139,9 +138,7 @@ def search(
         seed=seed,
     )
     try:
-        with warnings.catch_warnings():
-            # A reader of the terminal needs the sentence, not where in the code it was said.
-            warnings.showwarning = lambda message, *_: print(f"note: {message}", file=sys.stderr)
+        with notes():
             found.run()
     except KeyboardInterrupt:
         print(f"so far: {found.result.reason}", file=sys.stderr)

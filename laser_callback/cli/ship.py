@@ -12,10 +12,11 @@ from typing import Any
 from rich.filesize import decimal
 from transformers import AutoProcessor, PreTrainedModel
 
-from laser_callback.cli.command import Answer
+from laser_callback.cli.command import Answer, notes
 from laser_callback.plans.plan import check_base
 from laser_callback.results.search import SearchResult, result_of
 from laser_callback.shipping.export import Form, save_reduced
+from laser_callback.shipping.fewer_layers import listed
 from laser_callback.shipping.undo import restore as restore_model
 from laser_callback.spectra.delta import BaseWeights
 from laser_callback.spectra.store import Spectra
@@ -58,7 +59,10 @@ def export(
         need_recipe_ending(output=output)
     check_base([chosen], base is not None)
     original, spectra = _original(model, base, allow_missing)
-    done = save_reduced(original, chosen, output, form, result=numbers, tokenizer=_tokenizer(model), spectra=spectra)
+    with notes():
+        done = save_reduced(
+            original, chosen, output, form, result=numbers, tokenizer=_tokenizer(model), spectra=spectra
+        )
     return _answer(f"wrote {form}", output, done)
 
 
@@ -83,7 +87,8 @@ def apply(
     original, spectra = _original(model, base, allow_missing)
     with _about(recipe), recorded(original, plan, spectra, exact=exact) as (_, here):
         pass  # now `here` has the hashes of what rounding makes here
-    done = save_reduced(original, here, output, tokenizer=_tokenizer(model), spectra=spectra)
+    with notes():
+        done = save_reduced(original, here, output, tokenizer=_tokenizer(model), spectra=spectra)
     return _answer("wrote the reduced model", output, done)
 
 
@@ -139,5 +144,6 @@ def _tokenizer(model: str) -> Any:
 def _answer(what: str, path: Path, recipe: Recipe) -> Answer:
     files = [path] if path.is_file() else list(path.iterdir())
     size = sum(file.stat().st_size for file in files)
-    print(f"{what}: {path}, {decimal(size)}")
+    without = f", without {listed(recipe.left_out)}" if recipe.left_out else ""
+    print(f"{what}: {path}, {decimal(size)}{without}")
     return Answer({"path": str(path), "bytes": size, "recipe": recipe.to_dict()})

@@ -94,8 +94,8 @@ def droppable(model: nn.Module, run: Callable[[], object]) -> Droppable:
 def why_no_identity(layers: Iterable[nn.Module], run: Callable[[], object]) -> dict[nn.Module, str]:
     """Let ``run`` pass a batch through ``layers``, and say of each why it does not hand on what it is given.
 
-    Compared are the values of a layer's first argument ahead of its call and of the first tensor that it returns;
-    where their dtypes differ, either of them rounded to the other's.
+    Compared are the values of a layer's first argument ahead of its call and of the first tensor that it returns, bit
+    for bit: the same, or rounded to a dtype.
 
     Returns:
         Layer -> the reason; an empty one if it is the identity.
@@ -129,6 +129,7 @@ def layer_path(stack: str, layer: int) -> str:
     return f"{stack}.{layer}".lstrip(".")
 
 
+_ROUNDED = (torch.float32, torch.bfloat16, torch.float16)
 _UNSEEN = "no call of it is seen in the pass"
 _ADDS = "with all that is known to write in it at zero it still changes what it is given"
 
@@ -138,7 +139,7 @@ def _why_not_same(before: Tensor | None, after: Tensor | None, norm: str) -> str
         return f"it {'is given' if before is None else 'returns'} no hidden states"
     if before.shape != after.shape:
         return f"it makes a tensor of shape {tuple(after.shape)} of one of shape {tuple(before.shape)}"
-    if torch.equal(before.to(after.dtype), after) or torch.equal(before, after.to(before.dtype)):
+    if any(torch.equal(before.to(dtype).to(after.dtype), after) for dtype in (before.dtype, *_ROUNDED)):
         return ""
     if norm:
         return f"a norm stands behind its sum: what it gives comes from `{norm}`"

@@ -52,6 +52,7 @@ def model_card(
     metrics = [] if arm is None else [row.metric for row in arm.rows]
     primary = None if result is None else result.primary or next(iter(metrics), None)
     controls = {} if result is None or name is None else result.controls.get(name, {})
+    gone = tuple(f"{stack}.{i}.".lstrip(".") for stack, layers in recipe.left_out.items() for i in layers)
     return ModelCard.from_template(
         ModelCardData(library_name=library, tags=["laser", "rank-reduction"], base_model=base),
         template_str=(files("laser_callback.reports") / "templates" / "card.md").read_text(encoding="utf-8"),
@@ -76,6 +77,7 @@ def model_card(
         interval=interval_text,
         p=p_text,
         value=value_text,
+        is_left_out=lambda name: name.startswith(gone),
     )
 
 

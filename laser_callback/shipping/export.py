@@ -6,6 +6,7 @@ wholly or not at all, with the plan, the hashes of the cut matrices, the numbers
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -24,6 +25,7 @@ from laser_callback.results.evidence import numbers_of
 from laser_callback.results.search import SearchResult
 from laser_callback.shipping.adapter import difference_of, save_adapter
 from laser_callback.shipping.factored_file import RANKS, WEIGHTS, save_factored_weights
+from laser_callback.shipping.fewer_layers import dropped_layers, listed, save_without
 from laser_callback.shipping.thin import Factored, factored
 from laser_callback.shipping.undo import save_undo
 from laser_callback.spectra.store import Spectra
@@ -57,7 +59,9 @@ def save_reduced(
         form:
 
             - ``"recipe"``: a ``.json`` or ``.yaml`` of kilobytes, to be applied to the original.
-            - ``"dense"``: a folder for ``from_pretrained``, as large as the original.
+            - ``"dense"``: a folder for ``from_pretrained``, as large as the original. Layers that the plan drops
+              (``12.writes@0:bias=cut``) are left out if the model gives the same bits without them; else they stay,
+              with zero matrices, and a warning says why.
             - ``"checkpoint"``: a Lightning checkpoint (weights, hyperparameters) for ``load_from_checkpoint``.
             - ``"factored"``: thin layers where they are smaller, for :func:`load_factored`.
             - ``"adapter"``: the difference to the original as a LoRA adapter for PEFT, where it is smaller; in delta
@@ -116,11 +120,27 @@ def _save_dense(
     model: PreTrainedModel, plan: LaserPlan, folder: Path, spectra: Spectra, numbers: _Numbers, tokenizer: Any
 ) -> Recipe:
     save_about(model, folder, tokenizer)  # what is refused, before the work
-    with recorded(model, plan, spectra, numbers=numbers) as (_, recipe):
-        save_weights(model, folder)
+    notes = []
+    with recorded(model, plan, spectra, numbers=numbers) as (cut, recipe):
+        dropped = dropped_layers(model, [matrix for matrix, _ in cut.matrices])
+        reason = save_without(model, dropped, folder) if dropped else ""
+        if reason or not dropped:
+            save_weights(model, folder)
+    if dropped:
+        layers = listed(dropped)
+        if reason:
+            stayed = f"{layers} could not be left out: {reason}. What was cut to zero is there, as zeros"
+            notes = [f"L{stayed[1:]}."]
+            warnings.warn(stayed, stacklevel=3)
+        else:
+            recipe = Recipe(recipe, recipe.matrices, recipe.base, recipe.numbers, recipe.versions, dropped)
+            notes = [
+                f"Left out: {layers}, as the original counts them. With all that they write cut to zero they only hand "
+                "on what they are given: without them the model gives the same, bit for bit."
+            ]
     name = type(model).__name__
     usage = f'from transformers import {name}\n\nmodel = {name}.from_pretrained("this-folder")'
-    _document(folder, model, recipe, title="A reduced model", usage=usage, library="transformers")
+    _document(folder, model, recipe, title="A reduced model", usage=usage, library="transformers", notes=notes)
     return recipe
 
 

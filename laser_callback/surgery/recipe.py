@@ -12,7 +12,7 @@ import hashlib
 import math
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +91,7 @@ class Recipe(LaserPlan):
         base: the digest of the base's weights, if a difference to these was cut, else ``None``.
         numbers: what was shown, as plain data; see :func:`laser_callback.results.numbers_of`.
         versions: of the packages that the cut was made with.
+        left_out: stack -> the layers that a written model has no more, since the plan cuts all that they write.
 
     Example:
         >>> model = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 2)
@@ -107,6 +108,7 @@ class Recipe(LaserPlan):
     base: str | None
     numbers: Mapping[str, Any]
     versions: Mapping[str, str]
+    left_out: Mapping[str, Sequence[int]]
 
     def __init__(
         self,
@@ -115,6 +117,7 @@ class Recipe(LaserPlan):
         base: str | None = None,
         numbers: Mapping[str, Any] | None = None,
         versions: Mapping[str, str] | None = None,
+        left_out: Mapping[str, Sequence[int]] | None = None,
     ) -> None:
         super().__init__(plan.reductions)
         for name, value in (
@@ -122,6 +125,7 @@ class Recipe(LaserPlan):
             ("base", base),
             ("numbers", dict(numbers or {})),
             ("versions", dict(versions or {})),
+            ("left_out", dict(left_out or {})),
         ):
             object.__setattr__(self, name, value)
 
@@ -150,6 +154,7 @@ class Recipe(LaserPlan):
                 "matrices": [asdict(matrix) for matrix in self.matrices],
                 "numbers": dict(self.numbers),
                 "versions": dict(self.versions),
+                "left_out": dict(self.left_out),
             }
         )
 
@@ -162,7 +167,7 @@ class Recipe(LaserPlan):
         """
         read = built(_Written, data)
         plan = made(LaserPlan.of, {"reductions": read.reductions})
-        return cls(plan, read.matrices, read.base, read.numbers, read.versions)
+        return cls(plan, read.matrices, read.base, read.numbers, read.versions, read.left_out)
 
 
 @dataclass(frozen=True)
@@ -174,6 +179,7 @@ class _Written:
     matrices: tuple[CutMatrix, ...]
     numbers: dict[str, Any]
     versions: dict[str, str]
+    left_out: dict[str, list[int]] = field(default_factory=dict)
 
 
 def apply(
