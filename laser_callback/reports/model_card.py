@@ -76,7 +76,7 @@ def model_card(
         result=result,
         arm=arm,
         controls=[
-            (_CONTROLS.get(kind, kind), row, next((own for own in arm.ahead if own.metric == primary), None))
+            (_CONTROLS.get(kind, kind), row, arm.ahead_in(primary))
             for kind, arm in controls.items()
             for row in arm.rows
             if row.metric == primary

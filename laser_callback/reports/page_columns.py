@@ -91,8 +91,8 @@ def control_columns(result: LaserResult, name: str) -> Columns:
     for kind, control in result.controls.get(name, {}).items():
         for row in (row for row in control.rows if row.metric == claim.metric):
             found.append((control_text(kind, control), control.plan, row))
-            than = next((own for own in control.ahead if own.metric == claim.metric), None)
-            ahead.append(Markup("") if than is None else Markup("{}: {}").format(ahead_text(than), change(than)))
+            more = control.ahead_in(claim.metric)
+            ahead.append(Markup("") if more is None else Markup("{}: {}").format(ahead_text(more), change(more)))
     return (
         {}
         if len(found) == 1

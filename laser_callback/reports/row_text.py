@@ -166,10 +166,8 @@ def verdict(result: LaserResult, name: str) -> str:
         text += f"; of {' and '.join(f'other {by}s' for by in checks.worth_less)} much less is shown"
     told = []
     for kind, control in result.controls.get(name, {}).items():
-        ahead = [f" ({ahead_text(own)})" for own in control.ahead if own.metric == row.metric and kind == "noise"]
-        told += [
-            f"{_SAID[kind]} {delta_text(own, own.delta)}{''.join(ahead)}"
-            for own in control.rows
-            if own.metric == row.metric
-        ]
+        for own in (own for own in control.rows if own.metric == row.metric):
+            change = delta_text(own, own.delta) if math.isfinite(own.delta) else f"gives {own.reduced:g}"
+            ahead = control.ahead_in(own.metric) if kind == "noise" else None  # what the others leave open
+            told.append(f"{_SAID[kind]} {change}{'' if ahead is None else f' ({ahead_text(ahead)})'}")
     return f"{text}; controls: {', '.join(told)}" if told else text

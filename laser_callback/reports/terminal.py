@@ -206,8 +206,8 @@ def _lines(arm: ArmResult, controls: dict[str, ArmResult], metric: str | None) -
         of = "" if control.passes else f" ({control.plan})"
         for row in (row for row in control.rows if row.metric == metric):
             told = f"{row.metric} {value_text(row, row.reduced)}, delta {change_text(row)}"
-            if kind == "noise":  # the question that the other two leave open
-                told += "".join(f"; {ahead_text(r)}: {change_text(r)}" for r in control.ahead if r.metric == metric)
+            if kind == "noise" and (ahead := control.ahead_in(metric)) is not None:  # what the others leave open
+                told += f"; {ahead_text(ahead)}: {change_text(ahead)}"
             lines.append(indent(Text(f"control, {control_text(kind, control)}{of}: {told}")))
     return lines
 

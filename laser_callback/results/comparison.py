@@ -56,6 +56,10 @@ class ArmResult:
     def __getitem__(self, metric: str) -> PairedResult:
         return row_named(metric, self.rows)
 
+    def ahead_in(self, metric: str | None) -> PairedResult | None:
+        """Of a control: the plan against it in ``metric``, where both have a value."""
+        return next((row for row in self.ahead if row.metric == metric), None)
+
     def prior(self, metric: str | None) -> PriorChecks | None:
         """The prior checks of ``metric``, or else of the first metric that has some and a row."""
         found = {row.metric: self.prior_checks[row.metric] for row in self.rows if row.metric in self.prior_checks}

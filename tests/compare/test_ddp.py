@@ -241,7 +241,7 @@ def test_two_processes(trainer, tmp_path, capfd):
     # The table is over the nine examples, each once, whatever the ranks logged.
     report = json.loads(path.read_text())
     assert report["duplicates_removed"] == 1
-    assert set(report["controls"]["a"]) == {"zeroed", "random"}
+    assert set(report["controls"]["a"]) == {"zeroed", "random", "noise"}
     with torch.no_grad():
         right = module(data.x).argmax(1) == data.y
         for name, plan in (("a", PLAN), ("b", OTHER)):
