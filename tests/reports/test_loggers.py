@@ -76,6 +76,10 @@ def test_csv(tmp_path):
     assert rows[0]["plan"] == PLAN
     assert float(rows[0]["lower"]) == row.lower
     assert int(rows[0]["fixed"]) == row.fixed
+    noise = result.controls["laser"]["noise"]
+    assert (float(rows[3]["reduced"]), rows[3]["plan"]) == (noise["<i>acc</i>"].reduced, noise.plan)
+    assert (rows[0]["ahead_delta"], float(rows[3]["ahead_delta"])) == ("", noise.ahead[0].delta)
+    assert float(rows[3]["ahead_lower"]) == noise.ahead[0].lower
     with (tmp_path / "lightning_logs" / "version_0" / "metrics.csv").open() as stream:
         (scalars,) = csv.DictReader(stream)
     assert float(scalars["laser/<i>acc</i>"]) == pytest.approx(row.reduced)
