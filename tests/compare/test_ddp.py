@@ -90,7 +90,7 @@ def comparable(result: LaserResult) -> dict[str, Any]:
     """What ranks must agree on: all but the clocks and values that are rank-local by the user's own choice."""
     found = result.to_dict()
     arms = [*found["arms"].values(), *(a for c in found["controls"].values() for a in c.values())]
-    for arm in [*arms, *(one for arm in arms for one in arm["passes"])]:
+    for arm in [*arms, *(one for control in arms for one in control["passes"])]:
         for clock in ("seconds", "factorise_seconds", "replay"):
             del arm[clock]
     del found["original_seconds"]
