@@ -46,7 +46,7 @@ def test_module_example(deep_lm, monkeypatch):
     result = scope["module"].result
     assert result["laser"]["first_token_accuracy"].n == 60
     assert result["laser"]["perplexity"].kind == "log_ratio"
-    assert set(result.controls["laser"]) == {"zeroed", "random"}
+    assert set(result.controls["laser"]) == {"zeroed", "random", "noise"}
 
 
 @pytest.mark.slow

@@ -47,8 +47,9 @@ def demo(
         chat: put each prompt into the model's chat template, as a user's message that the answer replies to.
         system: the system message of that chat.
         allow_missing: go on with a model of which weights are missing: they are random, and a warning names them.
-        controls: also run, beside each plan, its matrices zeroed and random matrices cut at the same rho.
-        seed: of the sample and of the random controls.
+        controls: also run, beside each plan, its matrices zeroed, random matrices cut at the same rho, and noise
+            as large as the cut.
+        seed: of the sample and of the controls.
         output: where to write the report as JSON; the outcomes of each fact go beside it as JSONL.
         picture: where to write the report as SVG.
     """

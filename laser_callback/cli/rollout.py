@@ -70,7 +70,8 @@ def rollout(
         stages: the plans to go through before the last, in order; by default one more reduction at a time.
         steps: instead, cut the whole plan at these rhos first.
         gain_at: demand gains of each stage, or of the last only.
-        controls: run beside each stage its matrices zeroed and random matrices cut at the same rho.
+        controls: run beside each stage its matrices zeroed, random matrices cut at the same rho, and noise
+            as large as the cut.
         limit: use a seeded sample of so many facts, stratified by group; 0 for all.
         batch_size: facts in a batch.
         chat: put each prompt into the model's chat template, as a user's message that the answer replies to.
@@ -80,7 +81,7 @@ def rollout(
         resume: go on with the rollout in the folder.
         accelerator: as in Lightning's Trainer; auto takes CUDA or the CPU.
         precision: as in Lightning's Trainer.
-        seed: of the sample and the random control.
+        seed: of the sample and the controls.
         output: where to write the result as JSON.
     """
     if stages is not None and steps is not None:

@@ -87,13 +87,14 @@ def search(
         allow_missing: go on with a model of which weights are missing: they are random, and a warning names them.
         method: screened; exhaustive, all candidates on all race examples; or paper, all of them as the paper's code
             cuts and selects.
-        controls: confirm beside the plan its matrices zeroed and random matrices cut at the same rho.
+        controls: confirm beside the plan its matrices zeroed, random matrices cut at the same rho, and noise
+            as large as the cut.
         minutes: race only as many candidates as fit into so much time.
         folder: keep each finished step here.
         resume: go on with the search in the folder.
         accelerator: as in Lightning's Trainer; auto takes CUDA or the CPU.
         precision: as in Lightning's Trainer.
-        seed: of the sets, the order of examples and the random control.
+        seed: of the sets, the order of examples and the controls.
         output: where to write the result as JSON; the outcomes of the confirm set's examples go beside it as JSONL.
         html: where to write the result as a page.
         plan: where to write the recommended plan (.yaml, .json or .txt), if there is one.

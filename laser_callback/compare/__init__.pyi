@@ -1,4 +1,5 @@
 from .callback import LaserCallback as LaserCallback
+from .controls import noise_plan as noise_plan
 from .controls import random_plan as random_plan
 from .controls import zeroed_plan as zeroed_plan
 from .measure import Lab as Lab

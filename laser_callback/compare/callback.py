@@ -61,14 +61,15 @@ class LaserCallback(pl.Callback):
         update: ``update(metrics, outputs, batch)``, called after each step with what the step returned.
         primary: the one key whose p value carries the claim; all others are Holm-adjusted. Where it is not logged,
             a warning says so as early as it can be known, and no row carries the claim.
-        controls: also run two controls of each plan: its matrices zeroed, and other matrices cut at the same rho.
+        controls: also run three controls of each plan: its matrices zeroed, other matrices cut at the same rho, and its
+            matrices with noise of the size of what is removed (three passes).
         key_prefix: first part of the logged keys.
         replay: do not recompute the layers in front of the first cut.
         report: print the table at the end; a path ending in ``.json`` or ``.html`` also writes :attr:`result` there,
             and with ``.json`` the outcomes of each example beside it (``.examples.jsonl``). Each evaluation replaces
             the files: after ``fit`` they hold the latest validation.
         publish: send tables and pictures to the trainer's loggers as well (TensorBoard, CSV, Weights & Biases).
-        seed: of the random control.
+        seed: of the random control and of the noise.
         on_error: in ``fit``, an exception of the comparison (a reduced pass that fails, a metric that refuses its
             values) costs this epoch's comparison and is a warning: ``"warn"``; or it stops training: ``"raise"``. In
             ``validate`` and ``test``, and with several processes, it is always raised.

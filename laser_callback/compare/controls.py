@@ -1,7 +1,8 @@
-"""Two controls beside every cut: is it this matrix, and is it its rank?
+"""Three controls beside every cut: is it this matrix, is it its rank, or does any change of this size do the same?
 
 If zeroing the matrices (rho = 0) helps as much as truncating them, the gain is not in what was kept. If cutting other
-matrices at the same rho helps as much, it is not in where the cut was made.
+matrices at the same rho helps as much, it is not in where the cut was made. If Gaussian noise of the same size helps as
+much, it is not in the singular directions: random changes of weights can raise accuracy, too (arXiv 2603.12228).
 """
 
 from __future__ import annotations
@@ -20,15 +21,22 @@ from laser_callback.plans.reduction import Reduction
 from laser_callback.plans.target import by_name
 from laser_callback.spectra.delta import BaseWeights
 
+NOISES = 3
+"""So many times noise is drawn: their mean is the control."""
+
 
 def control_plans(model: nn.Module, plan: LaserPlan, seed: int, base: BaseWeights | None) -> dict[str, LaserPlan]:
-    """Both controls by name; the random one, where there is a ``base``, among the matrices that differ from it.
+    """The plans of all controls by the names of their passes: ``zeroed``, ``random``, ``noise 1`` to ``noise 3``.
+
+    The random one is, where there is a ``base``, among the matrices that differ from it.
 
     Raises:
         ValueError: as :func:`random_plan`.
     """
     drawn = random_plan(model, plan, seed, base.changed) if base and plan.cuts_delta else random_plan(model, plan, seed)
-    return {"zeroed": zeroed_plan(plan), "random": drawn}
+    # As a plan's text takes them: from 0 on, of at most nine digits.
+    noises = {f"noise {number}": noise_plan(plan, (NOISES * seed + number) % 10**9) for number in range(1, NOISES + 1)}
+    return {"zeroed": zeroed_plan(plan), "random": drawn, **noises}
 
 
 def zeroed_plan(plan: LaserPlan) -> LaserPlan:
@@ -36,6 +44,11 @@ def zeroed_plan(plan: LaserPlan) -> LaserPlan:
     return LaserPlan(
         Reduction(r.layer, r.matrix, 0.0, stack=r.stack, expert=r.expert, cut=r.cut, bias=r.bias) for r in plan
     )
+
+
+def noise_plan(plan: LaserPlan, seed: int) -> LaserPlan:
+    """The same matrices with Gaussian noise added in place of each cut, of the Frobenius norm of what it removes."""
+    return LaserPlan(replace(reduction, noise=seed) for reduction in plan)
 
 
 def random_plan(

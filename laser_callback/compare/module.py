@@ -65,7 +65,7 @@ class LaserModule(pl.LightningModule):
         plan: what to cut (see :class:`LaserCallback`); ``None`` for a plain evaluation. A ``LaserCallback`` among the
             trainer's callbacks takes precedence.
         primary: the metric that carries the claim.
-        controls: also run the two controls of each plan.
+        controls: also run the controls of each plan, as in :class:`LaserCallback`.
         report: see :class:`LaserCallback`.
         learning_rate: of AdamW in ``fit``.
         ab_fraction: in ``predict``, send this share of the examples, chosen by a hash of their ids, to the reduced

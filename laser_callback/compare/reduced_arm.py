@@ -36,7 +36,7 @@ class ReducedArm:
 
     Args:
         name: of the plan.
-        control: ``""``, ``"zeroed"`` or ``"random"``.
+        control: ``""``, or the name of a control's pass: ``"zeroed"``, ``"random"``, ``"noise 1"``, ...
         cut: what is put in place for its passes.
         arm: what Lightning and the module keep for it.
     """
@@ -63,6 +63,11 @@ class ReducedArm:
     def key(self) -> str:
         """Under which its results stand."""
         return f"{self.name}.{self.control}" if self.control else self.name
+
+    @property
+    def group(self) -> str:
+        """The control that it is a pass of, ``"noise"`` of several; empty for a plan."""
+        return self.control.partition(" ")[0]
 
     def run(
         self, batch: Any, batch_idx: int, dataloader_idx: int | None, replaying: AbstractContextManager[Any]

@@ -31,6 +31,7 @@ from laser_callback.passes.windows import Windows
 from laser_callback.plans.matrices import find_matrices
 from laser_callback.plans.plan import LaserPlan
 from laser_callback.results.comparison import ArmResult, LaserResult, adjust_together
+from laser_callback.results.controls import control_results
 from laser_callback.results.examples import ORIGINAL, Logged, PairedExamples
 from laser_callback.spectra.cut import cut_spectra
 from laser_callback.spectra.store import Spectra
@@ -411,12 +412,14 @@ class ComparisonRun:
                 spectra=reduction.spectra,
             )
         plans = {r.name: results[r.key] for r in self._reductions if not r.control}
-        controls: dict[str, dict[str, ArmResult]] = {}
-        for reduction in self._reductions:
-            if reduction.control and reduction.key in self._broken:
-                reasons[f"{reduction.control} control of {reduction.name}"] = self._broken[reduction.key]
-            elif reduction.control:
-                controls.setdefault(reduction.name, {})[reduction.control] = results[reduction.key]
+        broken = [r for r in self._reductions if r.key in self._broken]
+        reasons |= {f"{r.control} control of {r.name}": self._broken[r.key] for r in broken}
+        passes: dict[str, dict[str, dict[str, ArmResult]]] = {}  # by plan, control and key
+        for r in self._reductions:
+            # The mean of those passes that worked would leave out the worst.
+            if r.control and (r.name, r.group) not in [(b.name, b.group) for b in broken]:
+                passes.setdefault(r.name, {}).setdefault(r.group, {})[r.key] = results[r.key]
+        controls = {n: control_results(examples, n, plans[n], of, original, logged) for n, of in passes.items()}
         keys = dict.fromkeys(row.metric for arm in plans.values() for row in arm.rows)
         primary = self.options.primary if self.options.primary in keys else None
         warn_if_absent(self.options.primary, keys, "this evaluation")

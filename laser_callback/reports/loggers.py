@@ -27,6 +27,7 @@ _COLUMNS = (
     *("metric", "original", "reduced", "delta", "lower", "upper", "fixed", "broken"),
     *("p", "p_adjusted", "n", "test", "role", "verdict", "note"),
 )
+_AHEAD = ("delta", "lower", "upper", "p")
 
 
 def publish(
@@ -74,14 +75,17 @@ def tables(result: LaserResult | SearchResult) -> dict[str, Table]:
 
 
 def _comparison(result: LaserResult) -> Table:
-    """One row per plan or control, and metric."""
+    """One row per plan or control, and metric; of a control also what the plan has more (``ahead``)."""
     arms = [(name, "", arm) for name, arm in result.arms.items()]
     arms += [(name, kind, arm) for name, controls in result.controls.items() for kind, arm in controls.items()]
-    return [
-        {"name": name, "control": control, "plan": arm.plan, **{column: row.to_dict()[column] for column in _COLUMNS}}
-        for name, control, arm in arms
-        for row in arm.rows
-    ]
+    table: Table = []
+    for name, control, arm in arms:
+        ahead = {row.metric: row.to_dict() for row in arm.ahead}
+        for row in arm.rows:
+            more = {f"ahead_{column}": ahead.get(row.metric, {}).get(column) for column in _AHEAD}
+            own = {column: row.to_dict()[column] for column in _COLUMNS}
+            table.append({"name": name, "control": control, "plan": arm.plan, **own, **more})
+    return table
 
 
 def _csv(table: Table) -> str:

@@ -11,13 +11,24 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from laser_callback.reports.row_text import cell_text, change_text, interval_text, p_text, value_text
+from laser_callback.reports.row_text import (
+    ahead_text,
+    cell_text,
+    change_text,
+    interval_text,
+    p_text,
+    value_text,
+)
 from laser_callback.results.comparison import LaserResult
 from laser_callback.stats.judgement import Judgement
 from laser_callback.support.reading import built
 from laser_callback.surgery.recipe import Recipe
 
-_CONTROLS = {"zeroed": "the same matrices zeroed", "random": "random matrices cut at the same rho"}
+_CONTROLS = {
+    "zeroed": "the same matrices zeroed",
+    "random": "random matrices cut at the same rho",
+    "noise": "noise of the same size, the mean of several seeds",
+}
 
 
 def hub_name(name: str | None) -> str | None:
@@ -66,13 +77,14 @@ def model_card(
         result=result,
         arm=arm,
         controls=[
-            (_CONTROLS.get(kind, kind), row)
+            (_CONTROLS.get(kind, kind), row, arm.ahead_in(primary))
             for kind, arm in controls.items()
             for row in arm.rows
             if row.metric == primary
         ],
         cell=cell_text,
         code=_code,
+        ahead=ahead_text,
         change=change_text,
         interval=interval_text,
         p=p_text,

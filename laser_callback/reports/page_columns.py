@@ -8,7 +8,14 @@ from typing import Any, TypeAlias
 from markupsafe import Markup
 
 from laser_callback.reports.drawing import visible
-from laser_callback.reports.row_text import delta_text, interval_text, p_text, value_text
+from laser_callback.reports.row_text import (
+    ahead_text,
+    control_text,
+    delta_text,
+    interval_text,
+    p_text,
+    value_text,
+)
 from laser_callback.reports.search_text import seconds_text
 from laser_callback.reports.svg import printable
 from laser_callback.results.comparison import ArmResult, LaserResult
@@ -79,10 +86,13 @@ def control_columns(result: LaserResult, name: str) -> Columns:
     claim = claim_row(result, name)
     if claim is None:
         return {}
-    labels = {"zeroed": "same matrix zeroed", "random": "random matrix, same rho"}
     found = [("this cut", result[name].plan, claim)]
+    ahead = [Markup("")]
     for kind, control in result.controls.get(name, {}).items():
-        found += [(labels[kind], control.plan, row) for row in control.rows if row.metric == claim.metric]
+        for row in (row for row in control.rows if row.metric == claim.metric):
+            found.append((control_text(kind, control), control.plan, row))
+            more = control.ahead_in(claim.metric)
+            ahead.append(Markup("") if more is None else Markup("{}: {}").format(ahead_text(more), change(more)))
     return (
         {}
         if len(found) == 1
@@ -91,6 +101,7 @@ def control_columns(result: LaserResult, name: str) -> Columns:
             "plan": [code(plan) for _, plan, _ in found],
             claim.metric: [value_text(row, row.reduced) for _, _, row in found],
             "change [95 % interval]": [change(row) for _, _, row in found],
+            "this cut minus the control": ahead,
         }
     )
 

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import math
 
-from laser_callback.results.comparison import LaserResult
+from laser_callback.results.comparison import ArmResult, LaserResult
 from laser_callback.results.flips import claim_row
 from laser_callback.stats.outcomes import ALPHA, PairedResult
 from laser_callback.stats.priors import PriorChecks
 
-_CONTROLS = {"zeroed": "the same matrix zeroed", "random": "a random matrix at the same rho"}
+CONTROLS = {"zeroed": "same matrix zeroed", "random": "random matrix, same rho", "noise": "noise of the same size"}
+"""What each control is, in a list of them."""
+_SAID = {"zeroed": "the same matrix zeroed", "random": "a random matrix at the same rho", "noise": CONTROLS["noise"]}
 SHARES = ("accuracy", "robustness", "consistency")
 """A mean from 0 to 1 whose name holds one of these is a share, shown in percent."""
 
@@ -130,6 +132,22 @@ def _sizes(row: PairedResult, one: float, two: float) -> tuple[str, str]:
     return _hundredths(one), f"{_hundredths(two)} {'%' if row.kind == 'log_ratio' else 'points'}"
 
 
+def ahead_text(row: PairedResult) -> str:
+    """What a row of :attr:`ArmResult.ahead` shows: whether the plan's cut is better than a control."""
+    if row.p is None:
+        return "whether the cut is better is not tested"
+    if row.p > ALPHA:
+        return "the cut is not shown to be better"
+    if row.higher_is_better is None:
+        return f"the cut is {'higher' if row.delta > 0 else 'lower'}"
+    return f"the cut is {'better' if (row.delta > 0) == row.higher_is_better else 'worse'}"
+
+
+def control_text(kind: str, control: ArmResult) -> str:
+    """What a control is, in a list of them."""
+    return CONTROLS[kind] + (f", {len(control.passes)} seeds" if control.passes else "")
+
+
 def plan_text(plan: str) -> str:
     """A plan in at most 200 characters."""
     return plan if len(plan) <= 200 else f"{plan[:200]}..."
@@ -146,11 +164,10 @@ def verdict(result: LaserResult, name: str) -> str:
         text += f"; but {row.doubt}"
     elif row.verdict == "better" and checks is not None and checks.worth_less:
         text += f"; of {' and '.join(f'other {by}s' for by in checks.worth_less)} much less is shown"
-    changes = {
-        kind: delta_text(own, own.delta)
-        for kind, control in result.controls.get(name, {}).items()
-        for own in control.rows
-        if own.metric == row.metric
-    }
-    told = ", ".join(f"{_CONTROLS[kind]} {change}" for kind, change in changes.items())
-    return f"{text}; controls: {told}" if told else text
+    told = []
+    for kind, control in result.controls.get(name, {}).items():
+        for own in (own for own in control.rows if own.metric == row.metric):
+            change = delta_text(own, own.delta) if math.isfinite(own.delta) else f"gives {own.reduced:g}"
+            ahead = control.ahead_in(own.metric) if kind == "noise" else None  # what the others leave open
+            told.append(f"{_SAID[kind]} {change}{'' if ahead is None else f' ({ahead_text(ahead)})'}")
+    return f"{text}; controls: {', '.join(told)}" if told else text

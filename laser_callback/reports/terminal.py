@@ -13,7 +13,9 @@ from rich.table import Table
 from rich.text import Text
 
 from laser_callback.reports.row_text import (
+    ahead_text,
     change_text,
+    control_text,
     delta_text,
     finding,
     interval_text,
@@ -201,10 +203,12 @@ def _lines(arm: ArmResult, controls: dict[str, ArmResult], metric: str | None) -
     if checks := arm.prior(metric):
         lines += _prior_lines(arm[checks.metric], checks)
     for kind, control in controls.items():
+        of = "" if control.passes else f" ({control.plan})"
         for row in (row for row in control.rows if row.metric == metric):
-            label = "same matrix zeroed" if kind == "zeroed" else "random matrix, same rho"
-            value = f"{row.metric} {value_text(row, row.reduced)}, delta {change_text(row)}"
-            lines.append(indent(Text(f"control, {label} ({control.plan}): {value}")))
+            told = f"{row.metric} {value_text(row, row.reduced)}, delta {change_text(row)}"
+            if kind == "noise" and (ahead := control.ahead_in(metric)) is not None:  # what the others leave open
+                told += f"; {ahead_text(ahead)}: {change_text(ahead)}"
+            lines.append(indent(Text(f"control, {control_text(kind, control)}{of}: {told}")))
     return lines
 
 

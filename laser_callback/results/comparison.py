@@ -28,6 +28,9 @@ class ArmResult:
         replay: how many layer calls before the first cut were not computed again, and why others were.
         seconds: time of this arm's passes; ``factorise_seconds`` is apart from it.
         spectra: of the matrices that the plan cuts, for pictures.
+        passes: of a control that is the mean of several, each of them.
+        ahead: of a control, the plan against it, example by example: a row's ``original`` is the control's value,
+            ``reduced`` the plan's, and ``delta`` what the plan has more. Rows claim nothing but what ``p`` says.
 
     Raises:
         ValueError: if prior checks are of another metric than they stand for.
@@ -40,6 +43,8 @@ class ArmResult:
     seconds: Seconds
     factorise_seconds: Seconds
     spectra: list[CutSpectrum] = field(default_factory=list, repr=False)
+    passes: list[ArmResult] = field(default_factory=list, repr=False)
+    ahead: list[PairedResult] = field(default_factory=list, repr=False)
 
     def __post_init__(self) -> None:
         for metric, checks in self.prior_checks.items():
@@ -50,6 +55,10 @@ class ArmResult:
 
     def __getitem__(self, metric: str) -> PairedResult:
         return row_named(metric, self.rows)
+
+    def ahead_in(self, metric: str | None) -> PairedResult | None:
+        """Of a control: the plan against it in ``metric``, where both have a value."""
+        return next((row for row in self.ahead if row.metric == metric), None)
 
     def prior(self, metric: str | None) -> PriorChecks | None:
         """The prior checks of ``metric``, or else of the first metric that has some and a row."""
@@ -66,6 +75,8 @@ class ArmResult:
             "seconds": self.seconds,
             "factorise_seconds": self.factorise_seconds,
             "spectra": [asdict(spectrum) for spectrum in self.spectra],
+            "passes": [one.to_dict() for one in self.passes],
+            "ahead": [row.to_dict() for row in self.ahead],
         }
 
 
@@ -75,8 +86,9 @@ class LaserResult:
 
     Attributes:
         arms: by plan name; a single plan has the name ``"laser"``. ``result["a"]["accuracy"].p`` is a p value.
-        controls: for each plan, by ``"zeroed"`` (the same matrices at rho = 0) and ``"random"`` (other matrices at the
-            same rho), where controls were asked for.
+        controls: for each plan, by ``"zeroed"`` (the same matrices at rho = 0), ``"random"`` (other matrices at the
+            same rho) and ``"noise"`` (the same matrices with noise of the size of what is removed, the mean of its
+            ``passes``), where controls were asked for.
         primary: the metric that carries the claim, if one was declared and logged.
         original_seconds: time of the original's passes.
         not_compared: metrics of the original without a counterpart, and why.
@@ -106,8 +118,11 @@ class LaserResult:
 
         def turned(arm: ArmResult) -> ArmResult:
             better = higher_is_better.get
-            rows = [r if (b := better(r.metric)) is None else r.directed(b) for r in arm.rows]
-            return replace(arm, rows=rows)
+            rows, ahead = (
+                [r if (b := better(r.metric)) is None else r.directed(b) for r in listed]
+                for listed in (arm.rows, arm.ahead)
+            )
+            return replace(arm, rows=rows, ahead=ahead, passes=list(map(turned, arm.passes)))
 
         controls = {name: {k: turned(arm) for k, arm in arms.items()} for name, arms in self.controls.items()}
         return replace(self, arms={name: turned(arm) for name, arm in self.arms.items()}, controls=controls)

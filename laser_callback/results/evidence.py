@@ -45,12 +45,15 @@ def numbers_of(
         about = "; ".join(arm["plan"] for arm in comparison["arms"].values())
         raise ValueError(f"`result` must be about the plan {plan}, got one about {about}")
     name, arm = next(iter(arms.items()))
-    # The spectra are for pictures, and larger than all the rest.
+    # The spectra are for pictures, and larger than all the rest; of controls the rows are told, and those of a mean.
     comparison = {
         **comparison,
         "arms": {name: {**arm, "spectra": []}},
         "controls": {
-            name: {kind: {**one, "spectra": []} for kind, one in comparison["controls"].get(name, {}).items()}
+            name: {
+                kind: {**one, "spectra": [], "prior_checks": {}, "passes": []}
+                for kind, one in comparison["controls"].get(name, {}).items()
+            }
         },
     }
     if not searched:

@@ -116,12 +116,21 @@ class PairedExamples:
                 found[key] = Logged(mean, name, batch.dataloader_idx, None, True, False, None)
         return found
 
-    def rows(self, arm: str, original: Mapping[str, Logged], reduced: Mapping[str, Logged]) -> list[PairedResult]:
-        """One row per metric that both arms logged; its pairs are what the step returned under the metric's name."""
+    def rows(
+        self, arm: str, original: Mapping[str, Logged], reduced: Mapping[str, Logged], base: str = ORIGINAL
+    ) -> list[PairedResult]:
+        """One row per metric that both arms logged; its pairs are what the step returned under the metric's name.
+
+        Args:
+            arm: its key.
+            original: what ``base`` logged.
+            reduced: what ``arm`` logged.
+            base: the arm that it is compared with.
+        """
         rows = []
         for key in [key for key in original if key in reduced]:
             metric = original[key]
-            selected = self._select(arm, key, metric)
+            selected = self._select(arm, key, metric, base)
             values = float(metric.value), float(reduced[key].value)
             if math.isfinite(values[0]) and not math.isfinite(values[1]):
                 n = sum(b.size for b in self.batches if metric.dataloader_idx in (None, b.dataloader_idx))
@@ -130,7 +139,7 @@ class PairedExamples:
                 kind = None if pair is None else pair[0].kind
                 rows.append(not_tested(key, *values, n, note, metric.higher_is_better, kind))
             elif isinstance(selected, str):
-                rows.append(_with_note(self._row_of_means(arm, key, metric, reduced[key]), selected))
+                rows.append(_with_note(self._row_of_means(arm, key, metric, reduced[key], base), selected))
             else:
                 before, after, clusters, doubt, _ = selected
                 row = compare(key, before, after, clusters=clusters, higher_is_better=metric.higher_is_better)
@@ -192,13 +201,13 @@ class PairedExamples:
         lines = [json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in self.to_rows()]
         write_atomically(Path(path), "".join(lines))
 
-    def _select(self, arm: str, key: str, metric: Logged) -> _Selected | str:
+    def _select(self, arm: str, key: str, metric: Logged, base: str = ORIGINAL) -> _Selected | str:
         """The outcomes of both arms; or why there are none for each example, empty where the step returned none."""
         places = [i for i, b in enumerate(self.batches) if metric.dataloader_idx in (None, b.dataloader_idx) and b.size]
         batches = [self.batches[i] for i in places]
         names = dict.fromkeys(name for b in batches for name in (*b.outcomes[ORIGINAL], *b.unused))
         name = name_in(metric.name, list(names))
-        used = [b for b in batches if name in b.outcomes[ORIGINAL] and name in b.outcomes.get(arm, {})]
+        used = [b for b in batches if all(name in b.outcomes.get(one, {}) for one in (base, arm))]
         reasons = [b.unused[name] for b in batches if b.unused.get(name)]
         reason = (
             f"what the step returns under this name is not one outcome per example: {reasons[0]}" if reasons else ""
@@ -209,17 +218,17 @@ class PairedExamples:
         without = [
             i
             for i, b in zip(places, batches, strict=True)
-            if not (name in b.outcomes[ORIGINAL] and name in b.outcomes.get(arm, {}))
+            if not all(name in b.outcomes.get(one, {}) for one in (base, arm))
             and (name in b.unused or means[i].get(ORIGINAL, {}).get(key, (0.0, 0.0))[1])
         ]
         if without:  # never some batches as examples, and others not
             share = f"{len(without)} of {len(without) + len(used)} batches came without one outcome per example"
             return "; ".join(filter(None, [share, reason]))
-        kinds = {b.outcomes[a][name].kind for b in used for a in (ORIGINAL, arm)}
+        kinds = {b.outcomes[a][name].kind for b in used for a in (base, arm)}
         if "log_ratio" in kinds and len(kinds) > 1:
             return f"the step returned outcomes of different kinds: {', '.join(sorted(kinds))}"
         kind: Kind = kinds.pop() if len(kinds) == 1 else "mean"
-        before, after = (_joined([b.outcomes[a][name] for b in used], kind) for a in (ORIGINAL, arm))
+        before, after = (_joined([b.outcomes[a][name] for b in used], kind) for a in (base, arm))
         absent = torch.isnan(before.values) | torch.isnan(after.values)
         if bool(absent.all()):
             return ""
@@ -233,8 +242,8 @@ class PairedExamples:
         doubts = unclustered, next((b.doubt for b in used if b.doubt), "")
         return _Selected(before, after, clusters, "; ".join(filter(None, doubts)), said)
 
-    def _row_of_means(self, arm: str, key: str, original: Logged, reduced: Logged) -> PairedResult:
-        outcomes, left_out = self._means(arm, key)
+    def _row_of_means(self, arm: str, key: str, original: Logged, reduced: Logged, base: str) -> PairedResult:
+        outcomes, left_out = self._means(arm, key, base)
         values = float(original.value), float(reduced.value)
         if outcomes is None:
             note = "not an average over examples"
@@ -242,10 +251,10 @@ class PairedExamples:
         row = replace(compare(key, *outcomes, higher_is_better=original.higher_is_better), unit="batch")
         return _with_note(row, "; ".join(filter(None, [left_out, "unit: the batch"])))
 
-    def _means(self, arm: str, key: str) -> tuple[tuple[Outcomes, Outcomes] | None, str]:
+    def _means(self, arm: str, key: str, base: str = ORIGINAL) -> tuple[tuple[Outcomes, Outcomes] | None, str]:
         """Each batch's mean of what is logged as ``key``, and which batches are left out; ``None`` if it is no mean."""
         absent = (0.0, 0.0)
-        shares = [(batch[ORIGINAL].get(key, absent), batch.get(arm, {}).get(key, absent)) for batch in self.means]
+        shares = [(batch.get(base, {}).get(key, absent), batch.get(arm, {}).get(key, absent)) for batch in self.means]
         shares = [(before, after) for before, after in shares if before[1] or after[1]]
         pairs = [(before, after) for before, after in shares if before[1] == after[1]]
         if not pairs:

@@ -86,8 +86,8 @@ class Gates:
         data: what ``trainer.validate`` takes: a data module or dataloaders, with examples that nothing was chosen by.
         others: more such data by name. The metrics of the data ``"safety"`` are named ``safety/refusal_rate`` and so
             on in gates.
-        controls: also run the two controls of the plan on the data of a gain.
-        seed: of the random control.
+        controls: also run the controls of the plan on the data of a gain.
+        seed: of the random control and of the noise.
 
     Raises:
         ValueError, OSError: if a gate cannot be read.

@@ -94,13 +94,13 @@ class StagedRollout:
         gain_at: demand the gains of ``"each"`` stage, or of the ``"last"`` only. Then the constraints alone decide
             whether the rollout goes on, and the original is kept unless the last stage passes all.
         apply: leave the last good stage in the module; :meth:`undo` takes it out again.
-        controls: run the two controls beside each stage.
+        controls: run the controls beside each stage.
         folder: keep each finished stage here; with ``resume`` go on from them.
         spectra: the store of factorisations; by default on this machine's disk.
         accelerator, precision: as in ``Trainer``, but "auto" takes CUDA or the CPU, and "cuda:1" names the device: it
             runs on one.
         progress: show progress on standard error.
-        seed: of the random control.
+        seed: of the random control and of the noise.
 
     Attributes:
         result: the outcome; after an interruption what there was by then.

@@ -357,9 +357,9 @@ def _dense(matrix: Tensor) -> tuple[Tensor, str]:
 def _noisy(matrix: Tensor, reduced: Tensor, seed: int) -> Tensor:
     """``matrix`` plus Gaussian noise with the Frobenius norm of what was taken from it; seeded by the matrix, too."""
     work = as_double(matrix.detach())
-    gone = work - as_double(reduced)
-    scale = unit(gone)
-    size = (gone / scale).norm()
+    removed = work - as_double(reduced)
+    scale = unit(removed)
+    size = (removed / scale).norm()
     generator = torch.Generator().manual_seed(int(content_hash(f"noise {seed}", matrix.detach().contiguous())[:15], 16))
     noise = torch.randn(matrix.shape, generator=generator, dtype=torch.float64).to(work.device)
     return (work + noise * (size / noise.norm()) * scale).to(matrix.device, matrix.dtype)

@@ -20,7 +20,7 @@ def provenance(trainer: pl.Trainer, module: pl.LightningModule, seed: int) -> di
     Args:
         trainer: that runs it.
         module: under test; if it holds a transformers model under ``model``, that model's name is stated too.
-        seed: of the random control.
+        seed: of the random control and of the noise.
     """
     name = getattr(getattr(module, "model", None), "name_or_path", None)
     return {

@@ -42,9 +42,10 @@ def main() -> None:
 
     folder = str(demo_model_folder(print))
     print(
-        "| data | n | cut | first token | fixed / broken, p | log loss | without answers said most | zeroed | random |"
+        "| data | n | cut | first token | fixed / broken, p | log loss | without answers said most | zeroed | random "
+        "| noise | cut - noise |"
     )
-    print("|---|---|---|---|---|---|---|---|---|")
+    print("|---|---|---|---|---|---|---|---|---|---|---|")
     for name, plan in CASES:
         if options.only not in name:
             continue
@@ -69,7 +70,8 @@ def main() -> None:
         arm, controls = module.result["laser"], module.result.controls["laser"]
         first, loss, checks = arm[KEY], arm["log_loss"], arm.prior_checks[KEY]
         rest = checks.majority_excluded
-        zeroed, other = (controls[kind] for kind in ("zeroed", "random"))
+        zeroed, other, noise = (controls[kind] for kind in ("zeroed", "random", "noise"))
+        ahead = noise.ahead_in(KEY)
         cells = [
             name.removesuffix(".jsonl"),
             str(first.n),
@@ -82,6 +84,8 @@ def main() -> None:
             else "none left",
             f"{zeroed[KEY].reduced:.1%}, {zeroed['log_loss'].reduced:.2f}",
             f"{other[KEY].reduced:.1%} ({other.plan})",
+            f"{noise[KEY].reduced:.1%}, {noise['log_loss'].reduced:.2f}",
+            f"{ahead.delta:+.1%} [{ahead.lower:+.1%}, {ahead.upper:+.1%}]",
         ]
         print(f"| {' | '.join(cells)} |", flush=True)
         for who, top in checks.top_predictions.items():

@@ -223,7 +223,7 @@ def test_test_takes_several_plans_from_a_file(lm, capsys, tmp_path):
     assert main(["test", "--config", "laser.yaml", *lm, "--json"]) == 0
     result = json.loads(capsys.readouterr().out)["laser"]["laser"]
     assert set(result["arms"]) == {"a", "b"}
-    assert set(result["controls"]["a"]) == {"zeroed", "random"}
+    assert set(result["controls"]["a"]) == {"zeroed", "random", "noise"}
 
 
 def test_fit_compares_in_its_validation_if_there_is_a_plan(lm, capsys):

@@ -25,7 +25,7 @@ def test_own_model_and_facts(tmp_path, capsys):
     written = json.loads(report.read_text())
     assert written["arms"]["laser"]["plan"] == "3.mlp@0.1"
     assert {row["metric"] for row in written["arms"]["laser"]["rows"]} >= {"first_token_accuracy", "log_loss"}
-    assert set(written["controls"]["laser"]) == {"zeroed", "random"}
+    assert set(written["controls"]["laser"]) == {"zeroed", "random", "noise"}
     examples = [json.loads(line) for line in report.with_suffix(".examples.jsonl").read_text().splitlines()]
     assert len(examples) == 2
     assert {"original", "laser", "id", "answer"} <= set(examples[0])

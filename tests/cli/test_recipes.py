@@ -121,7 +121,7 @@ def test_compare_yaml(capsys, deep_lm):
     options = ("--model.model", deep_lm, "--data.path", deep_lm / "facts.jsonl", "--data.limit", "12", *CPU)
     _, answer = run(capsys, "compare.yaml", *options)
     assert rows_of(answer, "late_mlp")["first_token_accuracy"]["n"] == 12
-    assert set(answer["laser"]["laser"]["controls"]["attention"]) == {"zeroed", "random"}
+    assert set(answer["laser"]["laser"]["controls"]["attention"]) == {"zeroed", "random", "noise"}
     assert json.loads(Path("compare.json").read_text())["arms"] == answer["laser"]["laser"]["arms"]
 
 

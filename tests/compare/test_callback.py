@@ -136,12 +136,12 @@ def test_controls_are_in_the_result_and_not_in_the_keys(trainer):
     module = Toy()
     callback = LaserCallback({"a": PLAN, "b": OTHER}, controls=True, report=False)
     logged = evaluate(trainer, module, callback)
-    assert not [key for key in logged if "zeroed" in key or "random" in key]
+    assert not [key for key in logged if "zeroed" in key or "random" in key or "noise" in key]
     assert set(callback.result.arms) == {"a", "b"}
     for name, plan in (("a", PLAN), ("b", OTHER)):
         controls = callback.result.controls[name]
-        assert set(controls) == {"zeroed", "random"}
-        for control in controls.values():
+        assert set(controls) == {"zeroed", "random", "noise"}
+        for control in (controls["zeroed"], controls["random"], *controls["noise"].passes):
             expected = oracle(trainer, module, control.plan)
             assert control["acc"].reduced == pytest.approx(expected["acc"])
             assert control["loss"].reduced == pytest.approx(expected["loss"], rel=1e-5)

@@ -89,7 +89,8 @@ def update(metrics: Any, outputs: Any, batch: Any) -> None:
 def comparable(result: LaserResult) -> dict[str, Any]:
     """What ranks must agree on: all but the clocks and values that are rank-local by the user's own choice."""
     found = result.to_dict()
-    for arm in [*found["arms"].values(), *(a for c in found["controls"].values() for a in c.values())]:
+    arms = [*found["arms"].values(), *(a for c in found["controls"].values() for a in c.values())]
+    for arm in [*arms, *(one for control in arms for one in control["passes"])]:
         for clock in ("seconds", "factorise_seconds", "replay"):
             del arm[clock]
     del found["original_seconds"]
@@ -241,7 +242,7 @@ def test_two_processes(trainer, tmp_path, capfd):
     # The table is over the nine examples, each once, whatever the ranks logged.
     report = json.loads(path.read_text())
     assert report["duplicates_removed"] == 1
-    assert set(report["controls"]["a"]) == {"zeroed", "random"}
+    assert set(report["controls"]["a"]) == {"zeroed", "random", "noise"}
     with torch.no_grad():
         right = module(data.x).argmax(1) == data.y
         for name, plan in (("a", PLAN), ("b", OTHER)):
@@ -253,6 +254,13 @@ def test_two_processes(trainer, tmp_path, capfd):
             assert rows["acc"]["broken"] == int((right & ~cut).sum())
             assert rows["acc"]["original"] == pytest.approx(float(right.double().mean()))
             assert rows["acc"]["reduced"] == pytest.approx(float(cut.double().mean()))
+            noises = []
+            for one in report["controls"][name]["noise"]["passes"]:
+                with reduced(module, one["plan"]):
+                    noises.append((module(data.x).argmax(1) == data.y).double())
+            noise = {row["metric"]: row for row in report["controls"][name]["noise"]["rows"]}["acc"]
+            assert (noise["n"], len(noises)) == (N, 3)
+            assert noise["reduced"] == pytest.approx(float(torch.stack(noises).mean()))
     with pytest.raises(RuntimeError, match="no result yet"):
         _ = laser.result  # it stayed in the children
     output = capfd.readouterr()

@@ -439,7 +439,7 @@ def test_a_control_that_breaks_says_nothing_of_the_plan(trainer: Any) -> None:
     alone = LaserCallback(PLAN, report=False)
     evaluate(trainer, Zeros(), alone)
     assert callback.result["laser"].rows == alone.result["laser"].rows
-    assert list(callback.result.controls["laser"]) == ["random"]
+    assert list(callback.result.controls["laser"]) == ["random", "noise"]
     assert "fails on batch 1" in callback.result.not_compared["zeroed control of laser"]
 
 

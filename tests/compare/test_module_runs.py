@@ -140,7 +140,7 @@ def test_controls_and_several_plans(trainer):
     module = LaserModule(tiny_causal_lm(), tiny_tokenizer(), plan=plans, controls=True, report=False)
     logged = run(trainer, module, facts())
     assert {"laser/a/log_loss", "laser/b/delta/log_loss"} <= set(logged)
-    assert set(module.result.controls["b"]) == {"zeroed", "random"}
+    assert set(module.result.controls["b"]) == {"zeroed", "random", "noise"}
 
 
 # ---- bad input -------------------------------------------------------------------------------------------------------

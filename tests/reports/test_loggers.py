@@ -72,10 +72,14 @@ def test_csv(tmp_path):
     with (folder / "comparison.csv").open() as stream:
         rows = list(csv.DictReader(stream))
     row = result["laser"]["<i>acc</i>"]
-    assert [r["control"] for r in rows] == ["", "zeroed", "random"]
+    assert [r["control"] for r in rows] == ["", "zeroed", "random", "noise"]
     assert rows[0]["plan"] == PLAN
     assert float(rows[0]["lower"]) == row.lower
     assert int(rows[0]["fixed"]) == row.fixed
+    noise = result.controls["laser"]["noise"]
+    assert (float(rows[3]["reduced"]), rows[3]["plan"]) == (noise["<i>acc</i>"].reduced, noise.plan)
+    assert (rows[0]["ahead_delta"], float(rows[3]["ahead_delta"])) == ("", noise.ahead[0].delta)
+    assert float(rows[3]["ahead_lower"]) == noise.ahead[0].lower
     with (tmp_path / "lightning_logs" / "version_0" / "metrics.csv").open() as stream:
         (scalars,) = csv.DictReader(stream)
     assert float(scalars["laser/<i>acc</i>"]) == pytest.approx(row.reduced)
@@ -96,7 +100,7 @@ def test_tensorboard(tmp_path, search):
     assert event.step == 7
     text = event.tensor_proto.string_val[0].decode()
     lines = text.splitlines()
-    assert len(lines) == 2 + 3
+    assert len(lines) == 2 + 4
     assert {line.count("|") for line in lines} == {lines[0].count("|")}  # no cell makes a column
     assert "<" not in text
 

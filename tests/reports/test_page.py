@@ -20,7 +20,7 @@ from laser_callback.reports.page import page as page_of
 from laser_callback.reports.page import save_page
 from laser_callback.reports.page_columns import code, flip_columns, foreign
 from laser_callback.reports.pictures import one
-from laser_callback.reports.row_text import interval_text, p_text
+from laser_callback.reports.row_text import ahead_text, delta_text, interval_text, p_text
 from laser_callback.reports.svg import inline
 from laser_callback.reports.terminal import quoted
 from laser_callback.results.comparison import ArmResult, LaserResult
@@ -154,6 +154,10 @@ def test_every_number_of_the_result_is_there(pages, result):
     for control in result.controls["laser"].values():
         assert f" [{interval_text(control['<i>acc</i>'])}]" in cells
         assert control.plan in page.text("code")
+        ahead = control.ahead_in("<i>acc</i>")
+        assert f"{ahead_text(ahead)}: {delta_text(ahead, ahead.delta)}" in " ".join(cells)
+        assert f" [{interval_text(ahead)}]" in cells
+    assert "noise of the same size, 3 seeds" in page.text("th")
     assert {"fixed", "broken"} <= set(cells)
     assert result.provenance["versions"]["torch"] in " ".join(page.text("dd"))
 

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from laser_callback.reports.row_text import finding, prior_text, verdict
-from laser_callback.reports.terminal import print_ab
+from laser_callback.reports.row_text import ahead_text, change_text, finding, prior_text, verdict
+from laser_callback.reports.terminal import plain, print_ab
 from laser_callback.results.ab_test import ABResult
 from laser_callback.results.comparison import ArmResult, LaserResult
 from laser_callback.results.examples import PairedExamples
@@ -161,6 +161,40 @@ def test_a_plan_in_words(better: bool | None) -> None:
     assert told.startswith("with 1.mlp@0.1, acc rises from 0.0% to 60.0% on 40 examples (p <.0001)")
     assert f"; but {checks.doubt}" in told
     assert told.endswith("; controls: the same matrix zeroed +2.5%")
+
+
+@pytest.mark.parametrize(
+    ("gained", "lost", "better", "told"),
+    [
+        (24, 2, True, "the cut is better"),
+        (24, 2, False, "the cut is worse"),
+        (2, 24, True, "the cut is worse"),
+        (2, 24, False, "the cut is better"),
+        (24, 2, None, "the cut is higher"),
+        (2, 24, None, "the cut is lower"),
+        (4, 2, True, "the cut is not shown to be better"),
+        (0, 0, True, "the cut is not shown to be better"),
+    ],
+)
+def test_whether_a_cut_is_better_than_noise_is_said(gained: int, lost: int, better: bool | None, told: str) -> None:
+    """Alone of the noise: with more controls in it the sentence would be no sentence."""
+    row = replace(right(gained, lost, 80), higher_is_better=better)
+    of = ArmResult("1.mlp@0.1", [claimed(right(30, 2, 80))], {}, "off", 0.0, 0.0)
+    noise = [replace(of, plan=f"1.mlp@0.1:noise={seed}") for seed in (1, 2, 3)]
+    zeroed, mean = replace(of, plan="1.mlp@0", ahead=[row]), replace(of, passes=noise, ahead=[row])
+    controls = {"zeroed": zeroed, "noise": mean}
+    result = LaserResult({"laser": of}, {"laser": controls}, "acc", 0.0, {}, PairedExamples())
+    assert verdict(result, "laser").endswith(f"the same matrix zeroed +35.0%, noise of the same size +35.0% ({told})")
+    shown = plain(result, 80)
+    line = f"control, noise of the same size, 3 seeds: acc 37.5%, delta {change_text(of['acc'])}; {told}: "
+    assert line + change_text(row) in " ".join(shown.split())
+    without = plain(replace(result, controls={"laser": {"zeroed": zeroed}}), 80)
+    assert len(shown.splitlines()) <= len(without.splitlines()) + 3
+
+
+def test_of_what_is_not_tested_nothing_is_said_to_be_better() -> None:
+    row = not_tested("f1", 0.5, 0.7, 80, "not an average over examples", True)
+    assert ahead_text(row) == "whether the cut is better is not tested"
 
 
 @pytest.mark.parametrize(

@@ -43,7 +43,7 @@ def test_a_planted_effect_in_an_early_attention_matrix_is_found_and_confirmed(pl
     assert row.p < 0.05
     assert row.delta > 0
     assert row.n == result.sets["confirm"] == 160
-    assert set(result.confirmed.controls["laser"]) == {"zeroed", "random"}
+    assert set(result.confirmed.controls["laser"]) == {"zeroed", "random", "noise"}
     assert same(module, before)
     assert flags == [p.requires_grad for p in module.parameters()]
     assert all(p.grad is None for p in module.parameters())

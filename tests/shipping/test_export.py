@@ -24,6 +24,7 @@ from weights import same, weights
 from laser_callback.compare.module import LaserModule
 from laser_callback.plans.plan import LaserPlan
 from laser_callback.reports.model_card import hub_name
+from laser_callback.reports.row_text import ahead_text, change_text
 from laser_callback.results.comparison import LaserResult
 from laser_callback.results.evidence import numbers_of
 from laser_callback.shipping.export import RECIPE, save_reduced
@@ -281,10 +282,18 @@ def test_the_card_carries_the_numbers(result, tmp_path):
     assert f"| {row.fixed} / {row.broken} | {row.n} |" in body
     for text in ("`1.fc_in@0.1`", "64 x 32", recipe.matrices[0].before[:12], "the same matrices zeroed", "torch"):
         assert text in body
+    noise = result.controls["laser"]["noise"].ahead_in("first_token_accuracy")
+    assert (
+        f"Control, noise of the same size, the mean of several seeds: first_token_accuracy {noise.original:.1%}" in body
+    )
+    assert f"; {ahead_text(noise)}, {change_text(noise)}." in body
     assert str(tmp_path) not in body
     kept = Recipe.from_file(tmp_path / "dense" / RECIPE)
     assert isinstance(kept, Recipe)
-    assert LaserResult.from_dict(kept.numbers["comparison"])["laser"].rows == result["laser"].rows
+    numbers = LaserResult.from_dict(kept.numbers["comparison"])
+    assert numbers["laser"].rows == result["laser"].rows
+    assert numbers.controls["laser"]["noise"].rows == result.controls["laser"]["noise"].rows
+    assert numbers.controls["laser"]["noise"].passes == []
     assert (tmp_path / "dense" / RECIPE).stat().st_size < 50_000
     # A recipe brings its numbers along.
     save_reduced(tiny_causal_lm(), kept, tmp_path / "again")

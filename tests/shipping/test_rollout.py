@@ -377,7 +377,7 @@ def test_each_gate_has_its_data(tmp_path):
         "safety/answer_rate": 5,
     }
     assert verdict.results[""].primary == "log_loss"
-    assert set(verdict.results[""].controls["laser"]) == {"zeroed", "random"}
+    assert set(verdict.results[""].controls["laser"]) == {"zeroed", "random", "noise"}
     assert verdict.results["trivia"].controls == {}
     loss = verdict.results["trivia"]["laser"]["log_loss"]
     assert verdict.judgements[3].change == loss.delta
