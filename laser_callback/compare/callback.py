@@ -25,7 +25,6 @@ from torchmetrics import Metric, MetricCollection
 from typing_extensions import override
 
 from laser_callback.compare import arms
-from laser_callback.compare.controls import random_plan
 from laser_callback.compare.options import RunOptions, UpdateFn, warn_early
 from laser_callback.compare.run import ComparisonRun
 from laser_callback.plans.plan import LaserPlan, check_base
@@ -223,8 +222,6 @@ class LaserCallback(pl.Callback):
                         "its first epoch on: leave it out of `parameters_to_prune`, or compare in `trainer.validate()` "
                         "when the pruning is permanent"
                     )
-            if self.controls:
-                random_plan(pl_module, plan, self.seed)
 
     @override
     def on_sanity_check_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -16,7 +16,7 @@ from torch import nn
 
 from laser_callback.plans.matrices import WeightMatrix, find_matrices
 from laser_callback.plans.plan import LaserPlan
-from laser_callback.plans.rank_rules import mean_rank
+from laser_callback.plans.rank_rules import listed_places, mean_rank, places_rule
 from laser_callback.plans.reduction import Reduction
 from laser_callback.plans.target import by_name
 from laser_callback.spectra.delta import BaseWeights
@@ -25,18 +25,24 @@ NOISES = 3
 """So many times noise is drawn: their mean is the control."""
 
 
+class TooFewMatricesError(ValueError):
+    """A plan leaves too few matrices for the random control."""
+
+
 def control_plans(model: nn.Module, plan: LaserPlan, seed: int, base: BaseWeights | None) -> dict[str, LaserPlan]:
     """The plans of all controls by the names of their passes: ``zeroed``, ``random``, ``noise 1`` to ``noise 3``.
 
-    The random one is, where there is a ``base``, among the matrices that differ from it.
-
-    Raises:
-        ValueError: as :func:`random_plan`.
+    The random one is, if the difference to a ``base`` is cut, among the matrices that differ from it; it is missing
+    where the plan leaves too few others.
     """
-    drawn = random_plan(model, plan, seed, base.changed) if base and plan.cuts_delta else random_plan(model, plan, seed)
+    among = base.changed if base is not None and plan.cuts_delta else lambda matrix: True
+    try:
+        others = {"random": random_plan(model, plan, seed, among)}
+    except TooFewMatricesError:
+        others = {}
     # As a plan's text takes them: from 0 on, of at most nine digits.
     noises = {f"noise {number}": noise_plan(plan, (NOISES * seed + number) % 10**9) for number in range(1, NOISES + 1)}
-    return {"zeroed": zeroed_plan(plan), "random": drawn, **noises}
+    return {"zeroed": zeroed_plan(plan), **others, **noises}
 
 
 def zeroed_plan(plan: LaserPlan) -> LaserPlan:
@@ -59,7 +65,7 @@ def random_plan(
     From the plan's own layer stacks where these have enough: text does not go through a vision tower.
 
     Raises:
-        ValueError: if the model has too few matrices outside of the plan.
+        TooFewMatricesError: if the model has too few matrices outside of the plan.
     """
     matrices = find_matrices(model)
     resolved = [pair for pair in plan.resolve(matrices) if not pair[0].is_bias]
@@ -68,9 +74,8 @@ def random_plan(
     if any(mean_rank(reduction.rho) is not None for reduction in plan):
         others = [m for m in others if m.parameter.ndim == 2]  # a pattern can name no single expert of a tensor
     if len(others) < len(resolved):
-        raise ValueError(
-            f"the random control needs {len(resolved)} matrices that the plan leaves alone, the model has "
-            f"{len(others)}: set `controls=False` for a plan that cuts most of the model"
+        raise TooFewMatricesError(
+            f"it needs {len(resolved)} matrices that the plan leaves alone, and the model has {len(others)}"
         )
     stacks = {matrix.stack for matrix, _ in resolved}
     near = [matrix for matrix in others if matrix.stack in stacks]
@@ -90,7 +95,14 @@ def random_plan(
 
 
 def _on(matrix: WeightMatrix, reduction: Reduction, matrices: list[WeightMatrix]) -> Reduction:
-    """``reduction`` of another matrix: by its layer and kind, or where two matrices share these, by its whole name."""
+    """``reduction`` of another matrix: by its layer and kind, or where two matrices share these, by its whole name.
+
+    Places that it has not are left out; nothing is known of the metric of its inputs.
+    """
+    reduction = replace(reduction, metric="none")
+    if (listed := listed_places(reduction.rho)) is not None:
+        places = [place for run in listed for place in range(*run) if place < matrix.max_rank]
+        reduction = replace(reduction, rho=places_rule(places) or "k1")
     at = (matrix.layer, matrix.kind, matrix.expert)
     namesakes = [m for m in matrices if (m.layer, m.kind, m.expert) == at]
     elsewhere = any(m.kind == matrix.kind and m.stack not in (None, matrix.stack) for m in matrices)

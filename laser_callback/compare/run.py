@@ -59,6 +59,7 @@ class ComparisonRun:
         self._spectra = options.spectra or Spectra()
         self._start = Start(module, arms.around(trainer), options.isolate, options.skip_isolation)
         self._windows = Windows(self._start, arms.others_write(trainer, module))
+        self._alone: list[LaserPlan] = []  # plans that leave no other matrix for a control
         self._reductions = [
             ReducedArm(
                 name,
@@ -114,7 +115,10 @@ class ComparisonRun:
     def _with_controls(self, plan: LaserPlan) -> Iterable[tuple[str, LaserPlan]]:
         yield "", plan
         if self.options.controls:
-            yield from control_plans(self.module, plan, self.options.seed, self._spectra.base).items()
+            controls = control_plans(self.module, plan, self.options.seed, self._spectra.base)
+            if "random" not in controls:
+                self._alone.append(plan)
+            yield from controls.items()
 
     def _new_metrics(self) -> MetricCollection | None:
         # Fresh in each run: states made under inference mode cannot be updated outside of it.
@@ -413,6 +417,7 @@ class ComparisonRun:
             )
         plans = {r.name: results[r.key] for r in self._reductions if not r.control}
         broken = [r for r in self._reductions if r.key in self._broken]
+        reasons |= {f"random control of {plan}": "the plan leaves too few other matrices" for plan in self._alone}
         reasons |= {f"{r.control} control of {r.name}": self._broken[r.key] for r in broken}
         passes: dict[str, dict[str, dict[str, ArmResult]]] = {}  # by plan, control and key
         for r in self._reductions:

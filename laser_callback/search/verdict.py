@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from laser_callback.compare.controls import random_plan
 from laser_callback.compare.reduced_arm import ReducedPassError
 from laser_callback.reports.row_text import finding
 from laser_callback.results.search import SearchResult
@@ -22,13 +21,6 @@ def confirm(steps: Steps, result: SearchResult, bounds: Sequence[Constraint], co
     if any(reduction.metric == "inputs" for reduction in result.found):  # what is kept is in no weights
         with recorded(steps.lab.module, result.found, steps.lab.spectra) as (_, recipe):
             result.found = result.recipe = recipe
-    if controls:
-        try:
-            weights = steps.lab.spectra.base
-            random_plan(steps.lab.module, result.found, steps.seed, weights.changed if weights else lambda matrix: True)
-        except ValueError as error:
-            controls = False
-            result.warnings.append(f"without controls: {error}")
     try:
         _compare_unseen(steps, result, bounds, controls)
     except ReducedPassError as error:

@@ -537,5 +537,5 @@ def test_random_control_cuts_one_other_matrix_for_each(make_model):
 
 
 def test_random_control_needs_other_matrices():
-    with pytest.raises(ValueError, match="controls=False"):
+    with pytest.raises(ValueError, match="leaves alone, and the model has"):
         random_plan(make("llama"), LaserPlan.parse("*.all@0.1"), 0)

@@ -200,15 +200,15 @@ def test_what_enters_late_is_in_the_budget():
     assert alone - without == 2 * steps.sets.sizes["confirm"]
 
 
-def test_controls_that_cannot_be_drawn_are_left_out_and_said(recall, monkeypatch):
-    def none_left(*_: Any) -> LaserPlan:
-        raise ValueError("the random control needs 1 matrices")
-
-    monkeypatch.setattr("laser_callback.search.verdict.random_plan", none_left)
+def test_a_plan_that_leaves_no_other_matrix_has_the_other_controls(recall):
     module, loader = recall
-    result = LaserSearch(module, loader, **SEARCH).run()
+    base = {name: 0.9 * parameter.detach() for name, parameter in module.named_parameters()}
+    result = LaserSearch(module, loader, base=base, **{**SEARCH, "strategies": ["delta"]}).run()
     assert result.confirmed is not None
-    assert any("without controls: the random control needs" in warning for warning in result.warnings)
+    assert {*result.confirmed.controls["laser"]} == {"zeroed", "noise"}
+    assert (
+        result.confirmed.not_compared[f"random control of {result.found}"] == "the plan leaves too few other matrices"
+    )
 
 
 @pytest.mark.parametrize(
