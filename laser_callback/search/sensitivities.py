@@ -76,14 +76,14 @@ class Sensitivities:
         its place (the empirical Fisher matrix for the Hessian) lost the best cut on the benchmark.
 
         Args:
-            cuts: of a resolved plan, each of which knows its rank (:meth:`Spectra.settled`).
+            cuts: of a resolved plan.
             spectra: asked for the rank that a rule keeps.
 
         Returns:
             ``None`` if a cut is of something that no view has.
         """
         changes: dict[tuple[View, str], Tensor] = {}
-        for matrix, reduction in cuts:
+        for matrix, reduction in spectra.settled(list(cuts)):
             view = View.of(reduction)
             if view is None or matrix.name not in self.views.get(view, {}):
                 return None

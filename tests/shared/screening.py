@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import lightning.pytorch as pl
@@ -12,7 +12,11 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from trainers import quiet_trainer
 
+from laser_callback.plans.reduction import Reduction
+from laser_callback.plans.target import Target
 from laser_callback.search.screen import GradientScreen
+from laser_callback.search.strategies.grid import grid
+from laser_callback.spectra.store import Spectra
 
 
 class Steps(pl.LightningModule):
@@ -40,3 +44,21 @@ def run(screen: GradientScreen, module: pl.LightningModule, data: Any, size: int
 
 def ids(count: int = 7, vocabulary: int = 60) -> Tensor:
     return torch.randint(3, vocabulary, (count, 8), generator=torch.Generator().manual_seed(0))
+
+
+def screen_of(found: Sequence[Target], spectra: Spectra | None = None, **kwargs: Any) -> GradientScreen:
+    matrices = {matrix.name: matrix for target in found for matrix in target.matrices}
+    return GradientScreen(list(matrices.values()), spectra or Spectra(), **kwargs)
+
+
+def estimates(
+    screen: GradientScreen, found: Sequence[Target], rhos: Sequence[float]
+) -> dict[Reduction, tuple[float, float]]:
+    """By cut of the grid the estimated change of the loss, and its standard error."""
+    known = {}
+    for candidate in grid(found, rhos, "laser"):
+        (cut,) = candidate.plan
+        estimate = screen.estimate(candidate.plan)
+        assert estimate is not None
+        known[cut] = estimate
+    return known
