@@ -1,15 +1,15 @@
-"""What a search may cut: targets of all kinds of models, the grid, neighbours in rho."""
+"""What a search may cut, in which order candidates race, and which of them are the same cut."""
 
 from __future__ import annotations
 
 import pytest
+from candidates import proposed
 from small_models import mixtral, t5
 from tiny import tiny_causal_lm
 
 from laser_callback import LaserPlan, Reduction, find_matrices
 from laser_callback.plans.target import targets
-from laser_callback.results.candidates import Candidate
-from laser_callback.search.candidates import grid, neighbours, partners, shortlist
+from laser_callback.search.candidates import cut_by, family, in_turns, shortlist
 
 
 @pytest.mark.parametrize("make", [tiny_causal_lm, t5, mixtral])
@@ -48,79 +48,90 @@ def test_within_and_without():
         targets(model, "9.fc_in@0.1")
 
 
-def test_the_grid_has_each_rank_once_and_never_the_whole():
-    model = tiny_causal_lm()  # 32 wide: 0.005, 0.01 and 0.05 all keep rank 1
-    (target,) = targets(model, "0.q_proj")
-    candidates = grid([target], (0, 0.005, 0.01, 0.05, 0.5, 1.0), base="1.fc_in@0.1")
-    assert [candidate.rho for candidate in candidates] == [0, 0.005, 0.5]
-    assert str(candidates[1].plan) == "1.fc_in@0.1, 0.q_proj@0.005"
-    assert (candidates[1].layer, candidates[1].kind) == (0, "q_proj")
+SCORES = {  # at rho 0.1, 0.2 and 0.3: score, standard error
+    "0.fc_in": [(-9.0, 6.0), (-5.0, 1.0), (-1.0, 0.1)],  # more is hoped for than known
+    "1.fc_in": [(-4.0, 0.1), (-3.9, 0.1), (-4.1, 2.0)],
+    "2.fc_in": [(-2.0, 0.5), (-0.5, 0.1), (0.5, 0.0)],
+}
 
 
 def test_the_shortlist_has_the_best_rho_of_each_target_by_two_orders_first():
-    #          rho 0.1        rho 0.2       rho 0.3: score, standard error
-    scores = {
-        "0.fc_in": [(-9.0, 6.0), (-5.0, 1.0), (-1.0, 0.1)],  # more is hoped for than known
-        "1.fc_in": [(-4.0, 0.1), (-3.9, 0.1), (-4.1, 2.0)],
-        "2.fc_in": [(-2.0, 0.5), (-0.5, 0.1), (0.5, 0.0)],
-    }
     candidates = [
-        Candidate(Reduction.parse(f"{name}@{rho}"), 0, "fc_in", rho, score=score, error=error)
-        for name, three in scores.items()
+        proposed(f"{name}@{rho}", score=score, error=error)
+        for name, three in SCORES.items()
         for rho, (score, error) in zip((0.1, 0.2, 0.3), three, strict=True)
     ]
-    found = [str(candidate.reduction) for candidate in shortlist(candidates)]
+    found = [str(candidate.plan) for candidate in shortlist(candidates)]
     cautious = ["1.fc_in@0.1", "0.fc_in@0.2", "2.fc_in@0.1"]  # -3.8, -3, -1
     hopeful = ["0.fc_in@0.1", "1.fc_in@0.3", "2.fc_in@0.1"]
     turns = [name for pair in zip(cautious, hopeful, strict=True) for name in pair]
     assert found == [*dict.fromkeys(turns), "1.fc_in@0.2", "0.fc_in@0.3", "2.fc_in@0.2", "2.fc_in@0.3"]
     for candidate in candidates:
         candidate.error = 0.0
-    assert [str(c.reduction) for c in shortlist(candidates)][:3] == ["0.fc_in@0.1", "1.fc_in@0.3", "2.fc_in@0.1"]
+    assert [str(c.plan) for c in shortlist(candidates)][:3] == ["0.fc_in@0.1", "1.fc_in@0.3", "2.fc_in@0.1"]
 
 
-def scored(text, score, layer=0):
-    reduction = Reduction.parse(text)
-    return Candidate(reduction, layer, reduction.matrix, reduction.rho, score=score)
+def scored(text, score):
+    return proposed(text, score=score)
 
 
 def test_of_two_matrices_that_are_the_same_when_zeroed_one_races_so():
     queries = [scored("0.q_proj@0", -2.0), scored("0.q_proj@0.1", -1.0)]
     keys = [scored("0.k_proj@0", -2.0001), scored("0.k_proj@0.1", -0.5)]
-    other = [scored("1.q_proj@0", -2.0, layer=1)]
-    found = [str(candidate.reduction) for candidate in shortlist([*queries, *keys, *other])]
+    other = [scored("1.q_proj@0", -2.0)]
+    found = [str(candidate.plan) for candidate in shortlist([*queries, *keys, *other])]
     assert found == ["0.k_proj@0", "1.q_proj@0", "0.q_proj@0.1", "0.q_proj@0", "0.k_proj@0.1"]
 
 
-def test_partners_are_the_matrices_of_the_layer_that_are_the_same_when_zeroed():
-    rhos = (0, 0.005, 0.01, 0.05, 0.1)
-    zeroed = {"0.q_proj": -2.0, "0.k_proj": -2.001, "0.v_proj": -2.1, "1.k_proj": -2.0}
-    candidates = [scored(f"{name}@{rho}", z + rho, int(name[0])) for name, z in zeroed.items() for rho in rhos]
-    of = {str(candidate.reduction): candidate for candidate in candidates}
-    assert [str(c.reduction) for c in partners(of["0.k_proj@0.01"], candidates)] == [
-        "0.q_proj@0.005",
-        "0.q_proj@0.01",
-        "0.q_proj@0.05",
+def test_lists_take_turns_that_of_all_scores_first():
+    of_scores = [proposed("0.fc_in@0.1", score=-1.0), proposed("0.fc_in@0.2", "other", score=-2.0)]
+    first = [proposed(f"{layer}.fc_out@{rho}", "first") for layer in (3, 2) for rho in (0.1, 0.2)]
+    second = [proposed("1.fc_in@0.1, 2.fc_in@0.1", "second")]
+    found = in_turns([*second, *first, *of_scores], ["first", "second", "other"])
+    assert [str(c.plan) for c in found] == [
+        "0.fc_in@0.2",
+        "3.fc_out@0.1",
+        "1.fc_in@0.1, 2.fc_in@0.1",
+        "0.fc_in@0.1",
+        "2.fc_out@0.1",  # one of each family ahead of the second of any
+        "3.fc_out@0.2",
+        "2.fc_out@0.2",
     ]
-    assert [str(c.reduction) for c in partners(of["0.q_proj@0"], candidates)] == ["0.k_proj@0.005"]
-    assert partners(of["0.v_proj@0.01"], candidates) == []
-    unscored = [Candidate(c.reduction, c.layer, c.kind, c.rho) for c in candidates]
-    assert partners(unscored[0], unscored) == []
+
+
+def test_a_family_differs_in_its_rhos_alone():
+    def of(text: str) -> object:
+        return family(LaserPlan.parse(text))
+
+    assert of("0.fc_in@0.1, 1.fc_in@0.5") == of("1.fc_in@entropy, 0.fc_in@0")
+    assert (
+        len({of(text) for text in ("0.fc_in@0.1", "0.fc_in@0.1:scale=0.5", "0.fc_in@0.1:cut=delta", "0-1.fc_in@0.1")})
+        == 4
+    )
 
 
 @pytest.mark.parametrize(
-    ("rho", "expected"), [(0.0, [0.005]), (0.01, [0.005, 0.0316]), (0.1, [0.0316, 0.3]), (0.9, [0.3])]
+    ("one", "other", "same"),
+    [
+        ("0.fc_in@0.1", "/.*layers.0.mlp.gate_proj/@k3", True),  # 32 wide
+        ("0.mlp@0.1", "0.fc_in@0.1, 0.fc_up@0.1, 0.fc_out@0.1", True),
+        ("0.fc_in@0.1", "0.fc_in@0.12", True),
+        ("0.fc_in@0.1", "0.fc_in@0.2", False),
+        ("0.fc_in@0.1", "0.fc_up@0.1", False),
+        ("0.fc_in@0.5", "0.fc_in@0.5:keep=tail", False),
+        ("0.fc_in@0.5:keep=tail", "0.fc_in@places-16-31", True),
+        ("0.fc_in@0", "0.fc_in@0:of=entries", True),
+        ("0.fc_in@0", "0.fc_in@0:blocks=4", True),
+        ("0.fc_in@0.5", "0.fc_in@0.5:blocks=4", False),
+        ("0.fc_in@0.5:blocks=4", "0.fc_in@0.51:blocks=4", False),  # of each block another rank, perhaps
+        ("0.fc_out@0", "0.fc_out@0:bias=cut", True),  # the model has no biases
+        ("0.fc_in@0", "0.fc_in@0:noise=1", False),
+        ("0.fc_in@0", "0.fc_in@0:scale=0.5", False),
+        ("0.fc_in@0", "0.fc_in@0:cut=delta", False),
+        ("0.fc_in@entropy", "0.fc_in@0.1", False),
+    ],
 )
-def test_neighbours_lie_between(rho, expected):
-    candidate = Candidate(
-        Reduction(0, "fc_in", rho), 0, "fc_in", rho, "1.fc_in@0.1", 1.0, examples=3, status="finalist"
-    )
-    near = neighbours(candidate, (0, 0.01, 0.1, 0.9), 1000)
-    assert [c.rho for c in near] == expected
-    assert all(c.reduction.rho == c.rho and c.score is None and c.base == candidate.base for c in near)
-    assert all(c.examples == 0 and c.status == "screened out" for c in near), "they have not raced"
-
-
-def test_neighbours_of_the_same_rank_are_left_out():
-    candidate = Candidate(Reduction(0, "fc_in", 0.1), 0, "fc_in", 0.1)
-    assert neighbours(candidate, (0.1, 0.11), 20) == []
+def test_which_plans_are_the_same_cut(one, other, same):
+    model = tiny_causal_lm()
+    cuts = [cut_by(LaserPlan.parse(text).resolve(model)) for text in (one, other)]
+    assert (cuts[0] == cuts[1]) is same

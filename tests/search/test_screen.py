@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -13,9 +14,8 @@ import pytest
 import torch
 import transformers as hf
 from benchmarks.planted import plant
-from laser_callback.search.data_free import laser_rmt, late_mlp_screen, random_screen, spectrum_screen
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from screening import Steps, ids, run
+from screening import Steps, estimates, ids, run, screen_of
 from tiny import tiny_causal_lm
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
@@ -24,13 +24,16 @@ from torch.utils.data import DataLoader
 from versions import EXACT
 
 from laser_callback.plans.matrices import find_matrices
+from laser_callback.plans.plan import LaserPlan
 from laser_callback.plans.reduction import Reduction
-from laser_callback.plans.target import RHOS, Target, by_name, targets
-from laser_callback.search.candidates import grid
+from laser_callback.plans.target import RHOS, Target, targets
 from laser_callback.search.screen import GradientScreen
-from laser_callback.spectra.spectrum import Spectrum
+from laser_callback.search.sensitivities import Sensitivities, View, in_parts
+from laser_callback.spectra.delta import BaseWeights
+from laser_callback.spectra.folder import size_for
 from laser_callback.spectra.store import Spectra
 from laser_callback.stats.outcomes import Outcomes
+from laser_callback.surgery.swap import reduced
 
 SHORT = (0.0, 0.1, 0.5)
 
@@ -47,9 +50,10 @@ class InDouble(TorchFunctionMode):
 def scores(
     module: pl.LightningModule, data: Any, size: int = 100, found: Sequence[Target] | None = None, **kwargs: Any
 ) -> dict[Reduction, float]:
-    screen = GradientScreen(targets(module) if found is None else found, SHORT, Spectra(), **kwargs)
+    found = targets(module) if found is None else found
+    screen = screen_of(found, **kwargs)
     run(screen, module, data, size)
-    return screen.scores
+    return {cut: score for cut, (score, _) in estimates(screen, found, SHORT).items()}
 
 
 def tiny(name: str, **kwargs: Any) -> nn.Module:
@@ -158,7 +162,8 @@ def test_tied_weights_count_once_with_all_that_they_do():
     module = Steps(tiny("llama", tie_word_embeddings=True))
     (embedding,) = [m for m in find_matrices(module) if m.name.endswith("embed_tokens")]
     assert len(embedding.parameter_names) == 2
-    assert_derivatives(module, ids(), [Target((embedding,), by_name(embedding))])
+    both = "/" + "|".join(name.removesuffix(".weight") for name in embedding.parameter_names) + "/"
+    assert_derivatives(module, ids(), [Target((embedding,), {"layer": None, "matrix": both})])
 
 
 def test_frozen_weights_under_adapters():
@@ -214,25 +219,23 @@ def test_micro_batches_of_unequal_size_are_one_big_batch(returns):
 
 
 def test_standard_errors_are_those_between_batches():
-    def screened(size: int) -> GradientScreen:
-        screen = GradientScreen(targets(module), SHORT, Spectra())
+    def screened(size: int) -> dict[Reduction, tuple[float, float]]:
+        screen = screen_of(targets(module))
         run(screen, module, ids(), size)
-        return screen
+        return estimates(screen, targets(module), SHORT)
 
     module = Steps(tiny("gpt2"))
     parts = [scores(module, [row]) for row in ids()]
-    found = screened(1)
-    for reduction, error in found.errors.items():
+    for reduction, (score, error) in screened(1).items():
         each = np.array([part[reduction] for part in parts])
-        assert found.scores[reduction] == pytest.approx(each.mean(), rel=1e-9)
+        assert score == pytest.approx(each.mean(), rel=1e-9)
         assert error == pytest.approx(each.std(ddof=1) / np.sqrt(7), rel=1e-9)
-    uneven = screened(4)
     first, second = scores(module, ids()[:4]), scores(module, ids()[4:])
-    for reduction, error in uneven.errors.items():  # of two batches: the weighted distance from their mean
+    for reduction, (_, error) in screened(4).items():  # of two batches: the weighted distance from their mean
         a, b = first[reduction], second[reduction]
         mean = (4 * a + 3 * b) / 7
         assert error == pytest.approx(np.sqrt((4 * (a - mean) ** 2 + 3 * (b - mean) ** 2) / 7), rel=1e-9)
-    assert set(screened(7).errors.values()) == {0.0}
+    assert {error for _, error in screened(7).values()} == {0.0}
 
 
 def test_missing_outcomes_and_weights():
@@ -254,13 +257,116 @@ def test_missing_outcomes_and_weights():
 def test_a_planted_early_attention_matrix_is_found():
     planted = plant(layers=2, subjects=16, steps=150)
     assert planted.sick > planted.healthy + 0.1
-    screen = GradientScreen(targets(planted.module), RHOS, Spectra())
+    screen = screen_of(targets(planted.module))
     run(screen, planted.module, list(zip(*planted.screen, strict=True)), 50)
-    first = sorted(screen.scores, key=screen.scores.__getitem__)[:10]
+    known = estimates(screen, targets(planted.module), RHOS)
+    first = sorted(known, key=known.__getitem__)[:10]
     changes = planted.truth([planted.target], RHOS)
     best = min(changes, key=changes.__getitem__)
     assert best in first
     assert changes[best] < 0.5 * (planted.healthy - planted.sick)
+
+
+# ---- what an estimate is of ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "0.fc_in@0.3:keep=tail",
+        "0.fc_in@0.2:band=0.4",
+        "1.q_proj@0.5:scale=0.25",
+        "1.q_proj@places-0-3+7",
+        "1.q_proj@k3",
+        "1.q_proj@entropy",
+        "*.fc_out@global-4",
+        "0.v_proj@0.3:norm=whole",
+        "0.fc_in@0.5, 1.q_proj@0.25:scale=2, 1.fc_out@0",
+    ],
+)
+def test_any_plan_along_singular_directions_has_the_derivative_along_it(text):
+    module, plan = Steps(tiny("llama")), LaserPlan.parse(text)
+    screen = screen_of(targets(module))
+    run(screen, module, ids())
+    cuts = plan.resolve(module)
+    originals = {matrix.name: matrix.value.clone() for matrix, _ in cuts}
+    with reduced(module, plan):
+        directions = {matrix.name: matrix.value - originals[matrix.name] for matrix, _ in cuts}
+
+    def loss(t: float) -> float:
+        for matrix, _ in cuts:
+            matrix.parameter.data = matrix.parameter.data + t * directions[matrix.name]
+        value = float(module.losses(ids()).mean())
+        for matrix, _ in cuts:
+            matrix.parameter.data = originals[matrix.name]
+        return value
+
+    with InDouble(), torch.no_grad():
+        coarse, fine = ((loss(h) - loss(-h)) / (2 * h) for h in (4e-4, 2e-4))
+    score, error = screen.estimate(text)
+    assert error == 0
+    assert score == pytest.approx((4 * fine - coarse) / 3, rel=1e-4, abs=1e-8)
+
+
+@pytest.mark.parametrize(
+    "text", ["0.fc_in@0.5:of=entries", "0.fc_in@0.5:blocks=2", "0.fc_in@0.5:noise=1", "0.fc_in@0.5, 1.fc_in@0.5"]
+)
+def test_what_was_not_looked_at_has_no_estimate(text):
+    module = Steps(tiny("llama"))
+    screen = screen_of(targets(module, "0.all"))
+    run(screen, module, ids())
+    assert screen.estimate("0.fc_in@0.5") is not None
+    assert screen.estimate(text) is None
+
+
+def test_the_difference_to_a_base_is_a_view_of_its_own():
+    model, source = tiny("llama"), tiny("llama")
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight += 0.01 * torch.randn(weight.shape, generator=generator)
+    module = Steps(model)
+    spectra = Spectra(base=BaseWeights(source, module))
+    found = [m for m in find_matrices(module) if m.kind == "fc_in"]
+    screen = GradientScreen({View(): found, View("delta"): found[:1]}, spectra)
+    run(screen, module, ids(), 4)
+    of_weight, of_difference = screen.estimate("0.fc_in@0"), screen.estimate("0.fc_in@0:cut=delta")
+    assert screen.estimate("1.fc_in@0:cut=delta") is None
+    alone = GradientScreen(found[:1], Spectra())
+    run(alone, module, ids(), 4)
+    assert alone.estimate("0.fc_in@0") == pytest.approx(of_weight)
+    matrix, base = found[0], next(m for m in find_matrices(source) if m.kind == "fc_in")
+    (gradient,) = torch.autograd.grad(module.losses(ids()).mean(), matrix.parameter)
+    expected = -float((gradient * (matrix.value - base.value)).sum())
+    assert of_difference[0] == pytest.approx(expected, rel=1e-5)
+
+
+def test_sensitivities_are_the_same_from_a_journal_and_in_parts():
+    module = Steps(tiny("llama"))
+    found = targets(module)
+    screen = screen_of(found)
+    run(screen, module, ids(), 2)
+    parts = [screen_of(part) for part in (found[:5], found[5:])]
+    for part in parts:
+        run(part, module, ids(), 2)
+    joined = Sensitivities.join([part.sensitivities for part in parts])
+    data, tensors = screen.sensitivities.to_step()
+    again = Sensitivities.from_step(json.loads(json.dumps(data)), tensors)
+    for target in found:
+        cuts = LaserPlan([target.at(0.3)]).resolve(module)
+        estimate = screen.sensitivities.estimate(cuts, Spectra())
+        assert estimate == again.estimate(cuts, Spectra()) == joined.estimate(cuts, Spectra())
+
+
+def test_parts_have_room_for_their_spectra():
+    found = [m for m in find_matrices(tiny("llama")) if m.kind]
+    one = max(size_for(m.shape) for m in found)
+    parts = in_parts({View(): found, View("delta"): found[:3]}, 3 * one)
+    assert [m.name for part in parts for m in part.get(View(), [])] == [m.name for m in found]
+    assert all(sum(size_for(m.shape) for of in part.values() for m in of) <= 3 * one for part in parts)
+    assert [m.name for part in parts for m in part.get(View("delta"), [])] == [m.name for m in found[:3]]
+    assert all(set(map(id, part.get(View("delta"), []))) <= set(map(id, part[View()])) for part in parts)
+    assert len(in_parts({View(): found}, 0)) == len(found)
 
 
 # ---- what it leaves behind -------------------------------------------------------------------------------------------
@@ -301,11 +407,11 @@ class Once(Spectra):
         super().__init__()
         self.error, self.calls = error, 0
 
-    def operand(self, matrix: Tensor, name: str = "matrix") -> Tensor:
+    def operand(self, matrix: Tensor, name: str = "matrix", cut: str = "weight") -> Tensor:
         self.calls += 1
         if self.calls == 2 * 14 + 4:  # the first pass asks for each of 14 matrices twice, to factorise and to score
             raise self.error
-        return super().operand(matrix, name)
+        return super().operand(matrix, name, cut)
 
 
 @pytest.mark.parametrize("fails", [None, "step", "hook", "interrupt"])
@@ -324,15 +430,15 @@ def test_nothing_is_left_behind(fails):
 
     error = {"hook": OSError("from the hook"), "interrupt": KeyboardInterrupt()}.get(fails)
     module, alive = Steps(model, returns), OneAtATime(model)
-    screen = GradientScreen(targets(module), SHORT, Spectra() if error is None else Once(error))
+    screen = screen_of(targets(module), Spectra() if error is None else Once(error))
     if fails is None:
         run(screen, module, ids(), 4, others=[alive])
         assert alive.most == 1
-        assert screen.scores
+        assert screen.estimate("0.q_proj@0.5") is not None
     else:
         with pytest.raises((OSError, SystemExit)):
             run(screen, module, ids(), 4)
-        assert screen.scores == {}
+        assert screen.estimate("0.q_proj@0.5") is None
     after = facts(model)
     assert {n: v[:5] for n, v in after.items()} == {n: v[:5] for n, v in before.items()}
     assert not any(v[5] for v in after.values())
@@ -341,7 +447,7 @@ def test_nothing_is_left_behind(fails):
 
 
 def test_an_interrupt_while_putting_back_loses_nothing():
-    screen, done, interrupts = GradientScreen([], SHORT, Spectra()), [], iter([KeyboardInterrupt])
+    screen, done, interrupts = GradientScreen([], Spectra()), [], iter([KeyboardInterrupt])
 
     def interrupted() -> None:
         for error in interrupts:
@@ -365,11 +471,12 @@ def test_the_users_pass_is_the_only_one_and_runs_under_the_trainers_precision():
             return super().losses(batch)
 
     module = Counting(tiny("llama").float())
-    screen = GradientScreen(targets(module), SHORT, Spectra())
+    screen = screen_of(targets(module))
     run(screen, module, ids(), 4, precision="bf16-mixed")
     assert Counting.calls == 2
     exact = scores(Steps(module.model), ids())
-    assert all(abs(screen.scores[r] - exact[r]) < 0.05 * max(map(abs, exact.values())) for r in exact)
+    known = estimates(screen, targets(module), SHORT)
+    assert all(abs(known[r][0] - exact[r]) < 0.05 * max(map(abs, exact.values())) for r in exact)
 
 
 # ---- what is refused -------------------------------------------------------------------------------------------------
@@ -411,7 +518,7 @@ def test_a_gradient_that_is_not_finite():
 
 def test_where_it_does_not_run():
     module = Steps(tiny("llama"))
-    screen = GradientScreen(targets(module), SHORT, Spectra())
+    screen = screen_of(targets(module))
     with pytest.raises(MisconfigurationException, match=r"Trainer\(inference_mode=False\)"):
         run(screen, module, ids(), inference_mode=True)
     module.test_step = module.validation_step
@@ -434,66 +541,3 @@ def test_what_no_gradient_reaches_is_named():
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="no gradient reached")
         scores(Steps(tiny_causal_lm()), ids())
-
-
-def test_only_what_is_in_the_grid():
-    module = Steps(tiny("llama"))
-    found = targets(module)
-    screen = GradientScreen(found, (*RHOS, 1.0), Spectra())
-    run(screen, module, ids())
-    assert list(screen.scores) == [candidate.reduction for candidate in grid(found, RHOS)]
-
-
-# ---- without data ----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "screen", [random_screen, late_mlp_screen, *map(spectrum_screen, ("gavish-donoho", "entropy", "laser-rmt-snr"))]
-)
-def test_alternatives_score_the_same_candidates(screen):
-    module = Steps(tiny("mixtral", experts_implementation="eager"))
-    found = targets(module)
-    result = screen(found, RHOS, Spectra(), 0)
-    assert list(result) == [candidate.reduction for candidate in grid(found, RHOS)]
-    assert result == screen(found, RHOS, Spectra(), 0)
-    assert all(value == value for value in result.values())
-    assert (result == screen(found, RHOS, Spectra(), 1)) == (screen is not random_screen)
-
-
-def test_late_mlps_come_first():
-    result = late_mlp_screen(targets(tiny_causal_lm()), RHOS, Spectra(), 0)
-    order = [str(reduction) for reduction in sorted(result, key=result.__getitem__)]
-    assert order[:3] == ["3.fc_in@0.005", "3.fc_up@0.005", "3.fc_out@0.005"]
-    assert order[-1].endswith("@0")
-    assert order.index("0.fc_out@0.9") < order.index("3.q_proj@0.1")
-
-
-def test_spectrum_screens_prefer_what_their_rules_say():
-    """One matrix is noise and a few directions, in a model of noise: that matrix, at their number, comes first."""
-    torch.manual_seed(0)
-    sizes = {"vocab_size": 64, "hidden_size": 96, "intermediate_size": 200}
-    model = hf.LlamaForCausalLM(hf.LlamaConfig(**sizes, num_hidden_layers=2, num_attention_heads=4))
-    for weight in model.parameters():
-        if weight.dim() == 2:
-            weight.data.normal_()
-    weight = model.model.layers[1].mlp.up_proj.weight
-    weight.data += 12 * torch.linalg.qr(torch.randn(200, 10)).Q @ torch.linalg.qr(torch.randn(96, 10)).Q.T * 10
-    rhos = (0.0, 10 / 96, 0.5, 0.9)
-    result = spectrum_screen("gavish-donoho")(targets(model), rhos, Spectra(), 0)
-    of_matrix = {r.rho: v for r, v in result.items() if (r.layer, r.matrix) == (1, "fc_up")}
-    assert min(of_matrix, key=of_matrix.__getitem__) == rhos[1]
-
-
-def test_the_ratio_of_laser_rmt():
-    matrix = torch.randn(40, 100, generator=torch.Generator().manual_seed(0))
-    values = torch.linalg.svdvals(matrix.double()).numpy()
-    q75, q25 = np.percentile(values, [75, 25])
-    threshold = (q75 - q25) / 1.349 * (1 + np.sqrt(40 / 100))
-    rank, ratio = laser_rmt(Spectrum.of(matrix))
-    assert rank == (values > threshold).sum()
-    assert ratio == pytest.approx(values[values > threshold].sum() / values[values <= threshold].sum())
-
-
-def test_what_a_spectrum_screen_is_called():
-    with pytest.raises(ValueError, match="`kind` must be 'gavish-donoho', 'entropy' or 'laser-rmt-snr', got 'snr'"):
-        spectrum_screen("snr")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import lightning.pytorch as pl
@@ -12,7 +13,14 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from trainers import quiet_trainer
 
-from laser_callback.search.screen import GradientScreen
+from laser_callback.compare.measure import Lab
+from laser_callback.plans.reduction import Reduction
+from laser_callback.plans.target import RHOS, Target, targets
+from laser_callback.search.screen import GradientScreen, sense
+from laser_callback.search.sensitivities import View
+from laser_callback.search.strategies.base import Context
+from laser_callback.search.strategies.grid import grid
+from laser_callback.spectra.store import Spectra
 
 
 class Steps(pl.LightningModule):
@@ -40,3 +48,32 @@ def run(screen: GradientScreen, module: pl.LightningModule, data: Any, size: int
 
 def ids(count: int = 7, vocabulary: int = 60) -> Tensor:
     return torch.randint(3, vocabulary, (count, 8), generator=torch.Generator().manual_seed(0))
+
+
+def screen_of(found: Sequence[Target], spectra: Spectra | None = None, **kwargs: Any) -> GradientScreen:
+    matrices = {matrix.name: matrix for target in found for matrix in target.matrices}
+    return GradientScreen(list(matrices.values()), spectra or Spectra(), **kwargs)
+
+
+def estimates(
+    screen: GradientScreen, found: Sequence[Target], rhos: Sequence[float]
+) -> dict[Reduction, tuple[float, float]]:
+    """By cut of the grid the estimated change of the loss, and its standard error."""
+    known = {}
+    for candidate in grid(found, rhos, "laser"):
+        (cut,) = candidate.plan
+        estimate = screen.estimate(candidate.plan)
+        assert estimate is not None
+        known[cut] = estimate
+    return known
+
+
+def context_of(module: pl.LightningModule, loader: DataLoader | None = None, **more: Any) -> Context:
+    """What strategies are told of a module, in the first step of a search; with sensitivities if there is a loader."""
+    lab = Lab(module, Spectra(), "cpu")
+    found = targets(module)
+    context = Context(module, lab.matrices, found, RHOS, "", 0, lab.spectra, loader, **more)
+    if loader is None:
+        return context
+    matrices = [matrix for target in found for matrix in target.matrices]
+    return replace(context, sensitivities=sense(lab, {View(): matrices}, loader))
