@@ -200,6 +200,11 @@ class Reduction:
         return self.of == "rank" and self.blocks == 1 and self.metric == "none"
 
     @property
+    def is_scaling(self) -> bool:
+        """Whether it multiplies the whole matrix by ``scale``, for which nothing needs to be known of it."""
+        return self.rho == 0 and self.keep == "head" and self.band == 1 and self.norm == "part" and self.of == "rank"
+
+    @property
     def is_truncation(self) -> bool:
         """True for the plain truncated SVD of the whole matrix: the first k singular directions and nothing else."""
         return all(getattr(self, name) == default for name, default in _OPTIONS.items())

@@ -148,6 +148,20 @@ def test_a_threshold_with_weights_on_the_meta_device_is_refused_as_any_cut():
         reduced(model, "*.fc_in@global-1").prepare()
 
 
+@pytest.mark.parametrize("text", ["*.mlp@0", "*.mlp@0:scale=0.5", "*.mlp@0:noise=1", "*.mlp@0:blocks=2"])
+def test_to_keep_nothing_takes_no_factorisation(text, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    model, spectra = tiny_causal_lm(), Spectra()
+    own = {m.name: m.value.clone().double() for m in find_matrices(model)}
+    with reduced(model, text, spectra) as cut:
+        assert spectra.factorised == 0
+        if "noise" not in text:
+            for matrix, reduction in cut.matrices:
+                close(matrix.value, own[matrix.name] * reduction.scale)
+    reduced(model, "1.mlp@0:norm=whole,scale=0.5, 2.mlp@0:band=0.5", spectra).prepare()
+    assert spectra.factorised == 6
+
+
 # ---- places ----------------------------------------------------------------------------------------------------------
 
 
