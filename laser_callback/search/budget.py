@@ -7,6 +7,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from laser_callback.compare.controls import NOISES
 from laser_callback.results.candidates import Candidate
 from laser_callback.search.race import schedule
 from laser_callback.search.steps import Steps
@@ -25,7 +26,7 @@ class Budget:
         minutes: so much; ``None`` for as long as it takes.
         start: when the search began, by ``time.perf_counter``.
         pass_seconds: what one example takes through the whole model.
-        controls: whether the winner is confirmed beside two controls.
+        controls: whether the winner is confirmed beside its controls.
     """
 
     minutes: float | None
@@ -49,7 +50,7 @@ class Budget:
         def compute() -> Step:
             for many in range(len(ranked), 0, -1):
                 seconds = self.pass_seconds * passes_of(
-                    steps, ranked[:many], examples, finalists, near, 4 if self.controls else 2
+                    steps, ranked[:many], examples, finalists, near, 4 + NOISES if self.controls else 2
                 )
                 if seconds <= left:
                     return {"count": many}, {}
@@ -63,11 +64,11 @@ class Budget:
 
 
 def passes_of(
-    steps: Steps, racers: Sequence[Candidate], examples: int, finalists: int, near: int, confirmed: int = 4
+    steps: Steps, racers: Sequence[Candidate], examples: int, finalists: int, near: int, confirmed: int = 4 + NOISES
 ) -> float:
     """Passes of one example through the whole model until the winner is confirmed; about ``near`` others enter late.
 
-    ``confirmed`` models run on the confirm set: the original, the plan, and its two controls if there are any.
+    ``confirmed`` models run on the confirm set: the original, the plan, and the passes of its controls if there are any.
     """
     share, alive = sum(steps.lab.share(c.whole) for c in racers) / len(racers), len(racers)
     passes = float(confirmed * steps.sets.sizes["confirm"])

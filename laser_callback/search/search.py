@@ -94,7 +94,7 @@ class LaserSearch:
         accelerator, precision: as in ``Trainer``, but "auto" takes CUDA or the CPU, and "cuda:1" names the device: it
             runs on one.
         progress: show progress on standard error.
-        seed: of the sets, if they are made here, the order of examples and the random control.
+        seed: of the sets, if they are made here, the order of examples, and the random controls.
 
     Attributes:
         result: the outcome; after an interruption what there was by then.

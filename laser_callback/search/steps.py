@@ -68,7 +68,7 @@ class Steps:
 
     Attributes:
         keys: metrics that candidates are measured by: those of the objective, and of constraints on the same examples.
-        seed: of the random control.
+        seed: of the random controls.
         folder: where each example's outcomes are kept, if anywhere.
         base: the plan in place, which candidates are added to.
         phases: time and passes so far.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
@@ -15,6 +16,7 @@ from laser_callback.compare.measure import Lab
 from laser_callback.data.sets import ExampleSets
 from laser_callback.plans.target import RHOS
 from laser_callback.results.candidates import Candidate
+from laser_callback.search.moments import input_directions_of
 from laser_callback.search.proposals import checked, views_for
 from laser_callback.search.screen import LossFn, sense
 from laser_callback.search.strategies.base import ENOUGH_BATCHES, Context, Strategy
@@ -72,7 +74,11 @@ def check_strategy(
     spectra = Spectra(base=None if base is None else BaseWeights(base, module))
     lab = Lab(module, spectra, accelerator)
     loader = ExampleSets.of(data).loader("screen", batches=ENOUGH_BATCHES)
-    context = Context(module, lab.matrices, lab.targets(within), tuple(rhos), "", 0, spectra, loader)
+    run = partial(lab.validate, loader, limit_batches=1)
+    context = Context(module, lab.matrices, lab.targets(within), tuple(rhos), "", 0, spectra, run)
+    if "activations" in strategy.needs:
+        lab.spectra = spectra.bringing(input_directions_of(lab, context.targets, loader))
+        context = replace(context, spectra=lab.spectra)
     if wanted := views_for([strategy], context):
         context = replace(context, sensitivities=sense(lab, wanted, loader, loss=loss))
 

@@ -32,6 +32,7 @@ from laser_callback.results.cleanup import CleanupResult
 from laser_callback.results.evidence import numbers_of
 from laser_callback.search.screen import returned_loss
 from laser_callback.search.search import LaserSearch
+from laser_callback.search.strategies import strategies_of
 from laser_callback.shipping.gates import Gates
 from laser_callback.shipping.modes import MODES, accept, search_modes, spectra_of
 from laser_callback.shipping.trained import (
@@ -163,8 +164,10 @@ class LaserCleanup(pl.Callback):
         dataloader_idx: int = 0,
     ) -> None:
         # What the search will differentiate: the sanity check shows, ahead of hours of training, whether it is there.
-        defaults = {"method": "screened", "screen": "gradient", "screen_loss": None}
-        differentiates = all(self.search.get(name, default) == default for name, default in defaults.items())
+        defaults = {"method": "screened", "screen_loss": None}
+        differentiates = all(self.search.get(name, default) == default for name, default in defaults.items()) and any(
+            "gradient" in strategy.needs for strategy in strategies_of(self.search.get("strategies", "laser"))
+        )
         if trainer.sanity_checking and differentiates and self.data is None and not isinstance(pl_module, LaserModule):
             returned_loss(outputs, self.search.get("loss") or "loss")
 

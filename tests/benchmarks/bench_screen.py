@@ -1,13 +1,13 @@
-"""Is the screen worth its pass? Each screen's order of all cuts, against the true change of the log loss.
+"""Is the screen worth its pass? Each strategy's order of all cuts, against the true change of the log loss.
 
 python tests/benchmarks/bench_screen.py [DATA_FOLDER TRUTH.npz ...] prints one table for a small model with a planted
 effect, and one for each file that `exhaustive.py` has written, for SmolLM2-135M and the data set of that name in
 DATA_FOLDER (only of the matrices that are done, if it is still being written). Then the peak memory of the screen.
 
     rank     Spearman correlation of scores and true changes
-    recall   share of the true 48 best cuts that are among the screen's first 48
-    regret   true log loss of the best cut among the screen's first 48 (24) minus that of the best of all, in nats
-    points   true accuracy of the best of all minus that of the best cut among the screen's first 40, in points
+    recall   share of the true 48 best cuts that are among its first 48
+    regret   true log loss of the best cut among its first 48 (24) minus that of the best of all, in nats
+    points   true accuracy of the best of all minus that of the best cut among its first 40, in points
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import argparse
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
@@ -25,7 +25,6 @@ from typing import Any
 import lightning.pytorch as pl
 import numpy as np
 import torch
-from laser_callback.search.data_free import late_mlp_screen, random_screen, spectrum_screen
 from planted import plant
 from rich.console import Console
 from rich.table import Table
@@ -35,22 +34,21 @@ from torch.utils.data import DataLoader
 from laser_callback import LaserModule
 from laser_callback.data.demo_model import demo_model_folder
 from laser_callback.data.encoding import FactCollator, encode_facts
+from laser_callback.plans.matrices import find_matrices
 from laser_callback.plans.plan import LaserPlan
 from laser_callback.plans.reduction import Reduction
+from laser_callback.plans.selection import Catalogue
 from laser_callback.plans.target import RHOS, Target, targets
 from laser_callback.results.candidates import Candidate
 from laser_callback.search.candidates import CAUTION, shortlist
 from laser_callback.search.screen import GradientScreen
+from laser_callback.search.strategies import Context, strategies_of
+from laser_callback.search.strategies.grid import grid
 from laser_callback.spectra.store import Spectra
 from laser_callback.surgery.swap import reduced
 
-ALTERNATIVES = {
-    "late MLP first": late_mlp_screen,
-    "gavish-donoho": spectrum_screen("gavish-donoho"),
-    "entropy": spectrum_screen("entropy"),
-    "laserRMT SNR": spectrum_screen("laser-rmt-snr"),
-}
-SEEDS = 20  # of the random screen, whose row is the mean
+ALTERNATIVES = ("late-mlp", "gavish-donoho", "entropy", "laser-rmt")
+SEEDS = 20  # of the strategy random, whose row is the mean
 
 
 def validate(screen: GradientScreen, module: pl.LightningModule, loader: DataLoader[Any]) -> float:
@@ -66,6 +64,28 @@ def validate(screen: GradientScreen, module: pl.LightningModule, loader: DataLoa
         callbacks=[screen],
     ).validate(module, loader, verbose=False)
     return time.perf_counter() - begin
+
+
+def gradient_screen(found: list[Target], spectra: Spectra, **options: Any) -> GradientScreen:
+    return GradientScreen([matrix for target in found for matrix in target.matrices], spectra, **options)
+
+
+def scores(screen: GradientScreen, found: list[Target]) -> list[Candidate]:
+    """The grid, scored."""
+    candidates = grid(found, RHOS, "laser")
+    for candidate in candidates:
+        candidate.score, candidate.error = screen.estimate(candidate.plan) or (None, 0.0)
+    return candidates
+
+
+def cut_of(candidate: Candidate) -> Reduction:
+    (cut,) = candidate.plan
+    return cut
+
+
+def places(candidates: Iterable[Candidate]) -> dict[Reduction, float]:
+    """An order as scores."""
+    return {cut_of(candidate): float(place) for place, candidate in enumerate(candidates)}
 
 
 @dataclass(frozen=True)
@@ -97,7 +117,7 @@ def table(
     truth: Truth,
     spectra: Spectra,
 ) -> None:
-    columns = ("screen", "rank", "recall@48", "regret@48", "regret@24", "points@40", "s")
+    columns = ("order", "rank", "recall@48", "regret@48", "regret@24", "points@40", "s")
     shown = Table(*columns, title=title, title_justify="left")
 
     def row(name: str, values: list[float], seconds: float | None = None) -> None:
@@ -109,29 +129,28 @@ def table(
     keys = ("log_loss", "soft_error") if isinstance(module, LaserModule) else ("log_loss",)
     for (name, loader), key in product(loaders.items(), keys):
         name = f"{key}, {name}"
-        screen = GradientScreen(found, RHOS, spectra, key=key)
+        screen = gradient_screen(found, spectra, key=key)
         seconds = validate(screen, module, loader)
-        row(f"gradient, {name}", quality(screen.scores, truth), seconds)
+        scored = scores(screen, found)
+        row(f"gradient, {name}", quality({cut_of(c): c.score or 0.0 for c in scored}, truth), seconds)
         if len(loader) > 1:
-            careful = {cut: score + CAUTION * screen.errors[cut] for cut, score in screen.scores.items()}
+            careful = {cut_of(c): (c.score or 0.0) + CAUTION * c.error for c in scored}
             row(f"gradient, cautious order, {name}", quality(careful, truth))
-            scored = [
-                Candidate(r, r.layer, r.matrix, r.rho, score=s, error=screen.errors[r])
-                for r, s in screen.scores.items()
-            ]
-            both = {candidate.reduction: float(place) for place, candidate in enumerate(shortlist(scored))}
-            row(f"the shortlist of both, {name}", quality(both, truth))
+            row(f"the shortlist of both, {name}", quality(places(shortlist(scored)), truth))
     name, loader = next(iter(loaders.items()))
     for share in (0.1, 0.5):
         # The gradient part of the way, which knows of curvature, but of that of all cuts together.
         shrunk = LaserPlan([replace(target.at(0.1), scale=1 - share) for target in found])
-        screen = GradientScreen(found, RHOS, spectra)
+        screen = gradient_screen(found, spectra)
         with reduced(module, shrunk, spectra):
             seconds = validate(screen, module, loader)
-        row(f"gradient where all tails are {share:.0%} smaller, {name}", quality(screen.scores, truth), seconds)
-    for name, alternative in ALTERNATIVES.items():
-        row(name, quality(alternative(found, RHOS, spectra, 0), truth))
-    drawn = [quality(random_screen(found, RHOS, spectra, seed), truth) for seed in range(SEEDS)]
+        known = {cut_of(c): c.score or 0.0 for c in scores(screen, found)}
+        row(f"gradient where all tails are {share:.0%} smaller, {name}", quality(known, truth), seconds)
+    context = Context(module, Catalogue(find_matrices(module)), found, RHOS, "", 0, spectra)
+    for strategy in strategies_of(ALTERNATIVES):
+        row(strategy.name, quality(places(strategy.propose(context)), truth))
+    (draw,) = strategies_of("random")
+    drawn = [quality(places(draw.propose(replace(context, seed=seed))), truth) for seed in range(SEEDS)]
     row(f"random, mean of {SEEDS}", np.mean(drawn, axis=0).tolist())
     best = min(truth.loss, key=truth.loss.__getitem__)
     Console(width=120).print(shown, f"best of {len(truth.loss)} cuts: {best}, {truth.loss[best]:+.3f} nats\n")
@@ -208,7 +227,7 @@ def peak(layers: int, what: str) -> float:
     loader = DataLoader(torch.utils.data.TensorDataset(torch.randn(8, 768)), batch_size=8)
     if what == "screen":
         found = targets(module, "/.*/")
-        validate(GradientScreen(found, RHOS, Spectra(memory_bytes=0)), module, loader)
+        validate(gradient_screen(found, Spectra(memory_bytes=0)), module, loader)
     elif what == "factorise":
         with torch.no_grad():
             Spectra(memory_bytes=0).of(module.layers[0][0].weight)

@@ -40,7 +40,8 @@ from laser_callback.compare.trainer import left_as_found, quiet_trainer
 from laser_callback.passes.state import Own, RandomState, Start
 from laser_callback.passes.watch import WritesRefused
 from laser_callback.passes.windows import Windows
-from laser_callback.plans.target import targets
+from laser_callback.plans.kinds import MLP_KINDS
+from laser_callback.plans.matrices import find_matrices
 from laser_callback.search.screen import GradientScreen
 from laser_callback.shipping.thin import factored
 from laser_callback.spectra.store import Spectra
@@ -159,7 +160,7 @@ def contexts() -> dict[str, tuple[nn.Module, Work]]:
     found["ReducedArm.active"] = module, within(reduced_arm.active)
 
     def screening() -> None:
-        screen = GradientScreen(targets(module, "*.mlp"), [0.1], spectra)
+        screen = GradientScreen([m for m in find_matrices(module) if m.kind in MLP_KINDS], spectra)
         with left_as_found(trainer, module, [screen]):
             screen.setup(trainer, module, "validate")
             screen.on_validation_start(trainer, module)

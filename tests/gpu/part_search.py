@@ -13,9 +13,9 @@ from rows import row
 
 from laser_callback import FactsDataModule, LaserModule, LaserSearch
 from laser_callback.compare.measure import Lab
-from laser_callback.plans.plan import LaserPlan
 from laser_callback.plans.target import RHOS, targets
 from laser_callback.search.screen import GradientScreen
+from laser_callback.search.strategies.grid import grid
 from laser_callback.spectra.store import Spectra
 
 CANDIDATES = 10
@@ -53,7 +53,10 @@ def large() -> None:
     data = FactsDataModule(made_up_facts(128 if ON_GPU else 16), module.tokenizer, batch_size=32, rows_per_forward=256)
     data.setup()
     loader, spectra = data.val_dataloader(), Spectra(memory_bytes=16 * 2**30)
-    lab, screen = Lab(module, spectra, DEVICE.type), GradientScreen(found, RHOS, spectra)
+    lab, screen = (
+        Lab(module, spectra, DEVICE.type),
+        GradientScreen([matrix for t in found for matrix in t.matrices], spectra),
+    )
     cells = {"model": f"random weights, {size}", "targets": f"{len(found)} of {len(targets(module))}"}
     with staying(module):
         forget_peak()
@@ -64,11 +67,12 @@ def large() -> None:
             "search: large", step="screen", seconds=seconds, factorising_s=spectra.seconds, peak_gib=peak_gib(), **cells
         )
 
-        best = sorted(screen.scores, key=screen.scores.__getitem__)[:CANDIDATES]
+        plans = [candidate.plan for candidate in grid(found, RHOS, "laser")]
+        best = sorted(plans, key=lambda plan: screen.estimate(plan) or (0.0, 0.0))[:CANDIDATES]
         before = spectra.seconds
         forget_peak()
         begin = clock()
-        lab.measure({str(cut): LaserPlan([cut]) for cut in best}, loader, KEYS)
+        lab.measure({str(plan): plan for plan in best}, loader, KEYS)
         seconds, factorising = clock() - begin, spectra.seconds - before
         step = f"{len(best)} candidates on {len(data.encoded)} facts"
         row("search: large", step=step, seconds=seconds, factorising_s=factorising, peak_gib=peak_gib(), **cells)

@@ -13,7 +13,7 @@ import pytest
 import torch
 from device import DEVICE
 from fact_rows import facts
-from screening import Steps, ids, run
+from screening import Steps, estimates, ids, run, screen_of
 from styles_metrics import MetricAttributes
 from tiny import tiny_causal_lm, tiny_tokenizer
 from trainers import quiet_trainer
@@ -21,8 +21,6 @@ from weights import same, weights
 
 from laser_callback import FactsDataModule, LaserCallback, LaserModule, reduced
 from laser_callback.plans.target import targets
-from laser_callback.search.screen import GradientScreen
-from laser_callback.spectra.store import Spectra
 
 PLAN = "2.mlp@0.1, 3.q_proj@0.2"
 WEIGHTS = {"32-true": torch.float32, "bf16-true": torch.bfloat16, "bf16-mixed": torch.float32}
@@ -58,9 +56,10 @@ def test_each_arm_is_a_run_of_its_own(make: Callable[[], pl.LightningModule], pr
 def test_the_screen_is_the_derivative_of_the_loss(precision: Any) -> None:
     def scores(model: torch.nn.Module, precision: Any) -> dict[Any, float]:
         module = Steps(model)
-        screen = GradientScreen(targets(module), (0.0, 0.1, 0.5), Spectra())
+        screen = screen_of(targets(module))
         run(screen, module, ids(), size=4, accelerator=DEVICE.type, precision=precision)
-        return screen.scores
+        known = estimates(screen, targets(module), (0.0, 0.1, 0.5))
+        return {cut: score for cut, (score, _) in known.items()}
 
     exact = scores(tiny_causal_lm().to(WEIGHTS[precision]).double(), "64-true")
     found = scores(tiny_causal_lm().to(WEIGHTS[precision]), precision)
