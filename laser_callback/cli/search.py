@@ -34,7 +34,7 @@ def search(
     base: str | None = None,
     within: str = "*.all",
     rhos: float | list[float] | None = None,
-    strategies: str | list[str] = "laser",
+    strategies: str | list[str] | None = None,
     candidates: int = 40,
     max_reductions: int = 1,
     min_gain: float = 0.05,
@@ -72,12 +72,13 @@ def search(
         direction: whether the objective is better high or low, where the metric does not say so.
         loss: a logged key, lower is better, that helps to tell candidates apart.
         constraints: how much worse a key may become, e.g. "perplexity <= +2 %".
-        base: folder, hub name or checkpoint that the model was fine-tuned from: the search is then for cuts of the
-            difference, and what it finds has cut=delta.
+        base: folder, hub name or checkpoint that the model was fine-tuned from, for strategies that edit the
+            difference to it.
         within: where to look, as plan text without rho, e.g. "20-29.mlp, *.q_proj".
         rhos: fractions of the rank to try; by default those of the paper's code, and 0.
-        strategies: what proposes candidates: laser, late-mlp, laser-rmt, gavish-donoho, entropy or random, or several,
-            e.g. laser,late-mlp.
+        strategies: what proposes candidates, e.g. laser,drop (the default; with a base also delta); others are
+            delta-all, delta-matrices, intruders, components, delta-components, whitened, blocks, reference, late-mlp,
+            laser-rmt, gavish-donoho, entropy and random.
         candidates: how many of those that are proposed race.
         max_reductions: stop composing at so many candidates.
         min_gain: warn if the examples are too few to confirm a gain of this size.

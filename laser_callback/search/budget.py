@@ -68,7 +68,7 @@ def passes_of(
 ) -> float:
     """Passes of one example through the whole model until the winner is confirmed; about ``near`` others enter late.
 
-    ``confirmed`` models run on the confirm set: the original, the plan, and the passes of its controls if there are any.
+    ``confirmed`` models run on the confirm set: the original, the plan, and those of its controls if there are any.
     """
     share, alive = sum(steps.lab.share(c.whole) for c in racers) / len(racers), len(racers)
     passes = float(confirmed * steps.sets.sizes["confirm"])

@@ -73,13 +73,14 @@ class LaserSearch:
         constraints: how much worse a key may become on the guard set, as text: ``"perplexity <= +2 %"``,
             ``"log_loss <= +0.05"``. By default ``perplexity <= +5 %`` where there is text, and
             ``paraphrase_robustness >= -0.02`` where that is an objective.
-        base: what the module was fine-tuned from, as :class:`~laser_callback.spectra.BaseWeights` takes it: then only
-            the difference is cut (delta mode).
+        base: what the module was fine-tuned from, as :class:`~laser_callback.spectra.BaseWeights` takes it, for
+            strategies that edit the difference to it.
         within: where to look, as plan text without rho: ``"*.all"``, ``"20-29.mlp, *.q_proj"``.
-        rhos: the grid.
-        strategies: what proposes candidates: names, or objects of your own (:class:`Strategy`). ``"laser"`` proposes
-            every matrix at every rho, and knows their order by the gradient; without a look at data do ``"late-mlp"``,
-            ``"laser-rmt"``, ``"gavish-donoho"``, ``"entropy"`` and ``"random"``.
+        rhos: the grid of single matrices.
+        strategies: what proposes candidates: names between commas or in a list, or objects of your own
+            (:class:`Strategy`). By default ``"laser"``, every matrix at every rho, and ``"drop"``, layers and their
+            halves left out; with a ``base`` also ``"delta"``, what fine-tuning has changed as a whole under one rule.
+            The others are in ``STRATEGIES`` of :mod:`laser_callback.search.strategies`.
         screen_loss: ``f(module, batch)``, the loss that the screen differentiates, where the step does not return it.
         candidates: how many of those that are proposed race.
         max_reductions: stop composing at so many candidates.
@@ -87,7 +88,7 @@ class LaserSearch:
         method: ``"exhaustive"`` runs all candidates of the strategies on all race examples instead of screening;
             ``"paper"`` does so as the paper's code does: its nine rates, cut by ``torch.svd_lowrank``, on the first
             fifth of the examples, of which the best objective, then the lowest log loss selects.
-        controls: confirm beside the plan its matrices zeroed and random matrices cut at the same rho.
+        controls: confirm beside the plan its matrices zeroed, random matrices cut at the same rho, and noise.
         minutes: race only as many candidates as fit into so much time.
         folder: keep each finished step here; with ``resume`` go on from them.
         spectra: the store of factorisations; by default on this machine's disk.

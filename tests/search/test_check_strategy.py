@@ -34,8 +34,14 @@ def tried(planted):
 
 
 @pytest.mark.parametrize("name", STRATEGIES)
-def test_those_of_the_package_pass(tried, name):
-    assert tried(strategies_of([name])[0])
+def test_those_of_the_package_pass(planted, name):
+    module = Recall(planted.module.model).eval()
+    torch.manual_seed(0)
+    base = {key: value + 0.01 * torch.randn_like(value) for key, value in module.state_dict().items()}
+    needs = STRATEGIES[name]().needs
+    assert check_strategy(
+        strategies_of([name])[0], module, all_examples(planted), within="0.all", base=base if "base" in needs else None
+    )
 
 
 def test_one_of_ones_own_passes(tried):
