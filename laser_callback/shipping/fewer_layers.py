@@ -23,7 +23,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from laser_callback.passes.drops import layer_path, why_no_identity
 from laser_callback.plans.kinds import WRITES
 from laser_callback.plans.matrices import WeightMatrix, find_matrices, layer_stacks
-from laser_callback.shipping.same_outputs import made_up_inputs, outputs, why_not_same
+from laser_callback.shipping.same_outputs import made_up_inputs, outputs, short, why_not_same
 from laser_callback.support.pretrained import save_dense, whole
 from laser_callback.support.suggest import clipped
 
@@ -112,7 +112,7 @@ def _write_without(model: PreTrainedModel, dropped: Layers, folder: Path) -> Non
     except OSError:  # of the disk
         raise
     except Exception as error:  # each class has its own way to fail
-        raise CannotLeaveOutError(f"the smaller model cannot be written and read again: {_short(error)}") from error
+        raise CannotLeaveOutError(f"the smaller model cannot be written and read again: {short(error)}") from error
     _round_alike(loaded, model, kept)
     _check_settings(loaded, model, kept)
     if reason := why_not_same(model, loaded.eval(), inputs):
@@ -130,7 +130,7 @@ def _check_identity(layers: Mapping[str, nn.Module], model: PreTrainedModel, inp
     try:
         reasons = why_no_identity(layers.values(), lambda: outputs(model, inputs))
     except Exception as error:
-        raise CannotLeaveOutError(f"the model does not run on made-up inputs: {_short(error)}") from error
+        raise CannotLeaveOutError(f"the model does not run on made-up inputs: {short(error)}") from error
     for name, layer in layers.items():
         if reasons[layer]:
             raise CannotLeaveOutError(f"`{name}` does not hand on what it is given: {reasons[layer]}")
@@ -291,7 +291,3 @@ def _is_plain(value: Any) -> bool:
     if isinstance(value, (list, tuple)):
         return all(map(_is_plain, value))
     return value is None or isinstance(value, (bool, int, float, str))
-
-
-def _short(error: Exception) -> str:
-    return clipped(str(error).strip().split("\n")[0]) or type(error).__name__

@@ -71,9 +71,9 @@ def why_not_same(one: PreTrainedModel, other: PreTrainedModel, inputs: Mapping[s
             try:
                 got = run(other, inputs)
             except Exception as error:  # each class has its own way to fail
-                return f"the smaller model does not run: {_short(error)}"
+                return f"the smaller model does not run: {short(error)}"
         except Exception as error:
-            return f"the model does not run on made-up inputs: {_short(error)}"
+            return f"the model does not run on made-up inputs: {short(error)}"
         finally:
             start.set()
         for name, tensor in wanted.items():
@@ -130,5 +130,6 @@ def _evaluated(model: nn.Module) -> Generator[None, None, None]:
             module.training = mode
 
 
-def _short(error: Exception) -> str:
-    return clipped(str(error).strip().split("\n")[0]) or type(error).__name__
+def short(error: Exception) -> str:
+    """The first line of what an error says."""
+    return clipped(str(error).strip().split("\n")[0].rstrip(".")) or type(error).__name__

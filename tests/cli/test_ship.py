@@ -142,3 +142,20 @@ def test_what_prepares_sound_goes_along(tmp_path):
     assert type(written) is hf.Qwen2AudioProcessor
     assert written.feature_extractor.feature_size == 8
     assert type(hf.AutoModelForMultimodalLM.from_pretrained(tmp_path / "cut")) is hf.Qwen2AudioForConditionalGeneration
+
+
+def test_what_is_left_out_is_told_and_what_cannot_be_with_the_reason(original, tmp_path, capsys):
+    arguments = ("export", "--model", original, "--plan", "1.writes@0, 2.writes@0")
+    assert run(*arguments, "--output", tmp_path / "cut") == 0
+    assert ", without layers 1, 2 of model.layers\n" in capsys.readouterr().out
+    assert hf.AutoConfig.from_pretrained(tmp_path / "cut").num_hidden_layers == 2
+    recipe = tmp_path / "cut" / "laser.json"
+    assert run("apply", "--model", original, "--recipe", recipe, "--output", tmp_path / "applied", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["recipe"]["left_out"] == {"model.layers": [1, 2]}
+    assert digest(tmp_path / "applied" / "model.safetensors") == digest(tmp_path / "cut" / "model.safetensors")
+
+    assert run("export", "--model", original, "--plan", "*.writes@0", "--output", tmp_path / "none") == 0
+    shown = capsys.readouterr()
+    assert "without" not in shown.out
+    assert "note: layers 0, 1, 2, 3 of model.layers could not be left out: no layer of" in shown.err
+    assert ".py" not in shown.err
