@@ -252,13 +252,14 @@ class LaserSearch:
 
     def _check_needs(self, sets: ExampleSets, spectra: Spectra) -> None:
         """Whether there is what the strategies cannot do without."""
+        of_examples = {"activations", "gradient"} if self.method == "screened" else {"activations"}
         for strategy in self._strategies:
             if "base" in strategy.needs and spectra.base is None:
                 raise MisconfigurationException(
                     f"the strategy {strategy.name!r} needs `base`, what the module was fine-tuned from: a folder, hub "
                     "name, checkpoint or model"
                 )
-            if "activations" in strategy.needs and "screen" not in sets.sizes:
+            if of_examples & strategy.needs and "screen" not in sets.sizes:
                 raise MisconfigurationException(
                     f"the strategy {strategy.name!r} needs examples to run the module on: give the data a set `screen`"
                 )
