@@ -73,7 +73,8 @@ def search(
         direction: whether the objective is better high or low, where the metric does not say so.
         loss: a logged key, lower is better, that helps to tell candidates apart.
         constraints: how much worse a key may become, e.g. "perplexity <= +2 %".
-        base: folder, hub name or checkpoint that the model was fine-tuned from; only the difference is then cut.
+        base: folder, hub name or checkpoint that the model was fine-tuned from: the search is then for cuts of the
+            difference, and what it finds has cut=delta.
         within: where to look, as plan text without rho, e.g. "20-29.mlp, *.q_proj".
         rhos: fractions of the rank to try; by default those of the paper's code, and 0.
         strategies: what proposes candidates: laser, late-mlp, laser-rmt, gavish-donoho, entropy or random, or several,

@@ -35,14 +35,14 @@ _MATRIX = re.compile(r"[A-Za-z_]\w*(\.\w+)*|/[^/#\s]+/")  # no module name holds
 class Reduction:
     """One cut: which matrix, and how much of it is kept.
 
-    Every cut does the same: it lines up the components of the matrix from the largest to the smallest, takes out a run
-    of them, and multiplies that by ``scale``. With the defaults the components are the singular directions, and the
-    run is all but the first k: the truncated SVD.
+    Every cut does the same: it lines up the components of the matrix from the largest to the smallest, takes out some
+    of them, and multiplies these by ``scale``. With the defaults the components are the singular directions, and all
+    but the first k are taken out: the truncated SVD.
 
     Args:
         layer: index in the layer stack; negative counts from the end; ``"20-27"`` is a range with both ends; ``"*"`` is
             every layer; ``None`` only with a ``/regex/`` as ``matrix``.
-        matrix: a kind (``fc_in``), a group (``attn``, ``mlp``, ``all``), the end of a module's name
+        matrix: a kind (``fc_in``), a group (``attn``, ``mlp``, ``writes``, ``all``), the end of a module's name
             (``mlp.down_proj``), or ``/regex/`` that matches a whole module name, whatever its layer.
         rho: the fraction of the maximum rank that is kept, in [0, 1] (paper, section 4: k = floor(rho * min(m, n)));
             0 is the zero matrix, 1 changes nothing. Or a rule in ``RANK_RULES`` of :mod:`laser_callback.plans`.
@@ -198,6 +198,11 @@ class Reduction:
     def is_spectral(self) -> bool:
         """Whether it takes out singular directions of the whole matrix, or of its difference to the base."""
         return self.of == "rank" and self.blocks == 1 and self.metric == "none"
+
+    @property
+    def is_scaling(self) -> bool:
+        """Whether it multiplies the whole matrix by ``scale``, for which nothing needs to be known of it."""
+        return self.rho == 0 and self.keep == "head" and self.band == 1 and self.norm == "part" and self.of == "rank"
 
     @property
     def is_truncation(self) -> bool:

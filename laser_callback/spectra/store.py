@@ -272,6 +272,7 @@ class Spectra:
         counts how much the part removed holds, since it may have a low rank (that of LoRA).
         """
         if reduction.of == "reference":
+            need_weights(matrix, name)
             return reduction.rank(min(matrix.shape)) == min(matrix.shape)
         if reduction.scale == 1:
             return True
@@ -295,8 +296,7 @@ class Spectra:
         if reduction.of == "entries":
             refuse_non_finite(block, name)
             return reduce_entries(block, reduction)
-        if reduction.rho == 0 and reduction.keep == "head" and reduction.band == 1 and reduction.norm == "part":
-            # Nothing needs to be known of it.
+        if reduction.is_scaling:
             refuse_non_finite(block, name)
             return (as_double(block) * reduction.scale + 0.0).to(block.device, block.dtype)
         return self._of(block, name).reduce(block, reduction)

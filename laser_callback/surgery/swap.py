@@ -283,7 +283,7 @@ def _factorised_whole(matrices: list[tuple[WeightMatrix, Reduction]]) -> list[tu
     return [
         (matrix.value, matrix.name, reduction.cut)
         for matrix, reduction in matrices
-        if reduction.is_spectral and 1 not in (reduction.rho, reduction.scale) and not matrix.is_bias
+        if reduction.is_spectral and not reduction.is_scaling and 1 not in (reduction.rho, reduction.scale)
     ]
 
 

@@ -16,8 +16,11 @@ from tiny import tiny_causal_lm, tiny_tokenizer
 
 from laser_callback.cli.commands import COMMANDS, main
 from laser_callback.shipping.export import save_reduced
+from laser_callback.spectra.delta import BaseWeights
+from laser_callback.spectra.store import Spectra
 
 PLAN = "1.fc_in@0.1"
+OF_DELTA = f"{PLAN}:cut=delta"
 NAME = "[/red] [bold]x"
 """With what rich takes for markup, in a folder."""
 HERE = "HERE"
@@ -47,6 +50,7 @@ MODEL, OUT = ("--model", "model"), ("--output", "out")
 FACTS = ("--facts", "facts.jsonl")
 ON_FACTS = (*MODEL, *FACTS, "--accelerator", "cpu")
 GATE = ("--plan", PLAN, "--gates", "log_loss <= +0.1")
+GATE_DELTA = ("--plan", OF_DELTA, *GATE[2:])
 DATA = ("--data", "laser_callback.FactsDataModule")
 LIGHTNING = ("--model", "laser_callback.LaserModule", "--model.model", "model", "--trainer.accelerator", "cpu",
              "--trainer.logger", "false", *DATA)  # fmt: skip
@@ -63,14 +67,14 @@ CASES: list[Case] = [
     ("gate", "probes.jsonl", ALL, (*ON_FACTS, *GATE, "--probes", HERE)),
     ("gate", "facts.jsonl", FEW, (*ON_FACTS, *GATE, "--others", '{"more": "HERE"}')),
     ("gate", "text.txt", NOT_UTF_8, (*ON_FACTS, *GATE, "--text", HERE)),
-    ("gate", "base.safetensors", FEW, (*ON_FACTS, *GATE, "--base", HERE)),
+    ("gate", "base.safetensors", FEW, (*ON_FACTS, *GATE_DELTA, "--base", HERE)),
     ("rollout", "plan.yaml", FEW, (*ON_FACTS, "--gates", "log_loss <= +0.1", "--plan", HERE)),
     ("rollout", "plan.yaml", FEW, (*ON_FACTS, *GATE, "--stages", HERE)),
     ("rollout", "gates.yaml", FEW, (*ON_FACTS, "--plan", PLAN, "--gates", HERE)),
     ("rollout", "facts.jsonl", FEW, (*MODEL, *GATE, "--facts", HERE)),
     ("rollout", "probes.jsonl", FEW, (*ON_FACTS, *GATE, "--probes", HERE)),
     ("rollout", "text.txt", ("noise", GONE), (*ON_FACTS, *GATE, "--text", HERE)),
-    ("rollout", "base.ckpt", FEW, (*ON_FACTS, *GATE, "--base", HERE)),
+    ("rollout", "base.ckpt", FEW, (*ON_FACTS, *GATE_DELTA, "--base", HERE)),
     ("rollout", "journal/settings.json", BROKEN, (*ON_FACTS, *GATE, "--folder", HERE, "--resume", "true")),
     ("rollout", "journal/*.json", BROKEN, (*ON_FACTS, *GATE, "--folder", HERE, "--resume", "true")),
     ("rollout", "journal/*.safetensors", BROKEN, (*ON_FACTS, *GATE, "--folder", HERE, "--resume", "true")),
@@ -81,12 +85,12 @@ CASES: list[Case] = [
     ("search", "journal/settings.json", ("null", "noise"), (*ON_FACTS, "--folder", HERE, "--resume", "true")),
     ("search", "config.yaml", MOST, (*ON_FACTS, "--module", HERE)),
     ("export", "recipe.json", FEW, (*MODEL, *OUT, "--plan", HERE)),
-    ("export", "base.safetensors", ALL, (*MODEL, *OUT, "--plan", PLAN, "--base", HERE)),
-    ("export", "base.ckpt", ALL, (*MODEL, *OUT, "--plan", PLAN, "--base", HERE)),
-    ("export", "model/model.safetensors", BROKEN, (*MODEL, *OUT, "--plan", PLAN, "--base", HERE)),
+    ("export", "base.safetensors", ALL, (*MODEL, *OUT, "--plan", OF_DELTA, "--base", HERE)),
+    ("export", "base.ckpt", ALL, (*MODEL, *OUT, "--plan", OF_DELTA, "--base", HERE)),
+    ("export", "model/model.safetensors", BROKEN, (*MODEL, *OUT, "--plan", OF_DELTA, "--base", HERE)),
     ("export", "result.json", ALL, (*MODEL, *OUT, "--plan", PLAN, "--result", HERE)),
     ("apply", "recipe.json", ALL, (*MODEL, *OUT, "--recipe", HERE)),
-    ("apply", "base.safetensors", FEW, (*MODEL, *OUT, "--recipe", "recipe.json", "--base", HERE)),
+    ("apply", "base.safetensors", FEW, (*MODEL, *OUT, "--recipe", "delta.json", "--base", HERE)),
     ("restore", "undo.safetensors", ALL, (*MODEL, *OUT, "--undo", HERE)),
     ("report", "result.json", ALL, (HERE,)),
     ("report", "result.json", FEW, (HERE, "--html", "page.html")),
@@ -181,6 +185,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny_tokenizer().save_pretrained(home / "model")
     for form, name in (("recipe", "recipe.json"), ("undo", "undo.safetensors")):
         save_reduced(model, PLAN, home / name, form)  # type: ignore[arg-type]
+    save_reduced(model, OF_DELTA, home / "delta.json", "recipe", spectra=Spectra(base=BaseWeights(model, model)))
     compared(PLAN).to_json(home / "result.json")
     shutil.copy(home / "model" / "model.safetensors", home / "base.safetensors")
     torch.save(model.state_dict(), home / "base.ckpt")

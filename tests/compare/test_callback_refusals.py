@@ -186,13 +186,17 @@ def test_primary_that_is_logged_late(trainer):
         trainer(callback).fit(Late(), make_data(), make_data())
 
 
+DELTA = "1.mlp@0.1:cut=delta"
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ({"plan": "9.mlp@0.1"}, "layer"),
         ({"plan": {"a": PLAN, "b": "1.fc_up@0.1"}}, "fc_up"),
         ({"plan": "*.all@0.1", "controls": True}, "the random control needs"),
-        ({"plan": PLAN, "base": {"net.other": torch.ones(2, 2)}}, "`base` is not what the model was fine-tuned from"),
+        ({"plan": DELTA, "base": {"net.other": torch.ones(2, 2)}}, "`base` is not what the model was fine-tuned from"),
+        ({"plan": DELTA}, "cuts the difference to what the model was fine-tuned from: give that as `base`"),
     ],
 )
 def test_what_does_not_fit_is_refused_before_training(trainer, arguments, message):

@@ -468,7 +468,18 @@ def test_the_command_line(tmp_path, capsys):
     (tmp_path / "facts.jsonl").write_text("\n".join(map(json.dumps, facts())))
     output = tmp_path / "result.json"
     arguments = ["search", "--model", str(tmp_path / "model"), "--facts", str(tmp_path / "facts.jsonl")]
-    arguments += ["--strategies", "laser,late-mlp", "--candidates", "6", "--within", "0-1.mlp", "--output", str(output), "--accelerator", "cpu"]
+    arguments += [
+        "--strategies",
+        "laser,late-mlp",
+        "--candidates",
+        "6",
+        "--within",
+        "0-1.mlp",
+        "--output",
+        str(output),
+        "--accelerator",
+        "cpu",
+    ]
     code = main(arguments)
     shown = capsys.readouterr()
     result = json.loads(output.read_text())

@@ -26,6 +26,7 @@ from laser_callback import (
     LaserCallback,
     LaserModule,
     LaserSearch,
+    StagedRollout,
     find_matrices,
     reduced,
     restore,
@@ -330,6 +331,23 @@ def test_the_callback_compares_with_the_cut_difference(tmp_path):
         quiet_trainer(LaserCallback("1.mlp@0.1:cut=delta", base=other)).validate(module, make_data())
 
 
+def test_a_base_and_plans_that_do_not_go_together_are_refused_before_any_work():
+    base = Toy()
+    module = tuned(base, 0.3)
+    with pytest.raises(ValueError, match=r"`base` is given, and 1\.mlp@0\.1 cuts the weights themselves"):
+        LaserCallback("1.mlp@0.1", base=base)
+    LaserCallback({"a": "1.mlp@0.1", "b": "1.mlp@0.1:cut=delta"}, base=base)
+    for loop in ("validate", "fit"):
+        laser = LaserCallback("1.mlp@0.1:cut=delta", loops=loop, report=False)
+        trainer, before = quiet_trainer(laser, max_epochs=1), weights(module)
+        with pytest.raises(ValueError, match=r"the plan 1\.mlp@0\.1:cut=delta cuts .* give that as `base`"):
+            getattr(trainer, loop)(module, make_data())
+        assert trainer.global_step == 0
+        assert same(module, before)
+    with pytest.raises(ValueError, match="give that as `base`"):
+        StagedRollout(module, "1.mlp@0.1:cut=delta", ["loss < +1"], make_data()).prepare()
+
+
 @pytest.fixture(scope="module")
 def planted():
     return plant(layers=2, subjects=16, steps=150, rank=3, tail=0.95)
@@ -413,6 +431,8 @@ def test_delta_mode_ships_from_the_command_line(tmp_path, capsys):
     apply = ("apply", "--model", "/tuned", "--recipe", "/laser.json", "--output", "/cut")
     assert ship(*apply) == 2
     assert "on the command line --base" in " ".join(capsys.readouterr().err.split())
+    assert ship("export", "--model", "/tuned", "--plan", "1.fc_in@0.1", "--base", "/base", "--output", "/no") == 2
+    assert "add cut=delta to the plan" in " ".join(capsys.readouterr().err.split())
     assert ship(*apply, "--base", "/base") == 0
     found = weights(hf.AutoModelForCausalLM.from_pretrained(tmp_path / "cut"))
     with reduced(model, "1.fc_in@0.1:cut=delta", Spectra(base=BaseWeights(base, model))):

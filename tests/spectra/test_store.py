@@ -165,9 +165,10 @@ def test_values_beyond_the_dtype_are_refused(dtype, of):
 
 @pytest.mark.parametrize("shape", [(0, 5), (5, 0)])
 def test_a_matrix_without_weights_is_named(shape):
-    for ask, of in ((Spectra().reduce, "rank"), (Spectra().changes_nothing, "rank"), (Spectra().reduce, "reference")):
-        with pytest.raises(ValueError, match=rf"`3\.mlp` is {shape[0]} x {shape[1]}, without any weights"):
-            ask(torch.zeros(shape), cut(0.4, of=of), "3.mlp")
+    for ask in (Spectra().reduce, Spectra().changes_nothing):
+        for of in ("rank", "entries", "reference"):
+            with pytest.raises(ValueError, match=rf"`3\.mlp` is {shape[0]} x {shape[1]}, without any weights"):
+                ask(torch.zeros(shape), cut(0.4, of=of), "3.mlp")
 
 
 @pytest.mark.parametrize(
