@@ -95,12 +95,12 @@ class Context:
 class Strategy(Protocol):
     """What proposes candidates. One of your own is any object with these two attributes and two methods.
 
-    Both methods are called with what is in place already in place, in the evaluation mode of nothing: a strategy that
-    runs the module sees to that itself, and leaves it as it was. The same context gives the same candidates.
+    Both methods are called with the base in place. A strategy that runs the module puts it into the mode it needs, and
+    leaves it as it was. The same context gives the same candidates.
 
     A strategy with "gradient" among its needs gets the sensitivities of all targets' weights, or if "base" is among
     them too, of their differences to the base. A method ``views(context)``, if it has one, says otherwise: it returns
-    the matrices of which it wants each :class:`~laser_callback.search.sensitivities.View`.
+    the matrices of which it wants each :class:`~laser_callback.search.View`.
 
     Attributes:
         name: letters, digits and hyphens; each of its candidates has it.
