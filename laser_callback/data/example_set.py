@@ -11,8 +11,10 @@ from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any, TypeAlias
 
+import lightning.pytorch as pl
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torch.utils import _pytree as pytree
@@ -222,3 +224,9 @@ def kept_whole(name: str, loader: Loader) -> ExampleSet:
 def _plain(values: Any) -> list[Any] | None:
     """Labels as plain values: elements of a tensor are equal to none."""
     return None if values is None else list(values.tolist() if hasattr(values, "tolist") else values)
+
+
+def fingerprints(module: pl.LightningModule, parts: Mapping[str, Iterable[Any]]) -> dict[str, str]:
+    """Hashes of weights and buffers, and of every batch that each part's loaders give."""
+    found = {"weights": fingerprint(chain(module.parameters(), module.buffers()))}
+    return found | {name: fingerprint(chain.from_iterable(loaders)) for name, loaders in parts.items()}

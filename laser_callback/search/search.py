@@ -22,6 +22,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from laser_callback.compare.measure import Lab
 from laser_callback.compare.module import LaserModule
+from laser_callback.data.example_set import fingerprints
 from laser_callback.data.sets import ExampleSets
 from laser_callback.plans.plan import LaserPlan
 from laser_callback.plans.target import RHOS
@@ -29,7 +30,6 @@ from laser_callback.results.examples import ORIGINAL
 from laser_callback.results.search import SearchResult
 from laser_callback.search.budget import Budget
 from laser_callback.search.course import Course
-from laser_callback.search.fingerprints import fingerprints
 from laser_callback.search.screen import LossFn
 from laser_callback.search.setup import constraints_of, described, objective_of, plain, probe_positions
 from laser_callback.search.sizes import by_batches, confirm_warnings, guard_warnings, is_share_right
@@ -271,13 +271,14 @@ class LaserSearch:
 
     def _check_needs(self, sets: ExampleSets, spectra: Spectra) -> None:
         """Whether there is what the strategies cannot do without."""
+        of_examples = {"activations", "gradient"} if self.method == "screened" else {"activations"}
         for strategy in self._strategies:
             if "base" in strategy.needs and spectra.base is None:
                 raise MisconfigurationException(
                     f"the strategy {strategy.name!r} needs `base`, what the module was fine-tuned from: a folder, hub "
                     "name, checkpoint or model"
                 )
-            if "activations" in strategy.needs and "screen" not in sets.sizes:
+            if of_examples & strategy.needs and "screen" not in sets.sizes:
                 raise MisconfigurationException(
                     f"the strategy {strategy.name!r} needs examples to run the module on: give the data a set `screen`"
                 )

@@ -194,7 +194,6 @@ DELTA = "1.mlp@0.1:cut=delta"
     [
         ({"plan": "9.mlp@0.1"}, "layer"),
         ({"plan": {"a": PLAN, "b": "1.fc_up@0.1"}}, "fc_up"),
-        ({"plan": "*.all@0.1", "controls": True}, "the random control needs"),
         ({"plan": DELTA, "base": {"net.other": torch.ones(2, 2)}}, "`base` is not what the model was fine-tuned from"),
         ({"plan": DELTA}, "cuts the difference to what the model was fine-tuned from: give that as `base`"),
     ],

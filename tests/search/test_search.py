@@ -468,12 +468,24 @@ def test_the_command_line(tmp_path, capsys):
     (tmp_path / "facts.jsonl").write_text("\n".join(map(json.dumps, facts())))
     output = tmp_path / "result.json"
     arguments = ["search", "--model", str(tmp_path / "model"), "--facts", str(tmp_path / "facts.jsonl")]
-    arguments += ["--candidates", "6", "--within", "0-1.mlp", "--output", str(output), "--accelerator", "cpu"]
+    arguments += [
+        "--strategies",
+        "laser,late-mlp",
+        "--candidates",
+        "6",
+        "--within",
+        "0-1.mlp",
+        "--output",
+        str(output),
+        "--accelerator",
+        "cpu",
+    ]
     code = main(arguments)
     shown = capsys.readouterr()
     result = json.loads(output.read_text())
     assert code == (Exit.KEPT_ORIGINAL if result["plan"] is None else Exit.DONE)
     assert {c["layer"] for c in result["candidates"]} == {0, 1}
+    assert {c["strategy"] for c in result["candidates"] if c["examples"]} == {"laser", "late-mlp"}
     assert "screen" in shown.err
     assert "race" in shown.err
     assert result["reason"].split(":")[0][:20] in shown.out.replace("\n", " ")

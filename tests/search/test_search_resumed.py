@@ -9,8 +9,8 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from laser_callback import LaserSearch
+from laser_callback.data.example_set import fingerprints
 from laser_callback.results.examples import PairedExamples
-from laser_callback.search.fingerprints import fingerprints
 from laser_callback.support import journal
 
 

@@ -96,12 +96,12 @@ class Context:
 class Strategy(Protocol):
     """What proposes candidates. One of your own is any object with these two attributes and two methods.
 
-    Both methods are called with what is in place already in place, in the evaluation mode of nothing: a strategy that
-    runs the module sees to that itself, and leaves it as it was. The same context gives the same candidates.
+    Both methods are called with the base in place. A strategy that runs the module puts it into the mode it needs, and
+    leaves it as it was. The same context gives the same candidates.
 
     A strategy with "gradient" among its needs gets the sensitivities of all targets' weights, or if "base" is among
     them too, of their differences to the base. Two more methods are asked if there are any: ``views(context)`` returns
-    the matrices of which it wants each :class:`~laser_callback.search.sensitivities.View` instead, and
+    the matrices of which it wants each :class:`~laser_callback.search.View` instead, and
     ``refusal(context)``, before the work, why there is nothing to propose for this model, or an empty text.
 
     Attributes:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise, zip_longest
 from types import MappingProxyType
@@ -17,8 +17,9 @@ from laser_callback.plans.plan import LaserPlan
 from laser_callback.plans.rank_rules import fixed_rank, mean_rank
 from laser_callback.plans.target import Target, by_name
 from laser_callback.results.candidates import Candidate
+from laser_callback.search.candidates import cut_by
 from laser_callback.search.strategies.base import Context, Need
-from laser_callback.search.strategies.joint import at, cover
+from laser_callback.search.strategies.joint import at, cover, one_name
 from laser_callback.search.strategies.laser import Laser
 from laser_callback.spectra.delta import BaseWeights
 
@@ -68,8 +69,11 @@ class Delta:
         factors = [self._plan(context, 0, scale=factor) for factor in FACTORS]
         first = self._plan(context, "k1", norm="whole")
         rules = [first, *(self._plan(context, rule) for rule in RULES)]
+        seen: set[Hashable] = set()
         for plan in _by_turns(factors, ranks, thresholds, rules):
-            yield context.candidate(self, plan)
+            if plan is not None and (cut := cut_by(context.resolve(plan))) not in seen:
+                seen.add(cut)
+                yield context.candidate(self, plan)
 
     def neighbours(self, leader: Candidate, context: Context, closest: bool) -> Iterator[Candidate]:
         """Ranks, thresholds or factors a little lower and higher."""
@@ -91,13 +95,19 @@ class Delta:
             return
         for rho, options in near:
             plan = self._plan(context, rho, **options)
-            if plan != leader.plan:
+            if plan is not None and plan != leader.plan:
                 yield context.candidate(self, plan)
 
-    def _plan(self, context: Context, rho: float | str, **options: Any) -> LaserPlan:
+    def _plan(self, context: Context, rho: float | str, **options: Any) -> LaserPlan | None:
+        """All changes by one rule; ``None`` where one threshold for them has no name."""
         base = _base(context)
         changed = [target for target in context.targets if any(map(base.changed, target.matrices))]
         addresses = cover(changed, context.matrices)
+        if mean_rank(rho) is not None and len(addresses) > 1:
+            together = one_name(changed)
+            if together is None:
+                return None
+            addresses = [together]
         if not self.besides:
             return at(addresses, rho, cut="delta", **options)
         others = [
@@ -155,5 +165,5 @@ def _base(context: Context) -> BaseWeights:
     return context.spectra.base
 
 
-def _by_turns(*lists: Sequence[LaserPlan]) -> Iterator[LaserPlan]:
-    return (plan for turn in zip_longest(*lists) for plan in turn if plan is not None)
+def _by_turns(*lists: Sequence[LaserPlan | None]) -> Iterator[LaserPlan | None]:
+    return (plan for turn in zip_longest(*lists) for plan in turn)

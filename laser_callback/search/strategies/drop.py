@@ -64,7 +64,7 @@ class Drop:
             else [(layer - 1, reduction.matrix), (layer + 1, reduction.matrix)]
         )
         for other, word in near:
-            if (stack, other) in writes and word in _words(writes[stack, other]):
+            if (other, word) != (layer, reduction.matrix) and word in _words(writes.get((stack, other), [])):
                 yield context.candidate(self, _left_out(stack, other, word, writes[stack, other], context))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -17,7 +18,7 @@ def cover(targets: Sequence[Target], matrices: Catalogue) -> list[dict[str, Any]
     """The fields of as few reductions as name these targets and nothing else, but for their rho.
 
     ``*.all`` of a layer stack where the targets are all of its matrices that have a kind, else ``*.kind`` where they
-    are all of a kind, else each target.
+    are all of a kind, and ``12.all`` of a layer, else each target.
     """
     wanted = {matrix.name for target in targets for matrix in target.matrices}
     by_stack: dict[str | None, list[WeightMatrix]] = {}
@@ -26,14 +27,23 @@ def cover(targets: Sequence[Target], matrices: Catalogue) -> list[dict[str, Any]
             by_stack.setdefault(matrix.stack, []).append(matrix)
     found: list[dict[str, Any]] = []
     covered: set[str] = set()
+
+    def add(address: dict[str, Any], members: Sequence[WeightMatrix]) -> None:
+        names = {matrix.name for matrix in members}
+        if names <= wanted and not names & covered:
+            found.append(address)
+            covered.update(names)
+
     for stack, members in by_stack.items():
-        among = {} if stack is None or len(by_stack) == 1 else {"stack": matrices.stack_name(stack)}
-        kinds = [kind for kind in KINDS if any(matrix.kind == kind for matrix in members)]
-        for word, of_word in (("all", members), *((kind, [m for m in members if m.kind == kind]) for kind in kinds)):
-            names = {matrix.name for matrix in of_word}
-            if stack is not None and names <= wanted and not names & covered:
-                found.append({**among, "layer": "*", "matrix": word})
-                covered |= names
+        if stack is None:
+            continue
+        among = {} if len(by_stack) == 1 else {"stack": matrices.stack_name(stack)}
+        add({**among, "layer": "*", "matrix": "all"}, members)
+        for kind in KINDS:
+            if of_kind := [matrix for matrix in members if matrix.kind == kind]:
+                add({**among, "layer": "*", "matrix": kind}, of_kind)
+        for layer in sorted({matrix.layer for matrix in members if matrix.layer is not None}):
+            add({**among, "layer": layer, "matrix": "all"}, [matrix for matrix in members if matrix.layer == layer])
     single = [target for target in targets if not {matrix.name for matrix in target.matrices} <= covered]
     return found + [dict(target.address) for target in single]
 
@@ -41,6 +51,15 @@ def cover(targets: Sequence[Target], matrices: Catalogue) -> list[dict[str, Any]
 def at(addresses: Iterable[dict[str, Any]], rho: float | str, **options: Any) -> LaserPlan:
     """The plan that cuts all of them alike."""
     return LaserPlan(Reduction(**{**address, "rho": rho, **options}) for address in addresses)
+
+
+def one_name(targets: Sequence[Target]) -> dict[str, Any] | None:
+    """The fields of one reduction that names all of these; ``None`` where a part of a tensor has no such name."""
+    members = [matrix for target in targets for matrix in target.matrices]
+    names = dict.fromkeys(re.sub(r"\[.*", "", matrix.name) for matrix in members)
+    if any(matrix.parameter.ndim != 2 for matrix in members):
+        return None
+    return {"layer": None, "matrix": f"/{'|'.join(map(re.escape, names))}/"}
 
 
 def each(targets: Iterable[Target]) -> list[tuple[WeightMatrix, dict[str, Any]]]:
