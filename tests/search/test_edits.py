@@ -74,12 +74,12 @@ def tokens(count: int = 60) -> DataLoader[Any]:
 
 
 def fine_tuned(model: nn.Module) -> nn.Module:
-    """A copy with changes of rank 3 in each matrix, and of every bias and norm."""
+    """A copy with changes of rank 5 in each matrix, and of every bias and norm."""
     tuned = copy.deepcopy(model)
     generator = torch.Generator().manual_seed(2)
     for parameter in tuned.parameters():
         shape = parameter.shape
-        left, right = (torch.randn(size, 3, generator=generator, dtype=torch.float64) for size in (shape[0], shape[-1]))
+        left, right = (torch.randn(size, 5, generator=generator, dtype=torch.float64) for size in (shape[0], shape[-1]))
         parameter.data += 0.05 * (left @ right.T if parameter.ndim == 2 else left[:, 0])
     return tuned
 

@@ -34,6 +34,7 @@ from laser_callback import (
 )
 from laser_callback.cli.commands import main
 from laser_callback.plans.matrices import WeightMatrix
+from laser_callback.plans.plan import LaserPlan
 from laser_callback.plans.reduction import Reduction
 from laser_callback.plans.target import Target, targets
 from laser_callback.search.screen import GradientScreen
