@@ -88,7 +88,7 @@ def pretrained(seed: int = 0) -> Noisy:
 def tune(folder: Any, module: pl.LightningModule, train: TensorDataset, *callbacks: Any, **options: Any) -> pl.Trainer:
     """Fit (an epoch has each example 20 times), with 600 validation examples whose labels are right."""
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "num_sanity_val_steps": 0}
-    options = {"max_epochs": 2, "deterministic": True, **quiet, **options}
+    options = {"max_epochs": 2, **quiet, **options}
     trainer = pl.Trainer(default_root_dir=folder, accelerator="cpu", devices=1, callbacks=[*callbacks], **options)
     pl.seed_everything(0, verbose=False)
     shuffled = DataLoader(ConcatDataset([train] * 20), 64, shuffle=True)
