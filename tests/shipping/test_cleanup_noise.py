@@ -5,14 +5,16 @@ from __future__ import annotations
 import copy
 import io
 import json
+from typing import Any
 
 import lightning.pytorch as pl
 import pytest
 import torch
 from noisy import AIM, Noisy, accuracy, examples, loader, pretrained, saved, tune
 from rich.console import Console
+from tiny import tiny_causal_lm, tiny_tokenizer
 
-from laser_callback import LaserCleanup
+from laser_callback import FactsDataModule, LaserCleanup, LaserModule, find_matrices
 from laser_callback.reports.gate_terminal import print_cleanup
 from laser_callback.results.cleanup import CleanupResult
 
@@ -166,3 +168,37 @@ def test_the_module_is_as_trained_whatever_was_tried(noisy_run, tmp_path):
 
     tune(tmp_path, again, examples(400, 2, 0.3), Keep(), saved(tmp_path), second)
     assert all(torch.equal(value, again.state_dict()[name]) for name, value in kept.items())
+
+
+def test_other_facts_of_a_language_model(tmp_path):
+    """One of the data has text, whose windows are a second dataloader."""
+    base = LaserModule(tiny_causal_lm(), tiny_tokenizer())
+    module = copy.deepcopy(base)
+    with torch.no_grad():
+        for matrix in find_matrices(module):
+            matrix.parameter.mul_(1.01)
+    (tmp_path / "text.txt").write_text("a b c d e f g h i j " * 200)
+
+    def facts(name: str, **options: Any) -> FactsDataModule:
+        rows = [{"id": f"{name}{i}", "prompt": f"The {name} of land {i} is", "answer": "Rome"} for i in range(40)]
+        return FactsDataModule(rows, base.tokenizer, **options)
+
+    also = {"rivers": facts("river", text=tmp_path / "text.txt"), "capitals": facts("capital", text=None)}
+    search = {"within": "1.mlp", "candidates": 4, "report": False, "constraints": [], "controls": False}
+    cleanup = LaserCleanup(
+        facts("town"), base=base, strategies="delta", weights="last", folder=tmp_path, also=also, **search
+    )
+    quiet = {
+        "logger": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "enable_checkpointing": False,
+    }
+    trainer = pl.Trainer(accelerator="cpu", devices=1, max_epochs=1, limit_val_batches=0, **quiet)
+    trainer.callbacks.append(cleanup)
+    trainer.fit(module, datamodule=facts("lake"))
+    result = cleanup.result
+    assert result.checkpoint is None
+    assert [task.name for task in result.others] == ["target", "rivers", "capitals"]
+    assert all(task.tuning.metric == "first_token_accuracy" for task in result.others)
+    assert [task.tuning.n for task in result.others[1:]] == [40, 40]

@@ -126,6 +126,13 @@ def test_constraints_judge_a_checkpoint_too(tmp_path):
     assert result.checkpoint is None
 
 
+def test_without_time_for_a_cut_another_epoch_is_still_found(tmp_path):
+    _, _, points, result, _ = noisy_cleanup(tmp_path, weights="last", minutes=1e-6)
+    assert "is too short" in result.search.reason
+    assert [row.kind for row in result.contenders] == ["as trained", "checkpoint", "checkpoint"]
+    assert str(result.checkpoint) == points.best_model_path
+
+
 def test_the_checkpoints_that_are_tried(tmp_path):
     module = pretrained()
     every = ModelCheckpoint(tmp_path / "all", filename="{epoch}", monitor="val_acc", mode="max", save_top_k=-1)
