@@ -1,3 +1,4 @@
+from .brief import brief as brief
 from .kinds import GROUPS as GROUPS
 from .kinds import KINDS as KINDS
 from .matrices import WeightMatrix as WeightMatrix

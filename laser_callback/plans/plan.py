@@ -18,6 +18,7 @@ from typing import Any
 import yaml
 from torch import nn
 
+from laser_callback.plans.brief import brief
 from laser_callback.plans.kinds import GROUPS, KINDS
 from laser_callback.plans.matrices import WeightMatrix, find_matrices
 from laser_callback.plans.reduction import Reduction
@@ -220,12 +221,12 @@ def check_base(plans: Iterable[LaserPlan], given: bool) -> None:
     needs = [plan for plan in plans if plan.cuts_delta]
     if needs and not given:
         raise ValueError(
-            f"the plan {clipped(needs[0])} cuts the difference to what the model was fine-tuned from: give that as "
+            f"the plan {brief(needs[0])} cuts the difference to what the model was fine-tuned from: give that as "
             "`base`, on the command line --base"
         )
     if given and not needs:
         raise ValueError(
-            f"`base` is given, and {clipped(plans[0])} cuts the weights themselves: to cut the difference to the base "
+            f"`base` is given, and {brief(plans[0])} cuts the weights themselves: to cut the difference to the base "
             "add cut=delta to the plan, as in 27.fc_in@0.1:cut=delta; else leave `base` out"
         )
 

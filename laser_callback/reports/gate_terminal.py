@@ -8,6 +8,7 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from laser_callback.plans.brief import brief
 from laser_callback.reports.terminal import WIDE, indent, show
 from laser_callback.results.cleanup import CleanupResult
 from laser_callback.results.rollout import RolloutResult
@@ -58,7 +59,7 @@ def print_rollout(result: RolloutResult, console: Console | None = None) -> None
             Text(),
             Text.assemble(
                 (f"stage {number} of {len(result.declared)}: ", "bold"),
-                (str(stage.verdict.plan), "bold cyan"),
+                (brief(stage.verdict.plan), "bold cyan"),
                 ", ",
                 (stage.outcome, _OUTCOMES[stage.outcome]),
                 f"  ({stage.seconds:.0f} s)",
@@ -77,7 +78,12 @@ def print_cleanup(result: CleanupResult, console: Console | None = None) -> None
         if row is not None:
             ends = "-" if row.lower is None or row.upper is None else f"{row.lower:+.4g} .. {row.upper:+.4g}"
             numbers = [f"{row.original:.4g}", f"{row.reduced:.4g}", ends, f"{result.p_adjusted[mode]:.2g}"]
-        table.add_row(Text(mode), Text(str(search.found or "-")), *numbers, "yes" if mode == result.mode else "no")
+        table.add_row(
+            Text(mode),
+            Text("-" if search.found is None else brief(search.found)),
+            *numbers,
+            "yes" if mode == result.mode else "no",
+        )
     lines = [f"cleaned: {result.source}", f"report: {result.report}"]
     lines += [] if result.checkpoint is None else [f"checkpoint: {result.checkpoint}"]
     style = "bold green" if result.mode else "bold yellow"

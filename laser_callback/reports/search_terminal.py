@@ -14,15 +14,19 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from laser_callback.plans.brief import brief
 from laser_callback.reports import terminal as report
 from laser_callback.reports.gate_terminal import judgement_table
 from laser_callback.reports.heat_map import SHADES, heat_map
 from laser_callback.reports.search_text import (
+    OFF_THE_MAP,
     REACHED,
     GainText,
     aligned,
+    by_strategy,
     change_unit,
     merit,
+    off_the_map,
     score_name,
     seconds_text,
     trade_order,
@@ -62,6 +66,7 @@ def render(result: SearchResult, width: int = 80) -> list[RenderableType]:
         _verdict(result),
         _confirmed(result, width),
         _constraints(result, wide),
+        _strategies(result),
         _race(result, wide),
         _trades(result.trades, GainText.of(result)),
         *_maps(result),
@@ -81,19 +86,21 @@ def render(result: SearchResult, width: int = 80) -> list[RenderableType]:
 def _verdict(result: SearchResult) -> list[RenderableType]:
     if result.plan is not None:
         of = "" if result.base is None else f" on the difference to the base {result.base}"
-        verdict = Text.assemble((f"use {result.plan}{of}", "bold green"), f": {result.reason}")
+        verdict = Text.assemble((f"use {brief(result.plan)}{of}", "bold green"), f": {result.reason}")
     else:
         verdict = Text.assemble(("keep the original", "bold yellow"), f": {result.reason}")
     count = len(result.warnings)
     if count:
         verdict.append(f"  ({count} warning{'s' * (count > 1)} below)", style="yellow")
-    return [verdict]
+    if result.found is None or brief(result.found) == str(result.found):
+        return [verdict]
+    return [verdict, _dim(f"the whole plan, of {len(result.found):,} reductions, is `found` in the JSON file")]
 
 
 def _confirmed(result: SearchResult, width: int) -> list[RenderableType]:
     confirmed = result.confirmed
     if confirmed is None:
-        why = "no plan came out of the race" if result.found is None else f"{result.found} was not run on it"
+        why = "no plan came out of the race" if result.found is None else f"{brief(result.found)} was not run on it"
         return [_heading("not confirmed", f"{why}; nothing has seen the confirm set")]
     parts: list[RenderableType] = []
     for name, arm in confirmed.arms.items():
@@ -102,7 +109,7 @@ def _confirmed(result: SearchResult, width: int) -> list[RenderableType]:
             Text.assemble(
                 ("confirmed", "bold"),
                 f" on {count:,} example{'s' * (count != 1)} that no earlier step has seen: original against ",
-                (arm.plan, "bold cyan"),
+                (brief(arm.plan), "bold cyan"),
             )
         )
         parts += report.comparison(confirmed, name, width)
@@ -120,6 +127,19 @@ def _constraints(result: SearchResult, wide: bool) -> list[RenderableType]:
 # ---- how it was found ------------------------------------------------------------------------------------------------
 
 
+def _strategies(result: SearchResult) -> list[RenderableType]:
+    if not with_strategy(result):
+        return []
+    gain, found = GainText.of(result), by_strategy(result)
+    titles = ("strategy", "proposed", "raced", "best of these", f"gain [95 %]\n{gain.unit}")
+    table = _table(*titles, right=[title for title in titles if title not in ("strategy", "best of these")])
+    gains = _estimates([of.gain for of in found], gain.scale, +1, gain.decimals)
+    for of, cell in zip(found, gains, strict=True):
+        best = Text("-", style="dim") if of.best is None else _plan(of.best.plan)
+        table.add_row(Text(of.name), f"{of.proposed:,}", f"{of.raced:,}", best, cell)
+    return [_heading("strategies", "who proposed what, and how it did in the race"), table]
+
+
 def _race(result: SearchResult, wide: bool) -> list[RenderableType]:
     run = [candidate for candidate in result.candidates if candidate.examples or candidate.gain or candidate.loss]
     if not run:
@@ -129,7 +149,7 @@ def _race(result: SearchResult, wide: bool) -> list[RenderableType]:
     best = run[:_TOP]
     columns: list[tuple[str, list[Text]]] = [
         ("", [Text(_MARKS[c.status], style="bold green" if c.status == "chosen" else "dim") for c in best]),
-        ("plan", [Text(str(c.plan), style="cyan", overflow="fold") for c in best]),
+        ("plan", [_plan(c.plan) for c in best]),
     ]
     if with_strategy(result):
         columns.append(("strategy", [Text(c.strategy) for c in best]))
@@ -160,7 +180,9 @@ def _race(result: SearchResult, wide: bool) -> list[RenderableType]:
     if not wide:
         parts += _reasons(best)
     parts += [
-        _dim(f"step {number} adds to {base} and is compared with it") for number, base in enumerate(steps, 1) if base
+        _dim(f"step {number} adds to {brief(base)} and is compared with it")
+        for number, base in enumerate(steps, 1)
+        if base
     ]
     return [*parts, *map(_dim, _race_legend(result, gain, len(run), [title for title, _ in columns]))]
 
@@ -171,7 +193,7 @@ def leaders(candidates: Sequence[Candidate], keys: Sequence[str], loss: str | No
     gain = GainText(keys)
     titles = ("best so far", "n", f"gain [95 %]\n{gain.unit}", f"{loss} change [95 %]")
     cells = [
-        [Text(str(candidate.plan), style="cyan", overflow="fold") for candidate in best],
+        [_plan(candidate.plan) for candidate in best],
         [Text(f"{candidate.examples:,}") for candidate in best],
         _estimates([candidate.gain for candidate in best], gain.scale, +1, gain.decimals),
         *([_estimates([candidate.loss for candidate in best], 1, -1)] if loss else []),
@@ -187,7 +209,7 @@ def _reasons(best: Iterable[Candidate]) -> list[RenderableType]:
     reasons: dict[str, dict[str, list[str]]] = {}
     for candidate in best:
         if candidate.reason:
-            reasons.setdefault(candidate.status, {}).setdefault(candidate.reason, []).append(str(candidate.plan))
+            reasons.setdefault(candidate.status, {}).setdefault(candidate.reason, []).append(brief(candidate.plan))
     told = {status: [f"{', '.join(who)}: {why}" for why, who in by.items()] for status, by in reasons.items()}
     return [report.indent(_dim(f"{_MARKS[status]} {'; '.join(lines)}")) for status, lines in told.items()]
 
@@ -214,7 +236,7 @@ def _trades(trades: Sequence[Trade], gain: GainText) -> list[RenderableType]:
     fluency = aligned([None if trade.fluency is None else 100 * trade.fluency for trade in shown], 1)
     for trade, *cells in zip(shown, gains, fluency, strict=True):
         mark = Text("●" if trade.efficient else "○", style="green" if trade.efficient else "dim")
-        table.add_row(mark, Text(trade.plan, style="cyan", overflow="fold"), *cells, "→ confirm" * trade.chosen)
+        table.add_row(mark, _plan(trade.plan), *cells, "→ confirm" * trade.chosen)
     legend = "● no other finalist has both more gain and better fluency; → confirm: went to confirmation"
     more = f"; {len(trades) - _TOP:,} more are in the JSON file" if len(trades) > _TOP else ""
     return [_heading("gain against fluency", "finalists on race examples"), table, _dim(legend + more)]
@@ -224,6 +246,11 @@ def _maps(result: SearchResult) -> list[list[RenderableType]]:
     first = [candidate for candidate in result.candidates if not candidate.base]
     screen = heat_map(first, lambda c: c.score, change_unit(result))
     race = heat_map(first, lambda c: c.loss.delta if c.loss else None, change_unit(result))
+    if (screen or race) and (others := off_the_map(result)):
+        where = "in the map" if not (screen and race) else "in the maps"
+        (race or screen).append(
+            _dim(f"{len(others):,} of {len(first):,} candidates have no place {where}: {OFF_THE_MAP}")
+        )
     return [
         [_heading("map of the screen", score_name(result)), *screen] if screen else [],
         [_heading("map of the race", "measured change of the loss; empty where nothing was run"), *race]
@@ -261,6 +288,10 @@ def _heading(title: str, rest: str) -> Text:
     return Text.assemble((title, "bold"), f": {rest}" if rest else "")
 
 
+def _plan(plan: object) -> Text:
+    return Text(brief(plan), style="cyan", overflow="fold")
+
+
 def _dim(text: str) -> Text:
     return Text(text, style="dim")
 
@@ -272,7 +303,7 @@ def _plural(count: int, status: str) -> str:
 def _table(*titles: str, right: Iterable[str], gap: int = 2) -> Table:
     table = Table(box=None, pad_edge=False, padding=(0, gap, 0, 0), header_style="bold")
     for title in titles:
-        fold = title in ("plan", "outcome", "best so far")
+        fold = title in ("plan", "outcome", "best so far", "best of these")
         head, _, unit = title.partition("\n")
         table.add_column(
             Text.assemble(head, (f"\n{unit}" if unit else "", "dim not bold")),

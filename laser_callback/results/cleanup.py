@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from laser_callback.plans.brief import brief
 from laser_callback.plans.plan import LaserPlan
 from laser_callback.results.gates import GateVerdict
 from laser_callback.results.search import SearchResult
@@ -78,7 +79,7 @@ class CleanupResult:
     def verdict(self) -> str:
         """The outcome in one line."""
         if self.mode is not None:
-            return f"cleaned by {self.plan} in {self.mode} mode: {self.reason(self.mode)}"
+            return f"cleaned by {brief(self.plan)} in {self.mode} mode: {self.reason(self.mode)}"
         return "keep the model as trained: " + "; ".join(f"{mode}: {self.reason(mode)}" for mode in self.searches)
 
     def to_dict(self) -> dict[str, Any]:

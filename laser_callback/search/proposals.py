@@ -11,6 +11,7 @@ from collections.abc import Hashable, Iterable, Sequence
 from typing import Any, cast
 
 from laser_callback.compare.measure import Lab
+from laser_callback.plans.brief import brief
 from laser_callback.plans.matrices import WeightMatrix
 from laser_callback.plans.plan import LaserPlan
 from laser_callback.results.candidates import Candidate
@@ -54,7 +55,7 @@ class Proposals:
         for candidate in racing if in_order else in_turns(racing, self._strategies):
             first = self._known.setdefault(cut_by(context.resolve(candidate.plan)), candidate)
             if first is not candidate:
-                candidate.reason = f"the same cut as {first.plan} of {first.strategy}"
+                candidate.reason = f"the same cut as {brief(first.plan)} of {first.strategy}"
         self.ranked = list(self._known.values())
 
     def around(self, leader: Candidate, *, closest: bool) -> list[Candidate]:
@@ -111,7 +112,7 @@ def checked(strategy: Strategy, candidates: Iterable[Candidate], context: Contex
     """
     found = []
     for candidate in candidates:
-        what = f"the strategy {strategy.name!r} proposes {candidate.plan}"
+        what = f"the strategy {strategy.name!r} proposes {brief(candidate.plan)}"
         for name, wanted in (("strategy", strategy.name), ("base", context.base)):
             if getattr(candidate, name) != wanted:
                 raise ValueError(f"{what}: its `{name}` must be {wanted!r}, got {getattr(candidate, name)!r}")
@@ -120,7 +121,7 @@ def checked(strategy: Strategy, candidates: Iterable[Candidate], context: Contex
             if value is not None and not math.isfinite(value):
                 raise ValueError(f"{what}: its `{name}` must be finite, got {value}")
         if LaserPlan.parse(str(candidate.plan)) != candidate.plan:
-            raise ValueError(f"{what}, which is read back as {LaserPlan.parse(str(candidate.plan))}")
+            raise ValueError(f"{what}, which is read back as {brief(LaserPlan.parse(str(candidate.plan)))}")
         try:
             found.append((candidate, cut_by(context.resolve(candidate.plan))))
         except ValueError as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from laser_callback.compare.reduced_arm import ReducedPassError
+from laser_callback.plans.brief import brief
 from laser_callback.reports.row_text import finding
 from laser_callback.results.search import SearchResult
 from laser_callback.search.steps import Steps
@@ -24,7 +25,7 @@ def confirm(steps: Steps, result: SearchResult, bounds: Sequence[Constraint], co
     try:
         _compare_unseen(steps, result, bounds, controls)
     except ReducedPassError as error:
-        result.reason = f"no gain of {result.found} is confirmed: {error}"
+        result.reason = f"no gain of {brief(result.found)} is confirmed: {error}"
         return
     decide(result, steps.objective.signs[0])
 
@@ -60,9 +61,9 @@ def decide(result: SearchResult, sign: int) -> None:
     broken = [judgement.sentence for judgement in result.judgements if judgement.verdict != "pass"]
     judged = Gain(key, direction="max" if sign > 0 else "min").judge(row, arm.prior_checks.get(key))
     if judged.verdict != "pass":
-        result.reason = f"no gain of {result.found} is confirmed: {gain}; {judged.note}"
+        result.reason = f"no gain of {brief(result.found)} is confirmed: {gain}; {judged.note}"
     elif broken:
-        result.reason = f"with {result.found}, {gain}; but {'; and '.join(broken)}"
+        result.reason = f"with {brief(result.found)}, {gain}; but {'; and '.join(broken)}"
     else:
         result.plan = result.found
         result.reason = f"{gain}{judged.note and f'; {judged.note}'}"
