@@ -25,7 +25,7 @@ def brief(plan: object) -> str:
     >>> brief("27.fc_in@0.01, 28.fc_in@0.01")
     '27.fc_in@0.01, 28.fc_in@0.01'
     >>> brief(", ".join(f"{layer}.fc_out@places-0-9+12-30+33-50+52:keep=tail" for layer in range(30)))
-    '0.fc_out@(48 places):keep=tail, 1.fc_out@(48 places):keep=tail, and 28 more'
+    '0.fc_out@places(48):keep=tail, 1.fc_out@places(48):keep=tail, and 28 more'
     """
     reductions = [clipped(_PLACES.sub(_counted, _REGEX.sub(_ends, text)), MOST) for text in str(plan).split(", ")]
     shown = ", ".join(reductions)
@@ -43,8 +43,9 @@ def _counted(match: re.Match[str]) -> str:
     if len(listed) <= _LONGEST_LIST:
         return match[0]
     ends = [[int(end) for end in run.split("-")] for run in listed.split("+")]
-    return f"@({sum(run[-1] - run[0] + 1 for run in ends):,} places)"
+    return f"@places({sum(run[-1] - run[0] + 1 for run in ends):,})"
 
 
 def _ends(match: re.Match[str]) -> str:
-    return clipped(match[0], _LONGEST_NAME)
+    name, half = match[0], _LONGEST_NAME // 2 - 2
+    return name if len(name) <= _LONGEST_NAME else f"{name[:half]} ... {name[-half:]}"  # no name holds a space

@@ -25,6 +25,8 @@ from laser_callback.stats.outcomes import PairedResult
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+_EDGES = 8  # of what was removed: more of them are no lines but a hatching
+
 STYLE: Any = {
     "font.size": 9,
     "axes.labelcolor": DIM,
@@ -79,7 +81,8 @@ def spectrum(axis: Axes, cut: CutSpectrum) -> None:
     axis.semilogy([place + 0.5 for place in cut.places], [max(v, floor) for v in cut.values], color=INK, linewidth=1.5)
     for start, stop in cut.removed:
         axis.axvspan(start, stop, color=SHADES[-4], alpha=0.35, linewidth=0)
-    for edge in {edge for run in cut.removed for edge in run} - {0, count}:
+    edges = {edge for run in cut.removed for edge in run} - {0, count}
+    for edge in edges if len(edges) <= _EDGES else ():
         axis.axvline(edge, color=WORSE, linewidth=1.2, linestyle="--")
     axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if values[0] < 200 * floor else (1,)))
     axis.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))

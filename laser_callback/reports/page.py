@@ -26,6 +26,7 @@ from laser_callback.reports.drawing import kept_text, labels, spectrum, styled, 
 from laser_callback.reports.page_columns import code, foreign
 from laser_callback.reports.page_search import search_context
 from laser_callback.reports.pictures import LABELS, SPECTRA, one
+from laser_callback.reports.plan_words import in_words
 from laser_callback.reports.row_text import delta_text, interval_text, percent, prior_text, value_text, verdict
 from laser_callback.reports.svg import inline, printable
 from laser_callback.results.comparison import ArmResult, LaserResult
@@ -175,6 +176,7 @@ def _templates() -> jinja2.Environment:
         "code": code,
         "foreign": foreign,
         "in_short": page_columns.in_short,
+        "in_words": in_words,
         "label_picture": label_picture,
         "prior_text": prior_text,
         "spectrum_pictures": spectrum_pictures,

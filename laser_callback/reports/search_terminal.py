@@ -15,9 +15,11 @@ from rich.table import Table
 from rich.text import Text
 
 from laser_callback.plans.brief import brief
+from laser_callback.plans.plan import LaserPlan
 from laser_callback.reports import terminal as report
 from laser_callback.reports.gate_terminal import judgement_table
 from laser_callback.reports.heat_map import SHADES, heat_map
+from laser_callback.reports.plan_words import in_words
 from laser_callback.reports.search_text import (
     OFF_THE_MAP,
     REACHED,
@@ -38,7 +40,7 @@ from laser_callback.support.plain_json import finite
 
 _TOP = 10  # rows in the tables of the race and of the trades
 _LEADERS = 3
-_MARKS = {"chosen": "✓", "rejected": "✗", "finalist": "•", "dropped": "·", "screened out": " "}
+_MARKS = {"chosen": "✓", "rejected": "✗", "finalist": "•", "dropped out": "·", "screened out": " "}
 _ASCII = str.maketrans(f"{SHADES}·✓✗•◂●○→", "1234.+xo<*o>")
 
 
@@ -92,9 +94,20 @@ def _verdict(result: SearchResult) -> list[RenderableType]:
     count = len(result.warnings)
     if count:
         verdict.append(f"  ({count} warning{'s' * (count > 1)} below)", style="yellow")
-    if result.found is None or brief(result.found) == str(result.found):
-        return [verdict]
-    return [verdict, _dim(f"the whole plan, of {len(result.found):,} reductions, is `found` in the JSON file")]
+    return [verdict, *map(_dim, _about(result.found))]
+
+
+def _about(found: LaserPlan | None) -> list[str]:
+    """What a reader may not see in the text of the found plan."""
+    if found is None:
+        return []
+    told = []
+    if words := in_words(found):
+        told.append(f"what the plan does: {words}")
+    if brief(found) != str(found):
+        size = f", of {len(found):,} reductions," if len(found) > 1 else ""
+        told.append(f"the whole plan{size} is `found` in the JSON file")
+    return told
 
 
 def _confirmed(result: SearchResult, width: int) -> list[RenderableType]:
@@ -151,18 +164,21 @@ def _race(result: SearchResult, wide: bool) -> list[RenderableType]:
         ("", [Text(_MARKS[c.status], style="bold green" if c.status == "chosen" else "dim") for c in best]),
         ("plan", [_plan(c.plan) for c in best]),
     ]
-    if with_strategy(result):
+    several = with_strategy(result)
+    in_full = wide or not several  # 80 columns have no room for who proposed it and for all numbers
+    if several:
         columns.append(("strategy", [Text(c.strategy) for c in best]))
     if len(steps) > 1:
         columns.append(("step", [Text(str(steps.index(c.base) + 1)) for c in best]))
-    if any(finite(c.score) is not None for c in best):
+    if in_full and any(finite(c.score) is not None for c in best):
         scores = [finite(c.score) for c in best]
         columns.append(("rank", [Text(f"{place[id(c)]:,}" if id(c) in place else "-") for c in best]))
         columns.append(("screen", [Text(cell) for cell in aligned(scores)]))
     columns.append(("n", [Text(f"{c.examples:,}") for c in best]))
     columns.append((f"gain [95 %]\n{gain.unit}", _estimates([c.gain for c in best], gain.scale, +1, gain.decimals)))
     if any(c.loss for c in best):
-        columns.append((f"loss change [95 %]\n{change_unit(result)}", _estimates([c.loss for c in best], 1, -1)))
+        losses = [c.loss if in_full or c.loss is None else Estimate(c.loss.delta) for c in best]
+        columns.append((f"loss change{' [95 %]' * in_full}\n{change_unit(result)}", _estimates(losses, 1, -1)))
     if wide:
         columns.append(("outcome", [Text(f"{c.status}{': ' * bool(c.reason)}{c.reason}", style="dim") for c in best]))
     left = ("", "plan", "strategy", "outcome")
@@ -184,7 +200,7 @@ def _race(result: SearchResult, wide: bool) -> list[RenderableType]:
         for number, base in enumerate(steps, 1)
         if base
     ]
-    return [*parts, *map(_dim, _race_legend(result, gain, len(run), [title for title, _ in columns]))]
+    return [*parts, *map(_dim, _race_legend(result, gain, run, [title for title, _ in columns]))]
 
 
 def leaders(candidates: Sequence[Candidate], keys: Sequence[str], loss: str | None) -> RenderableType:
@@ -214,10 +230,12 @@ def _reasons(best: Iterable[Candidate]) -> list[RenderableType]:
     return [report.indent(_dim(f"{_MARKS[status]} {'; '.join(lines)}")) for status, lines in told.items()]
 
 
-def _race_legend(result: SearchResult, gain: GainText, count: int, titles: list[str]) -> list[str]:
-    marks = "" if "outcome" in titles else "✓ chosen  ✗ rejected  • finalist  · dropped"
-    more = f"{count - _TOP:,} more are in the JSON file" if count > _TOP else ""
+def _race_legend(result: SearchResult, gain: GainText, run: Sequence[Candidate], titles: list[str]) -> list[str]:
+    marks = "" if "outcome" in titles else "✓ chosen  ✗ rejected  • finalist  · dropped out"
+    more = f"{len(run) - _TOP:,} more are in the JSON file" if len(run) > _TOP else ""
     legend = [f"gain: {gain.told} on n race examples, + is better"]
+    if any(brief(candidate.plan) != str(candidate.plan) for candidate in run[:_TOP]):
+        legend.append("places(9): nine directions by number; plans in full are in the JSON file")
     if "screen" in titles:
         legend.append(f"screen: {score_name(result)}, and its rank among all candidates of the step")
     return [*filter(None, ["; ".join(filter(None, [marks, more]))]), "; ".join(legend)]

@@ -14,7 +14,7 @@ from laser_callback.results.search import SearchResult, Trade
 from laser_callback.support.plain_json import finite
 
 _OWN_UNIT = "units of the loss"  # that the user's step returns
-REACHED = {"chosen": 0, "finalist": 1, "rejected": 1, "dropped": 2, "screened out": 3}
+REACHED = {"chosen": 0, "finalist": 1, "rejected": 1, "dropped out": 2, "screened out": 3}
 """How far a candidate of each status came."""
 
 
