@@ -27,8 +27,8 @@ from typing_extensions import override
 from laser_callback.compare import arms
 from laser_callback.compare.options import RunOptions, UpdateFn, warn_early
 from laser_callback.compare.run import ComparisonRun
-from laser_callback.plans.brief import brief
 from laser_callback.plans.plan import LaserPlan, check_base
+from laser_callback.plans.short import brief
 from laser_callback.reports.loggers import publish
 from laser_callback.reports.page import save_page
 from laser_callback.reports.terminal import print_report

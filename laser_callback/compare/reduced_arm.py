@@ -17,8 +17,8 @@ from laser_callback.compare import arms
 from laser_callback.passes.copies import kept
 from laser_callback.passes.values import is_plain, parts
 from laser_callback.passes.watch import Watch, may_keep_weights
-from laser_callback.plans.brief import brief
 from laser_callback.plans.matrices import WeightMatrix
+from laser_callback.plans.short import brief
 from laser_callback.spectra.cut import CutSpectrum
 from laser_callback.stats.outcomes import Outcomes
 from laser_callback.support.interrupts import whole

@@ -18,11 +18,11 @@ from typing import Any
 import yaml
 from torch import nn
 
-from laser_callback.plans.brief import brief
 from laser_callback.plans.kinds import GROUPS, KINDS
 from laser_callback.plans.matrices import WeightMatrix, find_matrices
 from laser_callback.plans.reduction import Reduction
 from laser_callback.plans.selection import Catalogue, UncuttableError, select
+from laser_callback.plans.short import brief
 from laser_callback.support.files import need_files, write_atomically
 from laser_callback.support.reading import read_plain, read_text, shown
 from laser_callback.support.suggest import clipped

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
-from laser_callback.plans.brief import brief
+from laser_callback.plans.short import brief
 from laser_callback.reports.panels import STEPS, Panel, Shading
 from laser_callback.reports.row_text import percent
 from laser_callback.reports.search_text import GainText, short_rho

@@ -15,7 +15,7 @@ from typing import Any
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
-from laser_callback.plans.brief import brief
+from laser_callback.plans.short import brief
 from laser_callback.reports.pictures import figures, save_figures
 from laser_callback.reports.row_text import cell_text
 from laser_callback.results.candidates import to_rows

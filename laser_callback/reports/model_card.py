@@ -11,7 +11,7 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from laser_callback.plans.brief import brief
+from laser_callback.plans.short import brief
 from laser_callback.reports.row_text import (
     ahead_text,
     cell_text,

@@ -20,13 +20,13 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from laser_callback.plans.brief import brief
+from laser_callback.plans.short import brief
+from laser_callback.plans.words import in_words
 from laser_callback.reports import page_columns, terminal
 from laser_callback.reports.drawing import kept_text, labels, spectrum, styled, visible
 from laser_callback.reports.page_columns import code, foreign
 from laser_callback.reports.page_search import search_context
 from laser_callback.reports.pictures import LABELS, SPECTRA, one
-from laser_callback.reports.plan_words import in_words
 from laser_callback.reports.row_text import delta_text, interval_text, percent, prior_text, value_text, verdict
 from laser_callback.reports.svg import inline, printable
 from laser_callback.results.comparison import ArmResult, LaserResult

@@ -7,7 +7,7 @@ from typing import Any, TypeAlias
 
 from markupsafe import Markup
 
-from laser_callback.plans.brief import brief
+from laser_callback.plans.short import brief
 from laser_callback.reports.drawing import visible
 from laser_callback.reports.row_text import (
     ahead_text,
@@ -55,9 +55,9 @@ def in_short(plan: object) -> Markup:
     short = brief(plan)
     if short == str(plan):
         return code(short)
-    whole = str(plan).replace(", ", ",\n")
+    whole = printable(plan).replace(", ", ",\n")
     return Markup('<details class="plan"><summary>{}</summary><pre tabindex="0">{}</pre></details>').format(
-        code(short), code(whole)
+        code(short), whole
     )
 
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from laser_callback.plans.brief import brief
+from laser_callback.plans.short import brief
 from laser_callback.reports import drawing
 from laser_callback.reports.panels import STEPS, panels, shading
 from laser_callback.reports.row_text import is_share

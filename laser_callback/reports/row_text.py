@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 
-from laser_callback.plans.brief import brief
+from laser_callback.plans.short import brief
 from laser_callback.results.comparison import ArmResult, LaserResult
 from laser_callback.results.flips import claim_row
 from laser_callback.stats.outcomes import ALPHA, PairedResult

@@ -14,12 +14,12 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from laser_callback.plans.brief import brief
 from laser_callback.plans.plan import LaserPlan
+from laser_callback.plans.short import brief
+from laser_callback.plans.words import in_words
 from laser_callback.reports import terminal as report
 from laser_callback.reports.gate_terminal import judgement_table
 from laser_callback.reports.heat_map import SHADES, heat_map
-from laser_callback.reports.plan_words import in_words
 from laser_callback.reports.search_text import (
     OFF_THE_MAP,
     REACHED,

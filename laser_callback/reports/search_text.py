@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from laser_callback.plans.brief import brief
+from laser_callback.plans.short import brief
 from laser_callback.reports.row_text import SHARES
 from laser_callback.results.candidates import Candidate, Estimate, ranks
 from laser_callback.results.search import SearchResult, Trade

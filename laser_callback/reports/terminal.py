@@ -12,7 +12,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from laser_callback.plans.brief import brief
+from laser_callback.plans.short import brief
 from laser_callback.reports.row_text import (
     ahead_text,
     change_text,

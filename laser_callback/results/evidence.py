@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from laser_callback.plans.brief import brief
 from laser_callback.plans.plan import LaserPlan
+from laser_callback.plans.short import brief
 from laser_callback.results.comparison import LaserResult
 from laser_callback.results.search import SearchResult, result_of
 

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 
 from laser_callback.compare.measure import Table
-from laser_callback.plans.brief import brief
 from laser_callback.plans.plan import LaserPlan
+from laser_callback.plans.short import brief
 from laser_callback.results.candidates import Candidate
 from laser_callback.results.search import SearchResult, Trade, mark_efficient
 from laser_callback.search.budget import Budget, OutOfTimeError

@@ -11,9 +11,9 @@ from collections.abc import Hashable, Iterable, Sequence
 from typing import Any, cast
 
 from laser_callback.compare.measure import Lab
-from laser_callback.plans.brief import brief
 from laser_callback.plans.matrices import WeightMatrix
 from laser_callback.plans.plan import LaserPlan
+from laser_callback.plans.short import brief
 from laser_callback.results.candidates import Candidate
 from laser_callback.search.candidates import cut_by, in_turns
 from laser_callback.search.sensitivities import View, Views

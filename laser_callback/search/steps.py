@@ -21,8 +21,8 @@ from torch.utils.data import DataLoader, Subset
 from laser_callback.compare.controls import control_plans
 from laser_callback.compare.measure import Lab, Table
 from laser_callback.data.sets import ExampleSets
-from laser_callback.plans.brief import brief
 from laser_callback.plans.plan import LaserPlan
+from laser_callback.plans.short import brief
 from laser_callback.plans.target import Target
 from laser_callback.reports.search_terminal import leaders
 from laser_callback.results.candidates import Candidate

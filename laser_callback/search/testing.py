@@ -14,7 +14,7 @@ from torch import nn
 
 from laser_callback.compare.measure import Lab
 from laser_callback.data.sets import ExampleSets
-from laser_callback.plans.brief import brief
+from laser_callback.plans.short import brief
 from laser_callback.plans.target import RHOS
 from laser_callback.results.candidates import Candidate
 from laser_callback.search.moments import input_directions_of

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from laser_callback.compare.reduced_arm import ReducedPassError
-from laser_callback.plans.brief import brief
+from laser_callback.plans.short import brief
 from laser_callback.reports.row_text import finding
 from laser_callback.results.search import SearchResult
 from laser_callback.search.steps import Steps

@@ -17,8 +17,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from laser_callback.compare.language_model import kind_of
-from laser_callback.plans.brief import brief
 from laser_callback.plans.plan import LaserPlan
+from laser_callback.plans.short import brief
 from laser_callback.shipping.thin import thin_factors, why_not_thin
 from laser_callback.spectra.spectrum import refuse_out_of_range
 from laser_callback.spectra.store import Spectra

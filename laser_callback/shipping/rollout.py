@@ -21,9 +21,9 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from laser_callback.compare.measure import Lab
 from laser_callback.compare.module import LaserModule
 from laser_callback.data.example_set import fingerprints
-from laser_callback.plans.brief import brief
 from laser_callback.plans.plan import LaserPlan, check_base
 from laser_callback.plans.reduction import Reduction
+from laser_callback.plans.short import brief
 from laser_callback.results.comparison import LaserResult
 from laser_callback.results.rollout import GainAt, RolloutResult
 from laser_callback.shipping.gates import Gates, loaders_of

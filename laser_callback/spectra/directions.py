@@ -18,10 +18,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from laser_callback.plans.brief import brief
 from laser_callback.plans.matrices import same_name
 from laser_callback.plans.rank_rules import rank_by
 from laser_callback.plans.reduction import Reduction
+from laser_callback.plans.short import brief
 from laser_callback.spectra.spectrum import Spectrum, as_double, refuse_non_finite
 
 DAMPING = 0.01

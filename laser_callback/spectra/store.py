@@ -25,10 +25,10 @@ import numpy
 import torch
 from torch import Tensor
 
-from laser_callback.plans.brief import brief
 from laser_callback.plans.matrices import WeightMatrix
 from laser_callback.plans.rank_rules import global_ranks, mean_rank, unit
 from laser_callback.plans.reduction import Reduction
+from laser_callback.plans.short import brief
 from laser_callback.spectra.directions import Directions, cut_in_directions, to_text
 from laser_callback.spectra.entries import reduce_entries
 from laser_callback.spectra.folder import (

@@ -19,11 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from laser_callback.plans.brief import brief
 from laser_callback.plans.matrices import WeightMatrix, same_name
 from laser_callback.plans.plan import LaserPlan
 from laser_callback.plans.reduction import Reduction
 from laser_callback.plans.selection import NoSuchMatrixError
+from laser_callback.plans.short import brief
 from laser_callback.spectra.directions import StoredDirections, from_text
 from laser_callback.spectra.store import Spectra
 from laser_callback.support.hashing import content_hash

@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from laser_callback.plans.brief import brief
 from laser_callback.plans.matrices import WeightMatrix
 from laser_callback.plans.plan import LaserPlan
 from laser_callback.plans.reduction import Reduction
+from laser_callback.plans.short import brief
 from laser_callback.spectra.store import SIDE_BY_SIDE, Spectra
 from laser_callback.support.interrupts import catch_up, closed, opened, undisturbed
 from laser_callback.support.settings import with_gradients, with_inference
