@@ -38,7 +38,7 @@ _PAPER_NAMES = {
 _FILES = (".yaml", ".yml", ".json", ".txt")
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class LaserPlan:
     """A set of reductions. Order carries no meaning: equality and hash ignore it.
 
@@ -78,6 +78,9 @@ class LaserPlan:
 
     def __str__(self) -> str:
         return ", ".join(map(str, self.reductions))
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({brief(self)!r})"
 
     @property
     def directions(self) -> Any:

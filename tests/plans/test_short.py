@@ -42,3 +42,8 @@ def test_one_reduction_that_is_long_by_itself():
     long = LaserPlan.parse(f"a.{'b' * 400}.3.{'c.' * 200}d@0.1, 2.fc_in@0.1")
     assert len(brief(long)) < 100
     assert brief(long).endswith(", and 1 more")
+
+
+def test_a_plan_is_seen_in_short():
+    assert repr(LaserPlan.parse("27.fc_in@0.01")) == "LaserPlan('27.fc_in@0.01')"
+    assert len(repr(MANY)) < 120
