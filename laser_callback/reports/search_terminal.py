@@ -150,7 +150,10 @@ def _strategies(result: SearchResult) -> list[RenderableType]:
     for of, cell in zip(found, gains, strict=True):
         best = Text("-", style="dim") if of.best is None else _plan(of.best.plan)
         table.add_row(Text(of.name), f"{of.proposed:,}", f"{of.raced:,}", best, cell)
-    return [_heading("strategies", "who proposed what, and how it did in the race"), table]
+    idle = [of.name for of in found if not of.raced]
+    why = "the screen expected less of these, or they are cuts that another has proposed"
+    notes = [_dim(f"nothing of {', '.join(idle)} raced: {why}")] if idle else []
+    return [_heading("strategies", "who proposed what, and how it did in the race"), table, *notes]
 
 
 def _race(result: SearchResult, wide: bool) -> list[RenderableType]:
@@ -177,9 +180,9 @@ def _race(result: SearchResult, wide: bool) -> list[RenderableType]:
     columns.append(("n", [Text(f"{c.examples:,}") for c in best]))
     columns.append((f"gain [95 %]\n{gain.unit}", _estimates([c.gain for c in best], gain.scale, +1, gain.decimals)))
     if any(c.loss for c in best):
-        losses = [c.loss if in_full or c.loss is None else Estimate(c.loss.delta) for c in best]
-        columns.append((f"loss change{' [95 %]' * in_full}\n{change_unit(result)}", _estimates(losses, 1, -1)))
-    if wide:
+        losses = _estimates([c.loss for c in best], 1, -1, intervals=in_full)
+        columns.append((f"loss change{' [95 %]' * in_full}\n{change_unit(result)}", losses))
+    if wide and not several:
         columns.append(("outcome", [Text(f"{c.status}{': ' * bool(c.reason)}{c.reason}", style="dim") for c in best]))
     left = ("", "plan", "strategy", "outcome")
     table = _table(
@@ -193,7 +196,7 @@ def _race(result: SearchResult, wide: bool) -> list[RenderableType]:
     told = ", ".join(f"{_plural(n, status)}" for status, n in counts.items() if n and status != "screened out")
     heading = _heading("race", f"{len(run):,} of {len(result.candidates):,} candidates run: {told}")
     parts: list[RenderableType] = [heading, table]
-    if not wide:
+    if not wide or several:
         parts += _reasons(best)
     parts += [
         _dim(f"step {number} adds to {brief(base)} and is compared with it")
@@ -234,8 +237,11 @@ def _race_legend(result: SearchResult, gain: GainText, run: Sequence[Candidate],
     marks = "" if "outcome" in titles else "✓ chosen  ✗ rejected  • finalist  · dropped out"
     more = f"{len(run) - _TOP:,} more are in the JSON file" if len(run) > _TOP else ""
     legend = [f"gain: {gain.told} on n race examples, + is better"]
-    if any(brief(candidate.plan) != str(candidate.plan) for candidate in run[:_TOP]):
-        legend.append("places(9): nine directions by number; plans in full are in the JSON file")
+    shown = [(brief(candidate.plan), str(candidate.plan)) for candidate in run[:_TOP]]
+    if any("places(" in short for short, _ in shown):
+        legend.append("places(9): nine single directions of a matrix")
+    if any(short != whole for short, whole in shown):
+        legend.append("plans in full are in the JSON file")
     if "screen" in titles:
         legend.append(f"screen: {score_name(result)}, and its rank among all candidates of the step")
     return [*filter(None, ["; ".join(filter(None, [marks, more]))]), "; ".join(legend)]
@@ -333,10 +339,10 @@ def _table(*titles: str, right: Iterable[str], gap: int = 2) -> Table:
 
 
 def _estimates(
-    estimates: Sequence[Estimate | None], scale: float, better: int, decimals: int | None = None
+    estimates: Sequence[Estimate | None], scale: float, better: int, decimals: int | None = None, intervals: bool = True
 ) -> list[Text]:
     """``+5.0 [+1.2, +8.8]``, each of the three numbers right-aligned over all rows; green where the
-    interval lies on the ``better`` side of 0, red on the other.
+    interval lies on the ``better`` side of 0, red on the other; without ``intervals`` the first number alone.
     """
     ends = [(None, None, None) if e is None else (e.delta, e.lower, e.upper) for e in estimates]
     scaled = [None if value is None else scale * value for row in ends for value in row]
@@ -349,8 +355,8 @@ def _estimates(
         if lower is not None and upper is not None and math.isfinite(lower) and math.isfinite(upper):
             sign = 1 if lower > 0 else -1 if upper < 0 else 0
             cell.stylize({1: "green", -1: "red"}.get(sign * better, ""))
-            cell.append(f" [{low}, {high}]", style="dim")
-        elif any(finite(row[1]) is not None for row in ends):
+            cell.append(f" [{low}, {high}]" * intervals, style="dim")
+        elif intervals and any(finite(row[1]) is not None for row in ends):
             cell.append(" " * (widths[1] + widths[2] + 5))  # keeps the column of deltas straight
         cells.append(cell)
     return cells

@@ -71,6 +71,10 @@ def test_the_terminal_says_who_proposed_what(search):
     assert re.search(r"components .* 0.fc_out@places\(67\):keep=tail", part)
     first = sum(not candidate.base for candidate in search.candidates)
     assert f"2 of {first} candidates have no place in the maps" in " ".join(text.split())
+    told = " ".join(text.split())
+    assert "places(9): nine single directions of a matrix; plans in full are in the JSON file" in told
+    assert "places(9)" not in plain(searched(), 80)
+    assert "nothing of drop raced: the screen expected less of these" in told
     assert "strategies: " not in plain(searched(), 80)  # of one strategy there is nothing to say
 
 
