@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from dataclasses import replace
 
 import pytest
+import torch
 from candidates import proposed
 from classifier import PLAN, compared, searched
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -21,7 +23,7 @@ from laser_callback.reports.pictures import figures
 from laser_callback.reports.search_terminal import leaders, plain
 from laser_callback.reports.terminal import plain as plain_comparison
 from laser_callback.results import CleanupResult, Estimate, GateVerdict, RolloutResult, SearchResult, Stage, Trade
-from laser_callback.surgery.recipe import Recipe
+from laser_callback.surgery.recipe import Recipe, apply
 
 PLACES = "places-" + "+".join(map(str, range(1, 200, 3)))
 MANY = LaserPlan.parse(", ".join(f"{layer}.fc_out@{PLACES}:keep=tail" for layer in range(200)))
@@ -145,6 +147,18 @@ def test_gates_rollout_and_cleanup(search):
     assert all(len(line) < 300 for line in [*rollout.log, cleanup.verdict])
     assert len(search.verdict) < 300
     assert search.to_dict()["plan"] == str(MANY)  # files have all of it
+
+
+def test_the_model_card_folds_a_long_table():
+    model = torch.nn.TransformerEncoder(torch.nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 16)
+    whole = apply(copy.deepcopy(model), "*.all@0.5")
+    for recipe, folded in ((whole, True), (apply(model, "3.all@0.5"), False)):
+        card = str(model_card(recipe, title="t", usage="u", library="l"))
+        before, _, table = card.partition("\n\n| matrix | cut |")
+        assert before.endswith(f"<summary>{len(recipe.matrices)} matrices</summary>" if folded else "## What was cut")
+        rows = table.partition("\n\n")[0].splitlines()
+        assert len(rows) == len(recipe.matrices) + 2
+        assert ("\n\n</details>\n\nThe whole hashes" in card) == folded
 
 
 def test_the_model_card():
