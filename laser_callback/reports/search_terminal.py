@@ -68,7 +68,7 @@ def render(result: SearchResult, width: int = 80) -> list[RenderableType]:
         _verdict(result),
         _confirmed(result, width),
         _constraints(result, wide),
-        _strategies(result),
+        _strategies(result, wide),
         _race(result, wide),
         _trades(result.trades, GainText.of(result)),
         *_maps(result),
@@ -140,12 +140,13 @@ def _constraints(result: SearchResult, wide: bool) -> list[RenderableType]:
 # ---- how it was found ------------------------------------------------------------------------------------------------
 
 
-def _strategies(result: SearchResult) -> list[RenderableType]:
+def _strategies(result: SearchResult, wide: bool) -> list[RenderableType]:
     if not with_strategy(result):
         return []
     gain, found = GainText.of(result), by_strategy(result)
     titles = ("strategy", "proposed", "raced", "best of these", f"gain [95 %]\n{gain.unit}")
-    table = _table(*titles, right=[title for title in titles if title not in ("strategy", "best of these")])
+    right = [title for title in titles if title not in ("strategy", "best of these")]
+    table = _table(*titles, right=right, gap=2 if wide else 1)
     gains = _estimates([of.gain for of in found], gain.scale, +1, gain.decimals)
     for of, cell in zip(found, gains, strict=True):
         best = Text("-", style="dim") if of.best is None else _plan(of.best.plan)
