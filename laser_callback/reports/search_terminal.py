@@ -87,7 +87,7 @@ def render(result: SearchResult, width: int = 80) -> list[RenderableType]:
 
 def _verdict(result: SearchResult) -> list[RenderableType]:
     if result.plan is not None:
-        of = "" if result.base is None else f" on the difference to the base {result.base}"
+        of = "" if result.needed_base is None else f" on the difference to the base {result.base}"
         verdict = Text.assemble((f"use {brief(result.plan)}{of}", "bold green"), f": {result.reason}")
     else:
         verdict = Text.assemble(("keep the original", "bold yellow"), f": {result.reason}")

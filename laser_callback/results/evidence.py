@@ -38,7 +38,7 @@ def numbers_of(
     searched = "confirmed" in data
     if searched and data["confirmed"] is None:
         raise ValueError(f"`result` is of a search that has confirmed nothing: {data['reason']}")
-    if searched and data["base"] != base:
+    if searched and plan.cuts_delta and data["base"] != base:
         raise ValueError(f"`result` is about cuts against the base {data['base']}, not {base}: give the same base")
     comparison = data["confirmed"] if searched else data
     arms = {name: arm for name, arm in comparison["arms"].items() if LaserPlan.parse(arm["plan"]) == plan}

@@ -84,7 +84,7 @@ class SearchResult:
         sets: examples in each set.
         settings: all arguments, versions and the seed.
         warnings: what a reader must know.
-        base: the digest of the base's weights in delta mode, else ``None``.
+        base: the digest of the base's weights, if one was given.
         recipe: ``found`` with what its text does not say, where there is such (cuts in the metric of the inputs).
     """
 
@@ -105,9 +105,14 @@ class SearchResult:
     recipe: Recipe | None = None
 
     @property
+    def needed_base(self) -> str | None:
+        """The digest of the base that ``found`` needs; ``None`` if it does not cut the difference to one."""
+        return self.base if self.found is not None and self.found.cuts_delta else None
+
+    @property
     def verdict(self) -> str:
         """The recommendation and its reason, in one line."""
-        of = "" if self.base is None else f" on the difference to the base {self.base}"
+        of = "" if self.needed_base is None else f" on the difference to the base {self.base}"
         return f"{'keep the original' if self.plan is None else f'use {brief(self.plan)}{of}'}: {self.reason}"
 
     def to_dict(self) -> dict[str, Any]:

@@ -14,6 +14,7 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
+from transformers import PreTrainedModel
 from typing_extensions import override
 
 from laser_callback.compare.measure import Lab
@@ -30,7 +31,8 @@ MOMENTS_BYTES = 2**31
 class MomentsPass(pl.Callback):
     """Sums of x x' over the inputs x of linear layers.
 
-    Every position of every example counts, padding included.
+    Every position of every example counts, but for padding: what the ``attention_mask`` that a model of transformers is
+    called with leaves out.
 
     Args:
         matrices: of which the inputs are wanted; those of one module (fused ones) share theirs.
@@ -47,11 +49,12 @@ class MomentsPass(pl.Callback):
         for matrix in matrices:
             self._wanted.setdefault(matrix.module, []).append(matrix)
         self._undo: list[Callable[[], Any]] = []
+        self._mask: Tensor | None = None  # of the call under way, shape (examples, positions)
 
     @override
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.moments = {}
-        self._put_in()
+        self.moments, self._mask = {}, None
+        self._put_in([module for module in pl_module.modules() if isinstance(module, PreTrainedModel)])
 
     @override
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -66,8 +69,10 @@ class MomentsPass(pl.Callback):
         self._put_back()
 
     @undisturbed
-    def _put_in(self) -> None:
+    def _put_in(self, models: Sequence[nn.Module]) -> None:
         opened(self)
+        for model in models:
+            self._undo.append(model.register_forward_pre_hook(self._see, with_kwargs=True).remove)
         for module in self._wanted:
             self._undo.append(module.register_forward_pre_hook(partial(self._add, self._wanted[module])).remove)
         catch_up()
@@ -79,13 +84,21 @@ class MomentsPass(pl.Callback):
             self._undo.pop()
         closed(self)
 
+    def _see(self, model: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
+        mask = named.get("attention_mask")
+        if isinstance(mask, Tensor) and mask.ndim == 2:
+            self._mask = mask
+
     @torch.no_grad()
     def _add(self, matrices: Sequence[WeightMatrix], module: nn.Module, inputs: tuple[Any, ...]) -> None:
         given = inputs[0] if len(inputs) == 1 else None
         features = matrices[0].shape[1]
         if not isinstance(given, Tensor) or not given.is_floating_point() or given.shape[-1] != features:
             return
-        rows = as_double(given.detach()).reshape(-1, features)
+        rows = given.detach()
+        if self._mask is not None and rows.shape[:-1] == self._mask.shape:
+            rows = rows[self._mask.to(rows.device, torch.bool)]
+        rows = as_double(rows).reshape(-1, features)
         product = rows.T @ rows
         for matrix in matrices:  # of one module: they share the tensor
             if matrix.name in self.moments:

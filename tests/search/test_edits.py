@@ -318,6 +318,23 @@ def test_moments_are_those_of_what_goes_in() -> None:
         assert torch.allclose(passed.moments[matrix.name], rows.T @ rows)
 
 
+def test_padding_is_left_out() -> None:
+    class Masked(Last):
+        def loss(self, tokens: Tensor) -> Tensor:
+            mask = (torch.arange(5) >= 2).long().expand(len(tokens), 5)  # two positions on the left are no text
+            logits = self.model(input_ids=tokens[:, :-1], attention_mask=mask).logits[:, -1]
+            return nn.functional.cross_entropy(logits, tokens[:, -1], reduction="none")
+
+    module = Masked(language_model()).eval()
+    matrix = matrix_named(module, "layers.1.mlp.down_proj")
+    seen: list[Tensor] = []
+    matrix.module.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    passed = MomentsPass([matrix])
+    Lab(module, Spectra(), "cpu", "64-true").validate(tokens(), passed)
+    rows = torch.cat(seen)[:, 2:].flatten(0, 1)
+    assert torch.allclose(passed.moments[matrix.name], rows.T @ rows)
+
+
 def test_heads_are_cut_apart() -> None:
     module = Last(language_model())
     blocks = {

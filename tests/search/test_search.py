@@ -260,6 +260,7 @@ def test_a_constraint_that_nothing_keeps_leaves_the_original(text):
 def test_the_next_candidates_race_where_all_finalists_break_a_constraint(text, tmp_path, monkeypatch):
     module = LaserModule(tiny_causal_lm(), tiny_tokenizer())
     options = {"candidates": 4, "controls": False, "minutes": 60, "folder": tmp_path / "run", **QUIET}
+    options["strategies"] = "laser"
     search = LaserSearch(module, facts_data(module, text=text), **options)
     # The second round's budget is in the journal before its finalists are judged.
     monkeypatch.setattr("laser_callback.search.course.keeps", lambda *_: (tmp_path / "run/1.2-budget.json").exists())

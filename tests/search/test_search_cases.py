@@ -197,7 +197,7 @@ def test_what_enters_late_is_in_the_budget():
     with pytest.raises(OutOfTimeError, match="is too short"):
         Budget(alone, time.perf_counter(), 60.0).affordable(steps, "1", ranked, 200, 6, 20)
     without = passes_of(steps, ranked, 200, 6, 0, 2)
-    assert alone - without == 2 * steps.sets.sizes["confirm"]
+    assert alone - without == 5 * steps.sets.sizes["confirm"]
 
 
 def test_a_plan_that_leaves_no_other_matrix_has_the_other_controls(recall):
@@ -264,9 +264,11 @@ def test_the_passes_of_confirm_are_those_of_the_plan_and_of_its_controls(recall)
     for controls in (False, True):
         result = LaserSearch(module, loader, **SEARCH, controls=controls, within="1.mlp").run()
         (confirm,) = [phase for phase in result.phases if phase.name == "confirm"]
-        assert confirm.passes == result.sets["confirm"] * (4 if controls else 2)
+        assert confirm.passes == result.sets["confirm"] * (7 if controls else 2)
         shares.append(confirm.whole_passes / result.sets["confirm"])
-    plans = [result.found, *(LaserPlan.parse(arm.plan) for arm in result.confirmed.controls["laser"].values())]
+    controls = result.confirmed.controls["laser"]
+    arms = [controls["zeroed"], controls["random"], *controls["noise"].passes]
+    plans = [result.found, *(LaserPlan.parse(arm.plan) for arm in arms)]
     lab = Lab(module, Spectra(), "cpu")
     assert shares == pytest.approx([1 + lab.share(plans[0]), 1 + sum(map(lab.share, plans))])
 
