@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 import re
@@ -18,9 +19,11 @@ from reader import HUB_NAME, Classifier
 from torch.utils.data import DataLoader
 
 from laser_callback.cli.commands import main
+from laser_callback.cli.search import search
 from laser_callback.data.facts import Fact
 from laser_callback.data.probes import Probe
 from laser_callback.data.tasks import TASKS
+from laser_callback.search.strategies import STRATEGIES
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -99,6 +102,23 @@ def test_published_table_is_that_of_the_tasks():
             assert tuple(map(float, re.findall(r"[\d.]+", cell.split("`")[0]))) == numbers
             assert cell.split("`")[1] == str(published.plan)
             assert ("**" in cell) == worse
+
+
+def test_every_strategy_is_told_with_what_it_needs():
+    part = PAGES["how-the-search-works.md"].partition("## What is proposed")[2].partition("\n## ")[0]
+    rows = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in part.splitlines() if line[:3] == "| `"]
+    words = {"gradient": "gradient", "base": "base", "inputs": "activations"}
+    told = {
+        name: {words[word] for word in row[-1].strip(" |").split(", ") if word} for row in rows for name in code(row)
+    }
+    assert told == {name: set(made().needs) for name, made in STRATEGIES.items()}
+    for text in (inspect.getdoc(search), (ROOT / "recipes/search.yaml").read_text()):
+        assert set(STRATEGIES) <= set(re.findall(r"[a-z]+(?:-[a-z]+)*", text))
+
+
+def code(row):
+    """The names in the first cell."""
+    return re.findall(r"`([a-z-]+)`", row[0])
 
 
 def test_issue_forms_have_what_the_site_demands():

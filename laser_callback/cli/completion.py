@@ -16,6 +16,7 @@ from laser_callback.cli.commands import COMMANDS, GROUPS, READ_THEIR_OWN_ARGUMEN
 from laser_callback.cli.lightning import LaserCLI
 from laser_callback.cli.options import parser_of
 from laser_callback.cli.recipes import recipes
+from laser_callback.search.strategies.registry import STRATEGIES
 
 
 def completion(shell: Literal["bash", "zsh", "tcsh"]) -> Answer:
@@ -49,6 +50,8 @@ def _options(name: str) -> ArgumentParser:
         commands: Any = capture_parser(lambda: LaserCLI(function, []))._subcommands_action
         parser = commands.choices[name]
     for action in parser._actions:
+        if name == "search" and action.dest == "strategies":
+            action.choices = [*STRATEGIES]
         if f"--{action.dest}.help" in parser._option_string_actions:  # it names a class
             action.complete = {}  # type: ignore[attr-defined]  # for shtab: nothing, in any shell
     return parser

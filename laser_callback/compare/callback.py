@@ -28,6 +28,7 @@ from laser_callback.compare import arms
 from laser_callback.compare.options import RunOptions, UpdateFn, warn_early
 from laser_callback.compare.run import ComparisonRun
 from laser_callback.plans.plan import LaserPlan, check_base
+from laser_callback.plans.short import brief
 from laser_callback.reports.loggers import publish
 from laser_callback.reports.page import save_page
 from laser_callback.reports.terminal import print_report
@@ -218,9 +219,9 @@ class LaserCallback(pl.Callback):
             for matrix, reduction in plan.resolve(pl_module):
                 if (matrix.module, matrix.attribute) in pruned:
                     raise MisconfigurationException(
-                        f"the reduction {reduction} cuts `{matrix.name}`, which ModelPruning makes from others from "
-                        "its first epoch on: leave it out of `parameters_to_prune`, or compare in `trainer.validate()` "
-                        "when the pruning is permanent"
+                        f"the reduction {brief(reduction)} cuts `{matrix.name}`, which ModelPruning makes from "
+                        "others from its first epoch on: leave it out of `parameters_to_prune`, or compare in "
+                        "`trainer.validate()` when the pruning is permanent"
                     )
 
     @override

@@ -18,6 +18,7 @@ from laser_callback.passes.copies import kept
 from laser_callback.passes.values import is_plain, parts
 from laser_callback.passes.watch import Watch, may_keep_weights
 from laser_callback.plans.matrices import WeightMatrix
+from laser_callback.plans.short import brief
 from laser_callback.spectra.cut import CutSpectrum
 from laser_callback.stats.outcomes import Outcomes
 from laser_callback.support.interrupts import whole
@@ -112,8 +113,8 @@ class ReducedArm:
         if names:
             raise MisconfigurationException(
                 f"the evaluation step writes to {', '.join(names)} itself, as weight averaging does, in the place of "
-                f"what {str(self.cut.plan)!r} has made of it: what comes out is not the cut model's. Put such weights "
-                "in place before the evaluation, or evaluate without them"
+                f"what {brief(self.cut.plan)!r} has made of it: what comes out is not the cut model's. Put such "
+                "weights in place before the evaluation, or evaluate without them"
             )
 
     def compare(self, original: Growth, outputs: Any, output: Any) -> bool:
@@ -162,7 +163,7 @@ class ReducedArm:
     def why_not(self) -> str:
         """At the end: why nothing can be said of the cut; empty if it acted. "No difference" needs weights in use."""
         unused = self._watch.unused if self._watch is not None and self._probed else []
-        plan = f"the plan {str(self.cut.plan)!r}"
+        plan = f"the plan {brief(self.cut.plan)!r}"
         if self._differs:
             if unused:
                 rank_zero_warn(f"{plan}: no pass that was looked at read {', '.join(unused)}: this part was not tried")
@@ -190,7 +191,7 @@ class ReducedArm:
             return error
         control = f" ({self.control} control)" if self.control else ""
         return ReducedPassError(
-            f"the reduced pass of the plan {str(self.cut.plan)!r}{control} fails {where}, where the original's does "
+            f"the reduced pass of the plan {brief(self.cut.plan)!r}{control} fails {where}, where the original's does "
             f"not: {type(error).__name__}: {error}"
         )
 

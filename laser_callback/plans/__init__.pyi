@@ -8,6 +8,7 @@ from .rank_rules import RANK_RULES as RANK_RULES
 from .rank_rules import rank_by as rank_by
 from .reduction import Reduction as Reduction
 from .selection import NoSuchMatrixError as NoSuchMatrixError
+from .short import brief as brief
 from .target import RHOS as RHOS
 from .target import Target as Target
 from .target import targets as targets

@@ -22,6 +22,7 @@ from laser_callback.plans.kinds import GROUPS, KINDS
 from laser_callback.plans.matrices import WeightMatrix, find_matrices
 from laser_callback.plans.reduction import Reduction
 from laser_callback.plans.selection import Catalogue, UncuttableError, select
+from laser_callback.plans.short import brief
 from laser_callback.support.files import need_files, write_atomically
 from laser_callback.support.reading import read_plain, read_text, shown
 from laser_callback.support.suggest import clipped
@@ -37,7 +38,7 @@ _PAPER_NAMES = {
 _FILES = (".yaml", ".yml", ".json", ".txt")
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class LaserPlan:
     """A set of reductions. Order carries no meaning: equality and hash ignore it.
 
@@ -77,6 +78,9 @@ class LaserPlan:
 
     def __str__(self) -> str:
         return ", ".join(map(str, self.reductions))
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({brief(self)!r})"
 
     @property
     def directions(self) -> Any:
@@ -220,12 +224,12 @@ def check_base(plans: Iterable[LaserPlan], given: bool) -> None:
     needs = [plan for plan in plans if plan.cuts_delta]
     if needs and not given:
         raise ValueError(
-            f"the plan {clipped(needs[0])} cuts the difference to what the model was fine-tuned from: give that as "
+            f"the plan {brief(needs[0])} cuts the difference to what the model was fine-tuned from: give that as "
             "`base`, on the command line --base"
         )
     if given and not needs:
         raise ValueError(
-            f"`base` is given, and {clipped(plans[0])} cuts the weights themselves: to cut the difference to the base "
+            f"`base` is given, and {brief(plans[0])} cuts the weights themselves: to cut the difference to the base "
             "add cut=delta to the plan, as in 27.fc_in@0.1:cut=delta; else leave `base` out"
         )
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
+from laser_callback.plans.short import brief
 from laser_callback.reports.panels import STEPS, Panel, Shading
 from laser_callback.reports.row_text import percent
 from laser_callback.reports.search_text import GainText, short_rho
@@ -23,6 +24,8 @@ from laser_callback.stats.outcomes import PairedResult
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+
+_EDGES = 8  # of what was removed: more of them are no lines but a hatching
 
 STYLE: Any = {
     "font.size": 9,
@@ -78,7 +81,8 @@ def spectrum(axis: Axes, cut: CutSpectrum) -> None:
     axis.semilogy([place + 0.5 for place in cut.places], [max(v, floor) for v in cut.values], color=INK, linewidth=1.5)
     for start, stop in cut.removed:
         axis.axvspan(start, stop, color=SHADES[-4], alpha=0.35, linewidth=0)
-    for edge in {edge for run in cut.removed for edge in run} - {0, count}:
+    edges = {edge for run in cut.removed for edge in run} - {0, count}
+    for edge in edges if len(edges) <= _EDGES else ():
         axis.axvline(edge, color=WORSE, linewidth=1.2, linestyle="--")
     axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if values[0] < 200 * floor else (1,)))
     axis.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
@@ -168,12 +172,12 @@ def trade_off(axis: Axes, trades: Sequence[Trade], gains: dict[str, Estimate | N
             axis.plot([x, x], [gain.scale * estimate.lower, gain.scale * estimate.upper], color=DIM, linewidth=1)
         fill = SHADES[0] if trade.chosen else SHADES[2] if trade.efficient else PAPER
         (point,) = axis.plot([x], [y], "o", color=fill, markeredgecolor=INK, markersize=8 if trade.chosen else 6)
-        told(point, f"{trade.plan}: gain {y:+.3g} {gain.unit}, perplexity {x:+.1f} %")
+        told(point, f"{brief(trade.plan)}: gain {y:+.3g} {gain.unit}, perplexity {x:+.1f} %")
     axis.axhline(0, color=DIM, linewidth=0.8)
     axis.axvline(0, color=DIM, linewidth=0.8)
     axis.margins(0.12)
     named = [trade for trade in trades if trade.efficient or trade.chosen]
-    _label_apart(axis, [(100 * (trade.fluency or 0.0), gain.scale * trade.gain, trade.plan) for trade in named])
+    _label_apart(axis, [(100 * (trade.fluency or 0.0), gain.scale * trade.gain, brief(trade.plan)) for trade in named])
     axis.set_xlabel("perplexity, % change")
     axis.set_ylabel(f"gain{f', {gain.unit}' if gain.unit else ''} [95 % interval]")
 

@@ -9,6 +9,7 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from laser_callback.plans.short import brief
 from laser_callback.reports.terminal import WIDE, indent, show
 from laser_callback.results.cleanup import CleanupResult
 from laser_callback.results.other_tasks import OtherTask, four_parts
@@ -60,7 +61,7 @@ def print_rollout(result: RolloutResult, console: Console | None = None) -> None
             Text(),
             Text.assemble(
                 (f"stage {number} of {len(result.declared)}: ", "bold"),
-                (str(stage.verdict.plan), "bold cyan"),
+                (brief(stage.verdict.plan), "bold cyan"),
                 ", ",
                 (stage.outcome, _OUTCOMES[stage.outcome]),
                 f"  ({stage.seconds:.0f} s)",
@@ -82,7 +83,7 @@ def print_cleanup(result: CleanupResult, console: Console | None = None) -> None
         table.add_column(column, justify="right", no_wrap=True)
     for row in result.contenders:
         told = [_number(row.said_most), _number(row.balanced)] * classes
-        name = Path(row.name).name if row.kind in ("checkpoint", "as trained") else row.name
+        name = Path(row.name).name if row.kind in ("checkpoint", "as trained") else brief(row.name)
         style = "bold" if row.confirmed else ""
         gain = "" if row.gain is None else f"{row.gain:+.4g}"
         table.add_row(

@@ -15,6 +15,7 @@ from typing import Any
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
+from laser_callback.plans.short import brief
 from laser_callback.reports.pictures import figures, save_figures
 from laser_callback.reports.row_text import cell_text
 from laser_callback.results.candidates import to_rows
@@ -35,7 +36,8 @@ def publish(
 ) -> None:
     """Send tables and pictures of ``result`` to ``loggers``, on the first rank.
 
-    TensorBoard gets the tables as text; a CSVLogger's folder gets a CSV file per table and a PNG file per picture.
+    TensorBoard gets the tables as text, with plans in short; a CSVLogger's folder gets a CSV file per table and a PNG
+    file per picture.
 
     Args:
         result: of a comparison or a search.
@@ -97,9 +99,11 @@ def _csv(table: Table) -> str:
 
 
 def _markdown(table: Table) -> str:
-    lines = [list(table[0]), ["---"] * len(table[0]), *([_text(cell) for cell in row.values()] for row in table)]
+    lines = [list(table[0]), ["---"] * len(table[0]), *([_text(*cell) for cell in row.items()] for row in table)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def _text(cell: Any) -> str:
+def _text(column: str, cell: Any) -> str:
+    if column in ("plan", "base") and cell:
+        return cell_text(brief(cell))
     return cell_text("" if cell is None else f"{cell:.6g}" if isinstance(cell, float) else cell)

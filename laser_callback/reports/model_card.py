@@ -11,6 +11,7 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
+from laser_callback.plans.short import brief
 from laser_callback.reports.row_text import (
     ahead_text,
     cell_text,
@@ -84,6 +85,7 @@ def model_card(
         ],
         cell=cell_text,
         code=_code,
+        brief=brief,
         ahead=ahead_text,
         change=change_text,
         interval=interval_text,

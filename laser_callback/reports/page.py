@@ -20,6 +20,8 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
+from laser_callback.plans.short import brief
+from laser_callback.plans.words import in_words
 from laser_callback.reports import page_columns, terminal
 from laser_callback.reports.drawing import kept_text, labels, spectrum, styled, visible
 from laser_callback.reports.page_columns import code, foreign
@@ -100,7 +102,7 @@ def _headline(result: LaserResult, claims: Mapping[str, PairedResult | None]) ->
         shown = [f"{counts[verdict]} {text}" for verdict, text in _COUNTED.items() if counts[verdict]]
         return f"{len(claims)} plans: {', '.join(shown)}"
     ((name, row),) = claims.items()
-    plan = code(result[name].plan)
+    plan = code(brief(result[name].plan))
     if row is None:
         return Markup("Nothing could be tested of {}").format(plan)
     if row.doubt and row.verdict in ("in doubt", "higher", "lower"):
@@ -170,8 +172,11 @@ def _templates() -> jinja2.Environment:
         "value": value_text,
     }
     found.globals |= {
+        "brief": brief,
         "code": code,
         "foreign": foreign,
+        "in_short": page_columns.in_short,
+        "in_words": in_words,
         "label_picture": label_picture,
         "prior_text": prior_text,
         "spectrum_pictures": spectrum_pictures,

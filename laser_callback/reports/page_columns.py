@@ -7,6 +7,7 @@ from typing import Any, TypeAlias
 
 from markupsafe import Markup
 
+from laser_callback.plans.short import brief
 from laser_callback.reports.drawing import visible
 from laser_callback.reports.row_text import (
     ahead_text,
@@ -45,8 +46,19 @@ def foreign(text: str) -> Markup:
 
 
 def code(text: str) -> Markup:
-    """A plan, or the name of a matrix."""
+    """A plan's short form, or the name of a matrix."""
     return Markup("<code>{}</code>").format(printable(text))
+
+
+def in_short(plan: object) -> Markup:
+    """A plan in its short form, which unfolds to all of it."""
+    short = brief(plan)
+    if short == str(plan):
+        return code(short)
+    whole = printable(plan).replace(", ", ",\n")
+    return Markup('<details class="plan"><summary>{}</summary><pre tabindex="0">{}</pre></details>').format(
+        code(short), whole
+    )
 
 
 def verdict(text: str) -> Markup:
@@ -90,7 +102,7 @@ def control_columns(result: LaserResult, name: str) -> Columns:
     ahead = [Markup("")]
     for kind, control in result.controls.get(name, {}).items():
         for row in (row for row in control.rows if row.metric == claim.metric):
-            found.append((control_text(kind, control), control.plan, row))
+            found.append((control_text(kind, control), control.plan.partition("; ")[0], row))
             more = control.ahead_in(claim.metric)
             ahead.append(Markup("") if more is None else Markup("{}: {}").format(ahead_text(more), change(more)))
     return (
@@ -98,7 +110,7 @@ def control_columns(result: LaserResult, name: str) -> Columns:
         if len(found) == 1
         else {
             "": [label for label, _, _ in found],
-            "plan": [code(plan) for _, plan, _ in found],
+            "plan": [in_short(plan) for _, plan, _ in found],
             claim.metric: [value_text(row, row.reduced) for _, _, row in found],
             "change [95 % interval]": [change(row) for _, _, row in found],
             "this cut minus the control": ahead,

@@ -8,15 +8,18 @@ from typing import Any
 from markupsafe import Markup
 
 from laser_callback.reports.drawing import heat_map
-from laser_callback.reports.page_columns import Columns, code, flat, foreign, with_interval
+from laser_callback.reports.page_columns import Columns, code, flat, foreign, in_short, with_interval
 from laser_callback.reports.panels import Panel, Shading, panels, shading
 from laser_callback.reports.pictures import one, trades
 from laser_callback.reports.search_text import (
+    OFF_THE_MAP,
     GainText,
     Teller,
     aligned,
+    by_strategy,
     change_unit,
     merit,
+    off_the_map,
     pictured,
     trade_order,
     with_strategy,
@@ -42,6 +45,8 @@ def search_context(result: SearchResult) -> dict[str, Any]:
         "shades": shades,
         "panels": [] if shades is None else [_picture(panel, shades, tell) for panel in drawn],
         "best": {} if shades is None else _best(drawn, shades),
+        "strategies": _strategies(result),
+        "off_the_map": _off_the_map(result),
         "race": _race(result),
         "trades": _trades(result),
         "provenance": list((provenance | settings).items()),
@@ -72,6 +77,40 @@ def _best(drawn: Sequence[Panel], shades: Shading) -> Columns:
     return {"layer": [foreign(row) for row in best], **cells}
 
 
+def _strategies(result: SearchResult) -> Columns:
+    """What each strategy has brought; empty if there is one only."""
+    if not with_strategy(result):
+        return {}
+    gain, found = GainText.of(result), by_strategy(result)
+    unit = f", {gain.unit}" if gain.unit else ""
+    return {
+        "strategy": [code(of.name) for of in found],
+        "proposed": [f"{of.proposed:,}" for of in found],
+        "raced": [f"{of.raced:,}" for of in found],
+        "best of these": ["-" if of.best is None else in_short(of.best.plan) for of in found],
+        f"gain [95 % interval]{unit}": _estimates([of.gain for of in found], gain.scale, gain.decimals),
+    }
+
+
+def _off_the_map(result: SearchResult) -> dict[str, Any] | None:
+    """The candidates that have no place in the maps, the best first; ``None`` if all have one."""
+    found = off_the_map(result)
+    if not found:
+        return None
+    shown = found[:RACERS]
+    first = sum(not candidate.base for candidate in result.candidates)
+    columns: Columns = {"plan": [in_short(candidate.plan) for candidate in shown]}
+    if with_strategy(result):
+        columns["strategy"] = [code(candidate.strategy) for candidate in shown]
+    if any(finite(candidate.score) is not None for candidate in found):
+        columns["screen"] = aligned([finite(candidate.score) for candidate in shown])
+    columns["n"] = [f"{candidate.examples:,}" if candidate.examples else "-" for candidate in shown]
+    columns["outcome"] = [f"{c.status}: {c.reason}" if c.reason else c.status for c in shown]
+    told = f"{len(found):,} of {first:,} candidates have no place in a map: {OFF_THE_MAP}"
+    caption = f"What has no place in a map{f', the best {len(shown)}' if len(found) > len(shown) else ''}"
+    return {"told": told, "caption": caption, "columns": columns}
+
+
 def _race(result: SearchResult) -> dict[str, Any] | None:
     """The candidates that were run, the best first; ``None`` if none was."""
     run = sorted((c for c in result.candidates if c.examples), key=merit)
@@ -79,7 +118,7 @@ def _race(result: SearchResult) -> dict[str, Any] | None:
         return None
     gain, place, steps = GainText.of(result), ranks(result.candidates), bases(result.candidates)
     shown = run[:RACERS]
-    columns: Columns = {"plan": [code(str(candidate.plan)) for candidate in shown]}
+    columns: Columns = {"plan": [in_short(candidate.plan) for candidate in shown]}
     if with_strategy(result):
         columns["strategy"] = [code(candidate.strategy) for candidate in shown]
     if len(steps) > 1:
@@ -110,7 +149,7 @@ def _trades(result: SearchResult) -> dict[str, Any]:
         "picture": None if figure is None else inline(figure, title),
         "left_out": len(shown) < len(listed),
         "columns": {
-            "plan": [code(trade.plan) for trade in listed],
+            "plan": [in_short(trade.plan) for trade in listed],
             f"gain [95 % interval]{f', {gain.unit}' if gain.unit else ''}": _estimates(
                 estimates, gain.scale, gain.decimals
             ),

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+from laser_callback.plans.short import brief
 from laser_callback.reports import drawing
 from laser_callback.reports.panels import STEPS, panels, shading
 from laser_callback.reports.row_text import is_share
@@ -159,7 +160,7 @@ def _labels(result: LaserResult, examples: Sequence[Row]) -> Figure | None:
     axes = figure.subplots(len(counted), 1, squeeze=False, height_ratios=sizes)[:, 0]
     for axis, (name, counts) in zip(axes, counted.items(), strict=True):
         drawing.labels(axis, counts)
-        axis.set_title(printable(result[name].plan))
+        axis.set_title(printable(brief(result[name].plan)))
     axes[0].legend(frameon=False)
     return figure
 
@@ -172,7 +173,7 @@ def _map(result: SearchResult) -> Figure | None:
     from matplotlib.colors import BoundaryNorm, ListedColormap
 
     shades, drawn, tell = shading(result), panels(result), Teller(result)
-    if shades is None:
+    if shades is None or not drawn:
         return None
     height = max(2.6, 0.13 * max(len(panel.rows) for panel in drawn) + 1.4)
     figure = new_figure(0.6 + sum(0.5 + 0.16 * len(panel.rhos) for panel in drawn), height)
@@ -196,5 +197,5 @@ def trades(result: SearchResult) -> Figure | None:
 
 
 def _title(figure: Figure, text: str, plans: Sequence[str]) -> None:
-    lines = [text, *(plan if len(plan) < 90 else f"{plan[:87]}..." for plan in plans)]
+    lines = [text, *map(brief, plans)]
     figure.suptitle("\n".join(map(printable, lines)), fontsize=9)

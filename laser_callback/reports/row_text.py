@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 
+from laser_callback.plans.short import brief
 from laser_callback.results.comparison import ArmResult, LaserResult
 from laser_callback.results.flips import claim_row
 from laser_callback.stats.outcomes import ALPHA, PairedResult
@@ -148,17 +149,12 @@ def control_text(kind: str, control: ArmResult) -> str:
     return CONTROLS[kind] + (f", {len(control.passes)} seeds" if control.passes else "")
 
 
-def plan_text(plan: str) -> str:
-    """A plan in at most 200 characters."""
-    return plan if len(plan) <= 200 else f"{plan[:200]}..."
-
-
 def verdict(result: LaserResult, name: str) -> str:
     """What was shown of the plan ``name``, of what, how sure, what speaks against it, and what the controls do."""
     row, arm = claim_row(result, name), result[name]
     if row is None:
-        return f"nothing could be tested of {plan_text(arm.plan)}"
-    text = f"with {plan_text(arm.plan)}, {finding(row)}"
+        return f"nothing could be tested of {brief(arm.plan)}"
+    text = f"with {brief(arm.plan)}, {finding(row)}"
     checks = arm.prior_checks.get(row.metric)
     if row.doubt and row.verdict in ("in doubt", "higher", "lower"):
         text += f"; but {row.doubt}"

@@ -14,15 +14,21 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from laser_callback.plans.plan import LaserPlan
+from laser_callback.plans.short import brief
+from laser_callback.plans.words import in_words
 from laser_callback.reports import terminal as report
 from laser_callback.reports.gate_terminal import judgement_table
 from laser_callback.reports.heat_map import SHADES, heat_map
 from laser_callback.reports.search_text import (
+    OFF_THE_MAP,
     REACHED,
     GainText,
     aligned,
+    by_strategy,
     change_unit,
     merit,
+    off_the_map,
     score_name,
     seconds_text,
     trade_order,
@@ -34,7 +40,7 @@ from laser_callback.support.plain_json import finite
 
 _TOP = 10  # rows in the tables of the race and of the trades
 _LEADERS = 3
-_MARKS = {"chosen": "✓", "rejected": "✗", "finalist": "•", "dropped": "·", "screened out": " "}
+_MARKS = {"chosen": "✓", "rejected": "✗", "finalist": "•", "dropped out": "·", "screened out": " "}
 _ASCII = str.maketrans(f"{SHADES}·✓✗•◂●○→", "1234.+xo<*o>")
 
 
@@ -62,6 +68,7 @@ def render(result: SearchResult, width: int = 80) -> list[RenderableType]:
         _verdict(result),
         _confirmed(result, width),
         _constraints(result, wide),
+        _strategies(result, wide),
         _race(result, wide),
         _trades(result.trades, GainText.of(result)),
         *_maps(result),
@@ -81,19 +88,32 @@ def render(result: SearchResult, width: int = 80) -> list[RenderableType]:
 def _verdict(result: SearchResult) -> list[RenderableType]:
     if result.plan is not None:
         of = "" if result.needed_base is None else f" on the difference to the base {result.base}"
-        verdict = Text.assemble((f"use {result.plan}{of}", "bold green"), f": {result.reason}")
+        verdict = Text.assemble((f"use {brief(result.plan)}{of}", "bold green"), f": {result.reason}")
     else:
         verdict = Text.assemble(("keep the original", "bold yellow"), f": {result.reason}")
     count = len(result.warnings)
     if count:
         verdict.append(f"  ({count} warning{'s' * (count > 1)} below)", style="yellow")
-    return [verdict]
+    return [verdict, *map(_dim, _about(result.found))]
+
+
+def _about(found: LaserPlan | None) -> list[str]:
+    """What a reader may not see in the text of the found plan."""
+    if found is None:
+        return []
+    told = []
+    if words := in_words(found):
+        told.append(f"what the plan does: {words}")
+    if brief(found) != str(found):
+        size = f", of {len(found):,} reductions," if len(found) > 1 else ""
+        told.append(f"the whole plan{size} is `found` in the JSON file")
+    return told
 
 
 def _confirmed(result: SearchResult, width: int) -> list[RenderableType]:
     confirmed = result.confirmed
     if confirmed is None:
-        why = "no plan came out of the race" if result.found is None else f"{result.found} was not run on it"
+        why = "no plan came out of the race" if result.found is None else f"{brief(result.found)} was not run on it"
         return [_heading("not confirmed", f"{why}; nothing has seen the confirm set")]
     parts: list[RenderableType] = []
     for name, arm in confirmed.arms.items():
@@ -102,7 +122,7 @@ def _confirmed(result: SearchResult, width: int) -> list[RenderableType]:
             Text.assemble(
                 ("confirmed", "bold"),
                 f" on {count:,} example{'s' * (count != 1)} that no earlier step has seen: original against ",
-                (arm.plan, "bold cyan"),
+                (brief(arm.plan), "bold cyan"),
             )
         )
         parts += report.comparison(confirmed, name, width)
@@ -120,6 +140,23 @@ def _constraints(result: SearchResult, wide: bool) -> list[RenderableType]:
 # ---- how it was found ------------------------------------------------------------------------------------------------
 
 
+def _strategies(result: SearchResult, wide: bool) -> list[RenderableType]:
+    if not with_strategy(result):
+        return []
+    gain, found = GainText.of(result), by_strategy(result)
+    titles = ("strategy", "proposed", "raced", "best of these", f"gain [95 %]\n{gain.unit}")
+    right = [title for title in titles if title not in ("strategy", "best of these")]
+    table = _table(*titles, right=right, gap=2 if wide else 1)
+    gains = _estimates([of.gain for of in found], gain.scale, +1, gain.decimals)
+    for of, cell in zip(found, gains, strict=True):
+        best = Text("-", style="dim") if of.best is None else _plan(of.best.plan)
+        table.add_row(Text(of.name), f"{of.proposed:,}", f"{of.raced:,}", best, cell)
+    idle = [of.name for of in found if not of.raced]
+    why = "the screen expected less of these, or they are cuts that another has proposed"
+    notes = [_dim(f"nothing of {', '.join(idle)} raced: {why}")] if idle else []
+    return [_heading("strategies", "who proposed what, and how it did in the race"), table, *notes]
+
+
 def _race(result: SearchResult, wide: bool) -> list[RenderableType]:
     run = [candidate for candidate in result.candidates if candidate.examples or candidate.gain or candidate.loss]
     if not run:
@@ -129,21 +166,24 @@ def _race(result: SearchResult, wide: bool) -> list[RenderableType]:
     best = run[:_TOP]
     columns: list[tuple[str, list[Text]]] = [
         ("", [Text(_MARKS[c.status], style="bold green" if c.status == "chosen" else "dim") for c in best]),
-        ("plan", [Text(str(c.plan), style="cyan", overflow="fold") for c in best]),
+        ("plan", [_plan(c.plan) for c in best]),
     ]
-    if with_strategy(result):
+    several = with_strategy(result)
+    in_full = wide or not several  # 80 columns have no room for who proposed it and for all numbers
+    if several:
         columns.append(("strategy", [Text(c.strategy) for c in best]))
     if len(steps) > 1:
         columns.append(("step", [Text(str(steps.index(c.base) + 1)) for c in best]))
-    if any(finite(c.score) is not None for c in best):
+    if in_full and any(finite(c.score) is not None for c in best):
         scores = [finite(c.score) for c in best]
         columns.append(("rank", [Text(f"{place[id(c)]:,}" if id(c) in place else "-") for c in best]))
         columns.append(("screen", [Text(cell) for cell in aligned(scores)]))
     columns.append(("n", [Text(f"{c.examples:,}") for c in best]))
     columns.append((f"gain [95 %]\n{gain.unit}", _estimates([c.gain for c in best], gain.scale, +1, gain.decimals)))
     if any(c.loss for c in best):
-        columns.append((f"loss change [95 %]\n{change_unit(result)}", _estimates([c.loss for c in best], 1, -1)))
-    if wide:
+        losses = _estimates([c.loss for c in best], 1, -1, intervals=in_full)
+        columns.append((f"loss change{' [95 %]' * in_full}\n{change_unit(result)}", losses))
+    if wide and not several:
         columns.append(("outcome", [Text(f"{c.status}{': ' * bool(c.reason)}{c.reason}", style="dim") for c in best]))
     left = ("", "plan", "strategy", "outcome")
     table = _table(
@@ -157,12 +197,14 @@ def _race(result: SearchResult, wide: bool) -> list[RenderableType]:
     told = ", ".join(f"{_plural(n, status)}" for status, n in counts.items() if n and status != "screened out")
     heading = _heading("race", f"{len(run):,} of {len(result.candidates):,} candidates run: {told}")
     parts: list[RenderableType] = [heading, table]
-    if not wide:
+    if not wide or several:
         parts += _reasons(best)
     parts += [
-        _dim(f"step {number} adds to {base} and is compared with it") for number, base in enumerate(steps, 1) if base
+        _dim(f"step {number} adds to {brief(base)} and is compared with it")
+        for number, base in enumerate(steps, 1)
+        if base
     ]
-    return [*parts, *map(_dim, _race_legend(result, gain, len(run), [title for title, _ in columns]))]
+    return [*parts, *map(_dim, _race_legend(result, gain, run, [title for title, _ in columns]))]
 
 
 def leaders(candidates: Sequence[Candidate], keys: Sequence[str], loss: str | None) -> RenderableType:
@@ -171,7 +213,7 @@ def leaders(candidates: Sequence[Candidate], keys: Sequence[str], loss: str | No
     gain = GainText(keys)
     titles = ("best so far", "n", f"gain [95 %]\n{gain.unit}", f"{loss} change [95 %]")
     cells = [
-        [Text(str(candidate.plan), style="cyan", overflow="fold") for candidate in best],
+        [_plan(candidate.plan) for candidate in best],
         [Text(f"{candidate.examples:,}") for candidate in best],
         _estimates([candidate.gain for candidate in best], gain.scale, +1, gain.decimals),
         *([_estimates([candidate.loss for candidate in best], 1, -1)] if loss else []),
@@ -187,15 +229,20 @@ def _reasons(best: Iterable[Candidate]) -> list[RenderableType]:
     reasons: dict[str, dict[str, list[str]]] = {}
     for candidate in best:
         if candidate.reason:
-            reasons.setdefault(candidate.status, {}).setdefault(candidate.reason, []).append(str(candidate.plan))
+            reasons.setdefault(candidate.status, {}).setdefault(candidate.reason, []).append(brief(candidate.plan))
     told = {status: [f"{', '.join(who)}: {why}" for why, who in by.items()] for status, by in reasons.items()}
     return [report.indent(_dim(f"{_MARKS[status]} {'; '.join(lines)}")) for status, lines in told.items()]
 
 
-def _race_legend(result: SearchResult, gain: GainText, count: int, titles: list[str]) -> list[str]:
-    marks = "" if "outcome" in titles else "✓ chosen  ✗ rejected  • finalist  · dropped"
-    more = f"{count - _TOP:,} more are in the JSON file" if count > _TOP else ""
+def _race_legend(result: SearchResult, gain: GainText, run: Sequence[Candidate], titles: list[str]) -> list[str]:
+    marks = "" if "outcome" in titles else "✓ chosen  ✗ rejected  • finalist  · dropped out"
+    more = f"{len(run) - _TOP:,} more are in the JSON file" if len(run) > _TOP else ""
     legend = [f"gain: {gain.told} on n race examples, + is better"]
+    shown = [(brief(candidate.plan), str(candidate.plan)) for candidate in run[:_TOP]]
+    if any("places(" in short for short, _ in shown):
+        legend.append("places(9): nine single directions of a matrix")
+    if any(short != whole for short, whole in shown):
+        legend.append("plans in full are in the JSON file")
     if "screen" in titles:
         legend.append(f"screen: {score_name(result)}, and its rank among all candidates of the step")
     return [*filter(None, ["; ".join(filter(None, [marks, more]))]), "; ".join(legend)]
@@ -214,7 +261,7 @@ def _trades(trades: Sequence[Trade], gain: GainText) -> list[RenderableType]:
     fluency = aligned([None if trade.fluency is None else 100 * trade.fluency for trade in shown], 1)
     for trade, *cells in zip(shown, gains, fluency, strict=True):
         mark = Text("●" if trade.efficient else "○", style="green" if trade.efficient else "dim")
-        table.add_row(mark, Text(trade.plan, style="cyan", overflow="fold"), *cells, "→ confirm" * trade.chosen)
+        table.add_row(mark, _plan(trade.plan), *cells, "→ confirm" * trade.chosen)
     legend = "● no other finalist has both more gain and better fluency; → confirm: went to confirmation"
     more = f"; {len(trades) - _TOP:,} more are in the JSON file" if len(trades) > _TOP else ""
     return [_heading("gain against fluency", "finalists on race examples"), table, _dim(legend + more)]
@@ -224,6 +271,11 @@ def _maps(result: SearchResult) -> list[list[RenderableType]]:
     first = [candidate for candidate in result.candidates if not candidate.base]
     screen = heat_map(first, lambda c: c.score, change_unit(result))
     race = heat_map(first, lambda c: c.loss.delta if c.loss else None, change_unit(result))
+    if (screen or race) and (others := off_the_map(result)):
+        where = "in the map" if not (screen and race) else "in the maps"
+        (race or screen).append(
+            _dim(f"{len(others):,} of {len(first):,} candidates have no place {where}: {OFF_THE_MAP}")
+        )
     return [
         [_heading("map of the screen", score_name(result)), *screen] if screen else [],
         [_heading("map of the race", "measured change of the loss; empty where nothing was run"), *race]
@@ -261,6 +313,10 @@ def _heading(title: str, rest: str) -> Text:
     return Text.assemble((title, "bold"), f": {rest}" if rest else "")
 
 
+def _plan(plan: object) -> Text:
+    return Text(brief(plan), style="cyan", overflow="fold")
+
+
 def _dim(text: str) -> Text:
     return Text(text, style="dim")
 
@@ -272,7 +328,7 @@ def _plural(count: int, status: str) -> str:
 def _table(*titles: str, right: Iterable[str], gap: int = 2) -> Table:
     table = Table(box=None, pad_edge=False, padding=(0, gap, 0, 0), header_style="bold")
     for title in titles:
-        fold = title in ("plan", "outcome", "best so far")
+        fold = title in ("plan", "outcome", "best so far", "best of these")
         head, _, unit = title.partition("\n")
         table.add_column(
             Text.assemble(head, (f"\n{unit}" if unit else "", "dim not bold")),
@@ -284,10 +340,10 @@ def _table(*titles: str, right: Iterable[str], gap: int = 2) -> Table:
 
 
 def _estimates(
-    estimates: Sequence[Estimate | None], scale: float, better: int, decimals: int | None = None
+    estimates: Sequence[Estimate | None], scale: float, better: int, decimals: int | None = None, intervals: bool = True
 ) -> list[Text]:
     """``+5.0 [+1.2, +8.8]``, each of the three numbers right-aligned over all rows; green where the
-    interval lies on the ``better`` side of 0, red on the other.
+    interval lies on the ``better`` side of 0, red on the other; without ``intervals`` the first number alone.
     """
     ends = [(None, None, None) if e is None else (e.delta, e.lower, e.upper) for e in estimates]
     scaled = [None if value is None else scale * value for row in ends for value in row]
@@ -300,8 +356,8 @@ def _estimates(
         if lower is not None and upper is not None and math.isfinite(lower) and math.isfinite(upper):
             sign = 1 if lower > 0 else -1 if upper < 0 else 0
             cell.stylize({1: "green", -1: "red"}.get(sign * better, ""))
-            cell.append(f" [{low}, {high}]", style="dim")
-        elif any(finite(row[1]) is not None for row in ends):
+            cell.append(f" [{low}, {high}]" * intervals, style="dim")
+        elif intervals and any(finite(row[1]) is not None for row in ends):
             cell.append(" " * (widths[1] + widths[2] + 5))  # keeps the column of deltas straight
         cells.append(cell)
     return cells

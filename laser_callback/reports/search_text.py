@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
+from laser_callback.plans.short import brief
 from laser_callback.reports.row_text import SHARES
 from laser_callback.results.candidates import Candidate, Estimate, ranks
 from laser_callback.results.search import SearchResult, Trade
 from laser_callback.support.plain_json import finite
 
 _OWN_UNIT = "units of the loss"  # that the user's step returns
-REACHED = {"chosen": 0, "finalist": 1, "rejected": 1, "dropped": 2, "screened out": 3}
+REACHED = {"chosen": 0, "finalist": 1, "rejected": 1, "dropped out": 2, "screened out": 3}
 """How far a candidate of each status came."""
 
 
@@ -56,6 +58,47 @@ def with_strategy(result: SearchResult) -> bool:
     return len({candidate.strategy for candidate in result.candidates}) > 1
 
 
+@dataclass(frozen=True)
+class OfStrategy:
+    """What a strategy has brought.
+
+    Attributes:
+        name: its name.
+        proposed: candidates, of all steps; neighbours of leaders are among them.
+        raced: those that were run.
+        best: of these the one that came furthest, if any was run.
+    """
+
+    name: str
+    proposed: int
+    raced: int
+    best: Candidate | None
+
+    @property
+    def gain(self) -> Estimate | None:
+        """Of the best."""
+        return None if self.best is None else self.best.gain
+
+
+def by_strategy(result: SearchResult) -> list[OfStrategy]:
+    """What each strategy has brought, in the order in which they were asked."""
+    groups: dict[str, list[Candidate]] = {}
+    for candidate in result.candidates:
+        groups.setdefault(candidate.strategy, []).append(candidate)
+    raced = {name: sorted((c for c in of_it if c.examples), key=merit) for name, of_it in groups.items()}
+    return [OfStrategy(name, len(groups[name]), len(run), next(iter(run), None)) for name, run in raced.items()]
+
+
+def off_the_map(result: SearchResult) -> list[Candidate]:
+    """Candidates of the first step that have no place in a map of layers, kinds and rhos, the best first."""
+    found = [candidate for candidate in result.candidates if not candidate.base and candidate.rho is None]
+    return sorted(found, key=lambda candidate: (*merit(candidate)[:2], _by_score(candidate), *merit(candidate)[2:]))
+
+
+OFF_THE_MAP = "they cut several matrices at once, or single directions, or at a rank and no rho"
+"""Why candidates have no place in it."""
+
+
 def change_unit(result: SearchResult) -> str:
     """Of changes of the loss."""
     key = result.settings.get("loss")
@@ -75,11 +118,12 @@ class Teller:
 
     def __init__(self, result: SearchResult) -> None:
         self._gain, self._unit, self._place = GainText.of(result), change_unit(result), ranks(result.candidates)
+        self._with_strategy = with_strategy(result)
         self._ranked = sum(not candidate.base and id(candidate) in self._place for candidate in result.candidates)
 
     def __call__(self, candidate: Candidate) -> str:
         """In one line of text."""
-        parts = [str(candidate.plan)]
+        parts = [brief(candidate.plan), *[f"proposed by {candidate.strategy}"] * self._with_strategy]
         score = finite(candidate.score)
         if score is not None:
             parts.append(f"screen {score:+.3g}, rank {self._place[id(candidate)]:,} of {self._ranked:,}")
@@ -112,6 +156,11 @@ def merit(candidate: Candidate) -> tuple[Any, ...]:
         candidate.base,
         str(candidate.plan),
     )
+
+
+def _by_score(candidate: Candidate) -> float:
+    score = None if candidate.examples else finite(candidate.score)
+    return math.inf if score is None else score
 
 
 def trade_order(trade: Trade) -> tuple[float, float, str]:

@@ -12,6 +12,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from laser_callback.plans.short import brief
 from laser_callback.reports.row_text import (
     ahead_text,
     change_text,
@@ -21,7 +22,6 @@ from laser_callback.reports.row_text import (
     interval_text,
     p_text,
     percent,
-    plan_text,
     prior_text,
     value_text,
     verdict,
@@ -118,7 +118,7 @@ def print_ab(result: ABResult, console: Console | None = None) -> None:
             f"{row.n_original}/{row.n_reduced}",
         )
     counts = " and ".join(f"{count:,} by the {arm}" for arm, count in result.examples.items())
-    title = Text.assemble("A/B, original against reduced, ", (result.plan, "bold cyan"), f": {counts}")
+    title = Text.assemble("A/B, original against reduced, ", (brief(result.plan), "bold cyan"), f": {counts}")
     clustered = any(row.test == "cluster-robust t" for row in result.rows)
     tests = "Fisher's exact, Welch's or cluster-robust" if clustered else "Fisher's exact or Welch's"
     legend = f"n: of the original/reduced model; p: {tests} test, Holm-adjusted"
@@ -153,7 +153,7 @@ def footnotes(result: LaserResult) -> list[str]:
 
 def _title(name: str, arm: ArmResult) -> Text:
     of = f"{name}: " if name != "laser" else ""
-    return Text.assemble(f"{of}original against reduced, ", (plan_text(arm.plan), "bold cyan"))
+    return Text.assemble(f"{of}original against reduced, ", (brief(arm.plan), "bold cyan"))
 
 
 def _table(arm: ArmResult, primary: str | None, wide: bool) -> Table:
@@ -203,7 +203,7 @@ def _lines(arm: ArmResult, controls: dict[str, ArmResult], metric: str | None) -
     if checks := arm.prior(metric):
         lines += _prior_lines(arm[checks.metric], checks)
     for kind, control in controls.items():
-        of = "" if control.passes else f" ({control.plan})"
+        of = "" if control.passes else f" ({brief(control.plan)})"
         for row in (row for row in control.rows if row.metric == metric):
             told = f"{row.metric} {value_text(row, row.reduced)}, delta {change_text(row)}"
             if kind == "noise" and (ahead := control.ahead_in(metric)) is not None:  # what the others leave open

@@ -14,7 +14,7 @@ from laser_callback.support.plain_json import finite
 from laser_callback.support.reading import shown
 
 _MOST_LAYERS = 10**6  # maps have a row for each
-Status = Literal["screened out", "dropped", "finalist", "rejected", "chosen"]
+Status = Literal["screened out", "dropped out", "finalist", "rejected", "chosen"]
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from laser_callback.plans.plan import LaserPlan
+from laser_callback.plans.short import brief
 from laser_callback.results.comparison import LaserResult
 from laser_callback.results.gates import GateVerdict
 from laser_callback.results.other_tasks import OtherTask, four_parts
@@ -91,7 +92,7 @@ class CleanupResult:
     def verdict(self) -> str:
         """The outcome in one line."""
         if self.plan is not None:
-            return f"cleaned by {self.plan}: {self.reason}"
+            return f"cleaned by {brief(self.plan)}: {self.reason}"
         if self.checkpoint is not None:
             return f"use the checkpoint {self.checkpoint}: {self.reason}"
         return f"keep the model as trained: {self.reason}"

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from laser_callback.plans.plan import LaserPlan
+from laser_callback.plans.short import brief
 from laser_callback.results.comparison import LaserResult
 from laser_callback.results.search import SearchResult, result_of
 
@@ -42,8 +43,8 @@ def numbers_of(
     comparison = data["confirmed"] if searched else data
     arms = {name: arm for name, arm in comparison["arms"].items() if LaserPlan.parse(arm["plan"]) == plan}
     if not arms:
-        about = "; ".join(arm["plan"] for arm in comparison["arms"].values())
-        raise ValueError(f"`result` must be about the plan {plan}, got one about {about}")
+        about = "; ".join(brief(arm["plan"]) for arm in comparison["arms"].values())
+        raise ValueError(f"`result` must be about the plan {brief(plan)}, got one about {about}")
     name, arm = next(iter(arms.items()))
     # The spectra are for pictures, and larger than all the rest; of controls the rows are told, and those of a mean.
     comparison = {

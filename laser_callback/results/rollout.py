@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from laser_callback.plans.plan import LaserPlan
+from laser_callback.plans.short import brief
 from laser_callback.results.gates import GateVerdict
 from laser_callback.stats.gain import Gain
 from laser_callback.stats.gates import Gate
@@ -86,7 +87,7 @@ class RolloutResult:
         lines = []
         kept = "the original"
         for number, stage in enumerate(self.stages, 1):
-            plan = str(stage.verdict.plan)
+            plan = brief(stage.verdict.plan)
             done = {"kept": f"kept {plan}", "went on": "went on", "went back": f"went back to {kept}"}[stage.outcome]
             kept = plan if stage.outcome == "kept" else kept
             lines.append(f"stage {number} of {len(self.declared)}, {plan}: {done}: {stage.verdict.reason}")
@@ -96,11 +97,11 @@ class RolloutResult:
     def verdict(self) -> str:
         """The recommendation, in one line."""
         if self.complete:
-            return f"use {self.plan}: every stage passed"
+            return f"use {brief(self.plan)}: every stage passed"
         left = len(self.declared) - len(self.stages)
         why = "interrupted" if self.interrupted else f"stage {len(self.stages)} of {len(self.declared)} did not pass"
         why += f", {left} not tried" * bool(left)
-        return f"{'keep the original' if self.plan is None else f'use {self.plan}, a part of the plan'}: {why}"
+        return f"{'keep the original' if self.plan is None else f'use {brief(self.plan)}, a part of the plan'}: {why}"
 
     def to_dict(self) -> dict[str, Any]:
         """Ready for JSON."""

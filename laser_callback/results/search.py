@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from laser_callback.plans.plan import LaserPlan
+from laser_callback.plans.short import brief
 from laser_callback.results.candidates import Candidate
 from laser_callback.results.comparison import LaserResult
 from laser_callback.stats.judgement import Judgement
@@ -112,7 +113,7 @@ class SearchResult:
     def verdict(self) -> str:
         """The recommendation and its reason, in one line."""
         of = "" if self.needed_base is None else f" on the difference to the base {self.base}"
-        return f"{'keep the original' if self.plan is None else f'use {self.plan}{of}'}: {self.reason}"
+        return f"{'keep the original' if self.plan is None else f'use {brief(self.plan)}{of}'}: {self.reason}"
 
     def to_dict(self) -> dict[str, Any]:
         """Ready for strict JSON: a number that is not finite becomes ``None``."""

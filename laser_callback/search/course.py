@@ -13,6 +13,7 @@ from functools import partial
 
 from laser_callback.compare.measure import Table
 from laser_callback.plans.plan import LaserPlan
+from laser_callback.plans.short import brief
 from laser_callback.results.candidates import Candidate
 from laser_callback.results.search import SearchResult, Trade, mark_efficient
 from laser_callback.search.budget import Budget, OutOfTimeError
@@ -209,7 +210,7 @@ class Course:
         for key, row in rows_of(self.steps.keys, table, str(winner.plan)).items():
             self._base_changes[key] = from_original(row, self._base_changes.get(key, 0.0)).delta
         self.result.found = self.steps.base = LaserPlan([*(self.steps.base or ()), *winner.plan])
-        self.result.reason = f"{self.result.found} was the best in the race; it is not confirmed"
+        self.result.reason = f"{brief(self.result.found)} was the best in the race; it is not confirmed"
 
     def _check_positive(self, table: Table) -> None:
         """Say so where nothing is ever right, since then only the loss has chosen."""

@@ -14,6 +14,7 @@ from laser_callback.compare.measure import Lab
 from laser_callback.plans.matrices import WeightMatrix
 from laser_callback.plans.plan import LaserPlan
 from laser_callback.plans.rank_rules import OF_THE_MEDIAN
+from laser_callback.plans.short import brief
 from laser_callback.results.candidates import Candidate
 from laser_callback.search.candidates import cut_by, in_turns
 from laser_callback.search.sensitivities import View, Views
@@ -56,7 +57,7 @@ class Proposals:
         for candidate in racing if in_order else in_turns(racing, self._strategies, first):
             same = self._known.setdefault(cut_by(context.resolve(candidate.plan)), candidate)
             if same is not candidate:
-                candidate.reason = f"the same cut as {same.plan} of {same.strategy}"
+                candidate.reason = f"the same cut as {brief(same.plan)} of {same.strategy}"
         self.ranked = list(self._known.values())
 
     def around(self, leader: Candidate, *, closest: bool) -> list[Candidate]:
@@ -121,7 +122,7 @@ def checked(strategy: Strategy, candidates: Iterable[Candidate], context: Contex
     """
     found = []
     for candidate in candidates:
-        what = f"the strategy {strategy.name!r} proposes {candidate.plan}"
+        what = f"the strategy {strategy.name!r} proposes {brief(candidate.plan)}"
         for name, wanted in (("strategy", strategy.name), ("base", context.base)):
             if getattr(candidate, name) != wanted:
                 raise ValueError(f"{what}: its `{name}` must be {wanted!r}, got {getattr(candidate, name)!r}")
@@ -130,7 +131,7 @@ def checked(strategy: Strategy, candidates: Iterable[Candidate], context: Contex
             if value is not None and not math.isfinite(value):
                 raise ValueError(f"{what}: its `{name}` must be finite, got {value}")
         if LaserPlan.parse(str(candidate.plan)) != candidate.plan:
-            raise ValueError(f"{what}, which is read back as {LaserPlan.parse(str(candidate.plan))}")
+            raise ValueError(f"{what}, which is read back as {brief(LaserPlan.parse(str(candidate.plan)))}")
         try:
             found.append((candidate, cut_by(context.resolve(candidate.plan))))
         except ValueError as error:

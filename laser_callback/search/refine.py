@@ -71,7 +71,7 @@ class Refinement:
         run(f"{step}-refine-further", [*further, *around(leader, closest=True)])
         ranked = order(objective, table, list(alive))
         for place, arm in enumerate(ranked[keep:], keep + 1):
-            alive[arm].status = "dropped"
+            alive[arm].status = "dropped out"
             alive[arm].reason = f"place {place} of {len(ranked)} after {examples} examples, neighbours included"
             del table[arm]
         return {arm: alive[arm] for arm in ranked[:keep]}

@@ -22,6 +22,7 @@ from laser_callback.compare.controls import control_plans
 from laser_callback.compare.measure import Lab, Table
 from laser_callback.data.sets import ExampleSets
 from laser_callback.plans.plan import LaserPlan
+from laser_callback.plans.short import brief
 from laser_callback.plans.target import Target
 from laser_callback.reports.search_terminal import leaders
 from laser_callback.results.candidates import Candidate
@@ -244,15 +245,15 @@ class Steps:
             # Right and wrong alone are often the same for models that differ.
             twins = twins_of(table, ranked) if self.objective.loss is not None else {}
             for name, twin in twins.items():
-                alive[name].status, alive[name].reason = "dropped", f"does the same as {twin}"
+                alive[name].status, alive[name].reason = "dropped out", f"does the same as {brief(twin)}"
             ranked = [name for name in ranked if name not in twins]
             gains = {name: alive[name].gain for name in ranked}
             for name in [name for name, gain in gains.items() if gain is not None and math.isnan(gain.delta)]:
                 ranked.remove(name)
                 why = self.lab.failed.get(name, "it gives values that are not finite, where the original's are")
-                alive[name].status, alive[name].reason = "dropped", why
+                alive[name].status, alive[name].reason = "dropped out", why
             for place, name in enumerate(ranked):
-                alive[name].status = "dropped" if place >= rung.keep else "finalist"
+                alive[name].status = "dropped out" if place >= rung.keep else "finalist"
                 if place >= rung.keep:
                     alive[name].reason = f"place {place + 1} of {len(ranked)} after {begin} examples"
             alive = {name: alive[name] for name in ranked[: rung.keep]}
@@ -293,7 +294,7 @@ class Steps:
         examples, arms = sum(map(_length, loaders)), [plan]
         if controls:
             arms += control_plans(self.lab.module, plan, self.seed, self.lab.spectra.base).values()
-        what = f"{name}: {plan} on {examples} examples"
+        what = f"{name}: {brief(plan)} on {examples} examples"
         whole = examples * (1 + sum(map(self.lab.share, arms)))
         result, _ = self.timed(name, name, what, compute, examples * (1 + len(arms)), whole, LaserResult.from_dict)
         if live:

@@ -14,6 +14,7 @@ from torch import nn
 
 from laser_callback.compare.measure import Lab
 from laser_callback.data.sets import ExampleSets
+from laser_callback.plans.short import brief
 from laser_callback.plans.target import RHOS
 from laser_callback.results.candidates import Candidate
 from laser_callback.search.moments import input_directions_of
@@ -94,7 +95,7 @@ def check_strategy(
     middle = proposed[len(proposed) // 2]
     for leader in {id(c): c for c in (proposed[0], middle, proposed[-1])}.values():
         for closest in (False, True):
-            what = f"`neighbours` of {leader.plan}, closest={closest},"
+            what = f"`neighbours` of {brief(leader.plan)}, closest={closest},"
             around = [
                 _kept(strategy, what, strategy.neighbours(copy.copy(leader), context, closest), context)
                 for _ in range(2)
@@ -117,7 +118,7 @@ def _kept(strategy: Strategy, what: str, given: Any, context: Context) -> list[C
     except ValueError as error:
         raise AssertionError(str(error)) from error
     twice = [c for i, c in enumerate(candidates) if cuts[i] in cuts[:i]] if len(set(cuts)) < len(cuts) else []
-    _demand(strategy, not twice, f"{what} gives no cut twice, got {', '.join(str(c.plan) for c in twice[:3])}")
+    _demand(strategy, not twice, f"{what} gives no cut twice, got {', '.join(brief(c.plan) for c in twice[:3])}")
     return candidates
 
 

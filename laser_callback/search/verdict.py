@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from laser_callback.compare.module import LaserModule
 from laser_callback.compare.reduced_arm import ReducedPassError
+from laser_callback.plans.short import brief
 from laser_callback.reports.row_text import finding
 from laser_callback.results.comparison import ArmResult
 from laser_callback.results.search import SearchResult
@@ -28,7 +29,7 @@ def confirm(steps: Steps, result: SearchResult, bounds: Sequence[Constraint], co
     try:
         _compare_unseen(steps, result, bounds, controls)
     except ReducedPassError as error:
-        result.reason = f"no gain of {result.found} is confirmed: {error}"
+        result.reason = f"no gain of {brief(result.found)} is confirmed: {error}"
         return
     decide(result, steps.objective.signs[0], of_facts=isinstance(steps.lab.module, LaserModule))
 
@@ -57,7 +58,7 @@ def decide(result: SearchResult, sign: int, *, of_facts: bool = True) -> None:
     """
     assert result.confirmed is not None
     arm, key = result.confirmed["laser"], result.objective[0]
-    shown, result.reason = judged(str(result.found), arm, key, sign, result.judgements, of_facts=of_facts)
+    shown, result.reason = judged(brief(result.found), arm, key, sign, result.judgements, of_facts=of_facts)
     result.plan = result.found if shown else None
     checks = arm.prior_checks.get(key)
     if shown and checks is not None and (right := _right(arm[key], sign)) < checks.constant_answer:

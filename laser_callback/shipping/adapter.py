@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from laser_callback.compare.language_model import kind_of
 from laser_callback.plans.plan import LaserPlan
+from laser_callback.plans.short import brief
 from laser_callback.shipping.thin import thin_factors, why_not_thin
 from laser_callback.spectra.spectrum import refuse_out_of_range
 from laser_callback.spectra.store import Spectra
@@ -59,7 +60,7 @@ def difference_of(model: PreTrainedModel, plan: LaserPlan, spectra: Spectra) -> 
         if numbers >= own:
             part = "removes" if base is None else "leaves of the difference"
             raise ValueError(
-                f"the part of `{matrix.name}` that {reduction} {part} has rank {rank}: as an adapter it takes "
+                f"the part of `{matrix.name}` that {brief(reduction)} {part} has rank {rank}: as an adapter it takes "
                 f"{numbers:,} numbers, and the matrix itself {own:,}. Write the cut as dense instead"
                 + (" or factored" if base is None else "")
             )

@@ -23,6 +23,7 @@ from laser_callback.compare.module import LaserModule
 from laser_callback.data.example_set import fingerprints
 from laser_callback.plans.plan import LaserPlan, check_base
 from laser_callback.plans.reduction import Reduction
+from laser_callback.plans.short import brief
 from laser_callback.results.comparison import LaserResult
 from laser_callback.results.rollout import GainAt, RolloutResult
 from laser_callback.shipping.gates import Gates, loaders_of
@@ -258,7 +259,7 @@ class StagedRollout:
 
         def compute() -> Step:
             begin = time.perf_counter()
-            with PhaseProgress(self.progress).phase(f"stage {number} of {len(self.result.declared)}: {plan}"):
+            with PhaseProgress(self.progress).phase(f"stage {number} of {len(self.result.declared)}: {brief(plan)}"):
                 results = self._gates.measure(lab, plan)
             if self.folder is not None:
                 for name, result in results.items():

@@ -21,6 +21,7 @@ from torch import Tensor
 from laser_callback.plans.matrices import same_name
 from laser_callback.plans.rank_rules import rank_by
 from laser_callback.plans.reduction import Reduction
+from laser_callback.plans.short import brief
 from laser_callback.spectra.spectrum import Spectrum, as_double, refuse_non_finite
 
 DAMPING = 0.01
@@ -99,7 +100,9 @@ class StoredDirections:
         for known, columns in self._stored.items():
             if same_name(known, name):
                 return columns
-        raise ValueError(f"the recipe has no directions of `{name}` for {reduction}: it is damaged, or of another plan")
+        raise ValueError(
+            f"the recipe has no directions of `{name}` for {brief(reduction)}: it is damaged, or of another plan"
+        )
 
 
 def input_directions(matrix: Tensor, moments: Tensor, name: str = "matrix") -> tuple[Tensor, Tensor]:

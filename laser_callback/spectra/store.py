@@ -28,6 +28,7 @@ from torch import Tensor
 from laser_callback.plans.matrices import WeightMatrix
 from laser_callback.plans.rank_rules import global_ranks, mean_rank, unit
 from laser_callback.plans.reduction import Reduction
+from laser_callback.plans.short import brief
 from laser_callback.spectra.directions import Directions, cut_in_directions, to_text
 from laser_callback.spectra.entries import reduce_entries
 from laser_callback.spectra.folder import (
@@ -259,7 +260,7 @@ class Spectra:
             reduced = self._reduce(matrix, reduction, name)
             if reduction.noise is not None:
                 reduced = _noisy(matrix, reduced, reduction.noise)
-        refuse_out_of_range(reduced, f"{name} after {reduction}")
+        refuse_out_of_range(reduced, f"{name} after {brief(reduction)}")
         return reduced
 
     def _reduce(self, matrix: Tensor, reduction: Reduction, name: str) -> Tensor:
@@ -303,8 +304,8 @@ class Spectra:
         """The directions that a reduction in the metric of the inputs keeps."""
         if self.directions is None:
             raise ValueError(
-                f"{reduction} cuts `{name}` in the metric of its inputs, which is not in the weights: use the recipe "
-                "that came with it, or search with the strategy 'whitened'"
+                f"{brief(reduction)} cuts `{name}` in the metric of its inputs, which is not in the weights: use the "
+                "recipe that came with it, or search with the strategy 'whitened'"
             )
         return self.directions.kept(name, reduction)
 
@@ -370,7 +371,7 @@ def _blocks(matrix: Tensor, reduction: Reduction, name: str) -> tuple[Tensor, ..
     need_weights(matrix, name)
     if reduction.blocks > len(matrix):
         raise ValueError(
-            f"`blocks` of {reduction} must be at most the number of rows of `{name}`, {len(matrix)}, got "
+            f"`blocks` of {brief(reduction)} must be at most the number of rows of `{name}`, {len(matrix)}, got "
             f"{reduction.blocks}"
         )
     return matrix.tensor_split(reduction.blocks)

@@ -23,6 +23,7 @@ from laser_callback.plans.matrices import WeightMatrix, same_name
 from laser_callback.plans.plan import LaserPlan
 from laser_callback.plans.reduction import Reduction
 from laser_callback.plans.selection import NoSuchMatrixError
+from laser_callback.plans.short import brief
 from laser_callback.spectra.directions import StoredDirections, from_text
 from laser_callback.spectra.store import Spectra
 from laser_callback.support.hashing import content_hash
@@ -319,7 +320,7 @@ def _check_base(recipe: Recipe, spectra: Spectra) -> None:
 def _check_before(recipe: Recipe, found: Sequence[WeightMatrix], hashes: Sequence[str]) -> None:
     if len(found) != len(recipe.matrices):
         raise ValueError(
-            f"the recipe was made for another model: {recipe} cuts {len(found)} matrices of this one, not "
+            f"the recipe was made for another model: {brief(recipe)} cuts {len(found)} matrices of this one, not "
             f"{len(recipe.matrices)}"
         )
     for wanted, matrix, now in zip(recipe.matrices, found, hashes, strict=True):

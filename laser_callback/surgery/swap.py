@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from laser_callback.plans.matrices import WeightMatrix
 from laser_callback.plans.plan import LaserPlan
 from laser_callback.plans.reduction import Reduction
+from laser_callback.plans.short import brief
 from laser_callback.spectra.store import SIDE_BY_SIDE, Spectra
 from laser_callback.support.interrupts import catch_up, closed, opened, undisturbed
 from laser_callback.support.settings import with_gradients, with_inference
@@ -147,7 +148,7 @@ class reduced(AbstractContextManager["reduced"]):  # noqa: N801 - reads as a ver
 
     @undisturbed
     def _swap_in(self) -> reduced:
-        opened(self, partial(_dropped, self._swaps, str(self.plan)))
+        opened(self, partial(_dropped, self._swaps, brief(self.plan)))
         _in_place.append(self._swaps)
         for parameter, tensor, matrices in self._cuts or []:
             # Remember first, then swap: an exception between the two lines restores a parameter to itself.
@@ -173,7 +174,7 @@ class reduced(AbstractContextManager["reduced"]):  # noqa: N801 - reads as a ver
             self._cuts = None  # they are not what they were: the next entry makes others
         if lost and kind is None:
             warnings.warn(
-                f"{', '.join(lost)}: written to while reduced by {str(self.plan)!r}. What was written is lost: the "
+                f"{', '.join(lost)}: written to while reduced by {brief(self.plan)!r}. What was written is lost: the "
                 "original weights are back",
                 stacklevel=2,
             )

@@ -195,7 +195,15 @@ def test_each_option_is_explained(name):
 def test_completion_knows_commands_and_options(shell, capsys):
     assert main(["completion", shell]) == 0
     script = capsys.readouterr().out
-    for word in ("validate", "rollout", "--laser.plan", "--trainer.max_epochs", "--max_reductions", "compare.yaml"):
+    for word in (
+        "validate",
+        "rollout",
+        "--laser.plan",
+        "--trainer.max_epochs",
+        "--max_reductions",
+        "compare.yaml",
+        "delta-matrices",
+    ):
         assert word in script, word
     assert "--module.model" not in script  # options of classes would be endless
     if shell == "bash":

@@ -153,7 +153,7 @@ def test_every_number_of_the_result_is_there(pages, result):
     assert any(f"{row.fixed} fixed, {row.broken} broken" in text for text in page.text("caption"))
     for control in result.controls["laser"].values():
         assert f" [{interval_text(control['<i>acc</i>'])}]" in cells
-        assert control.plan in page.text("code")
+        assert control.plan.partition("; ")[0] in page.text("code")
         ahead = control.ahead_in("<i>acc</i>")
         assert f"{ahead_text(ahead)}: {delta_text(ahead, ahead.delta)}" in " ".join(cells)
         assert f" [{interval_text(ahead)}]" in cells

@@ -57,7 +57,7 @@ def full(layers: int = 4) -> SearchResult:
     candidates = grid(layers)
     best = max(candidates, key=lambda c: -(c.score or 0))
     for place, c in enumerate(sorted(candidates, key=lambda c: c.score or 0)[:14]):
-        c.examples, c.status, c.reason = 300, "dropped", f"place {place} of 48"
+        c.examples, c.status, c.reason = 300, "dropped out", f"place {place} of 48"
         c.gain = Estimate(0.05 - 0.01 * place, 0.004 - 0.01 * place, 0.096 - 0.01 * place)
         c.loss = Estimate(-0.81 + 0.1 * place, -0.92 + 0.1 * place, -0.70 + 0.1 * place)
     best.status, best.reason = "chosen", ""
@@ -209,7 +209,7 @@ def test_later_steps_are_told_apart():
 
 def test_hostile_names_are_text():
     evil = "[red]x[/]"
-    candidates = [candidate(0, evil, 0.1, -1.0, examples=1, gain=Estimate(0.1), reason=evil, status="dropped")]
+    candidates = [candidate(0, evil, 0.1, -1.0, examples=1, gain=Estimate(0.1), reason=evil, status="dropped out")]
     result = SearchResult(None, None, evil, (evil,), candidates, warnings=[evil], phases=[Phase(evil)])
     result.trades = [Trade(evil, 0.1, math.nan)]
     result.judgements = [Judgement(evil, evil, 3, math.nan, None, "fail", evil)]
@@ -225,7 +225,7 @@ def test_hostile_names_are_text():
         assert re.search(rf"○ +{re.escape(evil)} +\+10.0 +-", text)
 
 
-def test_long_plans_fold():
+def test_long_plans_are_shown_in_short():
     plan = LaserPlan.parse(", ".join(f"{layer}.fc_out@0.005" for layer in range(30)))
     result = full()
     result.plan = result.found = plan
@@ -234,7 +234,10 @@ def test_long_plans_fold():
     text = plain(result, 80)
     assert fits(text)
     assert "30 more are in the JSON file" in text
-    assert "29.fc_out@0.005" in text
+    assert "0.fc_out@0.005" in text
+    assert "29.fc_out@0.005" not in text
+    assert "the whole plan, of 30 reductions, is `found` in the JSON file" in text
+    assert "use 0.fc_out@0.005, 1.fc_out@0.005, 2.fc_out@0.005, 3.fc_out@0.005, and 26 more:" in " ".join(text.split())
 
 
 def test_order_of_the_race():
@@ -247,9 +250,9 @@ def test_order_of_the_race():
         run("8.fc_in@0.1", 90, 0.1, 0.5, "rejected"),
         run("7.fc_in@0.1", 90, 0.1, 0.6, "finalist"),
         run("6.fc_in@0.1", 90, math.nan, 0.1, "finalist"),
-        run("4.fc_in@0.1", 60, 0.0, 0.2, "dropped"),
-        run("5.fc_in@0.1", 60, 0.0, 0.2, "dropped"),
-        run("3.fc_in@0.1", 30, 0.9, -0.2, "dropped"),
+        run("4.fc_in@0.1", 60, 0.0, 0.2, "dropped out"),
+        run("5.fc_in@0.1", 60, 0.0, 0.2, "dropped out"),
+        run("3.fc_in@0.1", 30, 0.9, -0.2, "dropped out"),
     ]
     for candidates in (in_order, in_order[::-1]):
         table = plain(nothing(candidates=candidates), 80)

@@ -161,7 +161,7 @@ def test_namesakes_have_rows_of_their_own():
 
 
 def test_of_strategies_that_meet_in_one_place_the_one_that_came_furthest_has_it():
-    raced = proposed("1.fc_in@0.1", "drop", examples=5, status="dropped")
+    raced = proposed("1.fc_in@0.1", "drop", examples=5, status="dropped out")
     several = proposed("1.fc_in@0.1, 2.fc_in@0.1", "drop", score=-9.0, examples=9, status="chosen")
     scored = proposed("1.fc_in@0.1", score=-1.0)
     for found in ([scored, raced, several], [raced, several, scored]):

@@ -103,7 +103,7 @@ def test_the_leading_matrices_find_their_best_rhos_and_the_others_stay():
         candidate = kept.get(name) or grid.get(name)
         if candidate is not None:
             assert candidate.examples == EXAMPLES
-            assert candidate.status == ("finalist" if name in kept else "dropped")
+            assert candidate.status == ("finalist" if name in kept else "dropped out")
     assert "neighbours included" in grid["3.fc_in@0.9"].reason
 
 

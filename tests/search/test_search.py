@@ -266,7 +266,7 @@ def test_the_next_candidates_race_where_all_finalists_break_a_constraint(text, t
     monkeypatch.setattr("laser_callback.search.course.keeps", lambda *_: (tmp_path / "run/1.2-budget.json").exists())
     result = search.run()
     ranked = shortlist(c for c in result.candidates if c.score is not None)
-    assert all(c.examples and c.status in ("dropped", "rejected") for c in ranked[:4])
+    assert all(c.examples and c.status in ("dropped out", "rejected") for c in ranked[:4])
     assert {c.status for c in ranked[4:8]} & {"finalist", "chosen"}
     assert not (tmp_path / "run/1.3-budget.json").exists()
 

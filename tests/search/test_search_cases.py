@@ -160,7 +160,7 @@ def test_a_candidate_that_raises_is_dropped_with_the_reason_also_on_resuming(rec
     results = [LaserSearch(module, loader, **options, resume=resume).run() for resume in (False, True)]
     for result in results:
         (dropped,) = [c for c in result.candidates if str(c.plan) == "0.fc_up@0"]
-        assert dropped.status == "dropped"
+        assert dropped.status == "dropped out"
         assert "fails on batch 0" in dropped.reason
         assert "Input contains NaN" in dropped.reason
     assert results[0].found == results[1].found

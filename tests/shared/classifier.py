@@ -78,7 +78,7 @@ def searched(confirmed: LaserResult | None = None) -> SearchResult:
     ]
     found += [proposed("/lstm.*<b>/@0.1", score=float("nan"))]
     for place, candidate in enumerate(found[:6]):
-        candidate.examples, candidate.status, candidate.reason = 100, "dropped", f"place {place} <i>of</i> 6"
+        candidate.examples, candidate.status, candidate.reason = 100, "dropped out", f"place {place} <i>of</i> 6"
         candidate.gain = Estimate(0.05 - 0.02 * place, 0.01 - 0.02 * place, 0.09 - 0.02 * place)
         candidate.loss = Estimate(-0.4 + 0.1 * place, -0.5 + 0.1 * place, -0.3 + 0.1 * place)
     found[0].status, found[0].reason = "chosen", ""
