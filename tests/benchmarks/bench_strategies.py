@@ -17,7 +17,8 @@ Columns of the table
                   with the factorisations of the weights in the cache, if an earlier search has left them there
     passes        examples that the race has computed, each counted by the share of the layers that ran
 
-A strategy *wins* on a split where its plan is recommended and no other strategy's is shown to be better (p <= .05).
+A strategy *wins* on a split where its plan is recommended and no other strategy's is shown to be better (p <= .05). It
+is ahead of ``laser`` where it is shown to be better than that. Neither is corrected for the number of strategies.
 
 Each finished (data, seed, strategy) is a line of --results: a later call goes on with what is missing, and prints all.
 DATA_FOLDER holds pararel.jsonl and so on in this package's facts format. SmolLM2-135M, dequantised from 4 bits.
@@ -55,6 +56,7 @@ KEY = "first_token_accuracy"
 COLUMNS = (
     "strategy", "found", "first token", "race", "- random", "log loss", "perplexity", "KL", "verdict", "CPU s", "passes"
 )  # fmt: skip
+COUNTED = ("strategy", "splits", "recommended", "of these, text within 5 %", "ahead of laser, behind it", "wins", "on")
 
 Row = dict[str, Any]
 
@@ -139,11 +141,13 @@ def winners(rows: Iterable[Row]) -> list[str]:
     """Whose plan is recommended, and shown to be worse than no other's."""
     rows = list(rows)
 
-    def is_beaten(row: Row) -> bool:
-        against = [ahead(other, row) for other in rows]
-        return any(found is not None and found.delta > 0 and (found.p or 0) <= 0.05 for found in against)
+    return [row["strategy"] for row in rows if row["recommended"] and not any(beats(other, row) for other in rows)]
 
-    return [row["strategy"] for row in rows if row["recommended"] and not is_beaten(row)]
+
+def beats(one: Row, other: Row) -> bool:
+    """Whether ``one`` is shown to be right more often."""
+    found = ahead(one, other)
+    return found is not None and found.delta > 0 and found.p is not None and found.p <= 0.05
 
 
 def cells(row: Row, random: Row | None) -> list[str]:
@@ -176,28 +180,33 @@ def short(plan: str, most: int = 60) -> str:
     return plan if len(plan) <= most else f"{plan[: most - 3]}..."
 
 
-def show(rows: Sequence[Row]) -> None:
-    """A table for each split, and how often each strategy wins."""
+def show(rows: Iterable[Row]) -> None:
+    """A table for each split, and what became of each strategy."""
     splits: dict[tuple[str, int], list[Row]] = {}
-    for row in rows:
+    for row in sorted(rows, key=lambda row: NAMES.index(row["strategy"]) if row["strategy"] in NAMES else len(NAMES)):
         splits.setdefault((row["data"], row["seed"]), []).append(row)
-    won = {split: winners(listed) for split, listed in splits.items()}
     for (data, seed), listed in splits.items():
         subjects = next((row["confirmed"]["n"] for row in listed if "confirmed" in row), 0)
-        print(f"\n{data}, seed {seed}, {subjects:,} subjects; not beaten: {', '.join(won[data, seed]) or 'none'}\n")
+        print(f"\n{data}, seed {seed}, {subjects:,} subjects; not beaten: {', '.join(winners(listed)) or 'none'}\n")
         print(f"| {' | '.join(COLUMNS)} |\n{'|---' * len(COLUMNS)}|")
         random = next((row for row in listed if row["strategy"] == "random"), None)
         for row in listed:
             print(f"| {' | '.join(cells(row, random))} |")
-    print("\n| strategy | splits | recommended | of these, text within 5 % | wins | data sets with a win |")
-    print("|---|---|---|---|---|---|")
-    for strategy in dict.fromkeys(row["strategy"] for row in rows):
-        own = [row for row in rows if row["strategy"] == strategy]
-        of_data = [data for (data, _), names in won.items() if strategy in names]
-        gained = [row for row in own if row["recommended"]]
-        fluent = sum(row["perplexity"] <= 0.05 for row in gained)
-        sets = ", ".join(dict.fromkeys(of_data))
-        print(f"| {strategy} | {len(own)} | {len(gained)} | {fluent} | {len(of_data)} | {sets} |")
+    print(f"\n| {' | '.join(COUNTED)} |\n{'|---' * len(COUNTED)}|")
+    for strategy in dict.fromkeys(row["strategy"] for listed in splits.values() for row in listed):
+        print(f"| {strategy} | {' | '.join(map(str, counts(strategy, splits)))} |")
+
+
+def counts(strategy: str, splits: Mapping[tuple[str, int], Sequence[Row]]) -> tuple[int | str, ...]:
+    """What became of a strategy on all splits."""
+    by_name = [{row["strategy"]: row for row in listed} for listed in splits.values()]
+    own = [found[strategy] for found in by_name if strategy in found]
+    pairs = [(found[strategy], found["laser"]) for found in by_name if strategy in found and "laser" in found]
+    gained = [row for row in own if row["recommended"]]
+    fluent = sum(row["perplexity"] <= 0.05 for row in gained)
+    better, worse = sum(beats(row, laser) for row, laser in pairs), sum(beats(laser, row) for row, laser in pairs)
+    won = [data for (data, _), listed in splits.items() if strategy in winners(listed)]
+    return len(own), len(gained), fluent, f"{better}, {worse}", len(won), ", ".join(dict.fromkeys(won))
 
 
 # ---- in pieces -------------------------------------------------------------------------------------------------------
