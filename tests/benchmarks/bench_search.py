@@ -61,6 +61,20 @@ def facts_of(folder: Path, name: str, paraphrases: bool = False) -> list[Fact]:
     return facts if paraphrases else [replace(fact, paraphrases=(), choices=()) for fact in facts]
 
 
+def sets_of(
+    module: LaserModule, folder: Path, name: str, seed: int, *, paraphrases: bool = False, most: int = 1500
+) -> ExampleSets:
+    """The sets of a split of at most so many facts; where there are few, in the search's own shares."""
+    facts = facts_of(folder, name, paraphrases)
+    if len(facts) > most:
+        facts = sample_facts(facts, most, seed)
+    data = FactsDataModule(facts, module.tokenizer, batch_size=64)
+    if len(facts) < sum(SIZES.values()):
+        return ExampleSets.of(data, seed=seed)
+    sizes = {**SIZES, "confirm": len(facts) - 400} if name in PROTOTYPE else SIZES
+    return ExampleSets.of(data, sizes=sizes, seed=seed)
+
+
 # ---- speed -----------------------------------------------------------------------------------------------------------
 
 
@@ -167,13 +181,8 @@ def quality(folder: Path, only: str, seed: int, paraphrases: bool, reductions: i
     for name in (*PROTOTYPE, *OTHERS):
         if only and only not in name:
             continue
-        facts = facts_of(folder, name, paraphrases)
-        if len(facts) > 1500:
-            facts = sample_facts(facts, 1500, seed)
-        data = FactsDataModule(facts, module.tokenizer, batch_size=64)
-        sizes = {**SIZES, "confirm": len(facts) - 400} if name in PROTOTYPE else SIZES
         begin = time.perf_counter()
-        sets = ExampleSets.of(data, sizes=sizes, seed=seed)
+        sets = sets_of(module, folder, name, seed, paraphrases=paraphrases)
         search = LaserSearch(module, sets, progress=False, seed=seed, constraints=[], max_reductions=reductions)
         result = search.run()
         seconds = time.perf_counter() - begin

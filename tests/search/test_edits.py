@@ -291,7 +291,9 @@ def test_components_are_chosen_by_their_derivative() -> None:
     answers = torch.cat([batch for (batch,) in tokens()])[:, -1]
     nn.functional.cross_entropy(changed, answers).backward()
     gains = (values.grad * s).argsort(descending=True)
-    proposed = [c.plan for c in strategy.propose(context)]
+    candidates = list(strategy.propose(context))
+    assert [c.plan.reductions[0].scale for c in candidates if c.score is None] == [1.25, 0.8]  # so that both race
+    proposed = [c.plan for c in candidates]
     four = ("1.fc_out@places-" + "+".join(map(str, sorted(gains[:4].tolist()))), ":keep=tail")
     assert LaserPlan.parse("".join(four)) in proposed
     largest = values.grad.abs().argsort(descending=True)[: round(0.2 * len(s))]

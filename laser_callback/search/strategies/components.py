@@ -32,8 +32,9 @@ class Components:
     With d_i = sigma_i u_i' G v_i, dL/d(sigma_i) = d_i / sigma_i. Spectral Surgery (arXiv 2603.03995, section 3) edits
     the update of a fine-tuning by the size of that: the most sensitive directions are made larger, the least sensitive
     smaller. Its two halves are candidates of their own here, on the matrices that write to the residual stream as
-    there, of all layers at once. The others follow the sign, matrix by matrix: without its directions of the largest
-    d_i the loss falls by their sum, to first order (as ZS-SVD, arXiv 2602.02848, scores components).
+    there, of all layers at once; they are not scored, so that they race whatever the sign of the estimate. The others
+    follow the sign, matrix by matrix: without its directions of the largest d_i the loss falls by their sum, to first
+    order (as ZS-SVD, arXiv 2602.02848, scores components).
 
     Which directions they are is written into the plan.
 
@@ -62,7 +63,8 @@ class Components:
         for largest, scale in ((True, AMPLIFIED), (False, SHRUNK)):
             lists = [(a, self._by_size(m, d, context, largest)) for m, a, d in measured if m.kind in WRITES]
             if lists:
-                yield context.candidate(self, LaserPlan(self._scaled(a, places, scale) for a, places in lists))
+                plan = LaserPlan(self._scaled(a, places, scale) for a, places in lists)
+                yield replace(context.candidate(self, plan), score=None, error=0.0)
         for _, address, sensitivity in measured:
             for count in REMOVED:
                 if (cut := self._removed(address, sensitivity, count)) is not None:
