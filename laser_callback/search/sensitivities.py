@@ -136,14 +136,22 @@ class Sensitivities:
         for key in in_order:
             if key in changes:
                 total += changes[key]
-        return self._mean_and_error(total.tolist())
+        return self.mean_and_error(total.tolist())
 
-    def mean(self, view: View, name: str) -> Tensor | None:
-        """The mean sensitivities over examples of the matrix ``name``, float64; ``None`` if the view has none of it."""
+    def mean(self, view: View, name: str, without: int | None = None) -> Tensor | None:
+        """The mean sensitivities over examples of the matrix ``name``, float64; ``None`` if the view has none of it.
+
+        Args:
+            view: what of it.
+            name: of the matrix.
+            without: a batch that is left out.
+        """
         found = self.views.get(view, {}).get(name)
         if found is None:
             return None
         weights = torch.tensor(self.weights, dtype=torch.float64)
+        if without is not None:
+            weights[without] = 0.0
         return weights @ found / weights.sum()
 
     def _change(self, view: View, matrix: WeightMatrix, reduction: Reduction, spectra: Spectra) -> Tensor:
@@ -168,7 +176,8 @@ class Sensitivities:
             ]
         return self._tails[view, name]
 
-    def _mean_and_error(self, changes: Sequence[float]) -> tuple[float, float]:
+    def mean_and_error(self, changes: Sequence[float]) -> tuple[float, float]:
+        """The mean over examples of what changes by so much in each batch, and the standard error between batches."""
         total = square = weight = 0.0  # not `sum`, which rounds in another way from Python 3.12 on
         for of_batch, change in zip(self.weights, changes, strict=True):
             total += of_batch * change

@@ -24,6 +24,7 @@ from laser_callback.plans.target import targets
 from laser_callback.search.moments import MomentsPass, input_directions_of
 from laser_callback.search.proposals import views_for
 from laser_callback.search.screen import sense
+from laser_callback.search.sensitivities import Sensitivities
 from laser_callback.search.strategies import STRATEGIES, Context, Strategy
 from laser_callback.search.strategies.joint import at, cover
 from laser_callback.spectra import BaseWeights, Spectra
@@ -119,6 +120,8 @@ def test_scores_are_derivatives_of_the_loss(name: str, kind: str) -> None:
     module = Last(fine_tuned(base)).eval()
     context = context_of(module, strategy, base if "base" in strategy.needs else None)
     candidates = [c for c in strategy.propose(context) if c.score is not None]
+    if name.endswith("components"):  # whose scores are honest, and so no derivatives of the plan
+        candidates = [replace(c, score=context.estimate(c.plan)[0]) for c in candidates]
     assert candidates
     for candidate in candidates[:: max(len(candidates) // 12, 1)]:
         # The same directions, of which a small part is changed; a central difference has no second order.
@@ -303,6 +306,25 @@ def test_components_are_chosen_by_their_derivative() -> None:
         made = torch.linalg.svdvals(matrix.value)
     right = torch.where(torch.isin(torch.arange(len(s)), largest), s * 1.25, s)
     assert torch.allclose(made, right.sort(descending=True).values)
+
+
+def test_what_chance_has_chosen_has_no_good_score() -> None:
+    """Where the sensitivities are noise, the largest promise much, and their scores promise nothing."""
+    module = Last(language_model())
+    strategy = STRATEGIES["components"]()
+    context = context_of(module, strategy)
+    generator = torch.Generator().manual_seed(0)
+    views = {
+        view: {name: torch.randn(found.shape, generator=generator).double() for name, found in of_view.items()}
+        for view, of_view in context.sensitivities.views.items()
+    }
+    context = replace(context, sensitivities=Sensitivities(context.sensitivities.weights, views))
+    removed = [c for c in strategy.propose(context) if c.score is not None]
+    naive = torch.tensor([context.estimate(c.plan) for c in removed])
+    honest = torch.tensor([(c.score, c.error) for c in removed])
+    assert float((naive[:, 0] / naive[:, 1]).mean()) < -2
+    assert abs(float((honest[:, 0] / honest[:, 1]).mean())) < 0.6
+    assert len(removed) > 30
 
 
 def test_moments_are_those_of_what_goes_in() -> None:

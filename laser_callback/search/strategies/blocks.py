@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from torch import nn
 from typing_extensions import override
@@ -35,6 +35,10 @@ class Blocks(OnGrid):
         for target in self.targets(context):
             wanted.setdefault(View(blocks=target.address["blocks"]), []).extend(target.matrices)
         return wanted
+
+    @override
+    def rhos(self, context: Context) -> Sequence[float]:
+        return [rho for rho in context.rhos if rho]  # zero is zero in any blocks
 
     @override
     def targets(self, context: Context) -> list[Target]:

@@ -65,10 +65,11 @@ class Components:
             if lists:
                 plan = LaserPlan(self._scaled(a, places, scale) for a, places in lists)
                 yield replace(context.candidate(self, plan), score=None, error=0.0)
-        for _, address, sensitivity in measured:
+        for matrix, address, sensitivity in measured:
             for count in REMOVED:
                 if (cut := self._removed(address, sensitivity, count)) is not None:
-                    yield context.candidate(self, cut)
+                    score, error = self._honest(matrix, count, context)
+                    yield replace(context.candidate(self, cut), score=score, error=error)
 
     def neighbours(self, leader: Candidate, context: Context, closest: bool) -> Iterator[Candidate]:
         """A few directions fewer and more; or a factor nearer to and further from 1."""
@@ -98,6 +99,22 @@ class Components:
         if count >= len(sensitivity) or float(sensitivity[order[-1]]) <= 0:
             return None
         return self._scaled(address, order.tolist(), 0.0)
+
+    def _honest(self, matrix: WeightMatrix, count: int, context: Context) -> tuple[float, float]:
+        """What to take out so many directions changes, and its standard error, where others have chosen them.
+
+        The directions of the largest sensitivities are those that chance has made large, too: by the batches that have
+        chosen them they promise more than they keep, and would crowd all other candidates out of the race. So each
+        batch is asked about those that the others would choose.
+        """
+        known, view = context.sensitivities, View(self.cut)
+        changes = []
+        for batch in range(known.batches):
+            others = known.mean(view, matrix.name, without=batch)
+            assert others is not None
+            order = others.argsort(descending=True, stable=True)[:count]
+            changes.append(-float(known.views[view][matrix.name][batch, order].sum()))
+        return known.mean_and_error(changes)
 
     def _scaled(self, address: Mapping[str, Any], places: Sequence[int], scale: float) -> Reduction:
         rule = places_rule(places)

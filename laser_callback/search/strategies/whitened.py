@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -29,6 +29,10 @@ class Whitened(OnGrid):
     def views(self, context: Context) -> Views:
         """Of each matrix whose inputs were seen, its directions in their metric."""
         return {View(metric="inputs"): [matrix for target in self.targets(context) for matrix in target.matrices]}
+
+    @override
+    def rhos(self, context: Context) -> Sequence[float]:
+        return [rho for rho in context.rhos if rho]  # zero is zero in any metric
 
     @override
     def targets(self, context: Context) -> list[Target]:
