@@ -204,14 +204,15 @@ def same_name(one: str, other: str) -> bool:
 
 
 def known_as(name: str, known: Iterable[str]) -> str | None:
-    """Which of the ``known`` names is that of the matrix ``name``; ``None`` if it is none of them.
+    """Which of the ``known`` names is that of the matrix ``name``; ``None`` if it is none of them, or any of several.
 
-    >>> known_as("2.0", ["0", "2.0"]), known_as("net.2.0", ["0", "2.0"]), known_as("1", ["0", "2.0"])
+    >>> known_as("2.0", ["0", "2.0"]), known_as("net.2.0", ["0", "2.0"]), known_as("0", ["1.0", "2.0"])
     ('2.0', '2.0', None)
     """
-    found = [each for each in known if same_name(each, name)]
     # Of names within names, as `nn.Sequential` has them, the one with the least in front.
-    return min(found, key=lambda each: abs(len(each) - len(name)), default=None)
+    found = sorted((abs(len(each) - len(name)), each) for each in known if same_name(each, name))
+    alone = len(found) == 1 or (len(found) > 1 and found[0][0] < found[1][0])
+    return found[0][1] if alone else None
 
 
 def layer_stacks(model: nn.Module) -> dict[str, list[nn.Module]]:
