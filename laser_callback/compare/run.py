@@ -64,7 +64,7 @@ class ComparisonRun:
             ReducedArm(
                 name,
                 control,
-                reduced(matrices, plan, self._spectra),
+                reduced(matrices, plan, self._spectra.bringing(base.directions)),  # of which noise needs its size
                 arms.Arm(trainer, module, stage, self._start, self._windows),
             )
             for name, base in options.plans.items()

@@ -62,6 +62,8 @@ def left_as_found(
 ) -> Generator[None, None, None]:
     """Around a run: the module is in the mode it was in, also where Lightning's loop has not come to its end.
 
+    It has its gradients, too, which Lightning clears ahead of every loop.
+
     After an exception the generators are where they were, too: Lightning's `isolate_rng` does not see to that.
 
     Args:
@@ -71,6 +73,7 @@ def left_as_found(
     """
     modes = [(part, part.training) for part in module.modules()]
     gradients, rng = torch.is_grad_enabled(), RandomState.now()
+    of_parameters = [(p, p.grad) for p in module.parameters() if p.grad is not None]
     try:
         yield
     except BaseException as error:
@@ -82,3 +85,6 @@ def left_as_found(
         torch.set_grad_enabled(gradients)
         for part, mode in modes:
             part.training = mode
+        for parameter, gradient in of_parameters:
+            gradient.data = gradient.data.to(parameter.device)  # where Lightning has moved the module
+            parameter.grad = gradient

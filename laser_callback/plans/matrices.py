@@ -9,7 +9,7 @@ Nothing here computes with weights or changes them; truncation is in ``spectrum.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from torch import Tensor, nn
@@ -201,6 +201,18 @@ def same_name(one: str, other: str) -> bool:
     """Whether two names can be of one matrix: a module around the model puts its own name in front."""
     longer, shorter = (one, other) if len(one) > len(other) else (other, one)
     return longer == shorter or longer.endswith(f".{shorter}")
+
+
+def known_as(name: str, known: Iterable[str]) -> str | None:
+    """Which of the ``known`` names is that of the matrix ``name``; ``None`` if it is none of them, or any of several.
+
+    >>> known_as("2.0", ["0", "2.0"]), known_as("net.2.0", ["0", "2.0"]), known_as("0", ["1.0", "2.0"])
+    ('2.0', '2.0', None)
+    """
+    # Of names within names, as `nn.Sequential` has them, the one with the least in front.
+    found = sorted((abs(len(each) - len(name)), each) for each in known if same_name(each, name))
+    alone = len(found) == 1 or (len(found) > 1 and found[0][0] < found[1][0])
+    return found[0][1] if alone else None
 
 
 def layer_stacks(model: nn.Module) -> dict[str, list[nn.Module]]:

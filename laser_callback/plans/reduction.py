@@ -205,6 +205,11 @@ class Reduction:
         return self.rho == 0 and self.keep == "head" and self.band == 1 and self.norm == "part" and self.of == "rank"
 
     @property
+    def needs_inputs(self) -> bool:
+        """Whether what it keeps is not in the weights: it follows from what goes into the matrix."""
+        return self.metric == "inputs" and not self.is_scaling
+
+    @property
     def is_truncation(self) -> bool:
         """True for the plain truncated SVD of the whole matrix: the first k singular directions and nothing else."""
         return all(getattr(self, name) == default for name, default in _OPTIONS.items())

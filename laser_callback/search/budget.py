@@ -56,7 +56,7 @@ class Budget:
                     return {"count": many}, {}
             raise OutOfTimeError(
                 f"`minutes` = {minutes} is too short: to race one candidate and confirm it takes about "
-                f"{minutes + (seconds - left) / 60:.1f}; give more time, or fewer examples"
+                f"{minutes + (seconds - left) / 60:.2g}; give more time, or fewer examples"
             )
 
         data, _ = steps.journal.step(f"{step}-budget", compute)

@@ -106,7 +106,8 @@ def _effect(matrix: WeightMatrix, reduction: Reduction) -> Hashable:
     size = math.prod(matrix.shape) if reduction.of == "entries" else matrix.max_rank
     removed = reduction.removed(reduction.rank(size), size)
     if removed == ((0, size),):  # of whatever components: all of it
-        return ("all", *(options[name] for name in ("scale", "cut", "noise")))
+        norm = options["norm"] if reduction.scale else "part"  # of nothing there is no norm to make whole
+        return ("all", norm, *(options[name] for name in ("scale", "cut", "noise")))
     if reduction.blocks > 1:  # each has a rank of its own
         return (reduction.rho, *options.items())
     return (removed, *((name, value) for name, value in options.items() if name not in ("keep", "band")))

@@ -118,6 +118,8 @@ class Course:
             if self.screened and racers:
                 racers = self._affordable(step, racers[: self.candidates], len(positions))
             if not racers:
+                if number == 1 and not proposals.ranked:
+                    self.result.reason = self._why_none()
                 break
             all_on_all = [Rung(len(positions), FINALISTS)]
             rungs = schedule(len(positions), len(racers), FINALISTS) if self.screened else all_on_all
@@ -126,6 +128,12 @@ class Course:
             if finalists:
                 break
         return table, finalists
+
+    def _why_none(self) -> str:
+        names = ", ".join(strategy.name for strategy in self.strategies)
+        blind = not self.screened and any("gradient" in strategy.needs for strategy in self.strategies)
+        why = "; without the screen of `method` 'screened' there is no gradient to choose by" if blind else ""
+        return f"nothing that {names} would propose can race: there is no candidate, or none that alters the model{why}"
 
     def context(self) -> Context:
         """What strategies are told, ahead of all that is measured for them."""
@@ -148,7 +156,7 @@ class Course:
         context = self.context()
         if not context.targets:
             return None
-        if self.screened and any("activations" in strategy.needs for strategy in self.strategies):
+        if any("activations" in strategy.needs for strategy in self.strategies):
             steps.see_inputs(context.targets)
             context = replace(context, spectra=lab.spectra)
         wanted = views_for(self.strategies, context) if self.screened else {}

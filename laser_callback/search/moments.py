@@ -40,14 +40,16 @@ class MomentsPass(pl.Callback):
     Attributes:
         moments: after ``trainer.validate()``: by name of a matrix its sum, float64, shape (n, n), on its device.
             Missing is a matrix whose module was not called with one tensor of its n features (experts in one tensor,
-            torch's fused attention).
+            torch's fused attention), or is more than one linear map (recurrent layers).
     """
 
     def __init__(self, matrices: Sequence[WeightMatrix]) -> None:
         self.moments: dict[str, Tensor] = {}
         self._wanted: dict[nn.Module, list[WeightMatrix]] = {}
         for matrix in matrices:
-            self._wanted.setdefault(matrix.module, []).append(matrix)
+            # What goes into a module goes into its `weight`; what goes into `weight_hh_l0` it makes itself.
+            if matrix.attribute == "weight" and matrix.parameter.ndim == 2:
+                self._wanted.setdefault(matrix.module, []).append(matrix)
         self._undo: list[Callable[[], Any]] = []
         self._mask: Tensor | None = None  # of the call under way, shape (examples, positions)
 

@@ -19,6 +19,7 @@ from laser_callback.results.candidates import Candidate
 from laser_callback.search.candidates import cut_by, in_turns
 from laser_callback.search.sensitivities import View, Views
 from laser_callback.search.strategies.base import Context, Strategy
+from laser_callback.support.reading import shown
 
 
 class Proposals:
@@ -117,11 +118,19 @@ def checked(strategy: Strategy, candidates: Iterable[Candidate], context: Contex
     """What a strategy proposes, each candidate with what stands for its cut (:func:`cut_by`).
 
     Raises:
+        TypeError: for what is no candidate, or nothing that gives some.
         ValueError: for a candidate that does not say whose it is or what it is added to, or whose plan is lost in its
             text form, does not fit the model, or has a score that is not finite.
     """
+    if not isinstance(candidates, Iterable):
+        raise TypeError(f"the strategy {strategy.name!r} must propose candidates, got {shown(candidates)}")
     found = []
     for candidate in candidates:
+        if not isinstance(candidate, Candidate):
+            raise TypeError(
+                f"the strategy {strategy.name!r} proposes {shown(candidate)}: it must be a candidate, "
+                "`context.candidate(self, plan)`"
+            )
         what = f"the strategy {strategy.name!r} proposes {brief(candidate.plan)}"
         for name, wanted in (("strategy", strategy.name), ("base", context.base)):
             if getattr(candidate, name) != wanted:

@@ -143,15 +143,15 @@ class LaserSearch:
         if isinstance(self.module, LaserModule) and self.module.plan is not None:
             raise MisconfigurationException("`module` must have no plan of its own: the search finds one")
         for name in ("candidates", "max_reductions"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}")
+            if type(getattr(self, name)) is not int or getattr(self, name) < 1:
+                raise ValueError(f"`{name}` must be an integer, at least 1, got {getattr(self, name)!r}")
         if self.method not in get_args(Method):
             raise ValueError(f"`method` must be one of {', '.join(get_args(Method))}, got {self.method!r}")
         self._strategies = strategies_of(self._default if self.strategies is None else self.strategies)
         if self.method == "paper" and [strategy.name for strategy in self._strategies] != ["reference"]:
             names = ", ".join(strategy.name for strategy in self._strategies)
             raise ValueError(f"the paper's procedure tries what `strategies` 'reference' proposes, got {names}")
-        if not self.rhos or not all(0 <= rho <= 1 for rho in self.rhos):
+        if not len(self.rhos) or not all(isinstance(rho, (int, float)) and 0 <= rho <= 1 for rho in self.rhos):
             raise ValueError(f"`rhos` must be numbers in [0, 1], at least one, got {self.rhos!r}")
         if self.method == "paper" and self.max_reductions > 1:
             raise ValueError(f"the paper's procedure finds one cut: got `max_reductions` {self.max_reductions}")

@@ -5,11 +5,13 @@ Contract: whatever is wrong with the arguments and can be seen from one small ba
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from typing import Any
 
 import lightning.pytorch as pl
+import numpy as np
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor
 
 from laser_callback.compare.module import LaserModule
 from laser_callback.data.encoding import EncodedFact
@@ -123,8 +125,12 @@ def plain(value: Any) -> Any:
         return value
     if isinstance(value, Mapping):
         return {str(key): plain(item) for key, item in value.items()}
-    if isinstance(value, Iterable):
+    if isinstance(value, Set):
+        return sorted(map(plain, value), key=repr)  # in which order it gives them is drawn for each process
+    if isinstance(value, Sequence):  # not what may be used up, or have no end
         return [plain(item) for item in value]
+    if isinstance(value, (Tensor, np.ndarray, np.generic)):
+        return value.tolist()
     return getattr(value, "__qualname__", None) or type(value).__qualname__
 
 

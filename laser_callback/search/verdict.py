@@ -23,7 +23,7 @@ def confirm(steps: Steps, result: SearchResult, bounds: Sequence[Constraint], co
     """Run the found plan, if there is one, against the original on what nothing has seen; then :func:`decide`."""
     if result.found is None:
         return
-    if any(reduction.metric == "inputs" for reduction in result.found):  # what is kept is in no weights
+    if any(reduction.needs_inputs for reduction in result.found):  # what is kept is in no weights
         with recorded(steps.lab.module, result.found, steps.lab.spectra) as (_, recipe):
             result.found = result.recipe = recipe
     try:

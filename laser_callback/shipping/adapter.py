@@ -37,6 +37,7 @@ def difference_of(model: PreTrainedModel, plan: LaserPlan, spectra: Spectra) -> 
     base = spectra.base if plan.cuts_delta else None
     if base is not None and not all(reduction.cut == "delta" for reduction in plan):
         raise ValueError("no one adapter is for the weights and for what fine-tuning has changed: split the plan")
+    spectra = spectra.bringing(plan.directions)
     planned = spectra.settled(plan.resolve(model))
     if biases := [matrix.name for matrix, _ in planned if matrix.is_bias]:
         raise ValueError(f"`{biases[0]}` is a bias, which no adapter holds. Write the cut as dense instead")

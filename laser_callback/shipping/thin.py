@@ -117,7 +117,7 @@ def factored(
     if not 0 < max_share <= 1:
         raise ValueError(f"`max_share` must be a number above 0 and at most 1, got {max_share!r}")
     plan = Recipe.of(plan)
-    spectra = Spectra() if spectra is None else spectra
+    spectra = (Spectra() if spectra is None else spectra).bringing(plan.directions)
     layers: dict[str, FactoredLinear] = {}
     dense: dict[str, str] = {}
     places: list[tuple[_Place, nn.Module]] = []

@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from laser_callback.plans.matrices import same_name
+from laser_callback.plans.matrices import known_as
 from laser_callback.plans.plan import LaserPlan
 from laser_callback.plans.reduction import Reduction
 from laser_callback.spectra.store import Resolved, Spectra
@@ -96,7 +96,8 @@ class _Originals(Spectra):
         self._records, self._packed, self._path = recipe.matrices, packed, path
 
     def reduce(self, matrix: Tensor, reduction: Reduction, name: str = "matrix") -> Tensor:
-        record = next(record for record in self._records if same_name(record.name, name))
+        known = known_as(name, (record.name for record in self._records))
+        record = next(record for record in self._records if record.name == known)
         try:
             return _unpack(self._packed[record.name], record).to(matrix.device)
         except (zlib.error, ValueError) as error:

@@ -18,7 +18,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from laser_callback.plans.matrices import WeightMatrix, find_matrices, plain_name, same_name
+from laser_callback.plans.matrices import WeightMatrix, find_matrices, known_as, plain_name, same_name
 from laser_callback.spectra.spectrum import as_double
 from laser_callback.support.checkpoints import read_checkpoint, read_tensors
 from laser_callback.support.hashing import content_hash
@@ -70,8 +70,8 @@ class BaseWeights:
         self._pairs = weights.matched([*matrices, *(bias for matrix in matrices if (bias := matrix.bias))])
         known = [matrix for matrix in matrices if matrix.kind is not None]
         _check_complete(known, self._pairs)
-        self._changes = {m.name: self._relative_change(m) for m in known if not m.parameter.is_meta}
-        _check_related(list(self._changes.values()))
+        self._changes = {m.name: self._relative_change(m) for m in matrices if self.has(m) and not m.parameter.is_meta}
+        _check_related([self._changes[m.name] for m in known or matrices if m.name in self._changes])
         parameters = {id(tensor): tensor for _, tensor in (self._pairs[m.name] for m in known)}  # fused ones once
         self.digest = content_hash("base", *(tensor.contiguous() for tensor in parameters.values()))[:16]
         self._changed = [
@@ -87,13 +87,13 @@ class BaseWeights:
             ValueError: if it has none.
         """
         # A module around the model puts its own name in front, and the model may be asked for without it.
-        found = [name] if name in self._pairs else [key for key in self._pairs if same_name(key, name)]
-        if len(found) != 1:
+        known = known_as(name, self._pairs)
+        if known is None:
             raise ValueError(
                 f"the base has no counterpart of `{name}`, so there is no difference to cut. It has one of "
                 f"{', '.join(list(self._pairs)[:3])}, ...; give `BaseWeights` the very model that is cut"
             )
-        matrix, tensor = self._pairs[found[0]]
+        matrix, tensor = self._pairs[known]
         return matrix.read(tensor).to(like.device, like.dtype)
 
     def has(self, matrix: WeightMatrix) -> bool:
@@ -119,7 +119,7 @@ class BaseWeights:
         ]
 
     def changed(self, matrix: WeightMatrix) -> bool:
-        """Whether fine-tuning has changed a matrix of a known kind at all."""
+        """Whether fine-tuning has changed a matrix at all."""
         return self._changes.get(matrix.name, 0.0) > 0
 
     def changed_besides(self, matrices: Sequence[WeightMatrix]) -> list[str]:

@@ -18,7 +18,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from laser_callback.plans.matrices import same_name
+from laser_callback.plans.matrices import known_as
 from laser_callback.plans.rank_rules import rank_by
 from laser_callback.plans.reduction import Reduction
 from laser_callback.plans.short import brief
@@ -55,7 +55,7 @@ class InputDirections:
 
     def knows(self, name: str, cut: str = "weight") -> bool:
         """Whether anything is known of the matrix."""
-        return any(part == cut and same_name(known, name) for known, part in self._found)
+        return self._key(name, cut) is not None
 
     def of(self, name: str, cut: str = "weight") -> tuple[Tensor, Tensor]:
         """Singular values, float64, and U, float32.
@@ -63,10 +63,16 @@ class InputDirections:
         Raises:
             ValueError: if nothing is known of the matrix.
         """
-        for (known, part), found in self._found.items():
-            if part == cut and same_name(known, name):
-                return found
-        raise ValueError(f"nothing is known of the inputs of `{name}`: no example has gone through it on the way here")
+        key = self._key(name, cut)
+        if key is None:
+            raise ValueError(
+                f"nothing is known of the inputs of `{name}`: no example has gone through it on the way here"
+            )
+        return self._found[key]
+
+    def _key(self, name: str, cut: str) -> tuple[str, str] | None:
+        known = known_as(name, (known for known, part in self._found if part == cut))
+        return None if known is None else (known, cut)
 
     def rank(self, name: str, reduction: Reduction) -> int:
         """What rho counts: from the singular values, where it is a rule."""
@@ -97,12 +103,12 @@ class StoredDirections:
 
     def kept(self, name: str, reduction: Reduction) -> Tensor:
         """See :class:`Directions`; of whatever reduction, for a recipe knows one for each matrix."""
-        for known, columns in self._stored.items():
-            if same_name(known, name):
-                return columns
-        raise ValueError(
-            f"the recipe has no directions of `{name}` for {brief(reduction)}: it is damaged, or of another plan"
-        )
+        known = known_as(name, self._stored)
+        if known is None:
+            raise ValueError(
+                f"the recipe has no directions of `{name}` for {brief(reduction)}: it is damaged, or of another plan"
+            )
+        return self._stored[known]
 
 
 def input_directions(matrix: Tensor, moments: Tensor, name: str = "matrix") -> tuple[Tensor, Tensor]:

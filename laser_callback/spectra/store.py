@@ -29,7 +29,7 @@ from laser_callback.plans.matrices import WeightMatrix
 from laser_callback.plans.rank_rules import global_ranks, mean_rank, unit
 from laser_callback.plans.reduction import Reduction
 from laser_callback.plans.short import brief
-from laser_callback.spectra.directions import Directions, cut_in_directions, to_text
+from laser_callback.spectra.directions import Directions, InputDirections, cut_in_directions, to_text
 from laser_callback.spectra.entries import reduce_entries
 from laser_callback.spectra.folder import (
     DISK_BYTES,
@@ -239,8 +239,7 @@ class Spectra:
         """
         joint: dict[Reduction, dict[int, Tensor]] = {}
         for place, (matrix, reduction) in enumerate(resolved):
-            if mean_rank(reduction.rho) is not None:
-                values = self.of(matrix.value, matrix.name, reduction.cut).values
+            if mean_rank(reduction.rho) is not None and (values := self._values(matrix, reduction)) is not None:
                 joint.setdefault(reduction, {})[place] = values
         settled = list(resolved)
         for reduction, values_at in joint.items():
@@ -248,6 +247,13 @@ class Spectra:
             for place, rank in zip(values_at, ranks, strict=True):
                 settled[place] = settled[place][0], replace(reduction, rho=f"k{rank}")
         return settled
+
+    def _values(self, matrix: WeightMatrix, reduction: Reduction) -> Tensor | None:
+        """The singular values that a reduction goes by; ``None`` where a recipe says what it keeps."""
+        if reduction.metric == "none":
+            return self.of(matrix.value, matrix.name, reduction.cut).values
+        known = self.directions
+        return known.of(matrix.name, reduction.cut)[0] if isinstance(known, InputDirections) else None
 
     def reduce(self, matrix: Tensor, reduction: Reduction, name: str = "matrix") -> Tensor:
         """``matrix`` after ``reduction``, shape (m, n), in ``matrix``' dtype and on its device.
@@ -282,7 +288,7 @@ class Spectra:
             return reduction.rank(min(matrix.shape)) == min(matrix.shape)
         if reduction.scale == 1:
             return True
-        if reduction.metric == "inputs":
+        if reduction.needs_inputs:
             return self._kept(reduction, name).shape[1] == min(matrix.shape)
         operand = self.operand(matrix, name, reduction.cut)
         return all(self._spares(block, reduction, name) for block in _blocks(operand, reduction, name))
@@ -311,7 +317,7 @@ class Spectra:
 
     def directions_text(self, name: str, reduction: Reduction) -> str | None:
         """What a recipe must bring along of the matrix ``name`` for ``reduction``; ``None`` if that is nothing."""
-        return to_text(self._kept(reduction, name)) if reduction.metric == "inputs" else None
+        return to_text(self._kept(reduction, name)) if reduction.needs_inputs else None
 
     def bringing(self, directions: Directions | None) -> Spectra:
         """The same, with these directions, if there are any."""
@@ -328,7 +334,7 @@ class Spectra:
         if reduction.is_scaling:
             refuse_non_finite(block, name)
             return (as_double(block) * reduction.scale + 0.0).to(block.device, block.dtype)
-        if reduction.metric == "inputs":
+        if reduction.needs_inputs:
             refuse_non_finite(block, name)
             return cut_in_directions(block, self._kept(reduction, name), reduction).to(block.device, block.dtype)
         return self._of(block, name).reduce(block, reduction)

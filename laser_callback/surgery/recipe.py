@@ -73,7 +73,7 @@ class CutMatrix:
 
     def __post_init__(self) -> None:
         if self.directions is not None:
-            from_text(self.directions, self.shape[0])
+            self._check_directions(from_text(self.directions, self.shape[0]))
         dtype = getattr(torch, self.dtype, None)
         if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
             raise ValueError(f"`dtype` must be a floating dtype of torch, got {shown(self.dtype)}")
@@ -81,6 +81,21 @@ class CutMatrix:
             raise ValueError(f"`shape` must be rows and columns, got {self.shape}")
         if not all(map(math.isfinite, (self.norm, *self.sketch))):
             raise ValueError(f"`norm` and `sketch` must be finite, got {self.norm} and {self.sketch}")
+
+    def _check_directions(self, columns: Tensor) -> None:
+        """They are used as they are, so that what is none is told here."""
+        size, reduction = min(self.shape), Reduction.parse(self.reduction)
+        kept, wanted = columns.shape[1], f"at most {size}"
+        fits = kept <= size
+        if not reduction.is_ruled:
+            removed = reduction.removed(reduction.rank(size), size)
+            wanted = str(size - sum(stop - start for start, stop in removed))
+            fits = kept == int(wanted)
+        if not fits or not bool(columns.isfinite().all()) or bool((columns.norm(dim=0) > 2).any()):
+            raise ValueError(
+                f"`directions` of {self.reduction} must be {wanted} finite columns of norm 1, got {kept}, the largest "
+                f"of norm {float(columns.norm(dim=0).max()) if kept else 0.0:.3g}"
+            )
 
 
 class Recipe(LaserPlan):
@@ -244,6 +259,7 @@ def recorded(
     before = [matrix_hash(matrix.value) for matrix, _ in cut.matrices]
     if expected is not None:
         _check_before(expected, [matrix for matrix, _ in cut.matrices], before)
+    kept = [spectra.directions_text(matrix.name, reduction) for matrix, reduction in spectra.settled(cut.matrices)]
     with cut:
         done = [
             CutMatrix(
@@ -255,9 +271,9 @@ def recorded(
                 matrix_hash(matrix.value),
                 float(torch.linalg.vector_norm(matrix.value, dtype=torch.float64)),
                 matrix_sketch(matrix.value),
-                spectra.directions_text(matrix.name, reduction),
+                directions,
             )
-            for (matrix, reduction), was in zip(cut.matrices, before, strict=True)
+            for (matrix, reduction), was, directions in zip(cut.matrices, before, kept, strict=True)
         ]
         if expected is not None:
             _check_after(expected, done, cut.matrices, exact)

@@ -142,6 +142,8 @@ def test_a_family_differs_in_its_rhos_alone():
         ("0.fc_out@0", "0.fc_out@0:bias=cut", True),  # the model has no biases
         ("0.fc_in@0", "0.fc_in@0:noise=1", False),
         ("0.fc_in@0", "0.fc_in@0:scale=0.5", False),
+        ("0.fc_in@0:scale=0.5", "0.fc_in@0:scale=0.5,norm=whole", False),  # the latter is the matrix itself
+        ("0.fc_in@0", "0.fc_in@0:norm=whole", True),
         ("0.fc_in@0", "0.fc_in@0:cut=delta", False),
         ("0.fc_in@entropy", "0.fc_in@0.1", False),
     ],

@@ -359,6 +359,21 @@ def test_padding_is_left_out() -> None:
     assert torch.allclose(passed.moments[matrix.name], rows.T @ rows)
 
 
+def test_what_a_recurrent_layer_makes_itself_does_not_go_in() -> None:
+    class Recurrent(pl.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rnn, self.out = nn.LSTM(4, 4, batch_first=True), nn.Linear(4, 2)
+
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            self.out(self.rnn(batch[0])[0])
+
+    module = Recurrent()
+    passed = MomentsPass(find_matrices(module))
+    Lab(module, Spectra(), "cpu").validate(DataLoader(TensorDataset(torch.randn(6, 3, 4)), 3), passed)
+    assert [*passed.moments] == ["out"]
+
+
 def test_heads_are_cut_apart() -> None:
     module = Last(language_model())
     blocks = {

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
+import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from recall import SEARCH
 from torch.utils.data import DataLoader
@@ -134,6 +136,52 @@ def test_a_wrong_proposal_names_its_strategy(recall):
     loader = DataLoader(loader.dataset, batch_size=50)
     with pytest.raises(ValueError, match=r"the strategy 'together' proposes 0.v_proj@0.1, 0.out_proj@0.1: its `score`"):
         LaserSearch(module, loader, **SEARCH, strategies=[Wrong()]).run()
+
+
+@pytest.mark.parametrize(
+    ("given", "told"), [(["0.fc_in@0.1"], "proposes '0.fc_in@0.1': it must be"), (None, "got None")]
+)
+def test_what_is_no_candidate_is_told(recall, given, told):
+    strategy = Together()
+    strategy.propose = lambda context: given
+    with pytest.raises(TypeError, match=f"the strategy 'together' .*{told}"):
+        LaserSearch(*recall, **SEARCH, strategies=[strategy]).run()
+
+
+@pytest.mark.parametrize("strategies", ["components", "intruders"])
+def test_a_search_without_a_candidate_says_so(recall, strategies):
+    """Without a gradient nothing is chosen by it; and a change of few percent brings no direction in."""
+    module, loader = recall
+    base = {name: value * 1.001 for name, value in module.state_dict().items()}
+    more = {"method": "exhaustive"} if strategies == "components" else {"base": base}
+    result = LaserSearch(module, loader, **SEARCH, **more, strategies=strategies, within="0.mlp").run()
+    assert result.reason.startswith(f"nothing that {strategies} would propose can race")
+    assert ("gradient to choose by" in result.reason) == (strategies == "components")
+
+
+def test_exhaustive_sees_inputs_where_they_are_needed(recall):
+    module, loader = recall
+    own = {**SEARCH, "strategies": "whitened", "method": "exhaustive", "within": "0.fc_in", "controls": False}
+    result = LaserSearch(module, loader, **own).run()
+    assert any(":metric=inputs" in str(c.plan) and c.examples for c in result.candidates)
+
+
+def test_a_search_leaves_gradients_where_they_are(recall):
+    module, loader = recall
+    for parameter in module.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    before = [parameter.grad for parameter in module.parameters()]
+    LaserSearch(module, loader, **SEARCH, strategies="late-mlp", within="0.fc_in", controls=False).run()
+    assert all(p.grad is was and bool((was == 1).all()) for p, was in zip(module.parameters(), before, strict=True))
+    module.zero_grad()
+
+
+def test_what_may_be_used_up_is_not_looked_into():
+    strategy = Together()
+    vars(strategy).clear()
+    strategy.numbers, strategy.kinds, strategy.one = itertools.count(), {"b", "c", "a"}, torch.tensor(2.5)
+    assert described(strategy) == "together(numbers=count, kinds=['a', 'b', 'c'], one=2.5)"
+    assert next(strategy.numbers) == 0
 
 
 def test_a_strategy_is_described_by_what_it_was_made_with():

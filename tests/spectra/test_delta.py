@@ -492,3 +492,14 @@ def test_what_is_left_of_a_difference_is_an_adapter_of_the_base(tmp_path):
     with pytest.raises(ValueError, match=r"first `model\.model\.norm\.weight`"):
         save_reduced(module, plan, tmp_path / "norm", "adapter", spectra=again)
     assert sorted(path.name for path in tmp_path.iterdir() if path.name != "cache") == ["adapter", "dense"]
+
+
+def test_a_model_of_which_no_matrix_has_a_kind_has_a_base_too() -> None:
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(8, 12), nn.Tanh(), nn.Sequential(nn.Linear(12, 12), nn.Linear(12, 3)))
+    model = tuned(base)
+    model[2][1].weight.data = base[2][1].weight.data.clone()
+    known = BaseWeights(base, model)
+    assert [known.changed(matrix) for matrix in find_matrices(model)] == [True, True, False]
+    with reduced(nn.ModuleDict({"net": model}), "/net.*/@0:cut=delta", Spectra(base=known)):
+        assert same(model, weights(base))

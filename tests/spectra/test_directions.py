@@ -5,7 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor, nn
+from toy import Toy, evaluate
+from trainers import quiet_trainer
 
+from laser_callback import LaserCallback, find_matrices, save_reduced
 from laser_callback.plans import Reduction
 from laser_callback.spectra import InputDirections, Spectra, input_directions
 from laser_callback.spectra.directions import DAMPING, from_text, to_text
@@ -93,6 +96,66 @@ def test_without_them_it_says_where_they_come_from() -> None:
         reduced(model, "0.fc_out@0.4:metric=inputs", Spectra(directions=directions_of(model))).prepare()
 
 
+def test_what_keeps_nothing_needs_none() -> None:
+    model = a_model()
+    with reduced(model, "0.fc_in@0:metric=inputs,bias=cut"):
+        layer = model["layers"][0]["fc1"]  # type: ignore[index]
+        assert not layer.weight.any()
+        assert not layer.bias.any()
+    with recorded(model, "0.fc_in@0:metric=inputs") as (_, recipe):
+        assert recipe.matrices[0].directions is None
+
+
+def test_names_within_names_are_told_apart() -> None:
+    """``nn.Sequential`` in another: ``2.0`` ends like ``0``."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Sequential(nn.Linear(6, 6)))
+    columns = {name: torch.linalg.qr(torch.randn(6, 6)).Q for name in ("2.0", "0")}
+    known = InputDirections({(name, "weight"): (torch.ones(6), q) for name, q in columns.items()})
+    plan = "/0/@0.5:metric=inputs, /2.0/@0.5:metric=inputs"
+    right = {name: columns[name][:, :3].double() for name in columns}
+    for here, front in ((model, ""), (nn.ModuleDict({"net": model}), "net.")):
+        text = plan.replace("/0/", f"/{front}0/").replace("/2.0/", f"/{front}2.0/")
+        before = {name: here.get_submodule(front + name).weight.detach().double() for name in columns}  # type: ignore[union-attr]
+        with recorded(here, text, Spectra(directions=known)) as (_, recipe):
+            pass
+        with reduced(here, recipe):
+            for name, q in right.items():
+                weight = here.get_submodule(front + name).weight.double()
+                assert torch.allclose(weight, q @ q.T @ before[name], atol=1e-6), front + name
+
+
+def test_one_threshold_goes_by_the_same_metric() -> None:
+    """By its own singular values the first matrix would keep all three."""
+    model = a_model()
+    names = ("layers.0.fc1", "layers.0.fc2")
+    values = {names[0]: [3.0, 2.0, 1.0, 0.1, 0.1, 0.1], names[1]: [9.0, 8.0, 7.0, 0.1, 0.1, 0.1]}
+    found = {
+        (n, "weight"): (torch.tensor(v).double(), torch.eye(6 if n == names[0] else 8, 6)) for n, v in values.items()
+    }
+    weight = model["layers"][0]["fc1"].weight  # type: ignore[index]
+    weight.data *= 100
+    with reduced(model, "/.*/@global-2:metric=inputs", Spectra(directions=InputDirections(found))):
+        assert torch.linalg.matrix_rank(weight) == 1
+    with recorded(model, "/.*/@global-2:metric=inputs", Spectra(directions=InputDirections(found))) as (_, recipe):
+        inside = weight.clone()
+    with reduced(model, recipe):
+        assert torch.equal(weight, inside)
+
+
+@pytest.mark.parametrize(
+    "make", [lambda c: c[:, :1], lambda c: torch.cat([c, c], 1), lambda c: c * torch.inf, lambda c: c * 9]
+)
+def test_directions_that_are_of_another_cut_are_refused(make) -> None:
+    model = a_model()
+    with recorded(model, "0.fc_in@0.4:metric=inputs", Spectra(directions=directions_of(model))) as (_, recipe):
+        data = recipe.to_dict()
+    (matrix,) = data["matrices"]
+    matrix["directions"] = to_text(make(from_text(matrix["directions"], 6)))
+    with pytest.raises(ValueError, match=r"`directions` of 0\.fc_in@0\.4:metric=inputs must be 2 finite columns"):
+        Recipe.of(data)
+
+
 @pytest.mark.parametrize(("rows", "count"), [(3, 2), (4, 0)])
 def test_text_holds_the_bits(rows: int, count: int) -> None:
     columns = torch.randn(rows, count)
@@ -108,3 +171,18 @@ def test_text_that_is_none_is_refused(text: str) -> None:
 def test_inputs_that_are_all_zero_are_named() -> None:
     with pytest.raises(ValueError, match="all inputs of `m` were 0"):
         input_directions(torch.randn(4, 3), torch.zeros(3, 3), "m")
+
+
+def test_a_recipe_serves_controls_and_says_where_it_cannot_be_shipped(tmp_path) -> None:
+    """Noise is as large as what the cut removes, which only the recipe tells."""
+    module = Toy()
+    (matrix,) = [m for m in find_matrices(module) if m.name == "net.encoder.layers.1.linear1"]
+    found = {(matrix.name, "weight"): input_directions(matrix.value, made(16, 8)[1])}
+    with recorded(module, "1.fc_in@0.3:metric=inputs", Spectra(directions=InputDirections(found))) as (_, recipe):
+        pass
+    recipe.to_file(tmp_path / "laser.json")
+    callback = LaserCallback(str(tmp_path / "laser.json"), controls=True, report=False)
+    evaluate(quiet_trainer, module, callback)
+    assert {"zeroed", "random", "noise"} <= {*callback.result.controls["laser"]}
+    with pytest.raises(ValueError, match="it is not cut along its singular directions"):
+        save_reduced(module, str(tmp_path / "laser.json"), tmp_path / "thin.ckpt", "factored")

@@ -111,9 +111,9 @@ class Delta:
             addresses = [together]
         if not self.besides:
             return at(addresses, rho, cut="delta", **options)
-        others = [
-            matrix for matrix in context.matrices if matrix.kind is None and not matrix.obstacle and base.has(matrix)
-        ]
+        named = {matrix.name for target in changed for matrix in target.matrices}
+        besides = (matrix for matrix in context.matrices if matrix.kind is None and matrix.name not in named)
+        others = [matrix for matrix in besides if not matrix.obstacle and base.has(matrix)]
         # A bias has one direction: it goes where the whole change is made smaller, and stays where directions are cut.
         if rho == 0 and any(matrix.bias for matrix in context.matrices):
             options["bias"] = "cut"
