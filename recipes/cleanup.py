@@ -1,16 +1,16 @@
-"""Fine-tune on labels of which a fifth is wrong, and on right ones; clean both up; measure what it brings on a test set.
+"""Fine-tune on labels of which a fifth is wrong, and on right ones, clean both up, and measure what that brings.
 
     python cleanup.py                                     # 5 seeds: ten trainings, hours of one core
     python cleanup.py --seeds 1 --task six --noise 0.4
     python cleanup.py --quick true                        # a minute, to see that it runs; its numbers mean nothing
 
 Wrong labels are learnt last. So the last epoch is worse than the best one, and a cut of what training has changed may
-take back what they did. Whether it does is asked side by side: of the last epoch, of early stopping (the best epoch by
-validation accuracy), of both with their whole change made smaller (WiSE-FT) or cut by the best joint rule, and of what
+take back what they did. Side by side stand the last epoch and the best one by validation accuracy (early stopping),
+each as trained, with its whole change made smaller (WiSE-FT), with its change cut by the best joint rule, and with what
 LaserCleanup says to use. With right labels there is nothing to take back, and it should say so.
 
 Validation and test labels are right, and LaserCleanup chooses and confirms on the validation examples. Every set has
-equally many examples of each class.
+equally many examples of each class, so that accuracy is balanced accuracy, and the majority class has 50 % (17 %).
 
 Texts: sentences of reviews and tweets with the mean rating of twenty people, which come with vaderSentiment (MIT):
 Hutto, C. J. and Gilbert, E. (2014). VADER: a parsimonious rule-based model for sentiment analysis of social media text.
@@ -25,6 +25,7 @@ import subprocess
 import sys
 import tarfile
 import zipfile
+from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -35,6 +36,8 @@ import torch
 import torch.nn.functional as F
 from jsonargparse import auto_cli
 from lightning.pytorch.callbacks import ModelCheckpoint
+from numpy.typing import NDArray
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -44,15 +47,17 @@ from transformers import AutoModel, AutoTokenizer
 
 from laser_callback import LaserCleanup, reduced
 from laser_callback.spectra import BaseWeights, Spectra
-from laser_callback.stats import Outcomes, PairedResult, compare
+from laser_callback.stats import Outcomes, compare
 from laser_callback.support import appearing, cache_root, quiet_libraries
 
 QUIET: dict[str, Any] = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "devices": 1}
 SIZES = {"train": 1500, "valid": 1000, "test": 1500}
 QUICK = {"train": 60, "valid": 120, "test": 60}
 SOURCES = {"polarity": ["movieReviewSnippets"], "six": ["movieReviewSnippets", "amazonReviewSnippets", "tweets"]}
-LAST, BEST = "last epoch", "early stopping"
+RIVALS: tuple[Literal["last", "best"], ...] = ("last", "best")
 Row = tuple[str, int]
+Way = tuple[str, str]
+"""Weights of which epoch, and what is done to them."""
 
 
 # ---- data ------------------------------------------------------------------------------------------------------------
@@ -231,7 +236,7 @@ def trained_and_cleaned(
     module = Classifier(encoder, data.classes)
     saved = ModelCheckpoint(folder, monitor="val_acc", mode="max", save_last=True, save_weights_only=True)
     cleanups = {
-        name: LaserCleanup(
+        weights: LaserCleanup(
             weights=weights,
             base=encoder,
             objective="val_acc",
@@ -241,7 +246,7 @@ def trained_and_cleaned(
             seed=seed,
             report=False,
         )
-        for name, weights in ((LAST, "last"), (BEST, "best"))
+        for weights in RIVALS
     }
     trainer = pl.Trainer(**QUIET, max_epochs=epochs, num_sanity_val_steps=0, callbacks=[saved, *cleanups.values()])
     trainer.fit(module, datamodule=data)
@@ -257,68 +262,57 @@ def predictions(module: Classifier, data: Sentences) -> tuple[Tensor, Tensor]:
 
 def ways(
     module: Classifier, cleanups: dict[str, LaserCleanup], encoder: str, data: Sentences
-) -> Iterator[tuple[str, str, Tensor]]:
+) -> Iterator[tuple[Way, str, Tensor]]:
     """Each way to go on after training: its name, what it is, and what it says of the test examples.
 
-    Only the confirmed plan may be claimed. The others are the best of their kind in the race, for comparison.
+    WiSE-FT and the joint rule are the best of their kind on the race examples, shown to be or not; LaserCleanup is what
+    it says to use.
     """
-    for name, cleanup in cleanups.items():
+    for weights, cleanup in cleanups.items():
         result = cleanup.result
-        source = module if name == LAST else Classifier.load_from_checkpoint(result.source, map_location="cpu")
+        source = module if weights == "last" else restored(result.source)
         said, _ = predictions(source, data)
-        yield name, "" if name == LAST else Path(result.source).stem, said
+        yield (weights, "as trained"), Path(result.source).stem, said
+        best = {row.kind: row.name for row in result.contenders}  # of two joint rules, the last is the one it has tried
         spectra = Spectra.default(BaseWeights(encoder, source))
         for kind in ("WiSE-FT", "joint rule"):
-            for plan in [row.name for row in result.contenders if row.kind == kind]:
-                with reduced(source, plan, spectra):
-                    yield f"{name}, {kind}", plan, predictions(source, data)[0]
-        if result.checkpoint is None:
-            yield f"{name}, LaserCleanup", "as it is", said
-        else:
-            cleaned = Classifier.load_from_checkpoint(result.checkpoint, map_location="cpu")
-            yield f"{name}, LaserCleanup", str(result.plan or result.checkpoint.name), predictions(cleaned, data)[0]
+            with reduced(source, best[kind], spectra):
+                yield (weights, kind), best[kind], predictions(source, data)[0]
+        if result.checkpoint is not None:
+            said, _ = predictions(restored(result.checkpoint), data)
+        yield (weights, "LaserCleanup"), result.verdict, said
+
+
+def restored(path: str | Path) -> Classifier:
+    return Classifier.load_from_checkpoint(path, map_location="cpu")
 
 
 # ---- numbers ---------------------------------------------------------------------------------------------------------
 
 
-def balanced(said: Tensor, right: Tensor) -> float:
-    """The share right, averaged over the classes."""
-    return float(torch.stack([(said[right == label] == label).double().mean() for label in right.unique()]).mean())
-
-
-def change(before: Tensor | list[float], after: Tensor | list[float]) -> str:
+def change(before: NDArray[Any], after: NDArray[Any]) -> str:
     """The mean change in points with its paired 95 % interval."""
-    if isinstance(before, list):
-        before, after = np.array(before), np.array(after)
-    row: PairedResult = compare("accuracy", Outcomes.of(before), Outcomes.of(after))
+    row = compare("accuracy", Outcomes.of(before), Outcomes.of(after))
     ends = "" if row.lower is None or row.upper is None else f" ({100 * row.lower:+.1f} .. {100 * row.upper:+.1f})"
     return f"{100 * row.delta:+.1f}{ends}"
 
 
-def points(share: float) -> str:
-    return f"{100 * share:.1f}"
+def table(title: str, outcomes: dict[Way, NDArray[Any]], most: dict[Way, float]) -> Table:
+    """The ways compared.
 
-
-def table_of_one(title: str, found: list[tuple[str, str, Tensor]], right: Tensor) -> Table:
-    """Each way on the test examples of one training, with intervals over these."""
-    table = Table("way", "what", "accuracy", "balanced", "says most", f"against {LAST}", f"against {BEST}", title=title)
-    correct = {name: said == right for name, _, said in found}
-    for name, what, said in found:
-        most = said.bincount().max() / len(said)
-        shares = [float(correct[name].double().mean()), balanced(said, right), float(most)]
-        table.add_row(
-            name, what, *map(points, shares), *(change(correct[rival], correct[name]) for rival in (LAST, BEST))
-        )
-    return table
-
-
-def table_of_all(title: str, accuracies: dict[str, list[float]]) -> Table:
-    """Each way over all trainings, with intervals over seeds: what another training would give."""
-    table = Table("way", "accuracy", f"against {LAST}", f"against {BEST}", title=title)
-    for name, values in accuracies.items():
-        table.add_row(name, points(np.mean(values)), *(change(accuracies[rival], values) for rival in (LAST, BEST)))
-    return table
+    Args:
+        title: what is shown.
+        outcomes: by way, in the same order: of one training right or wrong for each test example, of several the
+            accuracy of each training. The intervals tell what other examples, or other trainings, would give.
+        most: by way, the share of its own most frequent answer.
+    """
+    shown = Table("from", "then", "accuracy", "says most", *(f"against {weights}" for weights in RIVALS), title=title)
+    shown.box = SIMPLE_HEAD
+    for (weights, then), values in outcomes.items():
+        changes = [change(outcomes[rival, "as trained"], values) for rival in RIVALS]
+        name = weights if then == "as trained" else ""
+        shown.add_row(name, then, f"{100 * values.mean():.1f}", f"{most[weights, then]:.0%}", *changes)
+    return shown
 
 
 def cleanup(
@@ -340,24 +334,27 @@ def cleanup(
         quick: one seed, one epoch and few examples.
     """
     quiet_libraries()
-    console, encoder = Console(), str(encoder_folder())
+    console, encoder = Console(highlight=False), str(encoder_folder())
     sizes, seeds, epochs = (QUICK, 1, 1) if quick else (SIZES, seeds, epochs)
     for share in dict.fromkeys((noise, 0.0)):
         case = f"{task}, {share:.0%} of the training labels wrong"
-        accuracies: dict[str, list[float]] = {}
+        accuracies, shares = defaultdict(list), defaultdict(list)
         for seed in range(seeds):
             pl.seed_everything(seed, verbose=False)
             data = Sentences(encoder, task, share, sizes, seed)
-            place = folder / f"{task}-{share:g}-{seed}"
-            module, cleanups = trained_and_cleaned(data, encoder, epochs, seed, place)
+            module, cleanups = trained_and_cleaned(data, encoder, epochs, seed, folder / f"{task}-{share:g}-{seed}")
             _, right = predictions(module, data)
-            found = list(ways(module, cleanups, encoder, data))
-            console.print(table_of_one(f"{case}, seed {seed}: {len(right)} test examples", found, right))
-            for name, done in cleanups.items():
-                console.print(f"LaserCleanup of the {name}: {done.result.verdict}", markup=False)
-            for name, _, said in found:
-                accuracies.setdefault(name, []).append(float((said == right).double().mean()))
-        console.print(table_of_all(f"{case}: mean of {seeds} trainings", accuracies))
+            outcomes, most = {}, {}
+            for way, what, said in ways(module, cleanups, encoder, data):
+                outcomes[way] = (said == right).numpy()
+                most[way] = float(said.bincount().max() / len(said))
+                accuracies[way].append(outcomes[way].mean())
+                shares[way].append(most[way])
+                console.print(f"{', '.join(way)}: {what}", markup=False)
+            console.print(table(f"{case}, seed {seed}: {len(right)} test examples", outcomes, most))
+        means = {way: float(np.mean(values)) for way, values in shares.items()}
+        together = {way: np.array(values) for way, values in accuracies.items()}
+        console.print(table(f"{case}, mean of {seeds} trainings", together, means))
 
 
 if __name__ == "__main__":
