@@ -120,8 +120,13 @@ def drawn(rows: list[Row], sizes: dict[str, int], seed: int) -> dict[str, list[R
     """Disjoint sets, each with equally many examples of every class."""
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
     classes = len({label for _, label in rows})
-    by_class = [iter([rows[i] for i in order if rows[i][1] == label]) for label in range(classes)]
-    return {name: [next(rest) for rest in by_class for _ in range(size // classes)] for name, size in sizes.items()}
+    by_class = [[rows[i] for i in order if rows[i][1] == label] for label in range(classes)]
+    needed = sum(size // classes for size in sizes.values())
+    for label, texts in enumerate(by_class):
+        if len(texts) < needed:
+            raise ValueError(f"class {label} has {len(texts)} texts, and {needed} are asked for")
+    rest = [iter(texts) for texts in by_class]
+    return {name: [next(texts) for texts in rest for _ in range(size // classes)] for name, size in sizes.items()}
 
 
 def partly_wrong(rows: list[Row], share: float, classes: int, seed: int) -> list[Row]:
