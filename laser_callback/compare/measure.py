@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
+from laser_callback.compare.alone import Run
 from laser_callback.compare.callback import LaserCallback
 from laser_callback.compare.options import RunOptions
 from laser_callback.compare.run import ComparisonRun
@@ -172,6 +173,12 @@ class Lab:
         self.validate(loaders, callback, limit_batches=limit_batches)
         return callback.result
 
+    def alone(self, loaders: Any) -> Run:
+        """What the module does as it stands, for :func:`~laser_callback.compare.alone.paired`."""
+        watch = _Alone(self.spectra)
+        self.validate(loaders, watch)
+        return Run(watch.logged, watch.examples)
+
     def base(self, plan: LaserPlan | None) -> AbstractContextManager[Any]:
         """Context in which ``plan`` is in place."""
         return nullcontext() if plan is None else reduced(self.matrices, plan, self.spectra)
@@ -212,6 +219,26 @@ class _WithSpectra(LaserCallback):
         return replace(super()._options, spectra=self._spectra)
 
 
+class _Alone(_WithSpectra):
+    """A LaserCallback without any arm, which keeps what the original did."""
+
+    def __init__(self, spectra: Spectra) -> None:
+        placeholder = LaserPlan.parse("*.all@0")  # `_options` ask for none
+        super().__init__(placeholder, spectra, loops="validate", report=False)
+        self.logged: dict[str, Logged] = {}
+        self.examples = PairedExamples()
+
+    @property
+    @override
+    def _options(self) -> RunOptions:
+        return replace(super()._options, plans={}, replay=False, watched=False)
+
+    @override
+    def _finish(self, run: ComparisonRun, trainer: pl.Trainer) -> None:
+        self.logged, _ = run.end()
+        self.examples = run.gathered()
+
+
 class _Measure(_WithSpectra):
     """A LaserCallback for dozens of arms, which keeps the values and leaves out all statistics and logging."""
 
@@ -250,18 +277,28 @@ class _Measure(_WithSpectra):
             raise MisconfigurationException(
                 f"{key!r} is not logged by `validation_step`: it logs {', '.join(self._original) or 'nothing'}"
             )
-        own = self._examples.values(ORIGINAL, key, self._original[key])
-        if own is None:
-            raise MisconfigurationException(
-                f"{key!r} is not a mean over examples or batches, so candidates cannot be compared by it while they "
-                f"are run: return a 1-D tensor with one value per example under {key!r} from `validation_step`"
-            )
-        pair = self._examples.values(arm, key, self._original[key])
-        if pair is None or len(pair[0].values) != len(own[0].values):  # the cut has broken the model
-            pair = own[0], replace(own[0], values=torch.full_like(own[0].values, math.nan))
-        clusters = self._examples.clusters(key, self._original[key])
-        before, after = (Values.of(outcomes, clusters) for outcomes in pair)
-        present = before.values[~torch.isnan(before.values)]
-        if not len(present) or not bool(torch.isfinite(present).all()):
-            raise ValueError(f"{key!r} is not finite for the model as it is: nothing can be compared with that")
-        return before, after
+        return values_of(self._examples, arm, key, self._original[key])
+
+
+def values_of(examples: PairedExamples, arm: str, key: str, metric: Logged) -> tuple[Values, Values]:
+    """The original's and an arm's values of a metric that the original has logged as ``key``.
+
+    Raises:
+        MisconfigurationException: if it is no mean over examples or batches.
+        ValueError: if the original's value is not finite.
+    """
+    own = examples.values(ORIGINAL, key, metric)
+    if own is None:
+        raise MisconfigurationException(
+            f"{key!r} is not a mean over examples or batches, so candidates cannot be compared by it while they "
+            f"are run: return a 1-D tensor with one value per example under {key!r} from `validation_step`"
+        )
+    pair = examples.values(arm, key, metric)
+    if pair is None or len(pair[0].values) != len(own[0].values):  # the cut has broken the model
+        pair = own[0], replace(own[0], values=torch.full_like(own[0].values, math.nan))
+    clusters = examples.clusters(key, metric)
+    before, after = (Values.of(outcomes, clusters) for outcomes in pair)
+    present = before.values[~torch.isnan(before.values)]
+    if not len(present) or not bool(torch.isfinite(present).all()):
+        raise ValueError(f"{key!r} is not finite for the model as it is: nothing can be compared with that")
+    return before, after

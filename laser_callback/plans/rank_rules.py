@@ -79,6 +79,9 @@ _RULES: dict[str, Callable[[Tensor, tuple[int, int]], int]] = {
     "marchenko-pastur": marchenko_pastur_rank,
     "laser-rmt": laser_rmt_rank,
 }
+OF_THE_MEDIAN = ("gavish-donoho", "marchenko-pastur")
+"""Rules that take the median singular value for one of noise. Where it is 0 they keep everything that is not."""
+
 _ENERGY, _GLOBAL, _PLACES = "energy-", "global-", "places-"
 _RANK = re.compile(r"k(\d{1,9})")
 _LIST = re.compile(r"\d{1,9}(-\d{1,9})?(\+\d{1,9}(-\d{1,9})?)*")

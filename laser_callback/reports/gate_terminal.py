@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
@@ -10,6 +11,7 @@ from rich.text import Text
 
 from laser_callback.reports.terminal import WIDE, indent, show
 from laser_callback.results.cleanup import CleanupResult
+from laser_callback.results.other_tasks import OtherTask, four_parts
 from laser_callback.results.rollout import RolloutResult
 from laser_callback.stats.judgement import Judgement
 
@@ -68,22 +70,63 @@ def print_rollout(result: RolloutResult, console: Console | None = None) -> None
     console.print(Group(*parts))
 
 
+_KINDS = {"joint rule": "one rule for all", "single": "one matrix"}
+
+
 def print_cleanup(result: CleanupResult, console: Console | None = None) -> None:
-    """Print the verdict, and what each mode found, where :func:`~laser_callback.reports.show` does."""
-    table = Table("mode", "plan", "as trained", "cut", "95 % interval", "p after Holm", "accepted")
-    for mode, search in result.searches.items():
-        row = result.row(mode)
-        numbers = ["-"] * 4
-        if row is not None:
-            ends = "-" if row.lower is None or row.upper is None else f"{row.lower:+.4g} .. {row.upper:+.4g}"
-            numbers = [f"{row.original:.4g}", f"{row.reduced:.4g}", ends, f"{result.p_adjusted[mode]:.2g}"]
-        table.add_row(Text(mode), Text(str(search.found or "-")), *numbers, "yes" if mode == result.mode else "no")
-    lines = [f"cleaned: {result.source}", f"report: {result.report}"]
-    lines += [] if result.checkpoint is None else [f"checkpoint: {result.checkpoint}"]
-    style = "bold green" if result.mode else "bold yellow"
+    """Print the verdict, and what was held against what, where :func:`~laser_callback.reports.show` does."""
+    classes = any(row.said_most is not None for row in result.contenders)
+    columns = ["race", "n", "confirm", *["says most", "balanced"] * classes]
+    table = Table("", "what", box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    for column in columns:
+        table.add_column(column, justify="right", no_wrap=True)
+    for row in result.contenders:
+        told = [_number(row.said_most), _number(row.balanced)] * classes
+        name = Path(row.name).name if row.kind in ("checkpoint", "as trained") else row.name
+        style = "bold" if row.confirmed else ""
+        gain = "" if row.gain is None else f"{row.gain:+.4g}"
+        table.add_row(
+            _KINDS.get(row.kind, row.strategy if row.kind == "strategy" else row.kind),
+            Text(name, overflow="fold"),
+            gain,
+            f"{row.examples:,}" if row.gain is not None else "",
+            _number(row.value) + ("" if row.confirmed or row.kind == "as trained" else "*"),
+            *told,
+            style=style,
+        )
     parts: list[RenderableType] = [
-        Text(result.verdict, style=style),
+        Text(result.verdict, style="bold green" if result.checkpoint else "bold yellow"),
+        Text(),
         table,
-        *(Text(line, style="dim") for line in lines),
+        Text("race: change of the objective on n examples, by which one was chosen", style="dim"),
+        Text("* exploratory: nothing is claimed of it, nothing was chosen by it; bold: confirmed", style="dim"),
     ]
-    show(Group(*parts), console=console)
+    if result.others:
+        parts += [Text(), *_other_tasks(result.others)]
+    lines = [*result.notes, f"cleaned: {result.source}", f"report: {result.report}"]
+    lines += [] if result.checkpoint is None else [f"checkpoint: {result.checkpoint}"]
+    show(Group(*parts, Text(), *(Text(line, style="dim") for line in lines)), console=console)
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.4g}"
+
+
+def _other_tasks(tasks: Sequence[OtherTask]) -> list[RenderableType]:
+    """A row per task, and the four parts of what was done to them."""
+    columns = ("task", "base", "fine-tuned", "cleaned", "cleaned - fine-tuned, 95 %", "by fine-tuning")
+    table = Table(*columns, box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    for task in tasks:
+        row, cells = task.cleaning, ["", ""]
+        if row is not None:
+            ends = "" if row.lower is None or row.upper is None else f" [{row.lower:+.3g}, {row.upper:+.3g}]"
+            cells = [f"{row.reduced:.4g}", f"{row.delta:+.3g}{ends}"]
+        table.add_row(Text(task.name), f"{task.tuning.original:.4g}", f"{task.tuning.reduced:.4g}", *cells, task.effect)
+    parts = four_parts(tasks)
+    said = [
+        f"healed {parts.healed:.0%} of what {len(parts.damaged)} damaged lost" if parts.healed is not None else "",
+        f"kept {parts.kept:.0%} of what {len(parts.improved)} improved gained" if parts.kept is not None else "",
+        f"harmed {len(parts.harmed)} of {len(parts.unchanged)} unchanged" if parts.unchanged else "",
+        f"target: {parts.retained:.0%} retained" if parts.retained is not None else "",
+    ]
+    return [table, Text("; ".join(filter(None, said)), style="bold")]

@@ -3,6 +3,7 @@ from .candidates import Candidate as Candidate
 from .candidates import Estimate as Estimate
 from .candidates import to_rows as to_rows
 from .cleanup import CleanupResult as CleanupResult
+from .cleanup import Contender as Contender
 from .comparison import ArmResult as ArmResult
 from .comparison import LaserResult as LaserResult
 from .evidence import numbers_of as numbers_of
@@ -12,6 +13,9 @@ from .flips import Flip as Flip
 from .flips import LabelCount as LabelCount
 from .flips import label_counts as label_counts
 from .gates import GateVerdict as GateVerdict
+from .other_tasks import FourParts as FourParts
+from .other_tasks import OtherTask as OtherTask
+from .other_tasks import four_parts as four_parts
 from .rollout import RolloutResult as RolloutResult
 from .rollout import Stage as Stage
 from .search import Phase as Phase

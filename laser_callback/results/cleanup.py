@@ -1,18 +1,52 @@
-"""What a cleanup found: both searches, what they confirmed under one level, and what became of it."""
+"""What a cleanup found: the search, what it was held against, what was confirmed, and what became of it."""
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from laser_callback.plans.plan import LaserPlan
+from laser_callback.results.comparison import LaserResult
 from laser_callback.results.gates import GateVerdict
+from laser_callback.results.other_tasks import OtherTask, four_parts
 from laser_callback.results.search import SearchResult
-from laser_callback.stats.holm import adjust
-from laser_callback.stats.outcomes import ALPHA, PairedResult
+from laser_callback.stats.judgement import Judgement
+from laser_callback.support.plain_json import plain
 from laser_callback.surgery.recipe import Recipe
+
+ContenderKind = Literal["as trained", "checkpoint", "WiSE-FT", "joint rule", "single", "strategy"]
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One row of the table: the model as trained, or the best of its kind.
+
+    Attributes:
+        kind: ``"as trained"``; ``"checkpoint"`` of another epoch; of the plans ``"WiSE-FT"`` (the whole change made
+            smaller), ``"joint rule"`` (the whole change under another rule), ``"single"`` (one matrix), and
+            ``"strategy"`` for all others.
+        name: the plan as text, or the checkpoint's path.
+        strategy: what proposed the plan.
+        gain: change of the objective on race examples, in the direction that is better; what is chosen is chosen by it.
+        examples: so many race examples.
+        value: of the first objective on the confirm set.
+        said_most: there, the share of its own most frequent answer; ``None`` where the step returns no predictions.
+        balanced: there, the share right averaged over the answers.
+        confirmed: this one went to confirmation. All other values on the confirm set are for information: nothing is
+            claimed of them, and nothing was chosen by them.
+    """
+
+    kind: ContenderKind
+    name: str
+    strategy: str = ""
+    gain: float | None = None
+    examples: int = 0
+    value: float | None = None
+    said_most: float | None = None
+    balanced: float | None = None
+    confirmed: bool = False
 
 
 @dataclass
@@ -21,76 +55,63 @@ class CleanupResult:
 
     Attributes:
         source: the checkpoint that was cleaned, or ``"last"``.
-        searches: by mode.
-        p_adjusted: by mode, Holm-adjusted over the modes; a mode that confirmed nothing counts as p = 1.
-        gates: what the gates said, for the modes that came that far.
-        mode, plan: what was accepted; ``None`` keeps the model as trained.
+        search: for a plan, on the weights of ``source``.
+        contenders: the best of each kind, and the checkpoints of other epochs.
+        tried: what was held against ``source`` on the confirm set: a plan as text, or another checkpoint; ``None`` if
+            nothing was better in the race.
+        confirmed: that comparison, the one that claims anything.
+        judgements: of the constraints on the guard set, in it.
+        gates: what the gates said, if it came that far.
+        others: other tasks, with the target first.
+        notes: what a reader must know besides ``search.warnings``.
+        reason: why the outcome is what it is, in one sentence.
+        plan: the plan that was accepted, if it was one.
         recipe: the plan with hashes and numbers.
-        checkpoint: the cleaned checkpoint, if there is one.
+        checkpoint: what to use in place of ``source``: the cleaned checkpoint, or that of another epoch; ``None`` keeps
+            the model as trained.
         report: the file with all of this as JSON.
     """
 
     source: str
-    searches: dict[str, SearchResult]
-    p_adjusted: dict[str, float] = field(default_factory=dict)
-    gates: dict[str, GateVerdict] = field(default_factory=dict)
-    mode: str | None = None
+    search: SearchResult
+    contenders: list[Contender] = field(default_factory=list)
+    tried: str | None = None
+    confirmed: LaserResult | None = None
+    judgements: list[Judgement] = field(default_factory=list)
+    gates: GateVerdict | None = None
+    others: Sequence[OtherTask] = ()
+    notes: list[str] = field(default_factory=list)
+    reason: str = ""
     plan: LaserPlan | None = None
     recipe: Recipe | None = None
     checkpoint: Path | None = None
     report: Path | None = None
 
-    def row(self, mode: str) -> PairedResult | None:
-        """The confirmed change of the first objective."""
-        search = self.searches[mode]
-        return None if search.confirmed is None else search.confirmed["laser"][search.objective[0]]
-
-    def adjust(self) -> None:
-        """Give the modes their share of one level."""
-        rows = []
-        for mode in self.searches:
-            row = self.row(mode)
-            p = 1.0 if row is None or row.p is None else row.p
-            rows.append(PairedResult(mode, None, 0, math.nan, math.nan, math.nan, p=p))
-        self.p_adjusted = {row.metric: float(row.p_adjusted or 0.0) for row in adjust(rows, None)}
-
-    def candidates(self) -> list[str]:
-        """Modes whose search recommends its plan and whose gain holds after adjustment, the largest gain first."""
-        found = {}
-        for mode, search in self.searches.items():
-            row = self.row(mode)
-            if search.plan is not None and row is not None and self.p_adjusted[mode] <= ALPHA:
-                found[mode] = abs(row.delta)
-        return sorted(found, key=lambda mode: -found[mode])
-
-    def reason(self, mode: str) -> str:
-        """Why a mode was accepted or not."""
-        search = self.searches[mode]
-        if mode == self.mode or search.plan is None:
-            return search.reason
-        if self.p_adjusted[mode] > ALPHA:
-            return f"not significant beside the other mode (p = {self.p_adjusted[mode]:.2g} after Holm)"
-        if mode in self.gates and not self.gates[mode].accepted:
-            return self.gates[mode].reason
-        return f"the mode {self.mode} gains more"
-
     @property
     def verdict(self) -> str:
         """The outcome in one line."""
-        if self.mode is not None:
-            return f"cleaned by {self.plan} in {self.mode} mode: {self.reason(self.mode)}"
-        return "keep the model as trained: " + "; ".join(f"{mode}: {self.reason(mode)}" for mode in self.searches)
+        if self.plan is not None:
+            return f"cleaned by {self.plan}: {self.reason}"
+        if self.checkpoint is not None:
+            return f"use the checkpoint {self.checkpoint}: {self.reason}"
+        return f"keep the model as trained: {self.reason}"
 
     def to_dict(self) -> dict[str, Any]:
-        """Ready for JSON."""
-        return {
+        """Ready for strict JSON: a number that is not finite becomes ``None``."""
+        data = {
             "verdict": self.verdict,
             "source": self.source,
-            "mode": self.mode,
             "plan": None if self.plan is None else str(self.plan),
-            "recipe": None if self.recipe is None else self.recipe.to_dict(),
             "checkpoint": None if self.checkpoint is None else str(self.checkpoint),
-            "p_adjusted": self.p_adjusted,
-            "gates": {mode: verdict.to_dict() for mode, verdict in self.gates.items()},
-            "searches": {mode: search.to_dict() for mode, search in self.searches.items()},
+            "tried": self.tried,
+            "contenders": [asdict(contender) for contender in self.contenders],
+            "confirmed": None if self.confirmed is None else self.confirmed.to_dict(),
+            "judgements": [judgement.to_dict() for judgement in self.judgements],
+            "gates": None if self.gates is None else self.gates.to_dict(),
+            "others": [task.to_dict() for task in self.others],
+            "four_parts": asdict(four_parts(self.others)) if self.others else None,
+            "notes": self.notes,
+            "recipe": None if self.recipe is None else self.recipe.to_dict(),
+            "search": self.search.to_dict(),
         }
+        return plain(data)

@@ -15,13 +15,13 @@ class GateVerdict:
     """What the gates say to a plan.
 
     Attributes:
-        plan: the plan that was judged.
+        plan: the plan that was judged; ``None`` if it was another checkpoint.
         judgements: one per gate.
         results: the comparisons behind them, by the name of the data; ``""`` is the main one.
         failure: why the plan could not be judged, such as an exception of its passes; empty if it was.
     """
 
-    plan: LaserPlan
+    plan: LaserPlan | None
     judgements: list[Judgement]
     results: dict[str, LaserResult] = field(repr=False)
     failure: str = ""
@@ -43,7 +43,7 @@ class GateVerdict:
     def to_dict(self) -> dict[str, Any]:
         """Ready for JSON."""
         return {
-            "plan": str(self.plan),
+            "plan": None if self.plan is None else str(self.plan),
             "accepted": self.accepted,
             "reason": self.reason,
             "judgements": [judgement.to_dict() for judgement in self.judgements],

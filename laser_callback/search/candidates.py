@@ -6,7 +6,7 @@ Contract: candidates in, candidates out; nothing here runs a model.
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Collection, Hashable, Iterable, Sequence
 from dataclasses import fields
 from itertools import zip_longest
 
@@ -22,17 +22,22 @@ _ADDRESS = ("layer", "matrix", "stack", "expert")
 _OPTIONS = tuple(f.name for f in fields(Reduction) if f.name not in (*_ADDRESS, "rho"))
 
 
-def in_turns(candidates: Sequence[Candidate], strategies: Iterable[str]) -> list[Candidate]:
+def in_turns(
+    candidates: Sequence[Candidate], strategies: Iterable[str], first: Collection[str] = ()
+) -> list[Candidate]:
     """Candidates in the order in which they should race.
 
     Those with a score, of whatever strategy, are one list (see :func:`shortlist`), and those without one of each
-    strategy another. The lists take turns.
+    strategy another. The lists take turns. All candidates of the strategies named in ``first`` come ahead of these, in
+    the order in which they are given.
     """
-    lists = [shortlist(c for c in candidates if c.score is not None)]
+    ahead = [candidate for candidate in candidates if candidate.strategy in first]
+    others = [candidate for candidate in candidates if candidate.strategy not in first]
+    lists = [shortlist(c for c in others if c.score is not None)]
     for name in strategies:
-        in_order = [c for c in candidates if c.strategy == name and c.score is None]
+        in_order = [c for c in others if c.strategy == name and c.score is None]
         lists.append(_without_doubles([*_best_of_each(in_order), *in_order]))
-    return _turns(lists)
+    return [*ahead, *_turns(lists)]
 
 
 def shortlist(scored: Iterable[Candidate]) -> list[Candidate]:

@@ -88,6 +88,10 @@ class Course:
         for trade in self.result.trades:
             trade.chosen = self.result.found is not None and trade.plan == str(self.result.found)
 
+    def race_positions(self) -> list[int]:
+        """Positions of the race examples that the first reduction is chosen by."""
+        return self._race_parts()[0]
+
     def _race_parts(self) -> list[list[int]]:
         """Positions to race on, and fresh ones for each further reduction."""
         sets = self.steps.sets

@@ -13,6 +13,7 @@ from typing import Any, cast
 from laser_callback.compare.measure import Lab
 from laser_callback.plans.matrices import WeightMatrix
 from laser_callback.plans.plan import LaserPlan
+from laser_callback.plans.rank_rules import OF_THE_MEDIAN
 from laser_callback.results.candidates import Candidate
 from laser_callback.search.candidates import cut_by, in_turns
 from laser_callback.search.sensitivities import View, Views
@@ -51,10 +52,11 @@ class Proposals:
         self._in_place = {matrix.name for matrix, _ in context.resolve(base)} if base else set()
         self._known: dict[Hashable, Candidate] = {}
         racing = list(filter(self._may_race, candidates))
-        for candidate in racing if in_order else in_turns(racing, self._strategies):
-            first = self._known.setdefault(cut_by(context.resolve(candidate.plan)), candidate)
-            if first is not candidate:
-                candidate.reason = f"the same cut as {first.plan} of {first.strategy}"
+        first = [name for name, strategy in self._strategies.items() if getattr(strategy, "races_first", False)]
+        for candidate in racing if in_order else in_turns(racing, self._strategies, first):
+            same = self._known.setdefault(cut_by(context.resolve(candidate.plan)), candidate)
+            if same is not candidate:
+                candidate.reason = f"the same cut as {same.plan} of {same.strategy}"
         self.ranked = list(self._known.values())
 
     def around(self, leader: Candidate, *, closest: bool) -> list[Candidate]:
@@ -75,7 +77,15 @@ class Proposals:
         if any(matrix.name in self._in_place for matrix, _ in self._context.resolve(candidate.plan)):
             candidate.reason = "it cuts what is cut already"
             return False
-        return self._lab.alters(candidate.plan)
+        if not self._lab.alters(candidate.plan):
+            candidate.reason = "it keeps everything"
+            if any(cut.cut == "delta" and cut.rho in OF_THE_MEDIAN for cut in candidate.plan):
+                candidate.reason += (
+                    ": of a change of low rank, as LoRA makes it, most singular values are 0, and so is their median, "
+                    "which the rule goes by; `energy-0.9` cuts it"
+                )
+            return False
+        return True
 
 
 def views_for(strategies: Iterable[Strategy], context: Context) -> Views:

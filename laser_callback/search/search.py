@@ -99,6 +99,7 @@ class LaserSearch:
 
     Attributes:
         result: the outcome; after an interruption what there was by then.
+        course: what the search works with, once it has begun.
 
     Raises:
         MisconfigurationException, ValueError: at once, or in :meth:`run` before the work, naming the argument.
@@ -138,6 +139,7 @@ class LaserSearch:
 
     def __post_init__(self) -> None:
         self.result = SearchResult(None, None, "the search has not run", (), [])
+        self.course: Course | None = None
         if isinstance(self.module, LaserModule) and self.module.plan is not None:
             raise MisconfigurationException("`module` must have no plan of its own: the search finds one")
         for name in ("candidates", "max_reductions"):
@@ -176,7 +178,7 @@ class LaserSearch:
             ValueError: if there are too few examples, a value is not finite, or ``minutes`` is too short.
             KeyboardInterrupt: on Ctrl-C; :attr:`result`, and ``result.json`` in the folder, hold what there was.
         """
-        course = self._prepare(time.perf_counter())
+        course = self.course = self._prepare(time.perf_counter())
         try:
             course.run()
             confirm(course.steps, self.result, course.bounds, self.controls)

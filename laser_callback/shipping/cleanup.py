@@ -1,9 +1,9 @@
 """LaserCleanup: after training, find out whether a cut makes the model better, and if so put it beside the checkpoints.
 
-Contract: when ``trainer.fit`` has ended well, the weights that training gave are searched twice, in full mode and in
-delta mode (the difference to the base alone). What is accepted becomes a checkpoint of its own, with the numbers; the
-user's checkpoints stay untouched, and so does the module, unless ``apply`` asks for the cut. Trainer, module and
-process group are left as they were found.
+Contract: when ``trainer.fit`` has ended well, the weights that training gave are searched once. What is found must beat
+the checkpoints of other epochs, too. What is accepted becomes a checkpoint of its own, with the numbers; the user's
+checkpoints stay untouched, and so does the module, unless ``apply`` asks for the outcome. Trainer, module and process
+group are left as they were found.
 """
 
 from __future__ import annotations
@@ -30,11 +30,16 @@ from laser_callback.plans.plan import LaserPlan
 from laser_callback.reports.gate_terminal import print_cleanup
 from laser_callback.results.cleanup import CleanupResult
 from laser_callback.results.evidence import numbers_of
+from laser_callback.results.other_tasks import TARGET
+from laser_callback.results.search import SearchResult
+from laser_callback.search.budget import OutOfTimeError
 from laser_callback.search.screen import returned_loss
 from laser_callback.search.search import LaserSearch
-from laser_callback.search.strategies import strategies_of
-from laser_callback.shipping.gates import Gates
-from laser_callback.shipping.modes import MODES, accept, search_modes, spectra_of
+from laser_callback.search.strategies.base import Strategy
+from laser_callback.search.strategies.registry import strategies_of
+from laser_callback.shipping.contest import Contest
+from laser_callback.shipping.gates import Gates, check_names, loaders_of
+from laser_callback.shipping.rivals import Rival, rivals_of
 from laser_callback.shipping.trained import (
     as_found,
     best_path,
@@ -50,9 +55,11 @@ from laser_callback.spectra.store import Spectra
 from laser_callback.support.files import write_json
 from laser_callback.support.merging import adapted_layers, merged, refuse_other_than_lora, refuse_unmergeable
 from laser_callback.support.processes import on_first_rank, share_weights, waiting_group
-from laser_callback.surgery.recipe import recorded
+from laser_callback.support.reading import shown
+from laser_callback.surgery.recipe import Recipe, recorded
 
-_OWN = {"module", "data", "base", "folder", "resume", "spectra", "accelerator", "precision", "progress"}
+STRATEGIES = ("delta", "delta-matrices", "laser")
+_OWN = {"module", "data", "base", "folder", "resume", "spectra", "accelerator", "precision", "progress", "strategies"}
 """Arguments of the search that are not the user's here."""
 
 
@@ -65,12 +72,18 @@ class LaserCleanup(pl.Callback):
             training has chosen a checkpoint by them does no harm: it favours the model as it is.
         base: what the model was fine-tuned from, as :class:`~laser_callback.spectra.BaseWeights` takes it. For a model
             with LoRA by default the weights under it.
-        modes: ``"full"`` cuts the weights, ``"delta"`` what fine-tuning has changed.
-        gates: further demands, with data of their own, that a candidate must meet.
+        strategies: what proposes cuts, as :class:`LaserSearch` takes it. ``"delta"`` cuts the whole change of
+            fine-tuning by one rule, and takes seconds of screening less; ``"delta-matrices"`` the change of one matrix;
+            ``"laser"`` the weights of one, and needs no base. Embeddings, a new head and biases stay as fine-tuned;
+            ``"delta-all"`` includes those that the base has, too.
+        gates: further demands, with data of their own, that what is confirmed must meet.
+        also: data of other tasks by name, as gates take them: how the base, the fine-tuned and the cleaned model do
+            there. It needs a base, and decides nothing.
         weights: clean those of the ``"best"`` checkpoint, or the ``"last"`` ones.
         folder: where the cleaned checkpoint and its report go; by default beside the checkpoints.
-        apply: also put the cleaned weights into the module, on all processes.
-        minutes: for both searches together; see :class:`LaserSearch`. A mode that they do not suffice for is left out.
+        apply: also put the outcome's weights into the module, on all processes.
+        minutes: for the search; see :class:`LaserSearch`. The joint rules of ``"delta"`` race first. What is shown
+            beside it takes a pass over the confirm set each, and another checkpoint one over the race set as well.
         seed: see :class:`LaserSearch`.
         report: print a table at the end.
         search: all other arguments of :class:`LaserSearch`, such as ``objective``, ``direction`` and ``constraints``.
@@ -80,9 +93,10 @@ class LaserCleanup(pl.Callback):
             known before training is said before its first step.
         ValueError: for a base that does not fit the model, before training too.
 
-    Each candidate is held to constraints and gates at their own level, not at a level that both share. With adapters
-    the effective weights are cut; in the cleaned checkpoint they stand under adapters that add nothing, so that it
-    loads into the same module.
+    Checkpoints of other epochs that a ModelCheckpoint has kept race as well. If one of them is better than the best
+    cut, it goes to confirmation in its place, and nothing is written: the verdict names it. Either way one comparison
+    with the weights that were cleaned is confirmed, at its own level. With adapters the effective weights are cut; in
+    the cleaned checkpoint they stand under adapters that add nothing, so that it loads into the same module.
 
     Example::
 
@@ -96,8 +110,9 @@ class LaserCleanup(pl.Callback):
         data: pl.LightningDataModule | DataLoader[Any] | Mapping[str, DataLoader[Any]] | ExampleSets | None = None,
         *,
         base: BaseSource | None = None,
-        modes: Sequence[str] = MODES,
+        strategies: str | Sequence[str | Strategy] = STRATEGIES,
         gates: Gates | None = None,
+        also: Mapping[str, Any] | None = None,
         weights: Literal["best", "last"] = "best",
         folder: str | Path | None = None,
         apply: bool = False,
@@ -107,21 +122,27 @@ class LaserCleanup(pl.Callback):
         **search: Any,
     ) -> None:
         super().__init__()
-        self.modes = (modes,) if isinstance(modes, str) else tuple(dict.fromkeys(modes))
-        if not self.modes or set(self.modes) - set(MODES):
-            raise MisconfigurationException(f"`modes` must be some of {', '.join(MODES)}, got {modes!r}")
         if weights not in ("best", "last"):
             raise MisconfigurationException(f"`weights` must be 'best' or 'last', got {weights!r}")
-        if base is not None and "delta" not in self.modes:
-            raise MisconfigurationException("`base` goes with the mode 'delta', which is not among `modes`")
         possible = [field.name for field in fields(LaserSearch) if field.name not in _OWN]
         if unknown := set(search) - set(possible):
             raise MisconfigurationException(
                 f"LaserCleanup has no argument {', '.join(sorted(unknown))}; those of the search are "
                 f"{', '.join(possible)}"
             )
-        self.data, self.base, self.gates, self.weights, self.folder = data, base, gates, weights, folder
-        self.apply, self.minutes, self.seed, self.report = apply, minutes, seed, report
+        also = dict(also or {})
+        check_names("also", also)
+        if TARGET in also:
+            raise ValueError(f"`also` must have other names than {TARGET!r}, which is what was fine-tuned for")
+        self.strategies = strategies
+        self._needs_base = any("base" in strategy.needs for strategy in strategies_of(strategies))
+        if base is not None and not self._needs_base and not also:
+            raise MisconfigurationException(
+                "`base` goes with `also`, or with a strategy that needs one, such as 'delta'"
+            )
+        self.data, self.base, self.gates, self.also = data, base, gates, also
+        self.weights, self.folder, self.apply = weights, folder, apply
+        self.minutes, self.seed, self.report = minutes, seed, report
         self.search = search  # alone: jsonargparse looks for it, and where it goes to
         self._sets: ExampleSets | None = None
         self._result: CleanupResult | None = None
@@ -166,7 +187,7 @@ class LaserCleanup(pl.Callback):
         # What the search will differentiate: the sanity check shows, ahead of hours of training, whether it is there.
         defaults = {"method": "screened", "screen_loss": None}
         differentiates = all(self.search.get(name, default) == default for name, default in defaults.items()) and any(
-            "gradient" in strategy.needs for strategy in strategies_of(self.search.get("strategies", "laser"))
+            "gradient" in strategy.needs for strategy in strategies_of(self.strategies)
         )
         if trainer.sanity_checking and differentiates and self.data is None and not isinstance(pl_module, LaserModule):
             returned_loss(outputs, self.search.get("loss") or "loss")
@@ -187,16 +208,30 @@ class LaserCleanup(pl.Callback):
             refuse_unreadable(trainer, pl_module)
         refuse_unmergeable(pl_module)
         refuse_other_than_lora(pl_module)
-        if "delta" in self.modes and self.base is None and not adapted_layers(pl_module):
+        if (self._needs_base or self.also) and self.base is None and not adapted_layers(pl_module):
             raise MisconfigurationException(
-                "LaserCleanup's mode 'delta' needs `base`, what the model was fine-tuned from (a folder, hub name, "
-                "checkpoint or model); without one clean in one mode, modes='full'"
+                "LaserCleanup needs `base`, what the model was fine-tuned from (a folder, hub name, checkpoint or "
+                "model); without one cut the weights, strategies='laser', and leave out `also`"
             )
-        for mode in self.modes:
-            self._search(trainer, pl_module, mode, {})
+        self._check_other_data(trainer)
+        self._search(trainer, pl_module, {} if self._needs_base else None)
         if self.base is not None and trainer.is_global_zero:
             with merged(pl_module):
                 BaseWeights(self.base, pl_module)
+
+    def _check_other_data(self, trainer: pl.Trainer) -> None:
+        """Whether there is something to look at, ahead of hours of training."""
+        for name, data in self.also.items():
+            if isinstance(data, pl.LightningDataModule) and data.trainer is None:
+                data.trainer = trainer  # as for `data`
+            try:
+                loaders = loaders_of(data)
+            except Exception as error:
+                raise MisconfigurationException(f"`also[{name!r}]` cannot be set up: {error}") from error
+            if not loaders or not all(isinstance(loader, DataLoader) for loader in loaders):
+                raise MisconfigurationException(
+                    f"`also[{name!r}]` must be a data module, a DataLoader or a list of them, got {shown(data)}"
+                )
 
     @property
     def _reads_back(self) -> bool:
@@ -253,52 +288,72 @@ class LaserCleanup(pl.Callback):
 
     def _clean(self, trainer: pl.Trainer, module: pl.LightningModule) -> CleanupResult:
         """All of the work, in one process."""
-        trained = copy.deepcopy(module.state_dict()) if self.weights == "best" else None
+        source = best_path(trainer) if self.weights == "best" else "last"
+        rivals, note = rivals_of(trainer, module, source, self.data is not None)
+        trained = copy.deepcopy(module.state_dict()) if self.weights == "best" or rivals else None
         with as_found(trainer, module, trained):
             checkpoint, source = load_weights_to_clean(trainer, module, self.weights)
-            result, weights = self._effective(trainer, module, source)
+            under = {name: parameter.data for name, parameter in module.named_parameters()}
+            base = under if self.base is None else read_weights(self.base, module)
+            result, accepted = self._judge(trainer, module, base, source, rivals)
+            result.notes += [note] if note else []
             path = free_path(self._folder(trainer) / f"{Path(source).stem}.cleaned.ckpt")
-            if result.recipe is not None:
-                result.checkpoint = path
+            if isinstance(accepted, Rival):
+                result.checkpoint = Path(accepted.path)
+            elif accepted is not None:
+                result.plan, result.checkpoint = accepted, path
+                weights, result.recipe = self._effective(module, accepted, base, result.search)
                 save_cleaned(checkpoint, module, weights, result.recipe, path)
             result.report = path.with_suffix(".json")
             write_json(result.report, result.to_dict())
         return result
 
-    def _effective(
-        self, trainer: pl.Trainer, module: pl.LightningModule, source: str
-    ) -> tuple[CleanupResult, dict[str, Tensor]]:
-        """The outcome, and what it says the planned parameters should hold."""
-        under = {name: parameter.data for name, parameter in module.named_parameters()}
-        base = under if self.base is None else read_weights(self.base, module)
+    def _judge(
+        self, trainer: pl.Trainer, module: pl.LightningModule, base: BaseSource, source: str, rivals: list[Rival]
+    ) -> tuple[CleanupResult, LaserPlan | Rival | None]:
+        """Search, and hold what is found against its rivals: the outcome, and what was accepted."""
         with merged(module):
-            result = self._judge(trainer, module, base, source)
-            if result.mode is None or result.plan is None:
-                return result, {}
-            spectra = spectra_of(result.mode, module, base)
-            digest = None if spectra.base is None else spectra.base.digest
-            numbers = numbers_of(result.searches[result.mode], result.plan, digest)
-            with recorded(module, result.plan, spectra, numbers=numbers) as (cut, result.recipe):
+            if self.gates is not None:  # ahead of hours of search
+                lab = Lab(module, Spectra.default(), **device_of(trainer))
+                self.gates.prepare(lab, LaserPlan([lab.targets(self.search.get("within", "*.all"))[0].at(0.0)]))
+            search = self._search(trainer, module, base if self._needs_base else None, self.minutes)
+            try:
+                found = search.run()
+            except OutOfTimeError as error:  # another checkpoint may still be better
+                found = search.result
+                found.reason = str(error)
+            weights_of_base = BaseWeights(base, module) if self.also else None
+        assert search.course is not None
+        result = CleanupResult(source, found)
+        contest = Contest(trainer, module, search.course, result)
+        rival = contest.enter(rivals)
+        chosen = rival or found.found
+        passed = contest.confirm(rival) if rival is not None else contest.take_search()
+        if passed and chosen is not None and self.gates is not None:
+            passed = contest.passes(self.gates, chosen)
+        contest.show(rivals)
+        if weights_of_base is not None:
+            contest.elsewhere(self.also, weights_of_base, None if result.confirmed is None else chosen)
+        return result, chosen if passed else None
+
+    def _effective(
+        self, module: pl.LightningModule, plan: LaserPlan, base: BaseSource, search: SearchResult
+    ) -> tuple[dict[str, Tensor], Recipe]:
+        """What the planned parameters should hold under an accepted plan, and its recipe."""
+        with merged(module):
+            spectra = Spectra.default(BaseWeights(base, module) if self._needs_base else None)
+            numbers = numbers_of(search, plan, None if spectra.base is None else spectra.base.digest)
+            with recorded(module, plan, spectra, numbers=numbers) as (cut, recipe):
                 planned = {id(matrix.parameter) for matrix, _ in cut.matrices}
                 named = module.named_parameters(remove_duplicate=False)
-                return result, {name: p.data for name, p in named if id(p) in planned}
-
-    def _judge(self, trainer: pl.Trainer, module: pl.LightningModule, base: BaseSource, source: str) -> CleanupResult:
-        """Search in each mode, then accept the best of what passes everything, or nothing."""
-        lab = Lab(module, Spectra.default(), **device_of(trainer))
-        if self.gates is not None:  # ahead of hours of search
-            self.gates.prepare(lab, LaserPlan([lab.targets(self.search.get("within", "*.all"))[0].at(0.0)]))
-
-        def search_in(mode: str, minutes: float | None) -> LaserSearch:
-            return self._search(trainer, module, mode, base, minutes)
-
-        result = CleanupResult(source, {})
-        search_modes(result, self.modes, search_in, self.minutes)
-        accept(result, lab, self.gates, base)
-        return result
+                return {name: p.data for name, p in named if id(p) in planned}, recipe
 
     def _search(
-        self, trainer: pl.Trainer, module: pl.LightningModule, mode: str, base: BaseSource, minutes: float | None = None
+        self,
+        trainer: pl.Trainer,
+        module: pl.LightningModule,
+        base: BaseSource | None,
+        minutes: float | None = None,
     ) -> LaserSearch:
         assert self._sets is not None
         device = device_of(trainer)
@@ -306,7 +361,8 @@ class LaserCleanup(pl.Callback):
         return LaserSearch(
             module,
             self._sets,
-            base=base if mode == "delta" else None,
+            base=base,
+            strategies=self.strategies,
             minutes=minutes,
             seed=self.seed,
             progress=self.report and trainer.progress_bar_callback is not None,

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -35,6 +36,16 @@ from laser_callback.stats.outcomes import PairedResult
 from laser_callback.support.reading import read_plain, shown
 
 _NAME = re.compile(r"\w[\w. -]{0,49}(?<! )")  # part of a gate's text, and of file names
+
+
+def check_names(argument: str, names: Iterable[Any]) -> None:
+    """Raise ValueError for a name of data that cannot be part of a gate and of a file's name."""
+    for name in names:
+        if not isinstance(name, str) or not _NAME.fullmatch(name) or name == "data":
+            raise ValueError(
+                f"`{argument}` must have names of at most 50 letters, digits, spaces, '_', '-' and '.', other than "
+                f"'data', which is the main data's: got {shown(name)}"
+            )
 
 
 def read_gates(gates: Any) -> list[Gate]:
@@ -98,12 +109,7 @@ class Gates:
         self, gates: Any, data: Any, others: Mapping[str, Any] | None = None, *, controls: bool = False, seed: int = 0
     ) -> None:
         self.gates = read_gates(gates)
-        for name in others or {}:
-            if not isinstance(name, str) or not _NAME.fullmatch(name) or name == "data":
-                raise ValueError(
-                    "`others` must have names of at most 50 letters, digits, spaces, '_', '-' and '.', other than "
-                    f"'data', which is the main data's: got {shown(name)}"
-                )
+        check_names("others", others or {})
         self.data: dict[str, Any] = {"": data, **(others or {})}
         self._controls, self._seed = controls, seed
         self._home: dict[str, str] = {}  # the data that a metric comes from
@@ -143,6 +149,10 @@ class Gates:
 
     def measure(self, lab: Lab, plan: LaserPlan) -> dict[str, LaserResult]:
         """Compare original and plan on all data that gates name. After :meth:`prepare`."""
+        return self.measure_by(partial(lab.compare, plan))
+
+    def measure_by(self, compare: Callable[..., LaserResult]) -> dict[str, LaserResult]:
+        """The same, by ``compare(data, primary=..., controls=..., seed=...)``, for what is no plan."""
         results = {}
         for name, data in self.data.items():
             own = [gate for gate in self.gates if self._home[gate.key] == name]
@@ -150,19 +160,19 @@ class Gates:
             if own:
                 controls = self._controls and bool(gains)
                 primary = gains[0] if gains else None
-                found = lab.compare(plan, data, primary=primary, controls=controls, seed=self._seed)
+                found = compare(data, primary=primary, controls=controls, seed=self._seed)
                 better = {g.key: g.direction == "max" for g in own if isinstance(g, Gain) and g.direction}
                 results[name] = found.directed({key.removeprefix(f"{name}/"): of for key, of in better.items()})
         return results
 
-    def judge(self, plan: LaserPlan, measured: Callable[[], Mapping[str, LaserResult]]) -> GateVerdict:
+    def judge(self, plan: LaserPlan | None, measured: Callable[[], Mapping[str, LaserResult]]) -> GateVerdict:
         """What the gates say to what is ``measured``; a plan whose passes fail is not accepted."""
         try:
             return self.verdict(plan, measured())
         except ReducedPassError as error:
             return GateVerdict(plan, [], {}, str(error))
 
-    def verdict(self, plan: LaserPlan, results: Mapping[str, LaserResult]) -> GateVerdict:
+    def verdict(self, plan: LaserPlan | None, results: Mapping[str, LaserResult]) -> GateVerdict:
         """What the gates say to what was measured."""
         judgements = []
         for gate in self.gates:

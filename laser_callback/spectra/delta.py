@@ -66,7 +66,7 @@ class BaseWeights:
             )
         matrices = [matrix for matrix in find_matrices(model) if not matrix.obstacle]
         self.name = str(source) if isinstance(source, (str, Path)) else getattr(source, "name_or_path", None)
-        weights = _Weights(read_weights(source, model), matrices)
+        weights = self._weights = _Weights(read_weights(source, model), matrices)
         self._pairs = weights.matched([*matrices, *(bias for matrix in matrices if (bias := matrix.bias))])
         known = [matrix for matrix in matrices if matrix.kind is not None]
         _check_complete(known, self._pairs)
@@ -108,6 +108,15 @@ class BaseWeights:
     def sum(self, difference: Tensor, matrix: Tensor, name: str) -> Tensor:
         """The base plus a difference, rounded once to the dtype of ``matrix``, shape (m, n)."""
         return (as_double(self.matrix(name, matrix)) + difference).to(matrix.device, matrix.dtype)
+
+    def parameters(self, model: nn.Module) -> list[tuple[nn.Parameter, Tensor]]:
+        """The parameters of the model that have a counterpart of their shape, norms included, each with that."""
+        named = ((parameter, self._weights.of(plain_name(name))) for name, parameter in model.named_parameters())
+        return [
+            (parameter, tensor.to(parameter.device, parameter.dtype))
+            for parameter, tensor in named
+            if tensor is not None and tensor.shape == parameter.shape
+        ]
 
     def changed(self, matrix: WeightMatrix) -> bool:
         """Whether fine-tuning has changed a matrix of a known kind at all."""

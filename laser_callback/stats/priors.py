@@ -78,6 +78,11 @@ class PriorChecks:
             raise ValueError(f"`entropy` and `top_predictions` must be of the same arms, got {sorted(self.entropy)}")
 
     @property
+    def is_of_labels(self) -> bool:
+        """Whether answers repeat, as classes do: nearly all examples (nine tenths) have one that at least 5 have."""
+        return self.macro is not None and self.macro.n >= 0.9 * self.n
+
+    @property
     def prior_shift(self) -> bool:
         """Whether there is a gain, but none shown outside of the answers said most."""
         rest = self.majority_excluded

@@ -30,7 +30,6 @@ from scipy import stats
 from laser_callback import LaserPlan
 from laser_callback.compare.ab_test import ABTest, arm_of
 from laser_callback.compare.measure import Table, Values
-from laser_callback.results.cleanup import CleanupResult
 from laser_callback.results.comparison import ArmResult, LaserResult, adjust_together
 from laser_callback.results.examples import PairedExamples
 from laser_callback.results.rollout import RolloutResult
@@ -38,7 +37,6 @@ from laser_callback.results.search import SearchResult
 from laser_callback.search.race import Objective, improved
 from laser_callback.search.verdict import decide
 from laser_callback.shipping.gates import Gates
-from laser_callback.shipping.modes import accept
 from laser_callback.stats import Constraint, Outcomes, exact_power, examples_needed, judge_all
 
 Texts = NDArray[np.str_]
@@ -168,14 +166,6 @@ def rolled_out(gain_at: Any, data: Callable[[], tuple[Step, Step]], text: Callab
     return result.plan is not None
 
 
-def cleaned(*modes: tuple[Step, Step]) -> bool:
-    """Whether any mode is accepted of a cleanup in so many."""
-    result = CleanupResult("last", {f"mode {i}": searched(*made) for i, made in enumerate(modes)})
-    result.adjust()
-    accept(result, None, None, None)
-    return result.plan is not None
-
-
 def ab_tested(seed: int, original: Step, reduced: Step, key: str = KEY) -> bool:
     """Whether an A/B test with half of the examples each says that the reduced model is better."""
     test = ABTest(None, PLAN, 0.5, seed)
@@ -292,11 +282,6 @@ def metrics(primary: bool) -> Decision:
     return run
 
 
-def related(rng: Generator, own: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Changes half of which are those given."""
-    return np.where(rng.random(len(own)) < 0.5, own, changes(rng, CHANGED, CHANGED, len(own)))
-
-
 def rollout(gain_at: str) -> Decision:
     """Three stages, each on examples of its own."""
 
@@ -305,12 +290,6 @@ def rollout(gain_at: str) -> Decision:
         return rolled_out(gain_at, *data)
 
     return run
-
-
-def cleanup(rng: Generator) -> bool:
-    """Both modes on the same examples, half of whose changes they share."""
-    own = changes(rng, CHANGED, CHANGED, 300)
-    return cleaned(answered(rng, own), answered(rng, related(rng, own)))
 
 
 def ab_test(size: int = 1) -> Decision:
@@ -438,7 +417,6 @@ def scenarios() -> Iterator[tuple[str, float, Decision]]:
     yield "six metrics, any other", 0.025, metrics(False)
     for gain_at in ("each", "last"):
         yield f"rollout in three stages, gains at {gain_at}", 0.025, rollout(gain_at)
-    yield "cleanup in two modes, any of them", 0.025, cleanup
     yield "A/B test, independent examples", 0.025, ab_test()
     for size in (2, 4):
         yield f"A/B test, {size} facts a subject", 0.025, ab_test(size)

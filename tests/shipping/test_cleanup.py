@@ -21,14 +21,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torchmetrics import MeanMetric
 
-from laser_callback import FactsDataModule, LaserModule, LaserPlan, LaserSearch
-from laser_callback.results.cleanup import CleanupResult
-from laser_callback.results.comparison import ArmResult, LaserResult
-from laser_callback.results.examples import PairedExamples
+from laser_callback import FactsDataModule, LaserModule, LaserSearch
 from laser_callback.results.search import SearchResult
 from laser_callback.shipping.cleanup import LaserCleanup
 from laser_callback.shipping.gates import Gates
-from laser_callback.stats.outcomes import PairedResult
 from laser_callback.support.processes import on_first_rank, share_weights, waiting_group
 
 peft = pytest.importorskip("peft")
@@ -123,18 +119,16 @@ def read_files(folder: str | None) -> dict[str, bytes]:
 @pytest.mark.slow
 def test_what_training_has_spoilt_is_cleaned_beside_the_checkpoints(tmp_path, planted, loader):
     module = Tuning(copy.deepcopy(planted.module.model))
-    cleanup = LaserCleanup(base=healthy(planted), **SEARCH)
+    cleanup = LaserCleanup(base=healthy(planted), strategies="delta-matrices, laser", **SEARCH)
     watch = Watch(cleanup)
     saved = checkpoint(tmp_path)
     trainer = fit(tmp_path, module, loader, saved, cleanup, watch)
     result = cleanup.result
     assert set(watch.seen.values()) == {True}, watch.seen
-    assert set(result.searches) == {"full", "delta"}
-    assert result.searches["delta"].base is not None
-    assert result.searches["full"].sets == result.searches["delta"].sets
+    assert result.search.base is not None
+    assert result.search.settings["strategies"] == ["delta-matrices", "laser"]
     assert result.source == saved.best_model_path
     assert result.checkpoint.parent == tmp_path / "saved"
-    assert result.mode in ("full", "delta")
     (found,) = result.plan
     assert (found.layer, found.matrix) == (planted.target.address["layer"], planted.target.address["matrix"])
 
@@ -147,17 +141,16 @@ def test_what_training_has_spoilt_is_cleaned_beside_the_checkpoints(tmp_path, pl
     assert changed == [planted.target.matrices[0].parameter_names[0]]
     assert content["laser"] == result.recipe.to_dict()
     assert [m.name for m in result.recipe.matrices] == [planted.target.matrices[0].name]
-    assert result.recipe.base == result.searches[result.mode].base
+    assert result.recipe.base == (result.search.base if found.cut == "delta" else None)
 
     before = trainer.validate(Tuning(copy.deepcopy(planted.module.model)), loader, saved.best_model_path)[0]["val_acc"]
     after = trainer.validate(Tuning(copy.deepcopy(planted.module.model)), loader, result.checkpoint)[0]["val_acc"]
-    row = result.searches[result.mode].confirmed["laser"]["val_acc"]
+    row = result.confirmed["laser"]["val_acc"]
     assert after - before == pytest.approx(row.delta, abs=0.06)  # of which the confirm set is four tenths
 
     report = json.loads(result.report.read_text())
-    assert report["mode"] == result.mode
-    assert report["plan"] == str(result.plan)
-    assert set(report["searches"]) == {"full", "delta"}
+    assert report["plan"] == report["tried"] == str(result.plan)
+    assert report["confirmed"] == report["search"]["confirmed"]
     assert report["recipe"]["base"] == result.recipe.base
 
 
@@ -172,7 +165,7 @@ def test_the_best_weights_are_cleaned_and_not_the_last(tmp_path, planted, loader
 
     for weights in ("best", "last"):
         module = Tuning(copy.deepcopy(planted.module.model))
-        cleanup = LaserCleanup(modes="full", weights=weights, minutes=None, **SEARCH)
+        cleanup = LaserCleanup(strategies="laser", weights=weights, minutes=None, **SEARCH)
         watch = Watch(cleanup)
         saved = checkpoint(tmp_path / weights, filename="{epoch}")
         fit(tmp_path, module, loader, Spoil(), saved, cleanup, watch)
@@ -191,12 +184,12 @@ def test_the_best_weights_are_cleaned_and_not_the_last(tmp_path, planted, loader
 
 def test_a_healthy_model_is_kept(tmp_path, planted, loader):
     module = Tuning(healthy(planted))
-    cleanup = LaserCleanup(modes="full", apply=True, **SEARCH)
+    cleanup = LaserCleanup(strategies="laser", apply=True, **SEARCH)
     watch = Watch(cleanup)
     fit(tmp_path, module, loader, checkpoint(tmp_path), cleanup, watch)
     assert set(watch.seen.values()) == {True}, watch.seen
     assert cleanup.result.plan is cleanup.result.checkpoint is None
-    assert cleanup.result.verdict.startswith("keep the model as trained: full: ")
+    assert cleanup.result.verdict.startswith("keep the model as trained: ")
     assert sorted(path.suffix for path in (tmp_path / "saved").iterdir()) == [".ckpt", ".ckpt", ".json"]
 
 
@@ -204,36 +197,17 @@ def test_a_healthy_model_is_kept(tmp_path, planted, loader):
 def test_apply_puts_the_cleaned_weights_into_the_module(tmp_path, planted, loader):
     module = Tuning(copy.deepcopy(planted.module.model))
     before = accuracy(module, loader)
-    cleanup = LaserCleanup(modes="full", weights="last", apply=True, folder=tmp_path / "cleaned", **SEARCH)
+    cleanup = LaserCleanup(strategies="laser", weights="last", apply=True, folder=tmp_path / "cleaned", **SEARCH)
     fit(tmp_path, module, loader, cleanup, enable_checkpointing=False)
     content = torch.load(cleanup.result.checkpoint, weights_only=True)
     assert cleanup.result.checkpoint == tmp_path / "cleaned" / "last.cleaned.ckpt"
     assert all(torch.equal(value, content["state_dict"][k]) for k, value in module.state_dict().items())
     assert accuracy(module, loader) > before + 0.1
     # A second training writes beside it.
-    again = LaserCleanup(modes="full", weights="last", folder=tmp_path / "cleaned", **SEARCH)
+    again = LaserCleanup(strategies="laser", weights="last", folder=tmp_path / "cleaned", **SEARCH)
     fit(tmp_path, Tuning(copy.deepcopy(planted.module.model)), loader, again, enable_checkpointing=False)
     assert again.result.checkpoint.name == "last.cleaned-v1.ckpt"
     assert again.result.report.name == "last.cleaned-v1.json"
-
-
-@pytest.mark.slow
-def test_a_mode_without_time_does_not_lose_the_other(tmp_path, planted, loader, monkeypatch):
-    run = LaserSearch.run
-
-    def short(search: LaserSearch) -> SearchResult:
-        if search.base is not None:
-            search.minutes = 1e-6
-        return run(search)
-
-    monkeypatch.setattr(LaserSearch, "run", short)
-    module = Tuning(copy.deepcopy(planted.module.model))
-    cleanup = LaserCleanup(base=healthy(planted), weights="last", folder=tmp_path, minutes=60, **SEARCH)
-    fit(tmp_path, module, loader, cleanup, enable_checkpointing=False)
-    assert cleanup.result.mode == "full"
-    assert cleanup.result.checkpoint is not None
-    assert cleanup.result.p_adjusted["delta"] == 1
-    assert "is too short" in cleanup.result.reason("delta")
 
 
 @pytest.mark.slow
@@ -241,12 +215,12 @@ def test_a_gate_that_does_not_hold_keeps_the_model(tmp_path, planted, loader):
     for demand, accepted in (("val_loss <= +50 %", True), ("val_loss <= -95 %", False)):
         module = Tuning(copy.deepcopy(planted.module.model))
         gates = Gates([demand], loader)
-        cleanup = LaserCleanup(modes="full", weights="last", gates=gates, folder=tmp_path, **SEARCH)
+        cleanup = LaserCleanup(strategies="laser", weights="last", gates=gates, folder=tmp_path, **SEARCH)
         fit(tmp_path, module, loader, cleanup, enable_checkpointing=False)
         assert (cleanup.result.checkpoint is not None) == accepted
-        assert cleanup.result.searches["full"].plan is not None
+        assert cleanup.result.search.plan is not None
         assert (demand in cleanup.result.verdict) != accepted
-        assert json.loads(cleanup.result.report.read_text())["gates"]["full"]["accepted"] == accepted
+        assert json.loads(cleanup.result.report.read_text())["gates"]["accepted"] == accepted
 
 
 # ---- adapters --------------------------------------------------------------------------------------------------------
@@ -265,16 +239,16 @@ def test_lora_is_cleaned_under_the_adapters(tmp_path, planted, loader):
         model.base_model.model.model.layers[1].mlp.up_proj.lora_B["default"].weight.data.normal_(std=0.01)
     fresh = Tuning(copy.deepcopy(model))
     module = Tuning(model)
-    cleanup = LaserCleanup(modes="delta", weights="best", **SEARCH)
+    cleanup = LaserCleanup(strategies="delta-matrices", weights="best", **SEARCH)
     watch = Watch(cleanup)
     fit(tmp_path, module, loader, checkpoint(tmp_path), cleanup, watch)
     result = cleanup.result
     assert set(watch.seen.values()) == {True}, watch.seen
     (found,) = result.plan
     assert (found.layer, found.matrix) == (0, "v_proj")
-    tried = {candidate.matrix for candidate in (next(iter(c.plan)) for c in result.searches["delta"].candidates)}
+    tried = {candidate.matrix for candidate in (next(iter(c.plan)) for c in result.search.candidates)}
     assert tried == {"v_proj", "fc_up"}
-    raced = [c for c in result.searches["delta"].candidates if c.examples and c.layer == 0 and c.kind == "v_proj"]
+    raced = [c for c in result.search.candidates if c.examples and c.layer == 0 and c.kind == "v_proj"]
     assert max(cut.rank(64) for c in raced for cut in c.plan) < 8  # from there on nothing would be cut
 
     spoilt = accuracy(fresh, loader)
@@ -286,7 +260,7 @@ def test_lora_is_cleaned_under_the_adapters(tmp_path, planted, loader):
     best = torch.load(result.source, weights_only=True)["state_dict"]
     changed = [name for name, value in fresh.state_dict().items() if not torch.equal(value, best[name])]
     assert changed == ["model.base_model.model.model.layers.0.self_attn.v_proj.lora_B.default.weight"]
-    row = result.searches["delta"].confirmed["laser"]["val_acc"]
+    row = result.confirmed["laser"]["val_acc"]
     assert accuracy(fresh.eval(), loader) - spoilt == pytest.approx(row.delta, abs=0.06)
 
 
@@ -328,7 +302,7 @@ class Given(Tuning):
 
 def test_hyperparameters_that_are_objects_are_read_back(tmp_path, planted, loader):
     module = Given(copy.deepcopy(planted.module.model), nn.MSELoss())
-    cleanup = LaserCleanup(modes="full", apply=True, **SEARCH)
+    cleanup = LaserCleanup(strategies="laser", apply=True, **SEARCH)
     fit(tmp_path, module, loader, checkpoint(tmp_path), cleanup)
     assert cleanup.result.checkpoint is not None
     content = torch.load(cleanup.result.checkpoint, weights_only=False)
@@ -349,7 +323,7 @@ def test_objects_that_will_not_be_read_back_are_told_before_training_or_by_the_f
                 module,
                 loader,
                 checkpoint(tmp_path),
-                LaserCleanup(modes="full", **options, **SEARCH),
+                LaserCleanup(strategies="laser", **options, **SEARCH),
                 Trained(),
             )
     module = Given(copy.deepcopy(planted.module.model), note=Noted())
@@ -360,7 +334,15 @@ def test_objects_that_will_not_be_read_back_are_told_before_training_or_by_the_f
             epochs.append(trainer.current_epoch)
 
     with pytest.raises(MisconfigurationException, match=r"not loaded from a file: `test_cleanup.Noted` in .*\.ckpt"):
-        fit(tmp_path, module, loader, Count(), checkpoint(tmp_path), LaserCleanup(modes="full", **SEARCH), max_epochs=9)
+        fit(
+            tmp_path,
+            module,
+            loader,
+            Count(),
+            checkpoint(tmp_path),
+            LaserCleanup(strategies="laser", **SEARCH),
+            max_epochs=9,
+        )
     assert epochs == [0]
 
 
@@ -385,14 +367,14 @@ class InChildren(pl.Callback):
 @pytest.mark.slow
 def test_two_processes_wait_for_the_first_and_agree(tmp_path, planted, loader):
     module = Tuning(copy.deepcopy(planted.module.model))
-    cleanup = LaserCleanup(base=healthy(planted), apply=True, **SEARCH)
+    cleanup = LaserCleanup(strategies="laser", apply=True, **SEARCH)
     strategy = DDPStrategy(start_method="spawn", process_group_backend="gloo")
     saved = checkpoint(tmp_path)
     fit(tmp_path, module, loader, saved, cleanup, InChildren(), devices=2, strategy=strategy, max_epochs=1)
     (report,) = (tmp_path / "saved").glob("*.cleaned.json")
     found = json.loads(report.read_text())
-    assert found["mode"] in ("full", "delta")
-    assert sum(found["searches"]["full"]["sets"].values()) == 400  # all examples, and not a rank's
+    assert found["plan"] is not None
+    assert sum(found["search"]["sets"].values()) == 400  # all examples, and not a rank's
     with pytest.raises(RuntimeError, match="has not ended here"):
         _ = cleanup.result
 
@@ -424,53 +406,24 @@ def test_work_on_the_first_rank(tmp_path):
     torch.multiprocessing.spawn(two_ranks, args=(str(tmp_path),), nprocs=2)
 
 
-# ---- one level for two candidates ------------------------------------------------------------------------------------
-
-
-def searched(p: float | None, delta: float, recommended: bool = True) -> SearchResult:
-    result = SearchResult(None, None, "because", ("acc",), [])
-    if p is not None:
-        row = PairedResult("acc", "binary", 100, 0.5, 0.5 + delta, delta, p=p)
-        arm = ArmResult("0.fc_in@0", [row], {}, "", 0.0, 0.0)
-        result.confirmed = LaserResult({"laser": arm}, {}, "acc", 0.0, {}, PairedExamples())
-        result.plan = LaserPlan.parse("0.fc_in@0") if recommended else None
-    return result
-
-
-@pytest.mark.parametrize(
-    ("full", "delta", "adjusted", "candidates"),
-    [
-        ((0.02, 0.1), (0.04, 0.2), {"full": 0.04, "delta": 0.04}, ["delta", "full"]),
-        ((0.03, 0.1), (0.04, 0.2), {"full": 0.06, "delta": 0.06}, []),
-        ((0.01, 0.1), (0.2, 0.2, False), {"full": 0.02, "delta": 0.2}, ["full"]),
-        ((0.03, 0.1), (None, 0.0), {"full": 0.06, "delta": 1.0}, []),
-        ((0.001, 0.1, False), (0.03, 0.2), {"full": 0.002, "delta": 0.03}, ["delta"]),
-    ],
-)
-def test_both_modes_share_one_level(full, delta, adjusted, candidates):
-    result = CleanupResult("last", {"full": searched(*full), "delta": searched(*delta)})
-    result.adjust()
-    assert result.p_adjusted == pytest.approx(adjusted)
-    assert result.candidates() == candidates
-    assert result.verdict.startswith("keep the model as trained: ")
-
-
 # ---- what is said before the work ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"modes": "both"}, "`modes` must be some of full, delta, got 'both'"),
-        ({"modes": ()}, "`modes` must be some of full, delta"),
+        ({"strategies": "full"}, "`strategies` must be of laser, .*got 'full'"),
+        ({"strategies": ()}, "`strategies` must be one or more"),
         ({"weights": "first"}, "`weights` must be 'best' or 'last', got 'first'"),
-        ({"modes": "full", "base": "x"}, "`base` goes with the mode 'delta'"),
+        ({"strategies": "laser", "base": "x"}, "`base` goes with `also`, or with a strategy that needs one"),
+        ({"also": {"a/b": None}}, "`also` must have names of at most 50"),
+        ({"also": {"target": None}}, "`also` must have other names than 'target'"),
         ({"objectiv": "acc"}, "no argument objectiv; those of the search are objective, direction"),
         ({"accelerator": "cpu"}, "no argument accelerator"),
     ],
 )
 def test_bad_arguments(arguments, message):
-    with pytest.raises(MisconfigurationException, match=message):
+    with pytest.raises((MisconfigurationException, ValueError), match=message):
         LaserCleanup(**arguments)
 
 
@@ -492,11 +445,19 @@ def other_shape(planted: Planted) -> nn.Module:
     ("arguments", "options", "error", "message"),
     [
         ({}, {"enable_checkpointing": False}, MisconfigurationException, "needs a ModelCheckpoint"),
-        ({}, {}, MisconfigurationException, "mode 'delta' needs `base`"),
+        ({}, {}, MisconfigurationException, "needs `base`.*without one cut the weights, strategies='laser'"),
+        ({"strategies": "laser", "also": {"a": []}}, {}, MisconfigurationException, "needs `base`"),
+        ({"base": tiny_causal_lm(), "also": {"a": []}}, {}, MisconfigurationException, r"`also\['a'\]` must be a data"),
+        ({"base": tiny_causal_lm(), "also": {"a": 3}}, {}, MisconfigurationException, r"`also\['a'\]` must be a data"),
         ({"base": tiny_causal_lm()}, {}, ValueError, "`base` is not what the model was fine-tuned from"),
-        ({"modes": "full", "candidates": 0}, {}, ValueError, "`candidates` must be at least 1"),
-        ({"modes": "full"}, {"limit_val_batches": 0}, MisconfigurationException, "has no data to search on"),
-        ({"modes": "full", "objective": None}, {}, MisconfigurationException, "`objective` must name what to improve"),
+        ({"strategies": "laser", "candidates": 0}, {}, ValueError, "`candidates` must be at least 1"),
+        ({"strategies": "laser"}, {"limit_val_batches": 0}, MisconfigurationException, "has no data to search on"),
+        (
+            {"strategies": "laser", "objective": None},
+            {},
+            MisconfigurationException,
+            "`objective` must name what to improve",
+        ),
     ],
 )
 def test_what_cannot_work_is_said_before_training(tmp_path, planted, loader, arguments, options, error, message):
@@ -513,7 +474,7 @@ def test_a_step_without_a_loss_is_told_before_training(tmp_path, planted, loader
             return {"val_acc": super().validation_step(batch, batch_idx)["val_acc"]}
 
     other = {} if needed else {"screen_loss": lambda module, batch: module.training_step(batch, 0)}
-    cleanup = LaserCleanup(modes="full", **{**SEARCH, "loss": None}, **other)
+    cleanup = LaserCleanup(strategies="laser", **{**SEARCH, "loss": None}, **other)
     message = "the screen has no loss" if needed else "training has begun"
     with pytest.raises((MisconfigurationException, AssertionError), match=message):
         fit(
@@ -532,7 +493,7 @@ def test_several_validation_loaders_need_a_choice(tmp_path, planted, loader):
             return super().validation_step(batch, batch_idx)
 
     options = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
-    trainer = pl.Trainer(default_root_dir=tmp_path, callbacks=[LaserCleanup(modes="full", **SEARCH)], **options)
+    trainer = pl.Trainer(default_root_dir=tmp_path, callbacks=[LaserCleanup(strategies="laser", **SEARCH)], **options)
     with pytest.raises(MisconfigurationException, match="has 2 validation dataloaders"):
         trainer.fit(Two(copy.deepcopy(planted.module.model)), loader, [loader, loader])
 
@@ -544,7 +505,7 @@ def test_facts_that_are_trained_on_are_refused(tmp_path):
     facts = [{"id": str(i), "prompt": f"The capital of land {i} is", "answer": "Rome"} for i in range(8)]
     data = FactsDataModule(facts, module.tokenizer)
     options = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
-    cleanup = LaserCleanup(modes="full", report=False)
+    cleanup = LaserCleanup(strategies="laser", report=False)
     trainer = pl.Trainer(default_root_dir=tmp_path, callbacks=[cleanup, Trained()], max_epochs=1, **options)
     with pytest.raises(MisconfigurationException, match="trains and validates on the same facts"):
         trainer.fit(module, datamodule=data)
@@ -579,7 +540,7 @@ def test_an_interrupted_search_leaves_the_module_as_trained(tmp_path, planted, l
 
     monkeypatch.setattr(LaserSearch, "run", interrupted)
     with pytest.raises((KeyboardInterrupt, SystemExit)):
-        fit(tmp_path, module, loader, checkpoint(tmp_path), LaserCleanup(modes="full", **SEARCH), Kept())
+        fit(tmp_path, module, loader, checkpoint(tmp_path), LaserCleanup(strategies="laser", **SEARCH), Kept())
     assert all(torch.equal(value, seen["before"][name]) for name, value in seen["after"].items())
     assert not math.isnan(accuracy(module, loader))
     assert not list((tmp_path / "saved").glob("*cleaned*"))

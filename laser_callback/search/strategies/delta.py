@@ -45,14 +45,15 @@ class Delta:
     - a rule of thumb: Gavish and Donoho's threshold (DG-Hard, arXiv 2605.20296), the Marchenko-Pastur edge, a share of
       the energy. Of a LoRA difference the first two keep everything, since most of its singular values are 0.
 
-    They are a handful, and not scored: a first-order estimate says nothing about so large a change.
+    They are a handful, and not scored: a first-order estimate says nothing about so large a change. All of them race.
 
     Args:
         besides: also what is changed besides the targets: embeddings, the head if the base has one, and biases. Without
-            it they stay as fine-tuning has left them. Norms always do.
+            it they stay as fine-tuning has left them. Norms always do, and so does a head that the base lacks.
     """
 
     needs: frozenset[Need] = frozenset({"base"})
+    races_first = True
 
     def __init__(self, besides: bool = False) -> None:
         self.besides = besides
