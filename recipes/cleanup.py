@@ -240,7 +240,7 @@ def trained_and_cleaned(
     """Train, keep the best and the last checkpoint, and clean both up."""
     module = Classifier(encoder, data.classes)
     saved = ModelCheckpoint(folder, monitor="val_acc", mode="max", save_last=True, save_weights_only=True)
-    cleanups = {
+    cleanups: dict[str, LaserCleanup] = {
         weights: LaserCleanup(
             weights=weights,
             base=encoder,
