@@ -98,7 +98,7 @@ def print_cleanup(result: CleanupResult, console: Console | None = None) -> None
         Text(result.verdict, style="bold green" if result.checkpoint else "bold yellow"),
         Text(),
         table,
-        Text("race: change of the objective on n examples, by which one was chosen", style="dim"),
+        Text("race: change of the objective on n examples; the loss decides between near-equals", style="dim"),
         Text("* exploratory: nothing is claimed of it, nothing was chosen by it; bold: confirmed", style="dim"),
     ]
     if result.others:

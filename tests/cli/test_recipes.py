@@ -167,7 +167,8 @@ def test_cleanup_yaml_and_delta_cleanup_yaml(name, capsys, deep_lm):
     _, answer = run(capsys, name, *options)
     assert answer["laser"] == {}
     (cleanup,) = answer["cleanup"]
-    assert list(cleanup["searches"]) == [{"cleanup.yaml": "full", "delta_cleanup.yaml": "delta"}[name]]
+    wanted = {"cleanup.yaml": ["laser"], "delta_cleanup.yaml": ["delta(besides=False)", "delta-matrices"]}
+    assert cleanup["search"]["settings"]["strategies"] == wanted[name]
 
 
 @pytest.mark.slow

@@ -19,12 +19,14 @@ from laser_callback.reports.page import page
 from laser_callback.reports.search_terminal import print_search
 from laser_callback.reports.terminal import print_ab, print_report
 from laser_callback.results.ab_test import ABResult
-from laser_callback.results.cleanup import CleanupResult
+from laser_callback.results.cleanup import CleanupResult, Contender
 from laser_callback.results.comparison import LaserResult
 from laser_callback.results.evidence import numbers_of
 from laser_callback.results.gates import GateVerdict
+from laser_callback.results.other_tasks import OtherTask
 from laser_callback.results.rollout import RolloutResult, Stage
 from laser_callback.stats.judgement import Judgement
+from laser_callback.stats.outcomes import PairedResult
 from laser_callback.stats.unpaired import UnpairedResult
 from laser_callback.surgery.recipe import CutMatrix, Recipe
 
@@ -63,8 +65,14 @@ def test_markup_is_printed_as_it_is(result):
     shown = printed(print_rollout, RolloutResult(None, False, (plan,), [stage]))
     assert shown.count(MARKUP) >= 2
     assert "/a[b]c/@0.1" in shown
-    cleaned = CleanupResult(f"{MARKUP}/last.ckpt", {}, checkpoint=None, report=None)
-    assert MARKUP in printed(print_cleanup, cleaned)
+    contenders = [Contender("checkpoint", f"{MARKUP}.ckpt"), Contender("single", "/a[b]c/@0.1", confirmed=True)]
+    row = PairedResult(MARKUP, "mean", 6, 1.0, 2.0, 1.0, 0.5, 1.5)
+    others = [OtherTask(MARKUP, row, row, 1)]
+    cleaned = CleanupResult(f"{MARKUP}.ckpt", search, contenders, others=others, reason=MARKUP, notes=[MARKUP])
+    shown = printed(print_cleanup, cleaned)
+    assert shown.count(MARKUP) == 4  # the checkpoint's row has its name without the folder
+    assert shown.count("[bold]x[link=a].ckpt") == 2
+    assert "/a[b]c/@0.1" in shown
     ab = ABResult(
         MARKUP, 0.5, 0, {MARKUP: 3}, [UnpairedResult(MARKUP, "mean", 6, 1.0, 2.0, 1.0, n_original=3, n_reduced=3)]
     )

@@ -99,6 +99,21 @@ def test_lists_take_turns_that_of_all_scores_first():
     ]
 
 
+def test_what_races_first_comes_ahead_in_its_own_order():
+    of_scores = [proposed("0.fc_in@0.1", score=-1.0), proposed("1.fc_in@0.1", "ahead", score=-2.0)]
+    rules = [proposed(f"*.all@k{rank}", "ahead") for rank in (4, 1, 2)]
+    other = [proposed("2.fc_in@0.1", "other")]
+    found = in_turns([*other, *of_scores, *rules], ["other", "scores", "ahead"], ["ahead"])
+    assert [str(c.plan) for c in found] == [
+        "1.fc_in@0.1",
+        "*.all@k4",
+        "*.all@k1",
+        "*.all@k2",
+        "0.fc_in@0.1",
+        "2.fc_in@0.1",
+    ]
+
+
 def test_a_family_differs_in_its_rhos_alone():
     def of(text: str) -> object:
         return family(LaserPlan.parse(text))
