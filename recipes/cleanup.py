@@ -314,7 +314,8 @@ def table(title: str, outcomes: dict[Way, NDArray[Any]], most: dict[Way, float])
     shown = Table("from", "then", "accuracy", "says most", *(f"against {weights}" for weights in RIVALS), title=title)
     shown.box = SIMPLE_HEAD
     for (weights, then), values in outcomes.items():
-        changes = [change(outcomes[rival, "as trained"], values) for rival in RIVALS]
+        rivals = [(rival, "as trained") for rival in RIVALS]
+        changes = ["" if rival == (weights, then) else change(outcomes[rival], values) for rival in rivals]
         name = weights if then == "as trained" else ""
         shown.add_row(name, then, f"{100 * values.mean():.1f}", f"{most[weights, then]:.0%}", *changes)
     return shown
