@@ -44,6 +44,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torchmetrics.classification import MulticlassAccuracy
 from transformers import AutoModel, AutoTokenizer
+from transformers.utils import logging as transformers_logging
 
 from laser_callback import LaserCleanup, reduced
 from laser_callback.spectra import BaseWeights, Spectra
@@ -340,6 +341,7 @@ def cleanup(
         quick: one seed, one epoch and few examples.
     """
     quiet_libraries()
+    transformers_logging.set_verbosity_error()  # the encoder's file has a pooler, which is not used
     console, encoder = Console(highlight=False), str(encoder_folder())
     sizes, seeds, epochs = (QUICK, 1, 1) if quick else (SIZES, seeds, epochs)
     for share in dict.fromkeys((noise, 0.0)):
