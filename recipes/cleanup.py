@@ -4,7 +4,7 @@
     python cleanup.py --seeds 1 --task six --noise 0.4
     python cleanup.py --quick true                        # a minute, to see that it runs; its numbers mean nothing
 
-Wrong labels are learnt last. So the last epoch is worse than the best one, and a cut of what training has changed may
+Wrong labels are learnt last. So the last epoch is often worse than an early one, and a cut of what has changed may
 take back what they did. Side by side stand the last epoch and the best one by validation accuracy (early stopping),
 each as trained, with its whole change made smaller (WiSE-FT), with its change cut by the best joint rule, and with what
 LaserCleanup says to use. With right labels there is nothing to take back, and it should say so.
