@@ -22,7 +22,16 @@ from laser_callback.reports.page import page
 from laser_callback.reports.pictures import figures
 from laser_callback.reports.search_terminal import leaders, plain
 from laser_callback.reports.terminal import plain as plain_comparison
-from laser_callback.results import CleanupResult, Estimate, GateVerdict, RolloutResult, SearchResult, Stage, Trade
+from laser_callback.results import (
+    CleanupResult,
+    Contender,
+    Estimate,
+    GateVerdict,
+    RolloutResult,
+    SearchResult,
+    Stage,
+    Trade,
+)
 from laser_callback.surgery.recipe import Recipe, apply
 
 PLACES = "places-" + "+".join(map(str, range(1, 200, 3)))
@@ -137,7 +146,8 @@ def test_a_search_without_any_cut_in_the_map_has_no_map():
 def test_gates_rollout_and_cleanup(search):
     stage = Stage(GateVerdict(MANY, [], {}, "a gate"), "went back", 1.0)
     rollout = RolloutResult(None, False, (MANY, MANY), [stage])
-    cleanup = CleanupResult("a.ckpt", {"full": search}, {"full": 0.01}, mode="full", plan=MANY)
+    contender = Contender("strategy", str(MANY), "components", 0.1, 100, 0.9)
+    cleanup = CleanupResult("a.ckpt", search, [contender], plan=MANY)
     for show, result in ((print_rollout, rollout), (print_cleanup, cleanup)):
         console = Console(width=80)
         with console.capture() as shown:

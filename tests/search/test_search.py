@@ -384,7 +384,7 @@ def test_what_cannot_work_is_said_before_the_work(recall, options, message):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"candidates": 0}, "`candidates` must be at least 1"),
+        ({"candidates": 0}, "`candidates` must be an integer, at least 1, got 0"),
         ({"rhos": (0.5, 2)}, r"`rhos` must be numbers in \[0, 1\]"),
         ({"rhos": ["0.5"]}, r"`rhos` must be numbers in \[0, 1\]"),
         ({"candidates": 2.5}, "`candidates` must be an integer, at least 1, got 2.5"),

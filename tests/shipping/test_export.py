@@ -318,12 +318,11 @@ def test_a_search_brings_its_sets_seed_and_verdict(result):
     numbers = numbers_of(data, plan)
     assert numbers["verdict"] == "not recommended: a gain is not confirmed"
     assert (numbers["seed"], numbers["sets"]) == (5, {"confirm": 24})
-    for changed, message in (
-        ({"confirmed": None}, "has confirmed nothing: a gain is not confirmed"),
-        ({"base": "abc"}, "about cuts against the base abc, not None"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            numbers_of({**data, **changed}, plan)
+    with pytest.raises(ValueError, match="has confirmed nothing: a gain is not confirmed"):
+        numbers_of({**data, "confirmed": None}, plan)
+    assert numbers_of({**data, "base": "abc"}, plan) == numbers, "the plan does not cut the difference to a base"
+    with pytest.raises(ValueError, match="about cuts against the base abc, not None"):
+        numbers_of({**data, "base": "abc"}, LaserPlan.parse("1.fc_in@0.1:cut=delta"))
 
 
 def test_numbers_of_another_plan_are_refused(result, tmp_path):

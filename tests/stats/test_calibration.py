@@ -11,7 +11,6 @@ from benchmarks import bench_calibration
     [
         "ties",
         "gains at last",
-        "cleanup",
         "A/B test, 4",
         "by loss, 4",
         "20 examples",
