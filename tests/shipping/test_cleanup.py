@@ -450,7 +450,7 @@ def other_shape(planted: Planted) -> nn.Module:
         ({"base": tiny_causal_lm(), "also": {"a": []}}, {}, MisconfigurationException, r"`also\['a'\]` must be a data"),
         ({"base": tiny_causal_lm(), "also": {"a": 3}}, {}, MisconfigurationException, r"`also\['a'\]` must be a data"),
         ({"base": tiny_causal_lm()}, {}, ValueError, "`base` is not what the model was fine-tuned from"),
-        ({"strategies": "laser", "candidates": 0}, {}, ValueError, "`candidates` must be at least 1"),
+        ({"strategies": "laser", "candidates": 0}, {}, ValueError, "`candidates` must be an integer, at least 1"),
         ({"strategies": "laser"}, {"limit_val_batches": 0}, MisconfigurationException, "has no data to search on"),
         (
             {"strategies": "laser", "objective": None},
