@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import logging
 import signal
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from typing_extensions import override
 
 from laser_callback.compare.callback import accelerator_of
 from laser_callback.passes.state import RandomState
-from laser_callback.support.interrupts import whole
+from laser_callback.support.interrupts import closed, undisturbed, whole
 from laser_callback.support.settings import ignoring
 
 
@@ -54,6 +55,36 @@ def _quiet(trainer: Any) -> Generator[Any, None, None]:
             trainer._signal_connector.teardown()  # where an interrupt has kept Lightning from doing so
         if handler not in (None, signal.SIG_IGN) and signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
             signal.signal(signal.SIGINT, handler)
+
+
+class PutBack(pl.Callback):
+    """A callback for one validation, whose changes of the module are put back at its end, however that comes.
+
+    A subclass appends to ``_undo`` what undoes each change, between ``opened(self)`` and ``catch_up()``.
+    """
+
+    def __init__(self) -> None:
+        self._undo: list[Callable[[], Any]] = []  # what puts back, the latest change last
+
+    @override
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._put_back()
+
+    @override
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        self._put_back()
+
+    @override
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self._put_back()
+
+    @undisturbed
+    def _put_back(self) -> None:
+        """Put everything back. Each is forgotten only when it is done, so an interrupt loses none for the next call."""
+        while self._undo:
+            self._undo[-1]()
+            self._undo.pop()
+        closed(self)
 
 
 @whole

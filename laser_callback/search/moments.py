@@ -6,7 +6,7 @@ module has no hook of it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -18,17 +18,18 @@ from transformers import PreTrainedModel
 from typing_extensions import override
 
 from laser_callback.compare.measure import Lab
+from laser_callback.compare.trainer import PutBack
 from laser_callback.plans.matrices import WeightMatrix
 from laser_callback.plans.target import Target
 from laser_callback.spectra.directions import InputDirections, input_directions
 from laser_callback.spectra.spectrum import as_double
-from laser_callback.support.interrupts import catch_up, closed, opened, undisturbed
+from laser_callback.support.interrupts import catch_up, opened, undisturbed
 
 MOMENTS_BYTES = 2**31
 """So many bytes of second moments are held at a time."""
 
 
-class MomentsPass(pl.Callback):
+class MomentsPass(PutBack):
     """Sums of x x' over the inputs x of linear layers.
 
     Every position of every example counts, but for padding: what the ``attention_mask`` that a model of transformers is
@@ -44,31 +45,21 @@ class MomentsPass(pl.Callback):
     """
 
     def __init__(self, matrices: Sequence[WeightMatrix]) -> None:
+        super().__init__()
         self.moments: dict[str, Tensor] = {}
         self._wanted: dict[nn.Module, list[WeightMatrix]] = {}
         for matrix in matrices:
             # What goes into a module goes into its `weight`; what goes into `weight_hh_l0` it makes itself.
             if matrix.attribute == "weight" and matrix.parameter.ndim == 2:
                 self._wanted.setdefault(matrix.module, []).append(matrix)
-        self._undo: list[Callable[[], Any]] = []
         self._mask: Tensor | None = None  # of the call under way, shape (examples, positions)
 
     @override
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.moments, self._mask = {}, None
-        self._put_in([module for module in pl_module.modules() if isinstance(module, PreTrainedModel)])
-
-    @override
-    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._put_back()
-
-    @override
-    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        self._put_back()
-
-    @override
-    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        self._put_back()
+        models = [module for module in pl_module.modules() if isinstance(module, PreTrainedModel)]
+        inner = {part for model in models for part in model.modules() if part is not model}
+        self._put_in([model for model in models if model not in inner])
 
     @undisturbed
     def _put_in(self, models: Sequence[nn.Module]) -> None:
@@ -79,17 +70,9 @@ class MomentsPass(pl.Callback):
             self._undo.append(module.register_forward_pre_hook(partial(self._add, self._wanted[module])).remove)
         catch_up()
 
-    @undisturbed
-    def _put_back(self) -> None:
-        while self._undo:
-            self._undo[-1]()
-            self._undo.pop()
-        closed(self)
-
     def _see(self, model: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
         mask = named.get("attention_mask")
-        if isinstance(mask, Tensor) and mask.ndim == 2:
-            self._mask = mask
+        self._mask = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
 
     @torch.no_grad()
     def _add(self, matrices: Sequence[WeightMatrix], module: nn.Module, inputs: tuple[Any, ...]) -> None:

@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader
 from typing_extensions import override
 
 from laser_callback.compare.measure import Lab
+from laser_callback.compare.trainer import PutBack
 from laser_callback.passes.copies import copy_batch
 from laser_callback.plans.matrices import WeightMatrix, find_matrices
 from laser_callback.plans.plan import LaserPlan
@@ -33,12 +34,12 @@ from laser_callback.search.sensitivities import Factor, Sensitivities, View, Vie
 from laser_callback.spectra.folder import size_for
 from laser_callback.spectra.store import Spectra
 from laser_callback.stats.outcomes import Outcomes
-from laser_callback.support.interrupts import catch_up, closed, opened, undisturbed
+from laser_callback.support.interrupts import catch_up, opened, undisturbed
 
 LossFn = Callable[[pl.LightningModule, Any], Tensor]
 
 
-class GradientScreen(pl.Callback):
+class GradientScreen(PutBack):
     """The estimated change of the loss under any plan, from one backward pass per batch.
 
     The step runs with gradients on, as in training but in eval mode. A step that cannot (it calls ``.numpy()`` on what
@@ -77,12 +78,12 @@ class GradientScreen(pl.Callback):
         loss: LossFn | None = None,
         key: str = "loss",
     ) -> None:
+        super().__init__()
         self.sensitivities = Sensitivities()
         self._wanted = matrices if isinstance(matrices, Mapping) else {View(): matrices}
         self._spectra = spectra
         self._loss = loss
         self._key = key
-        self._undo: list[Callable[[], Any]] = []  # what puts back, the latest change last
         self._grad_mode = False
 
     def estimate(self, plan: LaserPlan | str) -> tuple[float, float] | None:
@@ -190,14 +191,6 @@ class GradientScreen(pl.Callback):
                 "checkpointing"
             )
 
-    @override
-    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        self._put_back()
-
-    @override
-    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        self._put_back()
-
     # ---- details ----------------------------------------------------------------------------------------------------
 
     @undisturbed
@@ -209,14 +202,6 @@ class GradientScreen(pl.Callback):
         for parameter in parameters.values():
             self._undo.append(parameter.register_post_accumulate_grad_hook(self._collect).remove)
         catch_up()
-
-    @undisturbed
-    def _put_back(self) -> None:
-        """Put everything back. Each is forgotten only when it is done, so an interrupt loses none for the next call."""
-        while self._undo:
-            self._undo[-1]()
-            self._undo.pop()
-        closed(self)
 
     def _backward(self, value: Any, source: str) -> float | None:
         """Run the loss backwards. Returns the weight of the batch, or ``None`` where it is the number of examples."""
