@@ -22,8 +22,8 @@ SHARE = 0.2
 """Of a matrix' directions are amplified, or shrunk, as in the code of arXiv 2603.03995 (``abs_select``)."""
 AMPLIFIED, SHRUNK = 1.25, 0.8
 """What these are multiplied by there."""
-REMOVED = (1, 4, 16, 64)
-"""So many directions of a matrix are taken out, the loss falling by each, to first order."""
+SHARES = (0.0, 0.05, 0.2, 0.5, 1.0)
+"""Of the directions by whose removal the loss falls, to first order, are taken out; at least one."""
 
 
 class Components:
@@ -66,7 +66,8 @@ class Components:
                 plan = LaserPlan(self._scaled(a, places, scale) for a, places in lists)
                 yield replace(context.candidate(self, plan), score=None, error=0.0)
         for matrix, address, sensitivity in measured:
-            for count in REMOVED:
+            falling = int((sensitivity > 0).sum())
+            for count in dict.fromkeys(max(round(share * falling), 1) for share in SHARES):
                 if (cut := self._removed(address, sensitivity, count)) is not None:
                     score, error = self._honest(matrix, count, context)
                     yield replace(context.candidate(self, cut), score=score, error=error)
