@@ -212,7 +212,7 @@ class Contest:
         tasks = []
         cleaned: Model | None = None
         if chosen is not None:
-            cleaned = partial(self.cut if isinstance(chosen, LaserPlan) else self.other, chosen)  # type: ignore[arg-type]
+            cleaned = partial(self.cut, chosen) if isinstance(chosen, LaserPlan) else partial(self.other, chosen)
         for name, data in {TARGET: self.confirm_data, **also}.items():
             tuned = self.trained(data)
             if self.key not in tuned.known:

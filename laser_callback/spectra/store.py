@@ -39,6 +39,7 @@ from laser_callback.spectra.folder import (
     size_for,
     size_of,
 )
+from laser_callback.spectra.noise import noisy
 from laser_callback.spectra.reference import reduce_as_reference
 from laser_callback.spectra.spectrum import (
     Spectrum,
@@ -265,7 +266,7 @@ class Spectra:
         with with_gradients(False):
             reduced = self._reduce(matrix, reduction, name)
             if reduction.noise is not None:
-                reduced = _noisy(matrix, reduced, reduction.noise)
+                reduced = noisy(matrix, reduced, reduction.noise)
         refuse_out_of_range(reduced, f"{name} after {brief(reduction)}")
         return reduced
 
@@ -359,17 +360,6 @@ def _dense(matrix: Tensor) -> tuple[Tensor, str]:
 
 
 # ---- small ones ------------------------------------------------------------------------------------------------------
-
-
-def _noisy(matrix: Tensor, reduced: Tensor, seed: int) -> Tensor:
-    """``matrix`` plus Gaussian noise with the Frobenius norm of what was taken from it; seeded by the matrix, too."""
-    work = as_double(matrix.detach())
-    removed = work - as_double(reduced)
-    scale = unit(removed)
-    size = (removed / scale).norm()
-    generator = torch.Generator().manual_seed(int(content_hash(f"noise {seed}", matrix.detach().contiguous())[:15], 16))
-    noise = torch.randn(matrix.shape, generator=generator, dtype=torch.float64).to(work.device)
-    return (work + noise * (size / noise.norm()) * scale).to(matrix.device, matrix.dtype)
 
 
 def _blocks(matrix: Tensor, reduction: Reduction, name: str) -> tuple[Tensor, ...]:
