@@ -10,7 +10,7 @@ Columns of the table
                   fixed and broken, and the exact p value over subjects
     race          the change on the race examples that chose the plan: what a method would report that tests on what it
                   chose by
-    - random      the change ahead of the strategy ``random`` on the same examples, with its p value
+    - laser       the change ahead of the strategy ``laser`` on the same examples, with interval and p value
     perplexity    relative change; KL is the mean divergence of the next token, original from reduced, in nats
     verdict       the search's: whether the plan is recommended, or the prior check or p value forbids it
     CPU s         seconds of the process' CPU, so that they can be compared on a machine that does other work as well;
@@ -43,6 +43,7 @@ from laser_callback import LaserModule, LaserPlan, LaserSearch, reduced
 from laser_callback.data.datamodule import TextWindows
 from laser_callback.data.demo_model import demo_model_folder
 from laser_callback.data.sets import ExampleSets
+from laser_callback.plans import brief
 from laser_callback.results.comparison import LaserResult
 from laser_callback.results.search import SearchResult
 from laser_callback.spectra.store import Spectra
@@ -54,7 +55,7 @@ CANDIDATES = 40
 WINDOWS = 8
 KEY = "first_token_accuracy"
 COLUMNS = (
-    "strategy", "found", "first token", "race", "- random", "log loss", "perplexity", "KL", "verdict", "CPU s", "passes"
+    "strategy", "found", "first token", "race", "- laser", "log loss", "perplexity", "KL", "verdict", "CPU s", "passes"
 )  # fmt: skip
 COUNTED = ("strategy", "splits", "recommended", "of these, text within 5 %", "ahead of laser, behind it", "wins", "on")
 
@@ -150,19 +151,19 @@ def beats(one: Row, other: Row) -> bool:
     return found is not None and found.delta > 0 and found.p is not None and found.p <= 0.05
 
 
-def cells(row: Row, random: Row | None) -> list[str]:
+def cells(row: Row, laser: Row | None) -> list[str]:
     """One strategy's line of the table."""
     if "confirmed" not in row:
         return [row["strategy"], row.get("found", "nothing"), *[""] * 6, row["reason"], *costs(row)]
     c, (fixed, broken), (before, after) = row["confirmed"], row["flips"], row["log_loss"]
-    more = None if random is None or random is row else ahead(row, random)
+    more = None if laser is None or laser is row else ahead(row, laser)
     return [
         row["strategy"],
-        f"`{short(row['found'])}`",
+        f"`{brief(row['found'])}`",
         f"{c['original']:.1%} to {c['reduced']:.1%} [{c['lower']:+.1%}, {c['upper']:+.1%}], {fixed} / {broken}, "
         f"p {c['p']:.1g}",
         f"{row['race']:+.1%}",
-        "" if more is None else f"{more.delta:+.1%}, p {more.p:.1g}",
+        "" if more is None else f"{more.delta:+.1%} [{more.lower:+.1%}, {more.upper:+.1%}], p {more.p:.1g}",
         f"{before:.2f} to {after:.2f}",
         f"{row['perplexity']:+.1%}",
         f"{row['divergence']:.3f}",
@@ -175,11 +176,6 @@ def costs(row: Row) -> list[str]:
     return [f"{row['seconds']:.0f}", f"{row['passes']:,}"] if "seconds" in row else ["", ""]
 
 
-def short(plan: str, most: int = 60) -> str:
-    """A plan that lists what it removes is longer than a table is wide."""
-    return plan if len(plan) <= most else f"{plan[: most - 3]}..."
-
-
 def show(rows: Iterable[Row]) -> None:
     """A table for each split, and what became of each strategy."""
     splits: dict[tuple[str, int], list[Row]] = {}
@@ -189,9 +185,9 @@ def show(rows: Iterable[Row]) -> None:
         subjects = next((row["confirmed"]["n"] for row in listed if "confirmed" in row), 0)
         print(f"\n{data}, seed {seed}, {subjects:,} subjects; not beaten: {', '.join(winners(listed)) or 'none'}\n")
         print(f"| {' | '.join(COLUMNS)} |\n{'|---' * len(COLUMNS)}|")
-        random = next((row for row in listed if row["strategy"] == "random"), None)
+        laser = next((row for row in listed if row["strategy"] == "laser"), None)
         for row in listed:
-            print(f"| {' | '.join(cells(row, random))} |")
+            print(f"| {' | '.join(cells(row, laser))} |")
     print(f"\n| {' | '.join(COUNTED)} |\n{'|---' * len(COUNTED)}|")
     for strategy in dict.fromkeys(row["strategy"] for listed in splits.values() for row in listed):
         print(f"| {strategy} | {' | '.join(map(str, counts(strategy, splits)))} |")
