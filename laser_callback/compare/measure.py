@@ -174,7 +174,7 @@ class Lab:
         return callback.result
 
     def alone(self, loaders: Any) -> Run:
-        """What the module does as it stands, for :func:`~laser_callback.compare.alone.paired`."""
+        """What the module does as it stands, for ``compare.alone.paired``."""
         watch = _Alone(self.spectra)
         self.validate(loaders, watch)
         return Run(watch.logged, watch.examples)

@@ -7,6 +7,7 @@ from .plan import LaserPlan as LaserPlan
 from .rank_rules import RANK_RULES as RANK_RULES
 from .rank_rules import rank_by as rank_by
 from .reduction import Reduction as Reduction
+from .selection import Catalogue as Catalogue
 from .selection import NoSuchMatrixError as NoSuchMatrixError
 from .short import brief as brief
 from .target import RHOS as RHOS

@@ -2,6 +2,7 @@ from .cut import CutSpectrum as CutSpectrum
 from .cut import cut_spectra as cut_spectra
 from .delta import BaseWeights as BaseWeights
 from .directions import InputDirections as InputDirections
+from .directions import StoredDirections as StoredDirections
 from .directions import input_directions as input_directions
 from .folder import SpectrumFolder as SpectrumFolder
 from .inspection import InspectedMatrix as InspectedMatrix

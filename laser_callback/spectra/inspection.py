@@ -25,10 +25,9 @@ RULES = ("entropy", "energy-0.9", "gavish-donoho", "marchenko-pastur", "laser-rm
 
 @dataclass(frozen=True)
 class InspectedMatrix:
-    """One matrix and its spectrum.
+    """One matrix and its spectrum. What is not listed is as in :class:`~laser_callback.plans.WeightMatrix`.
 
     Attributes:
-        name, stack, layer, kind, expert, shape: as in :class:`~laser_callback.plans.WeightMatrix`.
         values: singular values, descending, float64, shape (min(m, n),), on the CPU.
         ranks: by rule of :data:`RULES`, how many of them it keeps. That of ``entropy`` is also called effective rank.
     """

@@ -29,9 +29,9 @@ class Intruders:
     """Shrink the singular directions that fine-tuning has brought in (arXiv 2410.21228, section 5).
 
     With u_j the left singular vectors of the fine-tuned W and w_i those of W_base, j is an intruder if it is among the
-    first ten and max_i |u_j' w_i| is less than a threshold. What is proposed is W + (scale - 1) sum_j sigma_j u_j v_j'
-    over all intruders of the whole model at once; PEFT's function does the same to an adapter, and then takes the
-    difference back to the adapter's rank.
+    first ten and max_i ``|u_j' w_i|`` is less than a threshold. What is proposed is
+    W + (scale - 1) sum_j sigma_j u_j v_j' over all intruders of the whole model at once; PEFT's function does the same
+    to an adapter, and then takes the difference back to the adapter's rank.
 
     Which directions they are is written into the plan, so that no base is needed to use it.
     """
