@@ -76,9 +76,9 @@ def search(
             difference to it.
         within: where to look, as plan text without rho, e.g. "20-29.mlp, *.q_proj".
         rhos: fractions of the rank to try; by default those of the paper's code, and 0.
-        strategies: what proposes candidates, between commas; laser,drop by default, with a base also delta. laser:
-            every matrix at every rho. drop: layers, or their attention or MLP, left out. components: single directions,
-            by the gradient. whitened: every matrix, its outputs changed least. blocks: head by head. Of what
+        strategies: what proposes candidates, between commas; laser,components,drop by default, with a base also delta.
+            laser: every matrix at every rho. components: single directions of a matrix taken out, by the gradient.
+            drop: layers, or their attention or MLP, left out. whitened: every matrix, its outputs changed least. blocks: head by head. Of what
             fine-tuning has changed (with a base), delta: as a whole by one rule; delta-all: embeddings, head and biases
             too; delta-matrices: matrix by matrix; delta-components: single directions; intruders: new directions made
             smaller. To compare with, every matrix at every rho in another order: late-mlp, laser-rmt, gavish-donoho,

@@ -78,8 +78,9 @@ class LaserSearch:
         within: where to look, as plan text without rho: ``"*.all"``, ``"20-29.mlp, *.q_proj"``.
         rhos: the grid of single matrices.
         strategies: what proposes candidates: names between commas or in a list, or objects of your own
-            (:class:`Strategy`). By default ``"laser"``, every matrix at every rho, and ``"drop"``, layers and their
-            halves left out; with a ``base`` also ``"delta"``, what fine-tuning has changed as a whole under one rule.
+            (:class:`Strategy`). By default ``"laser"``, every matrix at every rho; ``"components"``, directions of a
+            matrix by whose removal the loss falls; and ``"drop"``, layers and their halves left out; with a ``base``
+            also ``"delta"``, what fine-tuning has changed as a whole under one rule.
             The others are in ``STRATEGIES`` of :mod:`laser_callback.search.strategies`.
         screen_loss: ``f(module, batch)``, the loss that the screen differentiates, where the step does not return it.
         candidates: how many of those that are proposed race.
@@ -168,7 +169,7 @@ class LaserSearch:
         if self.method != "screened":
             return ("reference",) if self.method == "paper" else ("laser",)
         has_base = self.base is not None or (self.spectra is not None and self.spectra.base is not None)
-        return ("laser", "drop", "delta") if has_base else ("laser", "drop")
+        return ("laser", "components", "drop", "delta") if has_base else ("laser", "components", "drop")
 
     def run(self) -> SearchResult:
         """Search. The module is left as it was, bit by bit, whatever happens.

@@ -425,14 +425,15 @@ def test_layers_with_a_norm_behind_the_sum_are_refused_or_left_out(recall: Any) 
         LaserSearch(module.float(), tokens(200), **{**SEARCH, "strategies": ["drop"]}).run()
     with pytest.warns(UserWarning, match=f"without the strategy 'drop': {reason}"):
         result = LaserSearch(module, tokens(200), **{**SEARCH, "candidates": 2}).run()
-    assert {candidate.strategy for candidate in result.candidates} == {"laser"}
+    assert {candidate.strategy for candidate in result.candidates} == {"laser", "components"}
 
 
-def test_by_default_the_paper_and_drops_and_with_a_base_the_change(recall: Any) -> None:
+def test_by_default_cuts_directions_and_drops_and_with_a_base_the_change(recall: Any) -> None:
     module, loader = recall
-    assert [s.name for s in LaserSearch(module, loader, **SEARCH)._strategies] == ["laser", "drop"]
+    assert [s.name for s in LaserSearch(module, loader, **SEARCH)._strategies] == ["laser", "components", "drop"]
     assert [s.name for s in LaserSearch(module, loader, base=module, **SEARCH)._strategies] == [
         "laser",
+        "components",
         "drop",
         "delta",
     ]
