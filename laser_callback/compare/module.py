@@ -28,9 +28,11 @@ from laser_callback.compare.language_model import (
     refuse_too_long,
     token_texts,
 )
+from laser_callback.compare.writing import write
 from laser_callback.data import probes
+from laser_callback.data.generation import EXACT_MATCH, ExactMatch
 from laser_callback.data.row_scores import AnswerScores, Role, RowScores, score_rows
-from laser_callback.data.scoring import METRICS, AnswerMetric, Perplexity, rows_said, text_nll
+from laser_callback.data.scoring import METRICS, AnswerMetric, Perplexity, UnitMean, rows_said, text_nll
 from laser_callback.plans.plan import LaserPlan
 from laser_callback.reports.terminal import print_ab
 from laser_callback.results.ab_test import ABResult
@@ -50,6 +52,10 @@ _SHARES_OF_FACTS = (
 )  # one 0/1 outcome per fact
 
 
+PRIMARY = "first_token_accuracy"
+"""The metric that carries the claim of facts."""
+
+
 class LaserModule(pl.LightningModule):
     """Score the answers of a causal or masked language model, original against reduced.
 
@@ -57,14 +63,15 @@ class LaserModule(pl.LightningModule):
 
     Logs the metrics of ``METRICS``, ``perplexity`` of running text, and
     ``refusal_rate`` and ``answer_rate`` of refusal probes, each only where its data is there, and returns their
-    per-example values from its steps.
+    per-example values from its steps. Where the data lets answers be written (``generation``) it logs ``exact_match``
+    and, of what should be written, ``log_loss``; each example's ``continuation`` is returned.
 
     Args:
         model: a transformers model, or its folder or hub name.
         tokenizer: the model's tokenizer; by default the one in the model's folder.
         plan: what to cut (see :class:`LaserCallback`); ``None`` for a plain evaluation. A ``LaserCallback`` among the
             trainer's callbacks takes precedence.
-        primary: the metric that carries the claim.
+        primary: the metric that carries the claim; where answers are written, by default ``exact_match``.
         controls: also run the controls of each plan, as in :class:`LaserCallback`.
         report: see :class:`LaserCallback`.
         learning_rate: of AdamW in ``fit``.
@@ -91,7 +98,7 @@ class LaserModule(pl.LightningModule):
         tokenizer: PreTrainedTokenizerBase | str | None = None,
         *,
         plan: LaserPlan | str | dict[str, str] | None = None,
-        primary: str | None = "first_token_accuracy",
+        primary: str | None = PRIMARY,
         controls: bool = False,
         report: bool | str = True,
         learning_rate: float = 1e-5,
@@ -119,12 +126,18 @@ class LaserModule(pl.LightningModule):
         self.ab_fraction = ab_fraction
         self.ab_seed = ab_seed
         self.metrics = nn.ModuleDict({name: metric() for name, metric in METRICS.items()})
-        self.metrics["perplexity"] = Perplexity()
+        self.metrics.update({EXACT_MATCH: ExactMatch(), "perplexity": Perplexity()})
         self.metrics.update({name: probes.ProbeRate() for name in probes.RATES})
-        self._context = context_length(self.model)
+        self.context = context_length(self.model)
         self._laser: LaserCallback | None = None
         self._ab: ABTest | None = None
         self._ab_result: ABResult | None = None
+
+    @property
+    def claim(self) -> str | None:
+        """The metric that carries the claim on the data of the trainer."""
+        writes = getattr(getattr(self._trainer, "datamodule", None), "generation", None) is not None
+        return EXACT_MATCH if writes and self.primary == PRIMARY else self.primary
 
     @property
     def result(self) -> LaserResult:
@@ -209,8 +222,8 @@ class LaserModule(pl.LightningModule):
         """End it: compare the arms over all ranks."""
         if self._ab is None:
             return
-        better = {name: cast("AnswerMetric", metric).higher_is_better for name, metric in self.metrics.items()}
-        self._ab_result, self._ab = self._ab.result(self.primary, better), None
+        better = {name: cast("UnitMean", metric).higher_is_better for name, metric in self.metrics.items()}
+        self._ab_result, self._ab = self._ab.result(self.claim, better), None
         if self.trainer.is_global_zero and isinstance(self.report, str):
             self._ab_result.to_json(self.report)
         if self.trainer.is_global_zero and self.report:
@@ -220,7 +233,7 @@ class LaserModule(pl.LightningModule):
     def on_validation_epoch_start(self) -> None:
         """Forget what an interrupted evaluation, or one without data for a metric, has left in the metrics."""
         for metric in self.metrics.values():
-            cast("AnswerMetric | Perplexity", metric).reset()
+            cast("UnitMean", metric).reset()
 
     @override
     def on_test_epoch_start(self) -> None:
@@ -230,7 +243,7 @@ class LaserModule(pl.LightningModule):
     @override
     def on_validation_epoch_end(self) -> None:
         """Log the metrics that have data on any rank."""
-        for name, metric in cast("Iterable[tuple[str, AnswerMetric | Perplexity]]", self.metrics.items()):
+        for name, metric in cast("Iterable[tuple[str, UnitMean]]", self.metrics.items()):
             with metric.sync_context():
                 has_data = metric.has_data
             if has_data:
@@ -254,8 +267,9 @@ class LaserModule(pl.LightningModule):
     def _facts_step(self, batch: dict[str, Any], count: bool = True) -> dict[str, Any]:
         scores = self._scores(batch)
         outcomes: dict[str, Any] = {name: batch[name] for name in ("id", "group", "prompt")}
+        writes = "asked" in batch
         for name, metric in self.metrics.items():
-            if isinstance(metric, AnswerMetric):
+            if isinstance(metric, AnswerMetric) and (name == "log_loss" or not writes):
                 if count:
                     metric.update(scores)
                 total, units = metric.tally(scores)
@@ -265,7 +279,27 @@ class LaserModule(pl.LightningModule):
                     outcomes[name] = Outcomes(total / units, None if name == "log_loss" else units, "mean")
         # Facts of one subject are not independent, and a prompt that comes again is its own subject.
         outcomes["cluster"] = [subject.strip().casefold() for subject in batch["subject"]]
-        return outcomes | self._said(scores, batch)
+        return outcomes | (self._written(batch, count) if writes else self._said(scores, batch))
+
+    def _written(self, batch: dict[str, Any], count: bool) -> dict[str, Any]:
+        """What is written, if that is asked for, and whether it is right."""
+        asked = batch["asked"]
+        if not asked:
+            return {}
+        owner = torch.arange(len(batch["id"]))
+        refuse_too_long(self.context, [asked["attention_mask"]], owner, batch["id"], asked["max_new_tokens"])
+        written = write(self.model, self.tokenizer, asked)
+        judged = asked["judged"](written.texts, batch)
+        right = torch.tensor([each.right for each in judged], dtype=torch.float64, device=self.device)
+        if count:
+            cast("ExactMatch", self.metrics[EXACT_MATCH]).update(right)
+        return {
+            EXACT_MATCH: Outcomes(right, kind="binary"),
+            "near_ties": Outcomes(written.near_ties.double()),
+            "continuation": written.texts,
+            f"answer/{EXACT_MATCH}": [each.answer for each in judged],
+            f"prediction/{EXACT_MATCH}": [each.said for each in judged],
+        }
 
     def _said(self, scores: AnswerScores, batch: dict[str, Any]) -> dict[str, Any]:
         """What the prior checks look at: right answers and what the model says, as each metric has it."""
@@ -298,7 +332,7 @@ class LaserModule(pl.LightningModule):
             raise MisconfigurationException(
                 "perplexity is defined for causal models; leave out `text` for a masked one"
             )
-        refuse_too_long(self._context, [batch["attention_mask"]], torch.arange(len(batch["id"])), batch["id"])
+        refuse_too_long(self.context, [batch["attention_mask"]], torch.arange(len(batch["id"])), batch["id"])
         logits = logits_of(self.model, batch["input_ids"], batch["attention_mask"])
         nll, tokens = text_nll(logits, batch["input_ids"], batch["attention_mask"])
         if count:
@@ -307,8 +341,9 @@ class LaserModule(pl.LightningModule):
 
     def _probes_step(self, batch: dict[str, Any], count: bool = True) -> dict[str, Any]:
         owner, new = torch.arange(len(batch["id"])), batch["rule"]["max_new_tokens"]
-        refuse_too_long(self._context, [batch["attention_mask"]], owner, batch["id"], new)
-        said = probes.continuations(self.model, self.tokenizer, batch)
+        refuse_too_long(self.context, [batch["attention_mask"]], owner, batch["id"], new)
+        asked = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
+        said = write(self.model, self.tokenizer, {**asked, "max_new_tokens": new, "stop": ()}).texts
         outcomes = probes.outcomes(said, batch)
         for name, values in outcomes.items():
             if count:
@@ -318,7 +353,7 @@ class LaserModule(pl.LightningModule):
 
     def _scores(self, batch: dict[str, Any]) -> AnswerScores:
         masks = [chunk["attention_mask"] for chunk in batch["chunks"]]
-        refuse_too_long(self._context, masks, batch["row_fact"], batch["id"])
+        refuse_too_long(self.context, masks, batch["row_fact"], batch["id"])
         return AnswerScores.gather([self._score(chunk) for chunk in batch["chunks"]], batch)
 
     def _score(self, chunk: dict[str, Tensor]) -> RowScores:
@@ -335,7 +370,7 @@ class _OwnCallback(LaserCallback):
 
     def __init__(self, module: LaserModule) -> None:
         assert module.plan is not None
-        super().__init__(module.plan, primary=module.primary, controls=module.controls, report=module.report)
+        super().__init__(module.plan, primary=module.claim, controls=module.controls, report=module.report)
         self._module = module
 
     @override

@@ -7,6 +7,7 @@ facts and windows to a Trainer, as ``encoding.py`` packs them.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -28,6 +29,7 @@ from laser_callback.data.encoding import (
     with_leading,
 )
 from laser_callback.data.facts import DEFAULT_SIZES, Fact, records_of, sample_facts, split_facts
+from laser_callback.data.generation import EXACT_MATCH, Generation
 from laser_callback.data.lm_eval import is_lm_eval, read_lm_eval
 from laser_callback.support.pretrained import load_tokenizer
 from laser_callback.support.reading import read_text
@@ -106,6 +108,7 @@ class FactsDataModule(LightningDataModule):
         max_length: the longest row the model takes, in tokens; by default what the tokenizer says.
         chat: put each prompt into the tokenizer's chat template, as a user's message that the answer replies to.
         system: the system message that goes ahead of it.
+        generation: let the model write its answers, and judge these; paraphrases and choices are then not asked.
 
     Attributes:
         metric: what a search of these facts improves by default; ``None`` leaves that to the search.
@@ -133,8 +136,10 @@ class FactsDataModule(LightningDataModule):
         max_length: int | None = None,
         chat: bool = False,
         system: str | None = None,
+        generation: Generation | None = None,
     ) -> None:
         super().__init__()
+        self.generation, self.metric = generation, self.metric if generation is None else EXACT_MATCH
         self.sizes = DEFAULT_SIZES if sizes is None else sizes
         if split is not None and split not in self.sizes:
             raise ValueError(f"`split` must be one of {sorted(self.sizes)}, got {split!r}.")
@@ -162,13 +167,19 @@ class FactsDataModule(LightningDataModule):
             facts = split_facts(facts, self.sizes, self.seed)[self.split]
         if self.limit is not None:
             facts = sample_facts(facts, self.limit, self.seed)
-        self.collate = FactCollator(pad_token_id(tokenizer), self.rows_per_forward)
+        self.collate = FactCollator(pad_token_id(tokenizer), self.rows_per_forward, self.generation)
         if isinstance(self.text, (str, Path)):
             self.text = TextWindows(self.text, tokenizer)
         self.encoded = encode_facts(
-            facts, tokenizer, masked=masked, max_length=self.max_length, chat=self.chat, system=self.system
+            facts,
+            tokenizer,
+            masked=masked,
+            max_length=self.max_length,
+            chat=self.chat,
+            system=self.system,
+            generation=self.generation,
         )
-        if warning := shared_first_token(self.encoded, tokenizer):
+        if self.generation is None and (warning := shared_first_token(self.encoded, tokenizer)):
             rank_zero_warn(warning)
 
     def loaded_tokenizer(self) -> PreTrainedTokenizerBase:
@@ -220,6 +231,6 @@ class FactsDataModule(LightningDataModule):
             facts,
             batch_size=self.batch_size,
             shuffle=shuffle,
-            collate_fn=self.collate,
+            collate_fn=replace(self.collate, writes=not shuffle),  # what trains is a loss
             num_workers=self.num_workers,
         )

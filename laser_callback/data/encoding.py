@@ -30,6 +30,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 from laser_callback.data.facts import Fact
+from laser_callback.data.generation import Generation
 from laser_callback.data.row_scores import Role
 from laser_callback.support.suggest import clipped
 
@@ -55,10 +56,17 @@ class EncodedRow:
 
 @dataclass(frozen=True)
 class EncodedFact:
-    """A fact and its rows: the prompt, each paraphrase, and the prompt once per wrong choice."""
+    """A fact and its rows: the prompt, each paraphrase, and the prompt once per wrong choice.
+
+    Attributes:
+        fact: it.
+        rows: what is scored.
+        asked: tokens that the model is to continue, where answers are written.
+    """
 
     fact: Fact
     rows: tuple[EncodedRow, ...]
+    asked: tuple[int, ...] = ()
 
 
 def encode_facts(
@@ -69,6 +77,7 @@ def encode_facts(
     max_length: int | None = None,
     chat: bool = False,
     system: str | None = None,
+    generation: Generation | None = None,
 ) -> list[EncodedFact]:
     """Tokenise facts.
 
@@ -86,12 +95,15 @@ def encode_facts(
         chat: put each prompt into the tokenizer's chat template, as a user's message that the answer replies to. All
             special tokens are then the template's own: a BOS that it does not write is not there.
         system: the system message that goes ahead of it.
+        generation: how answers are written, if they are. A fact then has one row, its prompt, whose target is rationale
+            and answer.
 
     Raises:
         ValueError: with the id of the fact, if its answer or prompt has no tokens, nothing is left to predict the
-            answer from, or a row is too long; if ``masked`` is asked of a tokenizer without a mask token, ``chat`` of
-            one without a chat template or for a masked model, or ``system`` without ``chat`` or of a template that
-            takes none.
+            answer from, a row is too long, or its own answer would not be judged right
+            (:meth:`Generation.check`); if ``masked`` is asked of a tokenizer without a mask token, ``chat`` of one
+            without a chat template, ``chat`` or ``generation`` for a masked model, or ``system`` without ``chat`` or of
+            a template that takes none.
     """
     if masked and tokenizer.mask_token_id is None:
         raise ValueError(
@@ -99,16 +111,22 @@ def encode_facts(
         )
     if masked and chat:
         raise ValueError("`chat` must be False for a masked model, which replies to nothing, got True.")
+    if masked and generation is not None:
+        raise ValueError("`generation` must be None for a masked model, which writes nothing.")
     if system is not None and not chat:
         raise ValueError(f"`system` must be None without `chat`, got {system!r}; put it into the prompts.")
     limit = tokenizer.model_max_length if max_length is None else max_length
     leading, trailing = special_tokens(tokenizer)
     prompts = dict.fromkeys(text for fact in facts for text in (fact.prompt, *fact.paraphrases))
     starts = _before_answers(tokenizer, prompts, system) if chat else {text: (text, " ") for text in prompts}
-    asked = [(prompt, answer) for fact in facts for prompt, answer, _ in _asked(fact)]
+    rows_of = _asked if generation is None else _written
+    asked = [(prompt, answer) for fact in facts for prompt, answer, _ in rows_of(fact)]
     wholes = {pair: "".join((*starts[pair[0]], pair[1])) for pair in asked}
     stopped = [f"{whole}." for whole in wholes.values()] if masked else []
-    tokens = tokenize(tokenizer, [*(text for text, _ in starts.values()), *wholes.values(), *stopped, "."])
+    # What a model is to continue is a prompt without a space behind it, or the template as it is.
+    continued = {text: "".join(start) if chat else text for text, start in starts.items()}
+    texts = [*(text for text, _ in starts.values()), *wholes.values(), *stopped, *continued.values(), "."]
+    tokens = tokenize(tokenizer, texts)
 
     @cache
     def is_blank(token: int) -> bool:
@@ -143,7 +161,26 @@ def encode_facts(
         first = next((i for i, token in enumerate(targets) if not is_blank(token)), 0)
         return EncodedRow(input_ids, tuple(range(position, position + len(targets))), targets, role, first)
 
-    return [EncodedFact(fact, tuple(encode(fact, *row) for row in _asked(fact))) for fact in facts]
+    def ask(fact: Fact) -> tuple[int, ...]:
+        if generation is None:
+            return ()
+        generation.check(fact)
+        prompt = tokens[continued[fact.prompt]]
+        prompt = prompt if chat else with_leading(leading, prompt)
+        if len(prompt) + generation.max_new_tokens > limit:
+            raise ValueError(
+                f"a prompt and `max_new_tokens` must be at most {limit} tokens, but {_shorten(fact.prompt)!r} of fact "
+                f"{fact.id!r} makes {len(prompt)} and {generation.max_new_tokens}; shorten it, leave the fact out, or "
+                "let less be written."
+            )
+        return prompt
+
+    return [EncodedFact(fact, tuple(encode(fact, *row) for row in rows_of(fact)), ask(fact)) for fact in facts]
+
+
+def _written(fact: Fact) -> Iterator[tuple[str, str, Role]]:
+    """The prompt, and what should be written to it."""
+    yield fact.prompt, fact.written, Role.PROMPT
 
 
 def _asked(fact: Fact) -> Iterator[tuple[str, str, Role]]:
@@ -301,6 +338,8 @@ class FactCollator:
     Args:
         pad_token_id: what to pad with.
         rows_per_forward: the most rows in a chunk.
+        generation: how answers are written, if they are.
+        writes: whether the model is to write them, or only the loss of what should be written is asked for.
 
     Raises:
         ValueError: if ``rows_per_forward`` is below 1.
@@ -308,6 +347,8 @@ class FactCollator:
 
     pad_token_id: int
     rows_per_forward: int = 64
+    generation: Generation | None = None
+    writes: bool = True
 
     def __post_init__(self) -> None:
         if self.rows_per_forward < 1:
@@ -323,6 +364,9 @@ class FactCollator:
             ``chunks``: a list of dicts with ``input_ids`` and ``attention_mask``, (r, T) int64, ``positions`` and
             ``targets``, (r, A) int64, ``target_mask``, (r, A) bool, and ``first``, (r,) int64. Row by row, the logits
             at ``positions[target_mask]`` predict ``targets[target_mask]``; ``first`` is each first token's column.
+            With ``generation`` also ``accepted``, a list of right answers for each fact, and ``asked``: empty, or with
+            ``input_ids`` and ``attention_mask``, (F, T) int64, padded on the left, ``max_new_tokens``, ``stop`` and
+            ``judged``, which tells the answer in each continuation and whether it is right.
         """
         rows = [(index, row) for index, item in enumerate(encoded) for row in item.rows]
         rows.sort(key=lambda pair: len(pair[1].input_ids))
@@ -333,6 +377,23 @@ class FactCollator:
             **{
                 name: [getattr(item.fact, name) for item in encoded]
                 for name in ("id", "group", "subject", "prompt", "answer")
+            },
+            **({} if self.generation is None else self._to_write(encoded, self.generation)),
+        }
+
+    def _to_write(self, encoded: Sequence[EncodedFact], generation: Generation) -> dict[str, Any]:
+        accepted = [list(item.fact.accepted) for item in encoded]
+        if not self.writes:
+            return {"accepted": accepted, "asked": {}}
+        asked = [item.asked for item in encoded]
+        return {
+            "accepted": accepted,
+            "asked": {
+                "input_ids": pad(asked, self.pad_token_id, side="left"),
+                "attention_mask": pad([(1,) * len(row) for row in asked], 0, side="left"),
+                "max_new_tokens": generation.max_new_tokens,
+                "stop": list(generation.stop),
+                "judged": generation.judged,
             },
         }
 

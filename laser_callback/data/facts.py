@@ -54,6 +54,8 @@ class Fact:
         choices: the closed set of answers, the right one among them; empty for an open question.
         subject: what the fact is about; the prompt if empty. Facts of one subject never part in a split.
         group: relation or category, for stratified splits and baselines per group; may be empty.
+        answers: other answers that are right, too, where answers are written.
+        rationale: where answers are written, what should stand ahead of the answer, as in "3 + 4 = 7. ####".
 
     Raises:
         ValueError: if a field has the wrong type, is empty, or contradicts another.
@@ -66,13 +68,15 @@ class Fact:
     choices: tuple[str, ...] = ()
     subject: str = ""
     group: str = ""
+    answers: tuple[str, ...] = ()
+    rationale: str = ""
 
     def __post_init__(self) -> None:
-        for name in ("id", "prompt", "answer", "subject", "group"):
+        for name in ("id", "prompt", "answer", "subject", "group", "rationale"):
             if not isinstance(value := getattr(self, name), str):
                 raise ValueError(f"`{name}` must be a string, got {shown(value)}.")
             need_unicode(**{name: value})
-        for name in ("paraphrases", "choices"):
+        for name in ("paraphrases", "choices", "answers"):
             value = getattr(self, name)
             if not isinstance(value, tuple) or not all(isinstance(text, str) for text in value):
                 raise ValueError(f"`{name}` must be a list of strings, got {shown(value)}.")
@@ -81,13 +85,28 @@ class Fact:
         for name, text in (("prompt", self.prompt), *(("paraphrases", text) for text in self.paraphrases)):
             if not text.strip() or text.endswith(" "):
                 raise ValueError(f"`{name}` must be text that does not end in a space (one is added), got {text!r}.")
-        for name, text in (("answer", self.answer), *(("choices", text) for text in self.choices)):
+        others = (*(("choices", text) for text in self.choices), *(("answers", text) for text in self.answers))
+        for name, text in (("answer", self.answer), *others):
             if not text or text != text.strip():
                 raise ValueError(f"`{name}` must be text without spaces around it (one is added), got {text!r}.")
         if self.choices and (self.answer not in self.choices or len(set(self.choices)) < 2):
             raise ValueError(f"`choices` must hold the answer {self.answer!r} and another, got {list(self.choices)}.")
+        if self.rationale != self.rationale.strip():
+            raise ValueError(
+                f"`rationale` must be text without spaces around it (one is added), got {self.rationale!r}."
+            )
         if not self.subject:
             object.__setattr__(self, "subject", self.prompt)
+
+    @property
+    def accepted(self) -> tuple[str, ...]:
+        """All answers that are right."""
+        return (self.answer, *self.answers)
+
+    @property
+    def written(self) -> str:
+        """What should be written to the prompt: the rationale, if there is one, and the answer."""
+        return f"{self.rationale} {self.answer}" if self.rationale else self.answer
 
     @classmethod
     def from_row(cls, row: Mapping[str, Any], default_id: str) -> Fact:
@@ -119,6 +138,8 @@ class Fact:
             choices=texts("choices"),
             subject=row.get("subject") or meta.get("subject") or "",
             group=row.get("group") or meta.get("relation") or "",
+            answers=texts("answers"),
+            rationale=row.get("rationale") or "",
         )
 
 
@@ -126,7 +147,7 @@ def read_facts(path: str | Path) -> list[Fact]:
     """Read facts from a ``.jsonl``, ``.csv`` or ``.parquet`` file, in file order.
 
     Fields are those of :class:`Fact`, only ``prompt`` and ``answer`` are required; a missing id becomes the running
-    number, from 1. In CSV, ``paraphrases``, ``choices`` and ``meta`` hold JSON. Blank lines are skipped.
+    number, from 1. In CSV, ``paraphrases``, ``choices``, ``answers`` and ``meta`` hold JSON. Blank lines are skipped.
 
     Raises:
         ValueError: if a row is malformed (with file, line and reason), there are none, or the suffix is another.
@@ -185,10 +206,13 @@ def _parse_json(text: str) -> Any:
         raise ValueError(f"invalid JSON, {error} in {shown(text)}.") from error
 
 
+_JSON_CELLS = ("paraphrases", "choices", "answers", "meta")
+
+
 def _parse_csv(row: dict[Any, Any]) -> dict[Any, Any]:
     if None in row:
         raise ValueError(f"the row has more cells than the header, from {row[None][0]!r} on; quote cells with commas.")
-    return row | {name: _parse_json(row[name]) for name in ("paraphrases", "choices", "meta") if row.get(name)}
+    return row | {name: _parse_json(row[name]) for name in _JSON_CELLS if row.get(name)}
 
 
 def _read_jsonl(path: Path) -> Iterator[tuple[int, str]]:

@@ -19,10 +19,9 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningDataModule
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torch.utils.data import DataLoader
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 from typing_extensions import override
 
 from laser_callback.data.encoding import chat_text, pad, pad_token_id, special_tokens, tokenize, with_leading
@@ -218,29 +217,6 @@ def _tokens(tokenizer: PreTrainedTokenizerBase, prompt: str, chat: bool, system:
     text = chat_text(tokenizer, prompt, system) if chat else prompt
     tokens = tokenize(tokenizer, [text])[text]
     return tokens if chat else with_leading(special_tokens(tokenizer)[0], tokens)  # a template writes them itself
-
-
-def continuations(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch: Mapping[str, Any]) -> list[str]:
-    """What a causal model says greedily after each prompt of a batch of probes.
-
-    Whatever else the model's own generation config asks for, such as a penalty on repetition, is kept.
-
-    Raises:
-        MisconfigurationException: if the model cannot generate.
-    """
-    if not model.can_generate():
-        raise MisconfigurationException(
-            f"refusal probes need a causal model, got {type(model).__name__}, which does not generate"
-        )
-    inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
-    config = GenerationConfig(
-        do_sample=False,
-        num_beams=1,
-        max_new_tokens=batch["rule"]["max_new_tokens"],
-        pad_token_id=pad_token_id(tokenizer),
-    )
-    tokens: Tensor = model.generate(**inputs, generation_config=config)
-    return tokenizer.batch_decode(tokens[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
 def outcomes(said: Sequence[str], batch: Mapping[str, Any]) -> dict[str, Tensor]:

@@ -20,7 +20,7 @@ from laser_callback.reports.row_text import (
 from laser_callback.reports.search_text import seconds_text
 from laser_callback.reports.svg import printable
 from laser_callback.results.comparison import ArmResult, LaserResult
-from laser_callback.results.flips import Row, claim_row, flip_metric, flips
+from laser_callback.results.flips import Parted, Row, claim_row, flip_metric, flips, parted
 from laser_callback.results.search import Phase
 from laser_callback.stats.judgement import Judgement
 from laser_callback.stats.outcomes import PairedResult
@@ -132,8 +132,18 @@ def flip_columns(result: LaserResult, name: str, examples: Sequence[Row]) -> dic
         texts = [getattr(flip, field) for flip in shown]
         if any(texts):  # what the step has returned for no example is left out
             columns[head] = [foreign(visible(text) if text and field in said else text) for text in texts]
+    if any(flip.written_before or flip.written_after for flip in shown):
+        pairs = [parted(flip.written_before, flip.written_after) for flip in shown]
+        for side, who in enumerate(("original", "reduced")):
+            columns[f"{who} wrote"] = [_marked(pair[side]) for pair in pairs]
     caption = f"By {row.metric}: {fixed:,} fixed, {len(found) - fixed:,} broken"
     return {"caption": caption, "columns": columns, "more": len(found) > EXAMPLES}
+
+
+def _marked(text: Parted) -> Markup:
+    """What was written, with a mark on the first word that the other model has not written."""
+    mark = Markup("<mark>{}</mark>").format(printable(text.other if text.other.strip() else "(end)"))
+    return Markup('<bdi class="wrote">{}{}{}</bdi>').format(printable(text.same), mark, printable(text.rest))
 
 
 def constraint_columns(judgements: Sequence[Judgement]) -> Columns:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from itertools import groupby
 from pathlib import Path
 
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
@@ -26,9 +27,10 @@ from laser_callback.reports.row_text import (
     value_text,
     verdict,
 )
+from laser_callback.reports.svg import printable
 from laser_callback.results.ab_test import ABResult
 from laser_callback.results.comparison import ArmResult, LaserResult
-from laser_callback.results.flips import claim_row
+from laser_callback.results.flips import Parted, claim_row, flip_metric, flips, parted
 from laser_callback.stats.outcomes import PairedResult
 from laser_callback.stats.priors import PriorChecks
 from laser_callback.stats.unpaired import UnpairedResult
@@ -44,6 +46,7 @@ _STYLES = {
 _SHORT = {"no difference shown": "not shown", "not tested": "untested"}  # in 80 columns
 WIDE = 116
 """From this many columns on, tables have their wide form."""
+_AROUND = 120  # characters on each side of where two texts part
 
 
 def print_report(result: LaserResult, console: Console | None = None) -> None:
@@ -99,7 +102,39 @@ def comparison(result: LaserResult, name: str, width: int) -> list[RenderableTyp
     """The plan ``name`` against the original: its table, and notes, prior checks and controls below it."""
     arm = result[name]
     table = _table(arm, result.primary, wide=width >= WIDE)
-    return [table, *_lines(arm, result.controls.get(name, {}), result.primary or _first_tested(arm))]
+    lines = _lines(arm, result.controls.get(name, {}), result.primary or _first_tested(arm))
+    return [table, *lines, *_side_by_side(result, name)]
+
+
+def _side_by_side(result: LaserResult, name: str) -> list[RenderableType]:
+    """The first examples fixed and broken whose answers were written, with a mark where the models part."""
+    row = flip_metric(result, name)
+    found = [] if row is None else [flip for flip in flips(result.examples.to_rows(), name, row) if flip.written_before]
+    found = [next(group) for _, group in groupby(found, key=lambda flip: flip.fixed)]
+    if not found:
+        return []
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold underline", expand=True)
+    for column, ratio in (("", None), ("original wrote", 1), ("reduced wrote", 1)):
+        table.add_column(column, ratio=ratio, no_wrap=ratio is None, overflow="fold")
+    for flip in found:
+        one, other = parted(flip.written_before, flip.written_after)
+        kind = "fixed" if flip.fixed else "broken"
+        outcome = Text(f"{kind}\n{flip.id}", style=_STYLES["better" if flip.fixed else "worse"])
+        table.add_row(outcome, _window(one), _window(other))
+    return [indent(table)]
+
+
+def _window(text: Parted) -> Text:
+    """A few lines around the place where a text parts from the other, which is marked."""
+    same = f"...{text.same[-_AROUND:]}" if len(text.same) > _AROUND else text.same
+    rest = f"{text.rest[:_AROUND]}..." if len(text.rest) > _AROUND else text.rest
+    return Text.assemble(
+        _in_line(same), (_in_line(text.other) if text.other.strip() else "(end)", "reverse"), _in_line(rest)
+    )
+
+
+def _in_line(text: str) -> str:
+    return printable(text.replace("\n", "\u23ce"))
 
 
 def print_ab(result: ABResult, console: Console | None = None) -> None:
@@ -241,8 +276,8 @@ def quoted(answer: str) -> str:
     return repr(answer.strip() or answer)
 
 
-def indent(text: Text, columns: int = 2) -> Padding:
-    """A paragraph set in by ``columns``."""
+def indent(text: RenderableType, columns: int = 2) -> Padding:
+    """A paragraph or table set in by ``columns``."""
     return Padding(text, (0, 0, 0, columns))
 
 

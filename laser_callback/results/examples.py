@@ -1,12 +1,12 @@
 """What each arm did on each example: collected batch by batch, gathered over ranks, compared as pairs.
 
 What an evaluation step returns (see :mod:`laser_callback.results.returned`) gives one outcome per example for each
-metric under whose name it is logged. Six names describe the examples instead: ``id`` (what distributed samplers add
+metric under whose name it is logged. Seven names describe the examples instead: ``id`` (what distributed samplers add
 is removed by it), ``cluster`` (examples that are not independent of each other share one), ``group``, ``answer`` and
-``prediction`` (for the prior checks; where metrics look at different answers, a mapping by metric), and ``prompt`` (for
-readers of a report). Where a metric is logged of which no
-outcomes are returned, the pairs are the batches' logged means; where outcomes are returned and nothing is logged, they
-are compared as they are.
+``prediction`` (for the prior checks; where metrics look at different answers, a mapping by metric), and, for readers of
+a report, ``prompt`` and ``continuation`` (what a model has written). Where a metric is logged of which no outcomes are
+returned, the pairs are the batches' logged means; where outcomes are returned and nothing is logged, they are compared
+as they are.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from torch import Tensor
 
 from laser_callback.results.returned import DESCRIPTIONS as DESCRIPTIONS
 from laser_callback.results.returned import ORIGINAL as ORIGINAL
-from laser_callback.results.returned import Returned, is_prediction, name_in, of_metric, read_returned
+from laser_callback.results.returned import Returned, is_own, name_in, of_metric, read_returned
 from laser_callback.stats.outcomes import Kind, Outcomes, PairedResult, not_tested
 from laser_callback.stats.paired import compare
 from laser_callback.stats.priors import PriorChecks, prior_checks
@@ -188,11 +188,11 @@ class PairedExamples:
                     arm: {k: v[i] for k, v in by_name.items() if k.partition("/")[2] not in absent}
                     for arm, by_name in batch.described.items()
                 }
-                row: dict[str, Any] = {k: v for k, v in described[ORIGINAL].items() if not is_prediction(k)}
+                row: dict[str, Any] = {k: v for k, v in described[ORIGINAL].items() if not is_own(k)}
                 for arm, outcomes in batch.outcomes.items():
                     shown = {name: o for name, o in outcomes.items() if name not in batch.integers}
                     row[arm] = {name: float(o.values[i]) for name, o in shown.items()}
-                    row[arm] |= {k: v for k, v in described[arm].items() if is_prediction(k)}
+                    row[arm] |= {k: v for k, v in described[arm].items() if is_own(k)}
                 rows.append(plain(row))
         return rows
 

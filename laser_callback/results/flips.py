@@ -5,10 +5,11 @@ An outcome row is one line of what :meth:`~laser_callback.results.PairedExamples
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from laser_callback.results.comparison import LaserResult
 from laser_callback.results.examples import ORIGINAL
@@ -26,6 +27,7 @@ class Flip:
         fixed: wrong in the original and right in the reduced model, or the other way round.
         id, group, prompt, answer: what the step returned about it; empty where it did not.
         before, after: what each model predicted.
+        written_before, written_after: what each has written, where answers are written.
     """
 
     fixed: bool
@@ -35,6 +37,39 @@ class Flip:
     answer: str
     before: str
     after: str
+    written_before: str = ""
+    written_after: str = ""
+
+
+class Parted(NamedTuple):
+    """A text beside another: what both begin with, where this one parts from the other, and the rest."""
+
+    same: str
+    other: str
+    rest: str
+
+
+def parted(before: str, after: str) -> tuple[Parted, Parted]:
+    """Two texts, each up to the first word that is another one, that word, and what follows.
+
+    A word is letters and digits, or one other sign. Where a text ends there the word is empty.
+
+    >>> parted("It is 4 + 31 = 35.", "It is 4 + 38.")[1]
+    Parted(same='It is 4 + ', other='38', rest='.')
+    """
+    start = next(
+        (i for i, (a, b) in enumerate(zip(before, after, strict=False)) if a != b), min(len(before), len(after))
+    )
+    inside = re.search(r"\w*\Z", before[:start])
+    if inside and any(re.match(r"\w", text[start:]) for text in (before, after)):
+        start = inside.start()
+
+    def part(text: str) -> Parted:
+        word = re.match(r"\s*(?:\w+|\S)?", text[start:])
+        end = start + (word.end() if word else 0)
+        return Parted(text[:start], text[start:end], text[end:])
+
+    return part(before), part(after)
 
 
 @dataclass(frozen=True)
@@ -75,6 +110,8 @@ def flips(rows: Iterable[Row], arm: str, row: PairedResult) -> list[Flip]:
             side: str(of_metric(example[name], "prediction", metric) or "")
             for side, name in (("before", ORIGINAL), ("after", arm))
         }
+        written = (str(example[name].get("continuation") or "") for name in (ORIGINAL, arm))
+        said |= dict(zip(("written_before", "written_after"), written, strict=True))
         found.append(Flip((after > before) == (row.higher_is_better is not False), **described, **said))
     return sorted(found, key=lambda flip: not flip.fixed)
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from laser_callback.stats.outcomes import Outcomes, as_float64
 from laser_callback.support.plain_json import label, text_of
 
-DESCRIPTIONS = ("id", "cluster", "group", "prompt", "answer", "prediction")
+DESCRIPTIONS = ("id", "cluster", "group", "prompt", "answer", "prediction", "continuation")
 ORIGINAL = "original"
 _ARRAYS = (Tensor, np.ndarray, np.generic)
 
@@ -64,7 +64,7 @@ def read_returned(outputs: Mapping[str, Any], batch: Any) -> Returned:
             name: _labels(value)
             for name, value in by_name.items()
             # The examples are the same for all arms.
-            if value is not None and _describes(name, by_name) and (arm == ORIGINAL or is_prediction(name))
+            if value is not None and _describes(name, by_name) and (arm == ORIGINAL or is_own(name))
         }
         for arm, by_name in named.items()
     }
@@ -100,9 +100,9 @@ def read_returned(outputs: Mapping[str, Any], batch: Any) -> Returned:
     return found
 
 
-def is_prediction(name: str) -> bool:
-    """Whether a description is an arm's own: ``prediction``, or that of one metric, ``prediction/METRIC``."""
-    return name.partition("/")[0] == "prediction"
+def is_own(name: str) -> bool:
+    """Whether a description is an arm's own: a ``prediction``, that of one metric, or a ``continuation``."""
+    return name.partition("/")[0] in ("prediction", "continuation")
 
 
 def of_metric(described: Mapping[str, Any], name: str, metric: str) -> Any:

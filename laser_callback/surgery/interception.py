@@ -100,7 +100,7 @@ def _call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     if not torch.compiler.is_compiling():
         sees = [see for layers, see in tuple(_open.values()) if see is not None and id(self) in layers]
         if sees:
-            reason = _why_not_in_place(self)
+            reason = why_not_in_place(self)
             forward: Forward = partial(_before, self) if reason else self.forward
             for see in sees:
                 forward = _seen(see, self, reason, forward)
@@ -114,7 +114,7 @@ def _seen(see: See, layer: nn.Module, reason: str, forward: Forward) -> Forward:
     return lambda *args, **kwargs: see(layer, reason, forward, args, kwargs)
 
 
-def _why_not_in_place(layer: nn.Module) -> str:
+def why_not_in_place(layer: nn.Module) -> str:
     """Why nothing can take the place of the layer's forward in a call of the layer."""
     if layer._compiled_call_impl is not None or isinstance(layer, torch.jit.ScriptModule):
         return "it is compiled"

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import operator
 from collections import Counter
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -51,15 +51,18 @@ class ReplayReport:
     Attributes:
         replayed: calls answered from the record.
         run: calls that had to be computed, and ``reasons`` counts why.
+        further: what those have to tell who use :func:`answered`, each by its name.
     """
 
     replayed: int = 0
     run: int = 0
     reasons: Counter[str] = field(default_factory=Counter)
+    further: dict[str, Any] = field(default_factory=dict)
 
     def __str__(self) -> str:
         text = f"{self.replayed} of {self.replayed + self.run} layer calls before the first cut were replayed"
-        return text + "".join(f"; {count} run: {reason}" for reason, count in self.reasons.most_common())
+        text += "".join(f"; {count} run: {reason}" for reason, count in self.reasons.most_common())
+        return "; ".join([text, *map(str, self.further.values())])
 
 
 @dataclass
@@ -75,6 +78,68 @@ class _Call:
     own: Held
 
 
+@dataclass(frozen=True, eq=False)
+class Recorded:
+    """The original's pass over a batch, as those see it who leave something for the reduced passes of the batch.
+
+    Attributes:
+        layers: by arm those in front of its first cut.
+        kept: to be filled; freed with the record.
+        held: what layers hold, as it was last seen.
+    """
+
+    layers: Mapping[str, Sequence[nn.Module]]
+    held: dict[nn.Module, Held]
+    kept: dict[Hashable, Any] = field(default_factory=dict)
+
+
+@dataclass(eq=False)
+class Answered:
+    """A reduced pass over the same batch.
+
+    Attributes:
+        layers: those in front of the arm's first cut.
+        outside: the parameters that it cuts in no layer of a stack, by ``id``.
+        kept: what the original's pass has left.
+        report: where calls are counted.
+        has_aside: whether layers were called :func:`aside`.
+    """
+
+    layers: Sequence[nn.Module]
+    outside: frozenset[int]
+    kept: Mapping[Hashable, Any]
+    report: ReplayReport
+    has_aside: bool = False
+
+
+_recorded: list[Recorded] = []
+_answered: list[Answered] = []
+_aside: list[object] = []
+
+
+def recorded() -> list[Recorded]:
+    """The passes that are being recorded now: of several callbacks each has its own."""
+    return [] if paused() else list(_recorded)
+
+
+def answered() -> Answered | None:
+    """The reduced pass that is running now, if one is."""
+    return _answered[-1] if _answered else None
+
+
+@whole
+def aside() -> Generator[None, None, None]:
+    """Within: layers are called by whoever records and answers these calls otherwise, or knows that none can be."""
+    mark = object()
+    _aside.append(mark)
+    for one in _answered:
+        one.has_aside = True
+    try:
+        yield
+    finally:
+        _aside.remove(mark)
+
+
 class LayerReplay:
     """Record layer calls in the original pass, replay them in the reduced passes of the same batch.
 
@@ -87,6 +152,11 @@ class LayerReplay:
         self.reports = {arm: ReplayReport() for arm in cuts}
         stacks = layer_stacks(model)
         self._layers = {arm: _layers_before(stacks, matrices) for arm, matrices in cuts.items()}
+        inside = {id(p) for layers in stacks.values() for layer in layers for p in layer.parameters()}
+        self._outside = {
+            arm: frozenset(id(m.parameter) for m in of if id(m.parameter) not in inside) for arm, of in cuts.items()
+        }
+        self._kept: Mapping[Hashable, Any] = {}
         if any(is_compiled(module) for module in model.modules()):
             self._layers = {arm: [] for arm in cuts}
             for report in self.reports.values():
@@ -106,10 +176,15 @@ class LayerReplay:
 
         A record that is not finished, for whatever reason, is none.
         """
-        self._calls = {}
+        self._calls, self._kept = {}, {}
         recorder = _Recorder(self._held, watch=self._watch is not False)
-        with Watch([layer for layers in self._layers.values() for layer in layers], recorder.see):
-            yield
+        here = Recorded(self._layers, self._held)
+        _recorded.append(here)
+        try:
+            with Watch([layer for layers in self._layers.values() for layer in layers], recorder.see):
+                yield
+        finally:
+            _recorded.remove(here)
         # To look at these generators costs as much as a small layer. Once no layer was seen to draw, look only whether
         # anybody did, and go back to each layer for good if so.
         if self._watch is None:
@@ -118,7 +193,7 @@ class LayerReplay:
             self._watch = True
             for layer, calls in recorder.calls.items():
                 recorder.calls[layer] = [c if isinstance(c, str) else "random numbers are drawn" for c in calls]
-        self._calls = recorder.calls
+        self._calls, self._kept = recorder.calls, here.kept
 
     @whole
     def replay(self, arm: str, report: ReplayReport | None = None) -> Generator[None, None, None]:
@@ -133,6 +208,8 @@ class LayerReplay:
         report = self.reports[arm] if report is None else report
 
         def see(layer: nn.Module, reason: str, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            if _aside:
+                return forward(*args, **kwargs)
             calls = record.get(layer, [])
             call = calls[position[layer]] if position[layer] < len(calls) else "no call was recorded"
             position[layer] += 1
@@ -147,13 +224,17 @@ class LayerReplay:
                 call.cache_entry.add_to(cache_in(leaves))
             return pytree.tree_unflatten(_fresh(call.output, leaves), call.output_structure)
 
+        here = Answered(self._layers[arm], self._outside[arm], self._kept, report)
+        _answered.append(here)
         try:
             with Watch(self._layers[arm], see):
                 yield
         except Exception:  # of the step, which may have others to follow
             self._calls = record
             raise
-        if self._layers[arm] and not position:
+        finally:
+            _answered.remove(here)
+        if self._layers[arm] and not position and not here.has_aside:
             report.reasons["no call of a layer is seen, as in compiled code"] += 1
         self._calls = record
 
@@ -179,7 +260,7 @@ class LayerReplay:
 
     def forget(self) -> None:
         """Free the record."""
-        self._calls = {}
+        self._calls, self._kept = {}, {}
 
 
 @dataclass(frozen=True)
@@ -230,7 +311,7 @@ class _Recorder:
         self, layer: nn.Module, reason: str, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """Run the layer, and remember what it was given and what came out, or why that cannot come out again."""
-        if paused():
+        if paused() or _aside:
             return forward(*args, **kwargs)
         calls = self.calls.setdefault(layer, [])
         leaves, structure, given = flatten((args, kwargs))
