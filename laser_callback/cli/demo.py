@@ -11,6 +11,7 @@ from laser_callback.cli.subject import facts_for
 from laser_callback.compare.module import LaserModule
 from laser_callback.compare.trainer import quiet_trainer
 from laser_callback.data.demo_model import demo_model_folder
+from laser_callback.data.generation import Generation
 from laser_callback.data.worldfacts import write_world_facts
 from laser_callback.reports.terminal import save_picture
 from laser_callback.support.files import need_files, need_writable
@@ -27,6 +28,7 @@ def demo(
     batch_size: int = 32,
     chat: bool = False,
     system: str | None = None,
+    generation: Generation | None = None,
     allow_missing: bool = False,
     controls: bool = True,
     seed: int = 0,
@@ -46,6 +48,7 @@ def demo(
         batch_size: facts in a batch.
         chat: put each prompt into the model's chat template, as a user's message that the answer replies to.
         system: the system message of that chat.
+        generation: let the model write its answers, and judge these: {max_new_tokens, stop, extract, match, normalise}.
         allow_missing: go on with a model of which weights are missing: they are random, and a warning names them.
         controls: also run, beside each plan, its matrices zeroed, random matrices cut at the same rho, and noise
             as large as the cut.
@@ -70,7 +73,7 @@ def demo(
         plans, path = PLANS if plan is None else plan, str(output)
         module = LaserModule(model, plan=plans, controls=controls, report=path, allow_missing=allow_missing)
         of_facts = {"limit": limit, "batch_size": batch_size, "seed": seed}
-        data = facts_for(module, facts, text, **of_facts, chat=chat, system=system)
+        data = facts_for(module, facts, text, **of_facts, chat=chat, system=system, generation=generation)
         data.setup()
         print(f"model: {Path(model).name}{note}\nfacts: {facts.name}, {len(data.encoded)} of them\n")
         with quiet_trainer(enable_progress_bar=True) as trainer:

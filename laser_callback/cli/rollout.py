@@ -10,6 +10,7 @@ import lightning.pytorch as pl
 from laser_callback.cli.command import Answer, Exit
 from laser_callback.cli.subject import facts_for, subject
 from laser_callback.compare.module import LaserModule
+from laser_callback.data.generation import Generation
 from laser_callback.data.lm_eval import file_of
 from laser_callback.data.probes import ProbesDataModule
 from laser_callback.plans.plan import LaserPlan, check_base
@@ -42,6 +43,7 @@ def rollout(
     batch_size: int = 64,
     chat: bool = False,
     system: str | None = None,
+    generation: Generation | None = None,
     allow_missing: bool = False,
     folder: Path | None = None,
     resume: bool = False,
@@ -76,6 +78,7 @@ def rollout(
         batch_size: facts in a batch.
         chat: put each prompt into the model's chat template, as a user's message that the answer replies to.
         system: the system message of that chat.
+        generation: let the model write its answers, and judge these: {max_new_tokens, stop, extract, match, normalise}.
         allow_missing: go on with a model of which weights are missing: they are random, and a warning names them.
         folder: keep each finished stage here.
         resume: go on with the rollout in the folder.
@@ -99,7 +102,9 @@ def rollout(
     need_files(**read)
     need_writable({"plan": plan, "facts": facts, "text": text, **read}, output=output)
     options: dict[str, Any] = {"limit": limit, "batch_size": batch_size, "seed": seed, "chat": chat, "system": system}
-    judged, examples = subject(model, facts, module, data, text, allow_missing=allow_missing, **options)
+    judged, examples = subject(
+        model, facts, module, data, text, generation=generation, allow_missing=allow_missing, **options
+    )
     sources: dict[str, pl.LightningDataModule] = {}
     if isinstance(judged, LaserModule) and model is not None:
         sources = {name: facts_for(judged, path, **options) for name, path in (others or {}).items()}

@@ -11,6 +11,7 @@ import lightning.pytorch as pl
 from laser_callback.cli.command import Answer, Exit, notes
 from laser_callback.cli.report import read_examples
 from laser_callback.cli.subject import subject
+from laser_callback.data.generation import Generation
 from laser_callback.data.lm_eval import ACC, is_lm_eval
 from laser_callback.plans.target import RHOS
 from laser_callback.reports.page import save_page
@@ -30,6 +31,7 @@ def search(
     objective: str | list[str] | None = None,
     direction: Literal["max", "min"] | None = None,
     loss: str | None = None,
+    race: str | None = None,
     constraints: str | list[str] | None = None,
     base: str | None = None,
     within: str = "*.all",
@@ -42,6 +44,7 @@ def search(
     batch_size: int = 64,
     chat: bool = False,
     system: str | None = None,
+    generation: Generation | None = None,
     allow_missing: bool = False,
     method: Method = "screened",
     controls: bool = True,
@@ -71,6 +74,8 @@ def search(
         objective: keys that validation_step logs; the mean of their changes is improved, the first carries the claim.
         direction: whether the objective is better high or low, where the metric does not say so.
         loss: a logged key, lower is better, that helps to tell candidates apart.
+        race: the key by which candidates race ahead of the last round, the loss or the first objective; where answers
+            are written, by default the loss of those that should be.
         constraints: how much worse a key may become, e.g. "perplexity <= +2 %".
         base: folder, hub name or checkpoint that the model was fine-tuned from, for strategies that edit the
             difference to it.
@@ -90,6 +95,7 @@ def search(
         batch_size: facts in a batch.
         chat: put each prompt into the model's chat template, as a user's message that the answer replies to.
         system: the system message of that chat.
+        generation: let the model write its answers, and judge these: {max_new_tokens, stop, extract, match, normalise}.
         allow_missing: go on with a model of which weights are missing: they are random, and a warning names them.
         method: screened; exhaustive, all candidates on all race examples; or paper, all of them as the paper's code
             cuts and selects.
@@ -111,6 +117,7 @@ def search(
             raise ValueError(f"`--judge` must be lm_eval:TASK, without `--facts`, got {judge!r} and facts {facts}")
         facts, objective = Path(judge), [ACC] if objective is None else objective
     options: dict[str, Any] = {"limit": limit, "batch_size": batch_size, "seed": seed, "chat": chat, "system": system}
+    options["generation"] = generation
     need_writable({"facts": facts, "text": text}, output=output, html=html, plan=plan)
     found = LaserSearch(
         *subject(
@@ -126,6 +133,7 @@ def search(
         objective=objective,
         direction=direction,
         loss=loss,
+        race=race,
         constraints=[constraints] if isinstance(constraints, str) else constraints,
         base=base,
         within=within,

@@ -9,6 +9,7 @@ import lightning.pytorch as pl
 
 from laser_callback.compare.module import LaserModule
 from laser_callback.data.datamodule import FactsDataModule
+from laser_callback.data.generation import Generation
 from laser_callback.data.lm_eval import file_of
 from laser_callback.support.files import need_files
 
@@ -25,6 +26,7 @@ def subject(
     seed: int,
     chat: bool,
     system: str | None,
+    generation: Generation | None = None,
     allow_missing: bool = False,
     facts_from: str = "`--facts`",
 ) -> tuple[pl.LightningModule, pl.LightningDataModule]:
@@ -33,10 +35,11 @@ def subject(
         need_files(facts=file_of(facts), text=text)
         language_model = LaserModule(model, allow_missing=allow_missing)
         options: dict[str, Any] = {"limit": limit, "batch_size": batch_size, "seed": seed, "chat": chat}
-        return language_model, facts_for(language_model, facts, text, **options, system=system)
+        options |= {"system": system, "generation": generation}
+        return language_model, facts_for(language_model, facts, text, **options)
     if model is None and facts is None and module is not None and data is not None:
         of_models = {"text": text is not None, "chat": chat, "system": system is not None}
-        of_models["allow_missing"] = allow_missing
+        of_models |= {"generation": generation is not None, "allow_missing": allow_missing}
         if given := [option for option, is_given in of_models.items() if is_given]:
             raise ValueError(f"`--{given[0]}` goes with `--model`")
         return module, data
@@ -53,6 +56,7 @@ def facts_for(
     seed: int,
     chat: bool,
     system: str | None,
+    generation: Generation | None = None,
 ) -> FactsDataModule:
     """Facts as the model reads them; a limit of 0 is none."""
     return FactsDataModule(
@@ -65,4 +69,5 @@ def facts_for(
         masked=module.masked,
         chat=chat,
         system=system,
+        generation=generation,
     )

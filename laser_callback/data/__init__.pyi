@@ -11,6 +11,9 @@ from .facts import draw as draw
 from .facts import read_facts as read_facts
 from .facts import sample_facts as sample_facts
 from .facts import split_facts as split_facts
+from .generation import ExactMatch as ExactMatch
+from .generation import Generation as Generation
+from .generation import Judged as Judged
 from .lm_eval import read_lm_eval as read_lm_eval
 from .probes import Probe as Probe
 from .probes import ProbeRate as ProbeRate

@@ -179,8 +179,24 @@ class FactsDataModule(LightningDataModule):
             system=self.system,
             generation=self.generation,
         )
+        self.check_context(getattr(self.trainer and self.trainer.lightning_module, "context", None))
         if self.generation is None and (warning := shared_first_token(self.encoded, tokenizer)):
             rank_zero_warn(warning)
+
+    def check_context(self, context: int | None) -> None:
+        """Refuse prompts that a model with a context of so many tokens has no room to answer.
+
+        Raises:
+            ValueError: with the first one's id.
+        """
+        new = 0 if self.generation is None else self.generation.max_new_tokens
+        long = [item for item in self.encoded if new and context is not None and len(item.asked) + new > context]
+        if long:
+            raise ValueError(
+                f"`max_new_tokens` must leave room for the prompts in the model's context of {context} tokens, but "
+                f"fact {long[0].fact.id!r} makes {len(long[0].asked)}, and {new} may be written; shorten or leave out "
+                f"{len(long)} of {len(self.encoded)} facts, or let less be written."
+            )
 
     def loaded_tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer, read at the first call.

@@ -30,7 +30,7 @@ from torch.utils.data import (
     SubsetRandomSampler,
 )
 
-from laser_callback.data.encoding import EncodedFact
+from laser_callback.data.encoding import EncodedFact, FactCollator
 from laser_callback.data.facts import draw, subject_key
 from laser_callback.support.hashing import content_hash
 
@@ -71,11 +71,22 @@ class ExampleSet:
             groups=[self.groups[i] for i in positions],
         )
 
-    def loader(self, batches: int = 1) -> Loader:
-        """The examples in order, in at least so many batches, as far as there are examples and they can be dealt."""
+    @property
+    def writes(self) -> bool:
+        """Whether answers to the examples are written."""
+        collate = self.options.get("collate_fn")
+        return isinstance(collate, FactCollator) and collate.generation is not None
+
+    def loader(self, batches: int = 1, *, writes: bool = True) -> Loader:
+        """The examples in order, in at least so many batches, as far as there are examples and they can be dealt.
+
+        Without ``writes`` the model is not to write answers, where it otherwise is.
+        """
         if self.whole is not None:
             return self.whole
         options = dict(self.options)
+        if self.writes:
+            options["collate_fn"] = replace(options["collate_fn"], writes=writes)
         if batches > 1:
             options["batch_size"] = min(options["batch_size"], max(len(self.places) // batches, 1))
         return DataLoader(Subset(self.dataset, self.places), **options)

@@ -127,17 +127,24 @@ class ExampleSets:
         sets = {name: whole.subset(part) for name, part in parts.items()}
         return cls(sets, _texts(data, 32), 0, [], _metric(data))
 
-    def loader(self, name: str, part: Sequence[int] | None = None, *, batches: int = 1) -> Loader:
+    @property
+    def writes(self) -> bool:
+        """Whether answers are written."""
+        return self._sets["race"].writes
+
+    def loader(self, name: str, part: Sequence[int] | None = None, *, batches: int = 1, writes: bool = True) -> Loader:
         """A set, or the examples at some positions of it, in the given order.
 
-        Batches are as the data makes them, or smaller, so that there are at least ``batches``.
+        Batches are as the data makes them, or smaller, so that there are at least ``batches``. Without ``writes``, and
+        for the screen, the model is not to write answers, but to tell the loss of those that should be written.
 
         Raises:
             ValueError: if there is no such set.
             MisconfigurationException: if a part is asked of a dataloader that cannot be taken apart.
         """
-        found = self._set(name)
-        return found.loader(batches) if part is None else self._divisible(name).subset(part).loader(batches)
+        found, writes = self._set(name), writes and name != "screen"
+        found = found if part is None else self._divisible(name).subset(part)
+        return found.loader(batches, writes=writes)
 
     def deal(self, name: str, parts: Sequence[int | float]) -> list[list[int]]:
         """Deal the positions of a set to parts of these sizes (shares or numbers), whole subjects together.

@@ -17,7 +17,7 @@ from laser_callback.stats.priors import PriorChecks
 CONTROLS = {"zeroed": "same matrix zeroed", "random": "random matrix, same rho", "noise": "noise of the same size"}
 """What each control is, in a list of them."""
 _SAID = {"zeroed": "the same matrix zeroed", "random": "a random matrix at the same rho", "noise": CONTROLS["noise"]}
-SHARES = ("accuracy", "robustness", "consistency")
+SHARES = ("accuracy", "exact_match", "robustness", "consistency")
 """A mean from 0 to 1 whose name holds one of these is a share, shown in percent."""
 
 

@@ -196,7 +196,7 @@ def _race(result: SearchResult, wide: bool) -> list[RenderableType]:
     counts = {status: sum(c.status == status for c in run) for status in REACHED}
     told = ", ".join(f"{_plural(n, status)}" for status, n in counts.items() if n and status != "screened out")
     heading = _heading("race", f"{len(run):,} of {len(result.candidates):,} candidates run: {told}")
-    parts: list[RenderableType] = [heading, table]
+    parts: list[RenderableType] = [heading, table, *([_dim(result.race)] if result.race else [])]
     if not wide or several:
         parts += _reasons(best)
     parts += [

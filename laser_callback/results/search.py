@@ -85,6 +85,7 @@ class SearchResult:
         settings: all arguments, versions and the seed.
         warnings: what a reader must know.
         base: the digest of the base's weights, if one was given.
+        race: what candidates raced by, where that was not the objective.
         recipe: ``found`` with what its text does not say, where there is such (cuts in the metric of the inputs).
     """
 
@@ -103,6 +104,7 @@ class SearchResult:
     warnings: list[str] = field(default_factory=list)
     base: str | None = None
     recipe: Recipe | None = None
+    race: str = ""
 
     @property
     def needed_base(self) -> str | None:
@@ -123,6 +125,7 @@ class SearchResult:
             "base": self.base,
             "recipe": None if self.recipe is None else self.recipe.to_dict(),
             "reason": self.reason,
+            "race": self.race,
             "objective": list(self.objective),
             "confirmed": None if self.confirmed is None else self.confirmed.to_dict(),
             "guard": None if self.guard is None else self.guard.to_dict(),

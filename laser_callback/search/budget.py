@@ -27,12 +27,14 @@ class Budget:
         start: when the search began, by ``time.perf_counter``.
         pass_seconds: what one example takes through the whole model.
         controls: whether the winner is confirmed beside its controls.
+        last_seconds: what one example takes where finalists race, and for what is confirmed; by default the same.
     """
 
     minutes: float | None
     start: float
     pass_seconds: float
     controls: bool = True
+    last_seconds: float | None = None
 
     def affordable(
         self, steps: Steps, step: str, ranked: Sequence[Candidate], examples: int, finalists: int, near: int
@@ -49,9 +51,13 @@ class Budget:
 
         def compute() -> Step:
             for many in range(len(ranked), 0, -1):
-                seconds = self.pass_seconds * passes_of(
-                    steps, ranked[:many], examples, finalists, near, 4 + NOISES if self.controls else 2
-                )
+                confirmed = 4 + NOISES if self.controls else 2
+                passes = passes_of(steps, ranked[:many], examples, finalists, near, confirmed)
+                seconds = self.pass_seconds * passes
+                if self.last_seconds is not None:
+                    last = confirmed * steps.sets.sizes["confirm"]
+                    last += schedule(examples, many, finalists)[-1].examples * (1 + min(many, finalists))
+                    seconds += max(0.0, self.last_seconds - self.pass_seconds) * last
                 if seconds <= left:
                     return {"count": many}, {}
             raise OutOfTimeError(

@@ -123,6 +123,9 @@ class Course:
                 break
             all_on_all = [Rung(len(positions), FINALISTS)]
             rungs = schedule(len(positions), len(racers), FINALISTS) if self.screened else all_on_all
+            if self.steps.by_loss and len(rungs) == 1:  # the objective is for the finalists
+                half = len(positions) // 2
+                rungs = [Rung(len(positions) - half, FINALISTS), Rung(half, FINALISTS)]
             table, finalists = self.steps.race(step, racers, positions, rungs, refine)
             finalists = self._fluent(step, finalists, table)
             if finalists:

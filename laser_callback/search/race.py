@@ -59,6 +59,11 @@ class Objective:
         """All metrics that candidates are measured by."""
         return tuple(dict.fromkeys([*self.keys, *filter(None, (self.loss, self.tie))]))
 
+    @property
+    def by_loss(self) -> Objective:
+        """The same, judged by its loss alone."""
+        return self if self.loss is None else replace(self, keys=(self.loss,), signs=(-1,), tie=None)
+
     def gain(self, table: Table, arm: str, base: str = ORIGINAL) -> Values:
         """Each unit's change of the objective from ``base`` to ``arm``; positive is better."""
         changes = [

@@ -42,6 +42,7 @@ class Refinement:
     ) -> dict[str, Candidate]:
         """Try them on the examples that all others have seen by now: the best of all, as many as may go on."""
         alive, objective = dict(alive), self.steps.objective
+        objective = objective.by_loss if self.steps.by_loss else objective
         examples = sum(map(len, seen))
 
         def run(name: str, found: Sequence[Candidate]) -> None:
@@ -49,7 +50,7 @@ class Refinement:
                 return
             values: Table = {}
             for number, positions in enumerate(seen):  # the same batches as in the race, for pairs may be batches
-                loader = self.steps.sets.loader("race", positions)
+                loader = self.steps.sets.loader("race", positions, writes=not self.steps.by_loss)
                 plans = [candidate.plan for candidate in found]
                 fresh = self.steps.measure(f"{name}-{number}", "refine", plans, loader)
                 values = joined(values, fresh)
@@ -57,7 +58,8 @@ class Refinement:
                 arm = str(candidate.plan)
                 alive[arm], table[arm] = candidate, values[arm]
                 candidate.examples, candidate.status = examples, "finalist"
-                candidate.gain, candidate.loss = objective.estimates(table, arm)
+                gain, candidate.loss = objective.estimates(table, arm)
+                candidate.gain = None if self.steps.by_loss else gain
 
         heads: dict[Hashable, str] = {}
         for arm in order(objective, table, list(alive)):

@@ -22,6 +22,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from laser_callback.compare.measure import Lab
 from laser_callback.compare.module import LaserModule
+from laser_callback.data.datamodule import FactsDataModule
 from laser_callback.data.example_set import fingerprints
 from laser_callback.data.sets import ExampleSets
 from laser_callback.plans.plan import LaserPlan
@@ -31,7 +32,7 @@ from laser_callback.results.search import SearchResult
 from laser_callback.search.budget import Budget
 from laser_callback.search.course import Course
 from laser_callback.search.screen import LossFn
-from laser_callback.search.setup import constraints_of, described, objective_of, plain, probe_positions
+from laser_callback.search.setup import constraints_of, described, objective_of, plain, probe_positions, race_of
 from laser_callback.search.sizes import by_batches, confirm_warnings, guard_warnings, is_share_right
 from laser_callback.search.steps import Steps
 from laser_callback.search.strategies.base import Strategy
@@ -47,8 +48,8 @@ from laser_callback.support.provenance import versions
 Method = Literal["screened", "exhaustive", "paper"]
 
 _NOT_SETTINGS = ("module", "data", "base", "folder", "resume", "spectra", "progress", "minutes")
-PROBE = 32
-"""Race examples that the arguments are tried on."""
+PROBE, PROBE_WRITTEN = 32, 8
+"""Race examples that the arguments are tried on; so many where answers are written."""
 
 
 @dataclass
@@ -70,6 +71,9 @@ class LaserSearch:
         loss: a logged key, lower is better, that helps to tell candidates apart, and is what the screen differentiates.
             For a LaserModule ``soft_error`` where only first tokens are the objective (``log_loss`` then breaks ties);
             otherwise, and in the paper's procedure, ``log_loss``.
+        race: the key by which candidates race ahead of the last round: the loss, or the first of the objective, which
+            the loss then helps. Where answers are written it is by default the loss, that of the answers that should
+            be written: so only the finalists write, on the examples of the last round, and then what is confirmed.
         constraints: how much worse a key may become on the guard set, as text: ``"perplexity <= +2 %"``,
             ``"log_loss <= +0.05"``. By default ``perplexity <= +5 %`` where there is text, and
             ``paraphrase_robustness >= -0.02`` where that is an objective.
@@ -118,6 +122,7 @@ class LaserSearch:
     objective: str | Sequence[str] | None = None
     direction: str | Mapping[str, str] | None = None
     loss: str | None = None
+    race: str | None = None
     constraints: Sequence[str] | None = None
     base: BaseSource | None = None
     within: str = "*.all"
@@ -200,18 +205,26 @@ class LaserSearch:
             raise ValueError(f"`base` and the module do not differ in any matrix of `within` {self.within!r}")
         # One small batch, and one candidate, show what is logged and whether it can be compared.
         probe = {"probe": LaserPlan([possible[0].at(self.rhos[0])])}
-        positions = probe_positions(self.module, sets, PROBE)
+        positions = probe_positions(self.module, sets, PROBE_WRITTEN if sets.writes else PROBE)
         loader = sets.loader("race", positions)
+        begin = time.perf_counter()
         lab.measure(probe, loader, ())
+        written_seconds = time.perf_counter() - begin
         loss = self.loss or ("log_loss" if paper and isinstance(self.module, LaserModule) else None)
         objective = objective_of(self.module, self.objective, self.direction, loss, lab.logged, sets.metric)
         bounds = constraints_of(self.constraints, sets, objective, lab.logged)
         keys = tuple(dict.fromkeys([*objective.measured, *(b.key for b in bounds if b.key in lab.logged)]))
-        begin = time.perf_counter()
+        by_loss, told = race_of(self.race, objective, writes=sets.writes, paper=paper)
         values = lab.measure(probe, loader, keys)[ORIGINAL]
-        pass_seconds = (time.perf_counter() - begin) / len(positions) / (1 + lab.share(probe["probe"]))
+        begin = time.perf_counter()
+        lab.measure(probe, sets.loader("race", positions, writes=not by_loss), keys)
+        passes = len(positions) * (1 + lab.share(probe["probe"]))
+        pass_seconds = (time.perf_counter() - begin) / passes
+        written_seconds = written_seconds / passes if by_loss else pass_seconds
 
-        found = SearchResult(None, None, "no candidate has run yet", objective.keys, [], sets=dict(sets.sizes))
+        found = SearchResult(
+            None, None, "no candidate has run yet", objective.keys, [], sets=dict(sets.sizes), race=told
+        )
         first = values[objective.keys[0]]
         found.warnings += sets.notes
         if is_share_right(first, objective.signs[0]):
@@ -232,12 +245,13 @@ class LaserSearch:
             found.base = found.settings["base"] = spectra.base.digest
         self.result = found
         journal = Journal(self.folder, found.settings, self.resume)
-        steps = Steps(lab, sets, journal, PhaseProgress(self.progress), objective, keys, self.seed, self.folder)
+        progress = PhaseProgress(self.progress)
+        steps = Steps(lab, sets, journal, progress, objective, keys, self.seed, self.folder, by_loss=by_loss)
         course = Course(
             steps,
             found,
             bounds,
-            Budget(self.minutes, start, pass_seconds, self.controls),
+            Budget(self.minutes, start, pass_seconds, self.controls, written_seconds),
             self._strategies,
             screened=self.method == "screened",
             paper=paper,
@@ -265,7 +279,11 @@ class LaserSearch:
     def _sets(self) -> ExampleSets:
         if isinstance(self.data, ExampleSets):
             return self.data
-        return ExampleSets.reference(self.data) if self.method == "paper" else ExampleSets.of(self.data, seed=self.seed)
+        paper = self.method == "paper"
+        sets = ExampleSets.reference(self.data) if paper else ExampleSets.of(self.data, seed=self.seed)
+        if isinstance(self.data, FactsDataModule) and isinstance(self.module, LaserModule):
+            self.data.check_context(self.module.context)
+        return sets
 
     def _spectra(self) -> Spectra:
         if self.base is not None:

@@ -63,6 +63,31 @@ def objective_of(
     return Objective(keys, tuple(_sign(key, direction, logged[key]) for key in keys), loss, tie)
 
 
+def race_of(key: str | None, objective: Objective, *, writes: bool, paper: bool) -> tuple[bool, str]:
+    """Whether candidates race by the loss alone, and a sentence for the report where they do.
+
+    Args:
+        key: as of :class:`LaserSearch`.
+        objective: of the search.
+        writes: whether answers are written.
+        paper: whether the paper's procedure chooses, which races by its own measure.
+
+    Raises:
+        MisconfigurationException: if they cannot race by ``key``.
+    """
+    first, loss = objective.keys[0], objective.loss
+    if key is None:
+        key = loss if writes and loss is not None and not paper else first
+    if key not in (first, loss) or (paper and key != first):
+        known = " or ".join(dict.fromkeys(map(repr, [first] if paper else filter(None, [first, loss]))))
+        raise MisconfigurationException(f"`race` must be {known}, which this search measures, got {key!r}")
+    if key == first or loss is None:
+        return False, ""
+    of = " of the answers that should be written" if writes else ""
+    told = f"candidates raced by {loss}{of}; {' and '.join(objective.keys)} chose among the finalists, on the examples "
+    return True, f"{told}of the last round"
+
+
 def _sign(key: str, direction: str | Mapping[str, str] | None, logged: Logged) -> int:
     given = direction if isinstance(direction, str) or direction is None else direction.get(key)
     if given not in (None, "max", "min"):

@@ -72,6 +72,7 @@ class Steps:
         seed: of the random controls.
         folder: where each example's outcomes are kept, if anywhere.
         base: the plan in place, which candidates are added to.
+        by_loss: whether a race goes by the loss alone, and the objective is measured in its last rung only.
         phases: time and passes so far.
     """
 
@@ -84,6 +85,7 @@ class Steps:
     seed: int = 0
     folder: str | Path | None = None
     base: LaserPlan | None = None
+    by_loss: bool = False
     phases: dict[str, Phase] = field(default_factory=dict)
 
     def timed(
@@ -230,7 +232,9 @@ class Steps:
         begin = 0
         for number_of_rung, rung in enumerate(rungs):
             seen.append(positions[begin : begin + rung.examples])
-            loader = self.sets.loader("race", seen[-1])
+            by_loss = self.by_loss and number_of_rung < len(rungs) - 1
+            objective = self.objective.by_loss if by_loss else self.objective
+            loader = self.sets.loader("race", seen[-1], writes=not by_loss)
             begin += rung.examples
             fresh: Table = {}
             names = list(alive)
@@ -238,17 +242,17 @@ class Steps:
                 plans = [alive[name].plan for name in names[first : first + ARMS]]
                 fresh |= self.measure(f"{step}-race-{number_of_rung}-{chunk}", "race", plans, loader)
             table = joined(table, fresh)
-            ranked = order(self.objective, table, names)
+            ranked = order(objective, table, names)
+            found = {name: objective.estimates(table, name) for name in alive}
             for name, candidate in alive.items():
                 candidate.examples = begin
-                candidate.gain, candidate.loss = self.objective.estimates(table, name)
+                candidate.gain, candidate.loss = None if by_loss else found[name][0], found[name][1]
             # Right and wrong alone are often the same for models that differ.
             twins = twins_of(table, ranked) if self.objective.loss is not None else {}
             for name, twin in twins.items():
                 alive[name].status, alive[name].reason = "dropped out", f"does the same as {brief(twin)}"
             ranked = [name for name in ranked if name not in twins]
-            gains = {name: alive[name].gain for name in ranked}
-            for name in [name for name, gain in gains.items() if gain is not None and math.isnan(gain.delta)]:
+            for name in [name for name in ranked if math.isnan(found[name][0].delta)]:
                 ranked.remove(name)
                 why = self.lab.failed.get(name, "it gives values that are not finite, where the original's are")
                 alive[name].status, alive[name].reason = "dropped out", why

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from laser_callback.compare.module import LaserModule
 from laser_callback.compare.reduced_arm import ReducedPassError
+from laser_callback.data.generation import EXACT_MATCH
 from laser_callback.plans.short import brief
 from laser_callback.reports.row_text import finding
 from laser_callback.results.comparison import ArmResult
@@ -42,7 +43,8 @@ def _compare_unseen(steps: Steps, result: SearchResult, bounds: Sequence[Constra
     result.confirmed = steps.compare("confirm", result.found, loaders, primary, controls).directed(better)
     if bounds:
         text = steps.sets.text("guard")
-        guard = [steps.sets.loader("guard")] if steps.sets.sizes.get("guard") else []
+        writes = any(bound.key == EXACT_MATCH for bound in bounds)
+        guard = [steps.sets.loader("guard", writes=writes)] if steps.sets.sizes.get("guard") else []
         guard += [] if text is None else [text]
         result.guard = steps.compare("guard", result.found, guard, None, controls=False).directed(better)
         result.judgements = judge_all(bounds, result.guard["laser"].rows)

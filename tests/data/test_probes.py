@@ -150,7 +150,7 @@ def test_models_that_cannot_continue_and_prompts_without_room_are_refused():
         vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16
     )
     data = ProbesDataModule(rows(), tokenizer)
-    with pytest.raises(MisconfigurationException, match="need a causal model, got BertForMaskedLM"):
+    with pytest.raises(MisconfigurationException, match="written by a causal model, got BertForMaskedLM"):
         validate(LaserModule(BertForMaskedLM(config), tokenizer), data)
     module = LaserModule(tiny_causal_lm(), tiny_tokenizer())
     with pytest.raises(ValueError, match=r"tokens long, but the model's context is 512"):
