@@ -39,6 +39,7 @@ from laser_callback.data.encoding import FactCollator, encode_facts
 from laser_callback.data.facts import Fact, read_facts, sample_facts, split_facts
 from laser_callback.data.sets import ExampleSets
 from laser_callback.data.worldfacts import world_facts
+from laser_callback.plans import brief
 from laser_callback.spectra.store import Spectra
 from laser_callback.stats.outcomes import Outcomes
 from laser_callback.stats.paired import compare
@@ -195,7 +196,7 @@ def quality(folder: Path, only: str, seed: int, paraphrases: bool, reductions: i
             zeroed = result.confirmed.controls["laser"]["zeroed"]["first_token_accuracy"]
             cells += [
                 str(first.n),
-                str(result.found),
+                brief(result.found),
                 f"{first.original:.1%} -> {first.reduced:.1%} [{first.lower:+.1%}, {first.upper:+.1%}]",
                 f"{first.fixed} / {first.broken}, {first.p:.1g}",
                 f"{loss.original:.2f} -> {loss.reduced:.2f}",
