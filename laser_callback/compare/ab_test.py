@@ -156,6 +156,11 @@ def part_of(batch: Mapping[str, Any], positions: Sequence[int]) -> dict[str, Any
             for chunk, mask in zip(batch["chunks"], masks, strict=True)
             if bool(mask.any())
         ]
+    if batch.get("asked"):  # of what is to be written the prompts are per fact, and the settings are not
+        asked = batch["asked"].items()
+        part["asked"] = {
+            name: _taken(value, positions) if isinstance(value, Tensor) else value for name, value in asked
+        }
     return part
 
 

@@ -295,7 +295,7 @@ class LaserModule(pl.LightningModule):
             cast("ExactMatch", self.metrics[EXACT_MATCH]).update(right)
         return {
             EXACT_MATCH: Outcomes(right, kind="binary"),
-            "near_ties": Outcomes(written.near_ties.double()),
+            "near_ties": written.near_ties.double(),  # no outcome that is claimed
             "continuation": written.texts,
             f"answer/{EXACT_MATCH}": [each.answer for each in judged],
             f"prediction/{EXACT_MATCH}": [each.said for each in judged],

@@ -168,3 +168,20 @@ def test_yaml_and_options_are_those_of_python(tmp_path, deep_lm, monkeypatch):
     demo = ["demo", "--model", str(deep_lm), "--facts", str(deep_lm / "facts.jsonl"), "--limit", "6"]
     assert main([*demo, "--plan", "28.fc_up@0.01", "--controls", "false", "--output", "demo.json", *options]) == 0
     assert (tmp_path / "demo.examples.jsonl").read_text() == by_yaml
+
+
+def test_an_ab_test_lets_each_write_by_its_model(trainer, model):
+    module = LaserModule(model, tiny_tokenizer(), plan=PLAN, ab_fraction=0.5, report=False)
+    data = FactsDataModule(ROWS, module.tokenizer, generation=GENERATION, batch_size=11)
+    (batch,) = trainer().predict(module, data)
+    plain = LaserModule(model, tiny_tokenizer())
+    (original,) = trainer().predict(plain, data)
+    with reduced(model, PLAN):
+        (other,) = trainer().predict(plain, data)
+    assert {"original", "reduced"} == set(batch["arm"])
+    for i, arm in enumerate(batch["arm"]):
+        expected = original if arm == "original" else other
+        for name in ("continuation", "exact_match", "prediction/exact_match"):
+            assert batch[name][i] == expected[name][i]
+    assert {row.metric for row in module.ab_result.rows} == {"exact_match", "log_loss"}
+    assert [row.metric for row in module.ab_result.rows if row.role == "primary"] == ["exact_match"]
