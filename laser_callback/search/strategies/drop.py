@@ -45,17 +45,14 @@ class Drop:
 
     def propose(self, context: Context) -> Iterator[Candidate]:
         """Each layer, and its attention and its MLP where it has both."""
-        assert context.run is not None
-        found = droppable(context.module, context.run)
-        for (stack, layer), writes in _writes(context).items():
-            if layer in found.layers.get(stack, ()):
-                for word in _words(writes):
-                    yield context.candidate(self, _left_out(stack, layer, word, writes, context))
+        for (stack, layer), writes in _droppable(context).items():
+            for word in _words(writes):
+                yield context.candidate(self, _left_out(stack, layer, word, writes, context))
 
     def neighbours(self, leader: Candidate, context: Context, closest: bool) -> Iterator[Candidate]:
         """The layers before and behind, or close by: other parts of the same layer."""
         (reduction,) = leader.plan
-        writes = _writes(context)
+        writes = _droppable(context)
         first = context.resolve(leader.plan)[0][0]
         stack, layer = next(key for key, matrices in writes.items() if first in matrices)
         near = (
@@ -76,6 +73,13 @@ def _writes(context: Context) -> dict[tuple[str, int], list[WeightMatrix]]:
         if matrix.kind in WRITES and matrix.stack is not None and matrix.layer is not None:
             found.setdefault((matrix.stack, matrix.layer), []).append(matrix)
     return {key: matrices for key, matrices in found.items() if all(m.name in reachable for m in matrices)}
+
+
+def _droppable(context: Context) -> dict[tuple[str, int], list[WeightMatrix]]:
+    """Of these the layers that hand on what they are given once their writes are zero."""
+    assert context.run is not None
+    found = droppable(context.module, context.run).layers
+    return {(stack, layer): of for (stack, layer), of in _writes(context).items() if layer in found.get(stack, ())}
 
 
 def _words(writes: list[WeightMatrix]) -> list[str]:
