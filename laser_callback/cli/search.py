@@ -78,11 +78,11 @@ def search(
         rhos: fractions of the rank to try; by default those of the paper's code, and 0.
         strategies: what proposes candidates, between commas; laser,components,drop by default, with a base also delta.
             laser: every matrix at every rho. components: single directions of a matrix taken out, by the gradient.
-            drop: layers, or their attention or MLP, left out. whitened: every matrix, its outputs changed least. blocks: head by head. Of what
-            fine-tuning has changed (with a base), delta: as a whole by one rule; delta-all: embeddings, head and biases
-            too; delta-matrices: matrix by matrix; delta-components: single directions; intruders: new directions made
-            smaller. To compare with, every matrix at every rho in another order: late-mlp, laser-rmt, gavish-donoho,
-            entropy, random; reference: as the paper's code cuts.
+            drop: layers, or their attention or MLP, left out. whitened: every matrix, its outputs changed least.
+            blocks: head by head. Of what fine-tuning has changed (with a base), delta: as a whole by one rule;
+            delta-all: embeddings, head and biases too; delta-matrices: matrix by matrix; delta-components: single
+            directions; intruders: new directions made smaller. To compare with, every matrix at every rho in another
+            order: late-mlp, laser-rmt, gavish-donoho, entropy, random; reference: as the paper's code cuts.
         candidates: how many of those that are proposed race.
         max_reductions: stop composing at so many candidates.
         min_gain: warn if the examples are too few to confirm a gain of this size.
