@@ -266,8 +266,8 @@ class LaserCleanup(pl.Callback):
             data = next(iter(loaders), None)
         if data is None:
             raise MisconfigurationException(
-                "LaserCleanup has no data to search on: give `trainer.fit` validation data (limit_val_batches above 0), "
-                "or LaserCleanup `data`"
+                "LaserCleanup has no data to search on: give `trainer.fit` validation data, with "
+                "limit_val_batches above 0, or LaserCleanup `data`"
             )
         if isinstance(data, pl.LightningDataModule) and data.trainer is None:
             data.trainer = trainer  # as for the trainer's own data: a FactsDataModule takes the tokenizer from there

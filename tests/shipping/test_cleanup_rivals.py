@@ -293,12 +293,16 @@ def test_four_parts():
     assert four_parts([task("same", right(50), right(50), None)]).healed is None
 
 
-def classified(gold: list[str], before: list[str], after: list[str]) -> SearchResult:
-    """A confirmed plan by what two models say."""
-    steps = [
-        {"acc": torch.tensor([a == b for a, b in zip(gold, said, strict=True)]), "answer": gold, "prediction": said}
-        for said in (before, after)
-    ]
+def classified(
+    gold: list[str], before: list[str], after: list[str], weights: dict[str, float] | None = None
+) -> SearchResult:
+    """A confirmed plan by what two models say; each class may have a weight."""
+    steps = []
+    for said in (before, after):
+        acc: Any = torch.tensor([a == b for a, b in zip(gold, said, strict=True)])
+        if weights is not None:
+            acc = Outcomes(acc.float(), torch.tensor([weights[a] for a in gold]))
+        steps.append({"acc": acc, "answer": gold, "prediction": said})
     found = PairedExamples()
     found.add({"original": steps[0], "laser": steps[1]}, torch.empty(len(gold)), None)
     logged = found.returned("original")
@@ -320,6 +324,30 @@ def test_below_the_most_common_answer_no_classifier_is_recommended(of_facts):
     assert (result.plan is not None) == of_facts
     assert ("always given, would be right more often (80.0%)" in result.reason) != of_facts
     assert bool(result.warnings) == of_facts
+
+
+def test_what_is_always_given_counts_as_the_metric_weighs_it():
+    """Where all classes count the same together, the most common answer, always given, has a third and not 80 %."""
+    gold, weights = ["a"] * 160 + ["b"] * 20 + ["c"] * 20, {"a": 1.0, "b": 8.0, "c": 8.0}
+    before = ["x"] * 100 + ["a"] * 60 + ["x"] * 40
+    after = ["x"] * 100 + ["a"] * 60 + ["b"] * 20 + ["c"] * 20
+    result = classified(gold, before, after, weights)
+    checks, row = result.confirmed["laser"].prior_checks["acc"], result.confirmed["laser"]["acc"]
+    assert checks.is_of_labels
+    assert checks.constant_answer == pytest.approx(1 / 3)
+    assert checks.delta == pytest.approx(row.delta) == pytest.approx(320 / 480)
+    decide(result, 1, of_facts=False)
+    assert result.plan is not None
+
+
+def test_to_say_the_heavier_class_always_is_no_gain_by_its_weight():
+    """Fewer answers are right, and by their weights more: that is a shift to another answer, too."""
+    gold = ["a"] * 160 + ["b"] * 40
+    result = classified(gold, ["a"] * 200, ["b"] * 200, {"a": 1.0, "b": 8.0})
+    assert result.confirmed["laser"]["acc"].delta > 0.3
+    decide(result, 1, of_facts=False)
+    assert result.plan is None
+    assert "text for text" in result.reason or "exchanged at random" in result.reason
 
 
 def test_answers_that_do_not_repeat_are_no_labels():
