@@ -12,7 +12,7 @@ import pytest
 import torch
 import transformers as hf
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from recall import SEARCH
+from recall import SEARCH, Recall
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 from weights import same, weights
@@ -441,6 +441,23 @@ def test_layers_with_a_norm_behind_the_sum_are_refused_or_left_out(recall: Any) 
     with pytest.warns(UserWarning, match=f"without the strategy 'drop': {reason}"):
         result = LaserSearch(module, tokens(200), **{**SEARCH, "candidates": 2}).run()
     assert {candidate.strategy for candidate in result.candidates} == {"laser", "components"}
+
+
+def test_a_step_that_fails_without_layers_is_searched_without_drops(recall: Any) -> None:
+    class Demanding(Recall):
+        def validation_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
+            if not any(bool(p.any()) for name, p in self.named_parameters() if "down_proj" in name):
+                raise ValueError("where are the layers?")
+            return super().validation_step(batch, batch_idx)
+
+    module, loader = recall
+    module = Demanding(module.model).eval()
+    reason = r"the step fails where no layer writes anything: where are the layers\?"
+    with pytest.warns(UserWarning, match=f"without the strategy 'drop': {reason}"):
+        result = LaserSearch(module, loader, **{**SEARCH, "candidates": 4, "controls": False}).run()
+    assert {c.strategy for c in result.candidates} == {"laser", "components"}
+    with pytest.raises(MisconfigurationException, match=f"'drop' has nothing to propose: {reason}"):
+        LaserSearch(module, loader, **{**SEARCH, "strategies": "drop"}).run()
 
 
 def test_a_layer_that_cannot_be_left_out_is_no_neighbour_either() -> None:

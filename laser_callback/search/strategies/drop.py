@@ -11,6 +11,7 @@ from laser_callback.plans.reduction import Reduction
 from laser_callback.results.candidates import Candidate
 from laser_callback.search.sensitivities import View, Views
 from laser_callback.search.strategies.base import Context, Need
+from laser_callback.support.suggest import clipped
 
 
 class Drop:
@@ -38,7 +39,10 @@ class Drop:
             return "no layer has all that it writes to the residual stream `within`"
         if context.run is None:
             return "there is no set `screen` to see it by"
-        found = droppable(context.module, context.run)
+        try:
+            found = droppable(context.module, context.run)
+        except Exception as error:  # a step may demand things of a model that does not hold without its layers
+            return f"the step fails where no layer writes anything: {clipped(error)}"
         if any(layer in found.layers.get(stack, ()) for stack, layer in writes):
             return ""
         return next(filter(None, (found.reasons.get(layer_path(*key)) for key in writes)), "it has no such layers")
