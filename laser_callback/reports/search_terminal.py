@@ -37,7 +37,9 @@ from laser_callback.reports.search_text import (
 from laser_callback.results.candidates import Candidate, Estimate, bases, ranks
 from laser_callback.results.search import Phase, SearchResult, Trade
 from laser_callback.support.plain_json import finite
+from laser_callback.support.suggest import clipped
 
+_LONGEST_NAME = 20
 _TOP = 10  # rows in the tables of the race and of the trades
 _LEADERS = 3
 _MARKS = {"chosen": "✓", "rejected": "✗", "finalist": "•", "dropped out": "·", "screened out": " "}
@@ -150,11 +152,15 @@ def _strategies(result: SearchResult, wide: bool) -> list[RenderableType]:
     gains = _estimates([of.gain for of in found], gain.scale, +1, gain.decimals)
     for of, cell in zip(found, gains, strict=True):
         best = Text("-", style="dim") if of.best is None else _plan(of.best.plan)
-        table.add_row(Text(of.name), f"{of.proposed:,}", f"{of.raced:,}", best, cell)
+        table.add_row(_named(of.name), f"{of.proposed:,}", f"{of.raced:,}", best, cell)
     idle = [of.name for of in found if not of.raced]
     why = "the screen expected less of these, or they are cuts that another has proposed"
     notes = [_dim(f"nothing of {', '.join(idle)} raced: {why}")] if idle else []
     return [_heading("strategies", "who proposed what, and how it did in the race"), table, *notes]
+
+
+def _named(strategy: str) -> Text:
+    return Text(clipped(strategy, _LONGEST_NAME))  # one of a user's own may be of any length
 
 
 def _race(result: SearchResult, wide: bool) -> list[RenderableType]:
@@ -171,7 +177,7 @@ def _race(result: SearchResult, wide: bool) -> list[RenderableType]:
     several = with_strategy(result)
     in_full = wide or not several  # 80 columns have no room for who proposed it and for all numbers
     if several:
-        columns.append(("strategy", [Text(c.strategy) for c in best]))
+        columns.append(("strategy", [_named(c.strategy) for c in best]))
     if len(steps) > 1:
         columns.append(("step", [Text(str(steps.index(c.base) + 1)) for c in best]))
     if in_full and any(finite(c.score) is not None for c in best):

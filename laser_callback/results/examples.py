@@ -320,7 +320,7 @@ def _shares_right(
         higher_is_better = 2 * sum(given) >= len(given)
     if higher_is_better:
         return outcomes
-    before, after = (Outcomes(1 - arm.values, kind=arm.kind) for arm in outcomes)
+    before, after = (Outcomes(1 - arm.values, arm.weights, arm.kind) for arm in outcomes)
     return before, after
 
 

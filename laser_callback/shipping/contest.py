@@ -31,6 +31,7 @@ from laser_callback.search.course import Course
 from laser_callback.search.verdict import judged
 from laser_callback.shipping.gates import Gates
 from laser_callback.shipping.rivals import Rival, differs, put_in, state_of
+from laser_callback.shipping.same_outputs import short
 from laser_callback.spectra.delta import BaseWeights
 from laser_callback.stats.gates import judge_all
 from laser_callback.support.interrupts import whole
@@ -209,23 +210,26 @@ class Contest:
 
     def elsewhere(self, also: Mapping[str, Any], base: BaseWeights, chosen: LaserPlan | Rival | None) -> None:
         """Other tasks under the base, the trained model and what was confirmed."""
-        tasks = []
         cleaned: Model | None = None
         if chosen is not None:
             cleaned = partial(self.cut, chosen) if isinstance(chosen, LaserPlan) else partial(self.other, chosen)
+        tasks = []
         for name, data in {TARGET: self.confirm_data, **also}.items():
-            tuned = self.trained(data)
-            if self.key not in tuned.known:
-                self.result.notes.append(
-                    f"`also[{name!r}]` is left out: {self.key!r} is not logged there, but {', '.join(tuned.known)}"
-                )
-                continue
-            tuning = paired(self.run(partial(self.before, base), data), tuned, "fine-tuned").directed(self.better)
-            cleaning = None
-            if cleaned is not None:
-                cleaning = paired(tuned, self.run(cleaned, data), "cleaned").directed(self.better)[ARM][self.key]
-            tasks.append(OtherTask(name, tuning[ARM][self.key], cleaning, self.sign))
+            try:
+                tasks.append(self._elsewhere(name, data, partial(self.before, base), cleaned))
+            except Exception as error:  # of the user's step on other data: what decides nothing may cost nothing
+                self.result.notes.append(f"`also[{name!r}]` is left out: {short(error)}")
         self.result.others = tasks
+
+    def _elsewhere(self, name: str, data: Any, before: Model, cleaned: Model | None) -> OtherTask:
+        tuned = self.trained(data)
+        if self.key not in tuned.known:
+            raise ValueError(f"{self.key!r} is not logged there, but {', '.join(tuned.known) or 'nothing'}")
+        tuning = paired(self.run(before, data), tuned, "fine-tuned").directed(self.better)
+        cleaning = None
+        if cleaned is not None:
+            cleaning = paired(tuned, self.run(cleaned, data), "cleaned").directed(self.better)[ARM][self.key]
+        return OtherTask(name, tuning[ARM][self.key], cleaning, self.sign)
 
 
 def best_of_each_kind(candidates: Iterable[Candidate], found: LaserPlan | None) -> list[Contender]:

@@ -89,6 +89,19 @@ def test_the_terminal_says_who_proposed_what(search):
     assert "strategies: " not in plain(searched(), 80)  # of one strategy there is nothing to say
 
 
+def test_a_strategy_of_a_long_name_leaves_room_for_plans():
+    search = long_search()
+    for candidate in search.candidates:
+        if candidate.strategy == "components":
+            candidate.strategy = "mine-of-whom-much-is-to-be-told-by-its-name"
+    table = plain(search, 80).partition("strategies: ")[2]
+    assert max(map(len, table.splitlines())) <= 80
+    assert "mine-of-...its-name" in table
+    assert "best of these" in table.replace("\n", " ")
+    assert "0.fc_out@places(67)" in table
+    assert " plan " in table
+
+
 def test_a_comparison_has_no_long_plan(search):
     text = plain_comparison(search.confirmed, 80)
     assert "199.fc_out" not in text

@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 import torch
 from classifier import PLAN, Classifier
+from lightning.pytorch import callbacks
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from noisy import AIM, Noisy, accuracy, examples, loader, pretrained, saved, tune
 
 from laser_callback import LaserCleanup, LaserPlan
@@ -153,6 +155,55 @@ def test_the_checkpoints_that_are_tried(tmp_path):
     assert not any(rival.chosen for rival in rivals_of(trainer, module, few.best_model_path, own_data=False)[0])
 
 
+def test_a_checkpoint_callback_that_does_not_know_what_it_kept_is_named(tmp_path):
+    *_, result, _ = noisy_cleanup(tmp_path, saved=saved(tmp_path, monitor=None))
+    assert result.source.endswith("epoch=2.ckpt")
+    assert not [row for row in result.contenders if row.kind == "checkpoint"]
+    assert result.notes == [
+        "a ModelCheckpoint without `monitor` knows of its latest checkpoint only: no other is tried"
+    ]
+
+
+def test_without_a_best_checkpoint_there_is_no_training(tmp_path):
+    points = saved(tmp_path, save_top_k=0)
+    with pytest.raises(MisconfigurationException, match=r"needs a ModelCheckpoint that keeps a best one"):
+        tune(tmp_path, pretrained(), examples(100, 2), points, LaserCleanup(strategies="laser", **AIM))
+
+
+@pytest.mark.skipif(not hasattr(callbacks, "EMAWeightAveraging"), reason="Lightning before 2.6 has none")
+def test_of_averaged_weights_the_average_is_cleaned_and_nothing_else_kept(tmp_path):
+    base, points = pretrained(), saved(tmp_path)
+    cleanup = LaserCleanup(base=base, strategies="delta", candidates=6, controls=False, **AIM)
+    averaging = callbacks.EMAWeightAveraging(decay=0.5)
+    tune(tmp_path, copy.deepcopy(base), examples(400, 2, 0.3), points, averaging, cleanup)
+    result = cleanup.result
+    assert result.plan is not None
+    was, now = (torch.load(path, weights_only=True) for path in (result.source, result.checkpoint))
+    assert "current_model_state" in was
+    assert not {"current_model_state", "averaging_state", "optimizer_states"} & now.keys()
+    assert torch.equal(
+        was["state_dict"]["encoder.layers.0.norm1.weight"], now["state_dict"]["encoder.layers.0.norm1.weight"]
+    )
+    cleaned = Noisy()
+    cleaned.load_state_dict(now["state_dict"])
+    assert accuracy(cleaned, examples(1000, 4)) == pytest.approx(result.confirmed["laser"]["val_acc"].reduced, abs=0.08)
+
+
+class OfTwo(Noisy):
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
+        return super().validation_step(batch, batch_idx)
+
+
+@pytest.mark.parametrize("several", [list, lambda loaders: dict(zip("ab", loaders, strict=True))])
+def test_of_several_validation_loaders_one_must_be_given(several, tmp_path):
+    loaders = several([loader(examples(60, 3)), loader(examples(60, 4))])
+    cleanup = LaserCleanup(weights="last", strategies="laser", **AIM)
+    options = {"max_epochs": 1, "logger": False, "enable_progress_bar": False, "enable_checkpointing": False}
+    trainer = pl.Trainer(default_root_dir=tmp_path, accelerator="cpu", callbacks=[cleanup], **options)
+    with pytest.raises(MisconfigurationException, match="has 2 validation dataloaders: give LaserCleanup one of them"):
+        trainer.fit(OfTwo(), loader(examples(60, 2)), loaders)
+
+
 def test_put_in_puts_back_after_an_exception():
     module, other = pretrained(), Noisy(seed=1)
     before = copy.deepcopy(module.state_dict())
@@ -242,12 +293,16 @@ def test_four_parts():
     assert four_parts([task("same", right(50), right(50), None)]).healed is None
 
 
-def classified(gold: list[str], before: list[str], after: list[str]) -> SearchResult:
-    """A confirmed plan by what two models say."""
-    steps = [
-        {"acc": torch.tensor([a == b for a, b in zip(gold, said, strict=True)]), "answer": gold, "prediction": said}
-        for said in (before, after)
-    ]
+def classified(
+    gold: list[str], before: list[str], after: list[str], weights: dict[str, float] | None = None
+) -> SearchResult:
+    """A confirmed plan by what two models say; each class may have a weight."""
+    steps = []
+    for said in (before, after):
+        acc: Any = torch.tensor([a == b for a, b in zip(gold, said, strict=True)])
+        if weights is not None:
+            acc = Outcomes(acc.float(), torch.tensor([weights[a] for a in gold]))
+        steps.append({"acc": acc, "answer": gold, "prediction": said})
     found = PairedExamples()
     found.add({"original": steps[0], "laser": steps[1]}, torch.empty(len(gold)), None)
     logged = found.returned("original")
@@ -269,6 +324,30 @@ def test_below_the_most_common_answer_no_classifier_is_recommended(of_facts):
     assert (result.plan is not None) == of_facts
     assert ("always given, would be right more often (80.0%)" in result.reason) != of_facts
     assert bool(result.warnings) == of_facts
+
+
+def test_what_is_always_given_counts_as_the_metric_weighs_it():
+    """Where all classes count the same together, the most common answer, always given, has a third and not 80 %."""
+    gold, weights = ["a"] * 160 + ["b"] * 20 + ["c"] * 20, {"a": 1.0, "b": 8.0, "c": 8.0}
+    before = ["x"] * 100 + ["a"] * 60 + ["x"] * 40
+    after = ["x"] * 100 + ["a"] * 60 + ["b"] * 20 + ["c"] * 20
+    result = classified(gold, before, after, weights)
+    checks, row = result.confirmed["laser"].prior_checks["acc"], result.confirmed["laser"]["acc"]
+    assert checks.is_of_labels
+    assert checks.constant_answer == pytest.approx(1 / 3)
+    assert checks.delta == pytest.approx(row.delta) == pytest.approx(320 / 480)
+    decide(result, 1, of_facts=False)
+    assert result.plan is not None
+
+
+def test_to_say_the_heavier_class_always_is_no_gain_by_its_weight():
+    """Fewer answers are right, and by their weights more: that is a shift to another answer, too."""
+    gold = ["a"] * 160 + ["b"] * 40
+    result = classified(gold, ["a"] * 200, ["b"] * 200, {"a": 1.0, "b": 8.0})
+    assert result.confirmed["laser"]["acc"].delta > 0.3
+    decide(result, 1, of_facts=False)
+    assert result.plan is None
+    assert "text for text" in result.reason or "exchanged at random" in result.reason
 
 
 def test_answers_that_do_not_repeat_are_no_labels():

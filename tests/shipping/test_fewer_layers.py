@@ -291,6 +291,19 @@ def test_a_model_in_training_stays_in_training_and_no_random_number_is_drawn(tmp
     assert torch.equal(torch.get_rng_state(), state)
 
 
+@pytest.mark.parametrize("as_trained", ["frozen", "partly frozen", "checkpointing"])
+def test_what_training_has_switched_is_no_reason(as_trained, tmp_path):
+    original = model("LlamaForCausalLM", GROUPED)
+    if as_trained == "checkpointing":
+        original.gradient_checkpointing_enable()
+    for parameter in {"frozen": original, "partly frozen": original.model.layers[4]}.get(
+        as_trained, nn.Module()
+    ).parameters():
+        parameter.requires_grad_(False)
+    recipe, text = exported(original, "1.writes@0", tmp_path / "new")
+    assert (recipe.left_out, text) == ({"model.layers": [1]}, "")
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_other_dtypes_come_through(dtype, tmp_path):
     original = model("LlamaForCausalLM", GROUPED).to(dtype)
