@@ -233,18 +233,19 @@ class Contest:
 
 
 def best_of_each_kind(candidates: Iterable[Candidate], found: LaserPlan | None) -> list[Contender]:
-    """Of the plans that raced the one of each kind that came furthest, and the one that was found."""
+    """Of the plans that raced one of each kind: the one that was found, of the others the one that came furthest.
+
+    What was found need not have the highest gain of its kind: the loss decides between near-equals.
+    """
     raced = [c for c in candidates if c.gain is not None and math.isfinite(c.gain.delta)]
-    raced.sort(key=lambda c: (-c.examples, -c.gain.delta if c.gain else 0.0))
-    best: dict[tuple[str, str], Candidate] = {}
+    raced.sort(key=lambda c: (str(c.whole) != str(found), -c.examples, -c.gain.delta if c.gain else 0.0))
+    best: dict[tuple[ContenderKind, str], Candidate] = {}
     for candidate in raced:
         kind = _kind(candidate)
         best.setdefault((kind, candidate.strategy if kind == "strategy" else ""), candidate)
-    chosen = next((c for c in raced if str(c.whole) == str(found)), None)
-    listed = {str(c.whole): c for c in [*best.values(), *([chosen] if chosen else [])]}
     return [
-        Contender(_kind(c), name, c.strategy, c.gain.delta if c.gain else None, c.examples)
-        for name, c in listed.items()
+        Contender(kind, str(c.whole), c.strategy, c.gain.delta if c.gain else None, c.examples)
+        for (kind, _), c in best.items()
     ]
 
 

@@ -10,6 +10,7 @@ import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
+from candidates import proposed
 from classifier import PLAN, Classifier
 from lightning.pytorch import callbacks
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -19,12 +20,14 @@ from noisy import AIM, Noisy, accuracy, examples, loader, pretrained, saved, tun
 from laser_callback import LaserCleanup, LaserPlan
 from laser_callback.compare.alone import paired
 from laser_callback.compare.measure import Lab
+from laser_callback.results.candidates import Estimate
 from laser_callback.results.comparison import ArmResult, LaserResult
 from laser_callback.results.examples import PairedExamples
 from laser_callback.results.other_tasks import TARGET, OtherTask, four_parts
 from laser_callback.results.search import SearchResult
 from laser_callback.search.verdict import decide
 from laser_callback.shipping import Gates
+from laser_callback.shipping.contest import best_of_each_kind
 from laser_callback.shipping.rivals import MOST, put_in, rivals_of
 from laser_callback.spectra import BaseWeights, Spectra
 from laser_callback.stats import Outcomes, compare
@@ -202,6 +205,26 @@ def test_of_several_validation_loaders_one_must_be_given(several, tmp_path):
     trainer = pl.Trainer(default_root_dir=tmp_path, accelerator="cpu", callbacks=[cleanup], **options)
     with pytest.raises(MisconfigurationException, match="has 2 validation dataloaders: give LaserCleanup one of them"):
         trainer.fit(OfTwo(), loader(examples(60, 2)), loaders)
+
+
+def test_each_kind_of_cut_has_one_row_and_what_was_found_is_that_of_its_kind():
+    raced = [  # plan, strategy, race examples, gain
+        ("*.all@k1:cut=delta", "delta", 300, 0.05),
+        ("*.all@k2:cut=delta", "delta", 300, 0.04),  # within a standard error of the first, and of a lower loss
+        ("*.all@0:scale=0.5,cut=delta", "delta", 300, 0.03),
+        ("*.all@0:scale=0.25,cut=delta", "delta", 100, 0.09),
+        ("0-1.fc_in@0.1", "own", 300, 0.01),
+        ("0-1.fc_out@0.1", "other", 100, 0.02),
+    ]
+    candidates = [proposed(plan, strategy, examples=n, gain=Estimate(gain)) for plan, strategy, n, gain in raced]
+    rows = best_of_each_kind(candidates, candidates[1].plan)
+    assert [(row.kind, row.name) for row in rows] == [
+        ("joint rule", "*.all@k2:cut=delta"),
+        ("WiSE-FT", "*.all@0:scale=0.5,cut=delta"),
+        ("strategy", "0-1.fc_in@0.1"),
+        ("strategy", "0-1.fc_out@0.1"),  # of another one
+    ]
+    assert best_of_each_kind(candidates, None)[0].name == "*.all@k1:cut=delta"
 
 
 def test_put_in_puts_back_after_an_exception():
