@@ -20,6 +20,7 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
+from laser_callback.plans.plan import LaserPlan
 from laser_callback.plans.short import brief
 from laser_callback.plans.words import in_words
 from laser_callback.reports import page_columns, terminal
@@ -178,6 +179,7 @@ def _templates() -> jinja2.Environment:
         "in_short": page_columns.in_short,
         "in_words": in_words,
         "label_picture": label_picture,
+        "needs_recipe": _needs_recipe,
         "prior_text": prior_text,
         "spectrum_pictures": spectrum_pictures,
         "zip": zip,
@@ -188,6 +190,13 @@ def _templates() -> jinja2.Environment:
 
 def _resource(name: str) -> Markup:
     return Markup((files("laser_callback.reports") / "templates" / name).read_text(encoding="utf-8"))
+
+
+def _needs_recipe(plan: str) -> bool:
+    try:
+        return LaserPlan.parse(plan).needs_directions
+    except ValueError:  # a file may say anything
+        return False
 
 
 def _digest(source: str) -> str:

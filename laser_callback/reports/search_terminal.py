@@ -109,6 +109,8 @@ def _about(found: LaserPlan | None) -> list[str]:
     if brief(found) != str(found):
         size = f", of {len(found):,} reductions," if len(found) > 1 else ""
         told.append(f"the whole plan{size} is `found` in the JSON file")
+    if found.needs_directions:
+        told.append("what it keeps is not in the weights: wherever a plan is asked for give `recipe`, in the JSON file")
     return told
 
 

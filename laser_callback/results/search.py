@@ -85,7 +85,8 @@ class SearchResult:
         settings: all arguments, versions and the seed.
         warnings: what a reader must know.
         base: the digest of the base's weights, if one was given.
-        recipe: ``found`` with what its text does not say, where there is such (cuts in the metric of the inputs).
+        recipe: where ``found`` cuts in the metric of the inputs the same, with the directions that a plan's text does
+            not say: give it wherever a plan is asked for.
     """
 
     plan: LaserPlan | None
@@ -147,7 +148,11 @@ class SearchResult:
         Raises:
             ValueError: naming the place of what is missing, unknown or of another type.
         """
-        return built(cls, data)
+        result: SearchResult = built(cls, data)
+        if result.recipe is not None:
+            result.found = result.recipe
+            result.plan = result.plan and result.recipe
+        return result
 
     @classmethod
     def from_json(cls, path: str | Path) -> SearchResult:

@@ -58,7 +58,8 @@ from laser_callback.support.files import write_json
 from laser_callback.support.merging import adapted_layers, merged, refuse_other_than_lora, refuse_unmergeable
 from laser_callback.support.processes import on_first_rank, share_weights, waiting_group
 from laser_callback.support.reading import shown
-from laser_callback.surgery.recipe import Recipe, recorded
+from laser_callback.surgery.recipe import Recipe
+from laser_callback.surgery.record import recorded
 
 STRATEGIES = ("delta", "delta-matrices", "laser")
 _OWN = {"module", "data", "base", "folder", "resume", "spectra", "accelerator", "precision", "progress", "strategies"}

@@ -32,7 +32,8 @@ from laser_callback.results import (
     Stage,
     Trade,
 )
-from laser_callback.surgery.recipe import Recipe, apply
+from laser_callback.surgery.recipe import Recipe
+from laser_callback.surgery.record import apply
 
 PLACES = "places-" + "+".join(map(str, range(1, 200, 3)))
 MANY = LaserPlan.parse(", ".join(f"{layer}.fc_out@{PLACES}:keep=tail" for layer in range(200)))

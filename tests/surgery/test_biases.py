@@ -24,7 +24,8 @@ from laser_callback.shipping.thin import factored
 from laser_callback.shipping.undo import restore, save_undo
 from laser_callback.spectra.delta import BaseWeights
 from laser_callback.spectra.store import Spectra
-from laser_callback.surgery.recipe import Recipe, apply, recorded
+from laser_callback.surgery.recipe import Recipe
+from laser_callback.surgery.record import apply, recorded
 from laser_callback.surgery.swap import reduced
 
 peft = pytest.importorskip("peft")
