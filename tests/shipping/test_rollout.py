@@ -19,7 +19,7 @@ from weights import same, weights
 from laser_callback import FactsDataModule, LaserModule, LaserPlan, ProbesDataModule, StagedRollout, reduced
 from laser_callback.cli.commands import main
 from laser_callback.shipping.gates import read_gates
-from laser_callback.shipping.rollout import in_steps, one_by_one
+from laser_callback.shipping.rollout import in_steps
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("own_cache")]
 GAIN = "val_acc: gain"
@@ -173,22 +173,6 @@ def test_gains_may_be_demanded_of_the_last_stage_only(recall, heals, planted):
     stopped = StagedRollout(module, [breaks(heals), heals], [GAIN, GUARD], loader, gain_at="last", **QUIET).run()
     assert [stage.outcome for stage in stopped.stages] == ["went back"]
     assert stopped.plan is None
-
-
-def test_stages_of_a_plan():
-    plan = "1.fc_in@0.01, 0.q_proj@0.2:keep=tail"
-    assert [len(stage) for stage in one_by_one(plan)] == [1, 2]
-    deeper = in_steps(plan, [0.05, 0.5, 0.2, 0.001])
-    assert [str(stage) for stage in deeper[:2]] == [
-        "1.fc_in@0.5, 0.q_proj@0.5:keep=tail",
-        "1.fc_in@0.2, 0.q_proj@0.2:keep=tail",
-    ]
-    assert deeper[-1] == LaserPlan.parse(plan)
-    assert len(deeper) == 4  # 0.001 is below every rho of the plan: it would be the plan itself
-    with pytest.raises(ValueError, match="must have a number for each rho"):
-        in_steps("1.fc_in@entropy", [0.5])
-    with pytest.raises(ValueError, match="`rhos` must be between 0 and 1"):
-        in_steps(plan, [1.0])
 
 
 # ---- what can be wrong is said before the work -----------------------------------------------------------------------
