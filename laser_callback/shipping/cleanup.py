@@ -259,6 +259,10 @@ class LaserCleanup(pl.Callback):
                 "are not trained on"
             )
         if data is None:
+            if trainer.val_dataloaders is None and trainer.enable_validation:  # none in the first epoch: not set up yet
+                trainer.validating = True
+                trainer.fit_loop.epoch_loop.val_loop.setup_data()
+                trainer.training = True
             loaders = tree_leaves(trainer.val_dataloaders)  # a list or mapping of them, or one
             if len(loaders) > 1:
                 raise MisconfigurationException(

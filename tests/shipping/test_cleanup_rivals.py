@@ -207,6 +207,20 @@ def test_of_several_validation_loaders_one_must_be_given(several, tmp_path):
         trainer.fit(OfTwo(), loader(examples(60, 2)), loaders)
 
 
+@pytest.mark.parametrize("weights", ["last", "best"])
+def test_validation_in_some_epochs_only_and_no_sanity_check(tmp_path, weights):
+    """Ahead of the first epoch, which is not validated, Lightning has not set the validation data up."""
+    cleanup = LaserCleanup(folder=tmp_path, weights=weights, **ONE_CUT, **AIM)
+    tune(tmp_path, pretrained(), examples(100, 2), saved(tmp_path), cleanup, max_epochs=4, check_val_every_n_epoch=2)
+    result = cleanup.result
+    assert result.search.objective == ("val_acc",)
+    assert result.search.sets["race"] == 180
+    epochs = {str(tmp_path / "saved" / f"epoch={epoch}.ckpt") for epoch in (1, 3)}
+    rivals = {row.name for row in result.contenders if row.kind == "checkpoint"}
+    assert rivals == epochs - {result.source} if weights == "best" else rivals <= epochs
+    assert rivals
+
+
 def test_each_kind_of_cut_has_one_row_and_what_was_found_is_that_of_its_kind():
     raced = [  # plan, strategy, race examples, gain
         ("*.all@k1:cut=delta", "delta", 300, 0.05),
