@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 from typing_extensions import override
 
 from laser_callback import __version__
-from laser_callback.cli.command import Exit, in_lines, run
+from laser_callback.cli.command import Exit, in_lines, run, terminable
 from laser_callback.support.suggest import closest
 
 COMMANDS = {
@@ -87,7 +87,8 @@ def work(name: str, arguments: list[str]) -> Any:
         return function(arguments)
     from laser_callback.cli.options import call
 
-    return call(function, arguments, f"laser-callback {name}")
+    with terminable():  # the others are Lightning's, which has a way of its own with signals
+        return call(function, arguments, f"laser-callback {name}")
 
 
 def function_of(name: str) -> Callable[..., Any]:
@@ -118,7 +119,7 @@ def _parser() -> ArgumentParser:
         formatter_class=RawDescriptionHelpFormatter,
         epilog="`laser-callback COMMAND --help` shows a command's options.\n"
         "exit codes: 0 done, or a plan is recommended; 1 a crash; 2 a bad option, plan or file;\n"
-        "            3 the verdict is to keep the original; 130 interrupted",
+        "            3 the verdict is to keep the original; 130 interrupted; 143 terminated",
     )
     root.add_argument("--version", action="version", version=__version__)
     groups = {"": root.add_subparsers(title="commands", metavar="COMMAND [options]", required=True)}

@@ -22,7 +22,8 @@ def quiet_trainer(accelerator: str = "auto", **options: Any) -> AbstractContextM
     """Within: a Trainer on one device, and Lightning introduces neither it nor itself.
 
     Ctrl-C comes out as KeyboardInterrupt, and may be struck again: Lightning exits the process at the first one, and
-    has all further ones ignored.
+    has all further ones ignored. All other signals do what they do outside: Lightning waits with SIGTERM for a batch's
+    end, forgets it at that of the last, and exits as if all were well.
 
     Args:
         accelerator: as in ``Trainer``, but "auto" takes CUDA or the CPU, and "cuda:1" names the device.
@@ -33,6 +34,7 @@ def quiet_trainer(accelerator: str = "auto", **options: Any) -> AbstractContextM
     options = {**dict.fromkeys(shows, False), **options}
     with _quiet(None):
         trainer = pl.Trainer(accelerator=name, devices=[int(index)] if index else 1, **options)
+        trainer._signal_connector = _NoHandlers()
     return _quiet(trainer)
 
 
@@ -47,14 +49,24 @@ def _quiet(trainer: Any) -> Generator[Any, None, None]:
             yield trainer
     except SystemExit as error:
         if isinstance(error.__context__, KeyboardInterrupt):
-            raise KeyboardInterrupt from None
+            raise error.__context__ from None
         raise
     finally:
         logger.setLevel(level)
-        if trainer is not None:
-            trainer._signal_connector.teardown()  # where an interrupt has kept Lightning from doing so
         if handler not in (None, signal.SIG_IGN) and signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
             signal.signal(signal.SIGINT, handler)
+
+
+class _NoHandlers:
+    """In place of what sets Lightning's handlers of signals, and takes them away."""
+
+    received_sigterm = False
+
+    def register_signal_handlers(self) -> None:
+        """As all others this does nothing."""
+
+    def teardown(self) -> None:
+        """Nothing."""
 
 
 class PutBack(pl.Callback):
