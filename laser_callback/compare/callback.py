@@ -15,9 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-import torch
 from lightning.pytorch.callbacks import ModelPruning
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
@@ -25,6 +23,7 @@ from torchmetrics import Metric, MetricCollection
 from typing_extensions import override
 
 from laser_callback.compare import arms
+from laser_callback.compare.devices import check_strategy
 from laser_callback.compare.options import RunOptions, UpdateFn, warn_early
 from laser_callback.compare.run import ComparisonRun
 from laser_callback.plans.plan import LaserPlan, check_base, check_directions
@@ -354,29 +353,6 @@ def _write(result: LaserResult, path: Path) -> None:
 
 
 # ---- checks ----------------------------------------------------------------------------------------------------------
-
-
-def check_strategy(trainer: pl.Trainer) -> None:
-    """Refuse strategies and devices under which the weights cannot be swapped."""
-    strategy = trainer.strategy
-    # By exact class: subclasses shard or live on devices whose parameters do not follow a pointer swap.
-    if type(strategy) not in (SingleDeviceStrategy, DDPStrategy):
-        raise MisconfigurationException(
-            f"rank reduction supports single devices and DDP, got {type(strategy).__name__}: parameters that are "
-            "sharded or flattened do not follow a swap. Evaluate with `Trainer(devices=1)` or `strategy='ddp'`."
-        )
-    if strategy.root_device.type not in ("cpu", "cuda"):
-        raise MisconfigurationException(
-            f"rank reduction supports the CPU and CUDA devices, got {strategy.root_device.type!r}: its sums and "
-            "factorisations need float64. Evaluate with `Trainer(accelerator='cpu')`."
-        )
-
-
-def accelerator_of(accelerator: str) -> str:
-    """What is meant by "auto": CUDA where there is a device, else the CPU. Lightning would take Apple's GPU."""
-    if accelerator != "auto":
-        return accelerator
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _check_trainer(trainer: pl.Trainer, callback: LaserCallback) -> None:

@@ -26,9 +26,10 @@ from laser_callback.compare.options import RunOptions
 from laser_callback.compare.run import ComparisonRun
 from laser_callback.compare.trainer import left_as_found, quiet_trainer
 from laser_callback.data.facts import draw
-from laser_callback.plans.matrices import find_matrices, layer_stacks
+from laser_callback.plans.matrices import find_matrices
 from laser_callback.plans.plan import LaserPlan
 from laser_callback.plans.selection import Catalogue
+from laser_callback.plans.stacks import layer_stacks
 from laser_callback.plans.target import Target, targets
 from laser_callback.results.comparison import LaserResult
 from laser_callback.results.examples import ORIGINAL, Logged, PairedExamples

@@ -18,7 +18,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from typing_extensions import override
 
 from laser_callback.compare.ab_test import ABTest
-from laser_callback.compare.callback import LaserCallback, check_strategy
+from laser_callback.compare.callback import LaserCallback
+from laser_callback.compare.devices import check_strategy
 from laser_callback.compare.language_model import (
     context_length,
     is_masked,

@@ -12,7 +12,7 @@ import lightning.pytorch as pl
 import torch
 from typing_extensions import override
 
-from laser_callback.compare.callback import accelerator_of
+from laser_callback.compare.devices import accelerator_of
 from laser_callback.passes.state import RandomState
 from laser_callback.support.interrupts import closed, undisturbed, whole
 from laser_callback.support.settings import ignoring

@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
-from laser_callback.compare.callback import check_strategy
+from laser_callback.compare.devices import check_strategy
 from laser_callback.compare.measure import Lab
 from laser_callback.compare.module import LaserModule
 from laser_callback.data.datamodule import FactsDataModule

@@ -22,7 +22,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from laser_callback.passes.drops import layer_path, why_no_identity
 from laser_callback.plans.kinds import WRITES
-from laser_callback.plans.matrices import WeightMatrix, find_matrices, layer_stacks
+from laser_callback.plans.matrices import WeightMatrix, find_matrices
+from laser_callback.plans.stacks import layer_stacks
 from laser_callback.shipping.same_outputs import made_up_inputs, outputs, short, why_not_same
 from laser_callback.support.pretrained import save_dense, whole
 from laser_callback.support.suggest import clipped

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from versions import EXACT
 from weights import Snapshot
 
-from laser_callback.plans.matrices import layer_stacks
+from laser_callback.plans.stacks import layer_stacks
 from laser_callback.shipping.export import save_reduced
 from laser_callback.shipping.fewer_layers import CannotLeaveOutError, _check_settings, dropped_layers
 from laser_callback.shipping.undo import restore
