@@ -25,15 +25,24 @@ from torch import Tensor
 
 from laser_callback.results.returned import DESCRIPTIONS as DESCRIPTIONS
 from laser_callback.results.returned import ORIGINAL as ORIGINAL
-from laser_callback.results.returned import Returned, is_prediction, name_in, of_metric, read_returned
+from laser_callback.results.returned import is_prediction, name_in, read_returned
+from laser_callback.results.selected import (
+    ROUNDING,
+    Batch,
+    Selected,
+    clusters_of,
+    joined,
+    said_of,
+    seen_twice,
+    shares_right,
+    subset,
+    weights_of,
+)
 from laser_callback.stats.outcomes import Kind, Outcomes, PairedResult, not_tested
 from laser_callback.stats.paired import compare
 from laser_callback.stats.priors import PriorChecks, prior_checks
 from laser_callback.support.files import write_atomically
 from laser_callback.support.plain_json import plain
-
-ROUNDING = 1e-3
-"""Relative: a logged value this close to a mean is that mean, in single or half precision. Tables show three digits."""
 
 
 class Logged(NamedTuple):
@@ -48,18 +57,11 @@ class Logged(NamedTuple):
     higher_is_better: bool | None  # known where a torchmetrics object was logged
 
 
-@dataclass(eq=False)
-class _Batch(Returned):
-    """One batch, all arms."""
-
-    dataloader_idx: int | None = None
-
-
 @dataclass
 class PairedExamples:
     """The outcomes of one evaluation run, example by example."""
 
-    batches: list[_Batch] = field(default_factory=list)
+    batches: list[Batch] = field(default_factory=list)
     means: list[dict[str, dict[str, tuple[float, float]]]] = field(default_factory=list)
     duplicates: int = 0
 
@@ -70,7 +72,7 @@ class PairedExamples:
             reason = found.unused.get(name)
             if reason and not any(name in earlier.unused for earlier in self.batches):
                 rank_zero_warn(f"`{name}`, as the step returns it, is not used: {reason}")
-        self.batches.append(_Batch(**vars(found), dataloader_idx=dataloader_idx))
+        self.batches.append(Batch(**vars(found), dataloader_idx=dataloader_idx))
 
     def merge(self, ranks: Iterable[PairedExamples]) -> PairedExamples:
         """All ranks' examples, in rank order, without what a distributed sampler has added to make their shares equal.
@@ -86,7 +88,7 @@ class PairedExamples:
                 added = padding.get((number, place), ())
                 if added:
                     merged.duplicates += len(added)
-                    batch = _subset(batch, [i for i in range(batch.size) if i not in added])
+                    batch = subset(batch, [i for i in range(batch.size) if i not in added])
                 merged.batches.append(batch)
         # What is one number in a batch of one example is an outcome where other batches have one per example.
         per_example = {name for batch in merged.batches for name in batch.outcomes.get(ORIGINAL, {})}
@@ -111,7 +113,7 @@ class PairedExamples:
                     if b.dataloader_idx == batch.dataloader_idx and name in b.outcomes.get(arm, {})
                 ]
                 kinds = {b.outcomes[arm][name].kind for b in parts}
-                values = _joined([b.outcomes[arm][name] for b in parts], kinds.pop() if len(kinds) == 1 else "mean")
+                values = joined([b.outcomes[arm][name] for b in parts], kinds.pop() if len(kinds) == 1 else "mean")
                 mean = torch.tensor(compare(key, values, values).original)
                 found[key] = Logged(mean, name, batch.dataloader_idx, None, True, False, None)
         return found
@@ -167,7 +169,7 @@ class PairedExamples:
             if isinstance(selected, str) or selected.said is None:
                 continue
             said = selected.said
-            outcomes = _shares_right((selected.before, selected.after), said, original[key].higher_is_better)
+            outcomes = shares_right((selected.before, selected.after), said, original[key].higher_is_better)
             if outcomes is not None:
                 found[key] = prior_checks(
                     key, said.answers, (said.before, said.after), outcomes, said.groups, selected.clusters
@@ -201,7 +203,7 @@ class PairedExamples:
         lines = [json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in self.to_rows()]
         write_atomically(Path(path), "".join(lines))
 
-    def _select(self, arm: str, key: str, metric: Logged, base: str = ORIGINAL) -> _Selected | str:
+    def _select(self, arm: str, key: str, metric: Logged, base: str = ORIGINAL) -> Selected | str:
         """The outcomes of both arms; or why there are none for each example, empty where the step returned none."""
         places = [i for i, b in enumerate(self.batches) if metric.dataloader_idx in (None, b.dataloader_idx) and b.size]
         batches = [self.batches[i] for i in places]
@@ -228,19 +230,19 @@ class PairedExamples:
         if "log_ratio" in kinds and len(kinds) > 1:
             return f"the step returned outcomes of different kinds: {', '.join(sorted(kinds))}"
         kind: Kind = kinds.pop() if len(kinds) == 1 else "mean"
-        before, after = (_joined([b.outcomes[a][name] for b in used], kind) for a in (base, arm))
+        before, after = (joined([b.outcomes[a][name] for b in used], kind) for a in (base, arm))
         absent = torch.isnan(before.values) | torch.isnan(after.values)
         if bool(absent.all()):
             return ""
-        if kind != "binary" and not torch.equal(_weights(before)[~absent], _weights(after)[~absent]):
+        if kind != "binary" and not torch.equal(weights_of(before)[~absent], weights_of(after)[~absent]):
             return "the step returned other weights for the reduced model: they belong to the example"
-        clusters, unclustered = _clusters(used)
-        clusters = clusters or _seen_twice(used, before, after)
+        clusters, unclustered = clusters_of(used)
+        clusters = clusters or seen_twice(used, before, after)
         for b in batches:
             b.integers.discard(name)  # no labels: they are logged
-        said = _said(used, arm, name)
+        said = said_of(used, arm, name)
         doubts = unclustered, next((b.doubt for b in used if b.doubt), "")
-        return _Selected(before, after, clusters, "; ".join(filter(None, doubts)), said)
+        return Selected(before, after, clusters, "; ".join(filter(None, doubts)), said)
 
     def _row_of_means(self, arm: str, key: str, original: Logged, reduced: Logged, base: str) -> PairedResult:
         outcomes, left_out = self._means(arm, key, base)
@@ -267,61 +269,6 @@ class PairedExamples:
 
 
 # ---- batches ---------------------------------------------------------------------------------------------------------
-
-
-class _Selected(NamedTuple):
-    """Both arms' outcomes of a metric, one per example."""
-
-    before: Outcomes
-    after: Outcomes
-    clusters: list[Hashable] | None
-    doubt: str
-    said: _Said | None
-
-
-class _Said(NamedTuple):
-    """What a metric's outcomes are about, one per example."""
-
-    answers: list[str]
-    before: list[str]
-    after: list[str]
-    groups: list[str]
-
-
-def _said(batches: Iterable[_Batch], arm: str, metric: str) -> _Said | None:
-    """The answers and predictions of a metric; ``None`` where a batch has none."""
-    found = _Said([], [], [], [])
-    for batch in batches:
-        before, after = batch.described[ORIGINAL], batch.described.get(arm, {})
-        parts = [
-            of_metric(*place, metric) for place in ((before, "answer"), (before, "prediction"), (after, "prediction"))
-        ]
-        parts.append(before.get("group", [""] * batch.size))
-        for listed, part in zip(found, parts, strict=True):
-            if part is None:
-                return None
-            listed.extend(map(str, part))
-    return found
-
-
-def _shares_right(
-    outcomes: tuple[Outcomes, Outcomes], said: _Said, higher_is_better: bool | None
-) -> tuple[Outcomes, Outcomes] | None:
-    """The outcomes from wrong to right, turned round where they are of errors; ``None`` if they are neither."""
-    values = torch.cat([arm.values for arm in outcomes])
-    if not bool(((values == 0) | (values == 1) | values.isnan()).all()):
-        inside = bool(((values >= 0) & (values <= 1) | values.isnan()).all())
-        return outcomes if outcomes[0].kind == "mean" and higher_is_better is True and inside else None
-    if outcomes[0].kind == "log_ratio":
-        return None
-    if higher_is_better is None:  # what it gives to an answer that is right word for word tells which of them it is
-        texts = zip([*said.answers] * 2, [*said.before, *said.after], values.tolist(), strict=True)
-        given = [value for answer, text, value in texts if answer == text and not math.isnan(value)]
-        higher_is_better = 2 * sum(given) >= len(given)
-    if higher_is_better:
-        return outcomes
-    before, after = (Outcomes(1 - arm.values, arm.weights, arm.kind) for arm in outcomes)
-    return before, after
 
 
 def _padding(ranks: list[PairedExamples]) -> dict[tuple[int, int], set[int]]:
@@ -353,68 +300,6 @@ def _padding(ranks: list[PairedExamples]) -> dict[tuple[int, int], set[int]]:
     for number, place, position in (one for of_loader in added.values() for one in of_loader):
         found[number, place].add(position)
     return found
-
-
-def _subset(batch: _Batch, positions: list[int]) -> _Batch:
-    index = torch.tensor(positions, dtype=torch.long)
-    outcomes = {
-        arm: {
-            name: Outcomes(o.values[index], None if o.weights is None else o.weights[index], o.kind)
-            for name, o in by_name.items()
-        }
-        for arm, by_name in batch.outcomes.items()
-    }
-    described = {
-        arm: {name: [values[i] for i in positions] for name, values in by_name.items()}
-        for arm, by_name in batch.described.items()
-    }
-    return replace(batch, size=len(positions), outcomes=outcomes, described=described)
-
-
-def _joined(parts: list[Outcomes], kind: Kind) -> Outcomes:
-    """Batches one after the other; those without weights weigh each example as one where others have some."""
-    weights = None
-    if any(part.weights is not None for part in parts):
-        weights = torch.cat([_weights(part) for part in parts])
-    return Outcomes(torch.cat([part.values for part in parts]), weights, kind)
-
-
-def _weights(outcomes: Outcomes) -> Tensor:
-    weights: Tensor | None = outcomes.weights
-    return torch.ones_like(outcomes.values) if weights is None else weights
-
-
-def _clusters(batches: list[_Batch]) -> tuple[list[Hashable] | None, str]:
-    """Each example's cluster, ``None`` if the step returned none; and what to tell of batches without any."""
-    labels = [b.described[ORIGINAL].get("cluster") for b in batches]
-    without = labels.count(None)
-    if without == len(labels):
-        return None, ""
-    found: list[Hashable] = []
-    for b, given in zip(batches, labels, strict=True):
-        found += [object() for _ in range(b.size)] if given is None else given
-    told = f"{without} of {len(labels)} batches came without `cluster`: their examples count as independent"
-    return found, told if without else ""
-
-
-def _seen_twice(batches: list[_Batch], before: Outcomes, after: Outcomes) -> list[Hashable] | None:
-    """Clusters, where two dataloaders have the same examples: the same ids, and all else that is known of these too."""
-    if len({b.dataloader_idx for b in batches}) < 2 or not all("id" in b.described[ORIGINAL] for b in batches):
-        return None
-    names = [
-        name for name in ("id", "group", "prompt", "answer") if all(name in b.described[ORIGINAL] for b in batches)
-    ]
-    known = [row for b in batches for row in zip(*(b.described[ORIGINAL][name] for name in names), strict=True)]
-    loaders = [b.dataloader_idx for b in batches for _ in range(b.size)]
-    first: dict[Hashable, int] = {}
-    labels = [first.setdefault(row[0], i) for i, row in enumerate(known)]
-    pairs = [(i, one) for i, one in enumerate(labels) if loaders[i] != loaders[one]]
-    values = torch.stack([before.values.double(), after.values.double()], 1)
-    left, right = (values[[pair[side] for pair in pairs]] for side in (0, 1))
-    same = torch.allclose(left, right, rtol=ROUNDING, atol=1e-6, equal_nan=True)
-    if not pairs or not same or any(known[i] != known[one] for i, one in pairs):
-        return None  # ids that are running numbers of each dataloader's own
-    return [one if loaders[i] != loaders[one] else i for i, one in enumerate(labels)]
 
 
 def _unlike_logged(row: PairedResult, original: Logged, reduced: Logged) -> str:
