@@ -46,6 +46,7 @@ class Logged(NamedTuple):
     logger: bool
     prog_bar: bool
     higher_is_better: bool | None  # known where a torchmetrics object was logged
+    of_both: bool = False  # it is a number of both models, and was not logged
 
 
 @dataclass(eq=False)
@@ -115,6 +116,18 @@ class PairedExamples:
                 mean = torch.tensor(compare(key, values, values).original)
                 found[key] = Logged(mean, name, batch.dataloader_idx, None, True, False, None)
         return found
+
+    def of_both(self, arm: str) -> dict[str, Logged]:
+        """What the arm has of numbers of both models, as if that had been logged, over all dataloaders."""
+        found: dict[str, list[Outcomes]] = {}
+        for name, outcomes in (item for batch in self.batches for item in batch.outcomes.get(arm, {}).items()):
+            if outcomes.kind == "pair":
+                found.setdefault(name, []).append(outcomes)
+        means = {name: compare(name, *[_joined(parts, "pair")] * 2).reduced for name, parts in found.items()}
+        return {
+            name: Logged(torch.tensor(mean), name, None, None, True, False, None, of_both=True)
+            for name, mean in means.items()
+        }
 
     def rows(
         self, arm: str, original: Mapping[str, Logged], reduced: Mapping[str, Logged], base: str = ORIGINAL
@@ -227,7 +240,8 @@ class PairedExamples:
         kinds = {b.outcomes[a][name].kind for b in used for a in (base, arm)}
         if "log_ratio" in kinds and len(kinds) > 1:
             return f"the step returned outcomes of different kinds: {', '.join(sorted(kinds))}"
-        kind: Kind = kinds.pop() if len(kinds) == 1 else "mean"
+        # Two reduced arms' numbers of both models are numbers of one each: the original is the same.
+        kind: Kind = kinds.pop() if len(kinds) == 1 and not (kinds == {"pair"} and base != ORIGINAL) else "mean"
         before, after = (_joined([b.outcomes[a][name] for b in used], kind) for a in (base, arm))
         absent = torch.isnan(before.values) | torch.isnan(after.values)
         if bool(absent.all()):
@@ -298,7 +312,7 @@ def _said(batches: Iterable[_Batch], arm: str, metric: str) -> _Said | None:
         ]
         parts.append(before.get("group", [""] * batch.size))
         for listed, part in zip(found, parts, strict=True):
-            if part is None:
+            if part is None or None in part:
                 return None
             listed.extend(map(str, part))
     return found
@@ -312,7 +326,7 @@ def _shares_right(
     if not bool(((values == 0) | (values == 1) | values.isnan()).all()):
         inside = bool(((values >= 0) & (values <= 1) | values.isnan()).all())
         return outcomes if outcomes[0].kind == "mean" and higher_is_better is True and inside else None
-    if outcomes[0].kind == "log_ratio":
+    if outcomes[0].kind in ("log_ratio", "pair"):
         return None
     if higher_is_better is None:  # what it gives to an answer that is right word for word tells which of them it is
         texts = zip([*said.answers] * 2, [*said.before, *said.after], values.tolist(), strict=True)

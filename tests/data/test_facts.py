@@ -33,7 +33,7 @@ def test_all_formats_give_the_same_facts(tmp_path):
         writer = csv.DictWriter(file, list(records[0]))
         writer.writeheader()
         for record in records:
-            lists = {name: json.dumps(record[name]) for name in ("paraphrases", "choices")}
+            lists = {name: json.dumps(record[name]) for name in ("paraphrases", "choices", "neighbours")}
             writer.writerow(record | lists)
     assert read_facts(tmp_path / "f.jsonl") == read_facts(tmp_path / "f.csv") == FACTS
 
