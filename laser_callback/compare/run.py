@@ -300,13 +300,12 @@ class ComparisonRun:
         examples = self.examples.merge(rank[0] for rank in ranks)
         if not examples.batches:
             return None
-        if original:  # numbers of both models are of all ranks' examples, and so the same on each
-            logged = {key: value and value | examples.of_both(key) for key, value in logged.items()}
-        self._publish(original, logged)
-        original = original and original | examples.of_both(ORIGINAL)
+        self._publish(original, {key: examples.with_both(key, value) for key, value in logged.items()})
         for _, others_original, others_logged in ranks:  # a rank without batches has logged nothing
             original = others_original | original
             logged = {key: others_logged[key] | value for key, value in logged.items()}
+        original = examples.with_both(ORIGINAL, original)
+        logged = {key: examples.with_both(key, value) for key, value in logged.items()}
         return self._compare(examples, original, logged)
 
     def end(self) -> tuple[dict[str, Logged], dict[str, dict[str, Logged]]]:

@@ -117,16 +117,16 @@ class PairedExamples:
                 found[key] = Logged(mean, name, batch.dataloader_idx, None, True, False, None)
         return found
 
-    def of_both(self, arm: str) -> dict[str, Logged]:
-        """What the arm has of numbers of both models, as if that had been logged, over all dataloaders."""
+    def with_both(self, arm: str, logged: Mapping[str, Logged]) -> dict[str, Logged]:
+        """What an arm has logged, if anything, and numbers of both models as if it had: over all dataloaders."""
         found: dict[str, list[Outcomes]] = {}
         for name, outcomes in (item for batch in self.batches for item in batch.outcomes.get(arm, {}).items()):
             if outcomes.kind == "pair":
                 found.setdefault(name, []).append(outcomes)
         means = {name: compare(name, *[_joined(parts, "pair")] * 2).reduced for name, parts in found.items()}
-        return {
-            name: Logged(torch.tensor(mean), name, None, None, True, False, None, of_both=True)
-            for name, mean in means.items()
+        return dict(logged) and {
+            **logged,
+            **{k: Logged(torch.tensor(v), k, None, None, True, False, None, of_both=True) for k, v in means.items()},
         }
 
     def rows(

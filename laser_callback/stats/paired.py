@@ -88,8 +88,8 @@ def compare(
         ('exploratory', 'better')
     """
     if original.kind == reduced.kind == "pair":
-        means = (replace(arm, kind="mean") for arm in (original, reduced))
-        return _of_pair(compare(metric, *means, clusters=clusters))
+        as_means = replace(original, kind="mean"), replace(reduced, kind="mean")
+        return _of_pair(compare(metric, *as_means, clusters=clusters))
     before, after, weights, labels, notes = _pairs(original, reduced, clusters)
     if not len(before):
         return _without_units(metric, original, reduced, higher_is_better)
