@@ -159,7 +159,8 @@ def pair(original: torch.Tensor, other: torch.Tensor, where: torch.Tensor) -> tu
     held.begin()
     kl, same = both.divergence(original, where)
     held.end()
-    assert not kl.any() and same.all()
+    assert not kl.any()
+    assert same.all()
     assert not both.is_compared()
     with held.of_arm():
         found = both.divergence(other, where)
