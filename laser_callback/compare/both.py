@@ -118,11 +118,16 @@ def divergence(logits: Tensor, where: Tensor) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def _compared(original: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
-    """Of a few tokens' logits, (p, V) each; in place where it can be, since these are the largest tensors."""
+    """Of a few tokens' logits, (p, V) each; in place where it can be, since these are the largest tensors.
+
+    The sum of p log(p / q) + q - p, which is the divergence since p and q sum to one. No term is below zero, and what
+    float32 errs in their norms, which p log(p / q) alone takes over, cancels.
+    """
     same = original.argmax(-1) == other.argmax(-1)
     log_p, log_q = original.float().log_softmax(-1), other.float().log_softmax(-1)
-    gap = log_q.neg_().add_(log_p).masked_fill_(log_p == -torch.inf, 0.0)  # 0 log 0 is 0
-    kl = log_p.exp_().mul_(gap).sum(-1).clamp_min(0.0)  # what is below is rounding
+    gap = (log_p - log_q).masked_fill_(log_p == -torch.inf, 0.0)  # 0 log 0 is 0
+    p, q = log_p.exp_(), log_q.exp_()
+    kl = q.sub_(p).addcmul_(p, gap).sum(-1).clamp_min(0.0)
     return kl.nan_to_num_(nan=torch.inf, posinf=torch.inf), same
 
 

@@ -179,7 +179,7 @@ def test_in_float32_whatever_the_dtype_and_the_chunks(monkeypatch, dtype, most):
     kl, same = pair(one, two, where)
     assert kl.dtype == torch.float32
     expected, agree = directly(*(logits[where].double().log_softmax(-1) for logits in (one, two)))
-    assert kl.tolist() == pytest.approx(expected, rel=1e-3, abs=1e-6)
+    assert kl.tolist() == pytest.approx(expected, rel=1e-3 if dtype == torch.float32 else 1e-4, abs=1e-7)
     assert same.double().tolist() == agree
     assert 0 < sum(agree) < len(agree) or dtype != torch.bfloat16
 
