@@ -266,6 +266,7 @@ class _Measure(_WithSpectra):
     def _finish(self, run: ComparisonRun, trainer: pl.Trainer) -> None:
         self._original, _ = run.end()
         self._examples = run.gathered()
+        self._original = self._examples.with_both(ORIGINAL, self._original)
 
     @property
     def logged(self) -> dict[str, Logged]:

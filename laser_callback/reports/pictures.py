@@ -190,10 +190,17 @@ def _map(result: SearchResult) -> Figure | None:
 
 
 def trades(result: SearchResult) -> Figure | None:
-    """The finalists' gain against their fluency; ``None`` where that was not measured."""
+    """The finalists' gain against their fluency, by perplexity and divergence; ``None`` where it was not measured."""
     shown = pictured(result.trades)
+    if not shown:
+        return None
     gains = {str(candidate.whole): candidate.gain for candidate in result.candidates if not candidate.base}
-    return one(6, 4.2, drawing.trade_off, shown, gains, GainText.of(result)) if shown else None
+    diverged = [trade for trade in shown if finite(trade.kl) is not None]
+    panels = [(shown, False), *([(diverged, True)] if diverged else [])]
+    figure = new_figure(6 * len(panels), 4.2)
+    for axis, (drawn, by_kl) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        drawing.trade_off(axis, drawn, gains, GainText.of(result), by_kl)
+    return figure
 
 
 def _title(figure: Figure, text: str, plans: Sequence[str]) -> None:

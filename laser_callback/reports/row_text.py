@@ -17,14 +17,16 @@ from laser_callback.stats.priors import PriorChecks
 CONTROLS = {"zeroed": "same matrix zeroed", "random": "random matrix, same rho", "noise": "noise of the same size"}
 """What each control is, in a list of them."""
 _SAID = {"zeroed": "the same matrix zeroed", "random": "a random matrix at the same rho", "noise": CONTROLS["noise"]}
-SHARES = ("accuracy", "robustness", "consistency")
+SHARES = ("accuracy", "robustness", "consistency", "agreement")
 """A mean from 0 to 1 whose name holds one of these is a share, shown in percent."""
 
 
 def is_share(row: PairedResult) -> bool:
     """Whether the metric is a share."""
     beyond = any(value < 0 or value > 1 for value in (row.original, row.reduced))  # as one in percent already
-    return row.kind == "binary" or (row.kind == "mean" and not beyond and any(word in row.metric for word in SHARES))
+    return row.kind == "binary" or (
+        row.kind in ("mean", "pair") and not beyond and any(word in row.metric for word in SHARES)
+    )
 
 
 def percent(value: float, sign: str = "") -> str:

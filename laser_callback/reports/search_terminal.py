@@ -27,6 +27,7 @@ from laser_callback.reports.search_text import (
     aligned,
     by_strategy,
     change_unit,
+    kl_texts,
     merit,
     off_the_map,
     score_name,
@@ -263,13 +264,15 @@ def _trades(trades: Sequence[Trade], gain: GainText) -> list[RenderableType]:
     # What one would choose from comes before what only has more gain.
     first = sorted(trades, key=lambda trade: (not trade.chosen, not trade.efficient, *trade_order(trade)))
     shown = sorted(first[:_TOP], key=trade_order)
-    numbers = (f"gain\n{gain.unit}", "perplexity\n% change")
+    diverged = kl_texts(shown)
+    numbers = [f"gain\n{gain.unit}", "perplexity\n% change"]
+    numbers += ["kl\nnats/token"] if any(cell != "-" for cell in diverged) else []
     table = _table("", "plan", *numbers, "", right=numbers)
     gains = aligned([gain.scale * trade.gain for trade in shown], gain.decimals)
     fluency = aligned([None if trade.fluency is None else 100 * trade.fluency for trade in shown], 1)
-    for trade, *cells in zip(shown, gains, fluency, strict=True):
+    for trade, *cells in zip(shown, gains, fluency, diverged, strict=True):
         mark = Text("●" if trade.efficient else "○", style="green" if trade.efficient else "dim")
-        table.add_row(mark, _plan(trade.plan), *cells, "→ confirm" * trade.chosen)
+        table.add_row(mark, _plan(trade.plan), *cells[: len(numbers)], "→ confirm" * trade.chosen)
     legend = "● no other finalist has both more gain and better fluency; → confirm: went to confirmation"
     more = f"; {len(trades) - _TOP:,} more are in the JSON file" if len(trades) > _TOP else ""
     return [_heading("gain against fluency", "finalists on race examples"), table, _dim(legend + more)]

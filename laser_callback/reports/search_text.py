@@ -179,6 +179,11 @@ def pictured(trades: Sequence[Trade]) -> list[Trade]:
     return sorted(near, key=trade_order)
 
 
+def kl_texts(trades: Sequence[Trade]) -> list[str]:
+    """The divergence of each; ``-`` where it was not measured."""
+    return ["-" if finite(trade.kl) is None else f"{trade.kl:.3g}" for trade in trades]
+
+
 def seconds_text(seconds: float) -> str:
     """A time span, in the largest unit that fits."""
     if not 60 <= seconds < math.inf:

@@ -122,4 +122,4 @@ def _match(one: Outcomes, other: Outcomes) -> bool:
 def _mean_outcomes(outcomes: Sequence[Outcomes]) -> Outcomes:
     """Example by example; absent where one is."""
     values = torch.stack([torch.from_numpy(as_float64(one.values)) for one in outcomes]).mean(0)
-    return Outcomes(values, outcomes[0].weights, "log_ratio" if outcomes[0].kind == "log_ratio" else "mean")
+    return Outcomes(values, outcomes[0].weights, "mean" if outcomes[0].kind == "binary" else outcomes[0].kind)

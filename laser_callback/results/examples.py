@@ -55,6 +55,7 @@ class Logged(NamedTuple):
     logger: bool
     prog_bar: bool
     higher_is_better: bool | None  # known where a torchmetrics object was logged
+    of_both: bool = False  # it is a number of both models, and was not logged
 
 
 @dataclass
@@ -117,6 +118,18 @@ class PairedExamples:
                 mean = torch.tensor(compare(key, values, values).original)
                 found[key] = Logged(mean, name, batch.dataloader_idx, None, True, False, None)
         return found
+
+    def with_both(self, arm: str, logged: Mapping[str, Logged]) -> dict[str, Logged]:
+        """What an arm has logged, if anything, and numbers of both models as if it had: over all dataloaders."""
+        found: dict[str, list[Outcomes]] = {}
+        for name, outcomes in (item for batch in self.batches for item in batch.outcomes.get(arm, {}).items()):
+            if outcomes.kind == "pair":
+                found.setdefault(name, []).append(outcomes)
+        means = {name: compare(name, *[joined(parts, "pair")] * 2).reduced for name, parts in found.items()}
+        return dict(logged) and {
+            **logged,
+            **{k: Logged(torch.tensor(v), k, None, None, True, False, None, of_both=True) for k, v in means.items()},
+        }
 
     def rows(
         self, arm: str, original: Mapping[str, Logged], reduced: Mapping[str, Logged], base: str = ORIGINAL
@@ -229,7 +242,8 @@ class PairedExamples:
         kinds = {b.outcomes[a][name].kind for b in used for a in (base, arm)}
         if "log_ratio" in kinds and len(kinds) > 1:
             return f"the step returned outcomes of different kinds: {', '.join(sorted(kinds))}"
-        kind: Kind = kinds.pop() if len(kinds) == 1 else "mean"
+        # Two reduced arms' numbers of both models are numbers of one each: the original is the same.
+        kind: Kind = kinds.pop() if len(kinds) == 1 and not (kinds == {"pair"} and base != ORIGINAL) else "mean"
         before, after = (joined([b.outcomes[a][name] for b in used], kind) for a in (base, arm))
         absent = torch.isnan(before.values) | torch.isnan(after.values)
         if bool(absent.all()):

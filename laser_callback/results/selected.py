@@ -53,7 +53,7 @@ def said_of(batches: Iterable[Batch], arm: str, metric: str) -> Said | None:
         ]
         parts.append(before.get("group", [""] * batch.size))
         for listed, part in zip(found, parts, strict=True):
-            if part is None:
+            if part is None or None in part:
                 return None
             listed.extend(map(str, part))
     return found
@@ -67,7 +67,7 @@ def shares_right(
     if not bool(((values == 0) | (values == 1) | values.isnan()).all()):
         inside = bool(((values >= 0) & (values <= 1) | values.isnan()).all())
         return outcomes if outcomes[0].kind == "mean" and higher_is_better is True and inside else None
-    if outcomes[0].kind == "log_ratio":
+    if outcomes[0].kind in ("log_ratio", "pair"):
         return None
     if higher_is_better is None:  # what it gives to an answer that is right word for word tells which of them it is
         texts = zip([*said.answers] * 2, [*said.before, *said.after], values.tolist(), strict=True)

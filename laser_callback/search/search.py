@@ -71,7 +71,7 @@ class LaserSearch:
             For a LaserModule ``soft_error`` where only first tokens are the objective (``log_loss`` then breaks ties);
             otherwise, and in the paper's procedure, ``log_loss``.
         constraints: how much worse a key may become on the guard set, as text: ``"perplexity <= +2 %"``,
-            ``"log_loss <= +0.05"``. By default ``perplexity <= +5 %`` where there is text, and
+            ``"log_loss <= +0.05"``, ``"kl <= 0.02"``. By default ``perplexity <= +5 %`` where there is text, and
             ``paraphrase_robustness >= -0.02`` where that is an objective.
         base: what the module was fine-tuned from, as :class:`~laser_callback.spectra.BaseWeights` takes it, for
             strategies that edit the difference to it.
