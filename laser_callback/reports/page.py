@@ -15,26 +15,26 @@ from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jinja2
 from markupsafe import Markup
 
 from laser_callback.plans.short import brief
-from laser_callback.plans.words import in_words
 from laser_callback.reports import page_columns, terminal
 from laser_callback.reports.drawing import kept_text, labels, spectrum, styled, visible
 from laser_callback.reports.page_columns import code, foreign
-from laser_callback.reports.page_search import search_context
 from laser_callback.reports.pictures import LABELS, SPECTRA, one
 from laser_callback.reports.row_text import delta_text, interval_text, percent, prior_text, value_text, verdict
 from laser_callback.reports.svg import inline, printable
 from laser_callback.results.comparison import ArmResult, LaserResult
 from laser_callback.results.flips import Row, claim_row, label_counts
-from laser_callback.results.search import SearchResult
 from laser_callback.spectra.cut import CutSpectrum
 from laser_callback.stats.outcomes import PairedResult, Verdict
 from laser_callback.support.files import write_atomically
+
+if TYPE_CHECKING:
+    from laser_callback.results.search import SearchResult
 
 
 def save_page(result: LaserResult | SearchResult, path: str | Path, examples: Sequence[Row] | None = None) -> None:
@@ -51,15 +51,19 @@ def save_page(result: LaserResult | SearchResult, path: str | Path, examples: Se
 
 def page(result: LaserResult | SearchResult, examples: Sequence[Row] | None = None) -> str:
     """The text of what :func:`save_page` writes."""
-    searched = isinstance(result, SearchResult)
-    compared = result.confirmed if isinstance(result, SearchResult) else result
+    compared = result if isinstance(result, LaserResult) else result.confirmed
     if examples is None:
         examples = [] if compared is None else compared.examples.to_rows()
     with styled():
-        own = search_context(result) if isinstance(result, SearchResult) else _comparison_context(result)
+        if isinstance(result, LaserResult):
+            name, own = "comparison.html", _comparison_context(result)
+        else:
+            from laser_callback.reports.page_search import search_context  # searches need torch, comparisons do not
+
+            name, own = "search.html", search_context(result)
         text = (
             _templates()
-            .get_template("search.html" if searched else "comparison.html")
+            .get_template(name)
             .render(result=result, examples=examples, style=_resource("page.css"), script=_resource("page.js"), **own)
         )
     return f"{text}\n"
@@ -176,7 +180,6 @@ def _templates() -> jinja2.Environment:
         "code": code,
         "foreign": foreign,
         "in_short": page_columns.in_short,
-        "in_words": in_words,
         "label_picture": label_picture,
         "prior_text": prior_text,
         "spectrum_pictures": spectrum_pictures,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from markupsafe import Markup
 
@@ -21,9 +21,11 @@ from laser_callback.reports.search_text import seconds_text
 from laser_callback.reports.svg import printable
 from laser_callback.results.comparison import ArmResult, LaserResult
 from laser_callback.results.flips import Row, claim_row, flip_metric, flips
-from laser_callback.results.search import Phase
 from laser_callback.stats.judgement import Judgement
 from laser_callback.stats.outcomes import PairedResult
+
+if TYPE_CHECKING:
+    from laser_callback.results.search import Phase  # which needs torch
 
 Columns: TypeAlias = dict[str, list[Any]]
 

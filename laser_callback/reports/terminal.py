@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import io
+import sys
+from contextlib import nullcontext
 from pathlib import Path
 
-from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 from rich import get_console
 from rich.console import Console, Group, RenderableType
 from rich.padding import Padding
@@ -59,7 +60,8 @@ def show(*parts: RenderableType, console: Console | None = None) -> None:
         parts: each begins a line.
         console: Rich's own by default. ``RichProgressBar`` is live on it: any other writes into the bar.
     """
-    with Tqdm.external_write_mode():
+    bars = sys.modules.get("lightning.pytorch.callbacks.progress.tqdm_progress")  # else there is none
+    with nullcontext() if bars is None else bars.Tqdm.external_write_mode():
         (console or get_console()).print(*parts, sep="\n")
 
 

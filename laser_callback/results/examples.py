@@ -19,14 +19,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
-from torch import Tensor
+import numpy as np
 
 from laser_callback.results.returned import DESCRIPTIONS as DESCRIPTIONS
 from laser_callback.results.returned import ORIGINAL as ORIGINAL
 from laser_callback.results.returned import Returned, is_prediction, name_in, of_metric, read_returned
-from laser_callback.stats.outcomes import Kind, Outcomes, PairedResult, not_tested
+from laser_callback.stats.intervals import Floats
+from laser_callback.stats.outcomes import Array, Kind, Outcomes, PairedResult, not_tested
 from laser_callback.stats.paired import compare
 from laser_callback.stats.priors import PriorChecks, prior_checks
 from laser_callback.support.files import write_atomically
@@ -39,7 +38,7 @@ ROUNDING = 1e-3
 class Logged(NamedTuple):
     """One value that a run logged per epoch, under the key that the user sees."""
 
-    value: Tensor
+    value: Array  # a tensor; a number where it is not logged but returned
     name: str  # as in `self.log(name, ...)`
     dataloader_idx: int | None
     also: str | None  # the short form that Lightning adds to `callback_metrics`, for a key that ends in "_epoch"
@@ -69,7 +68,7 @@ class PairedExamples:
         for name in DESCRIPTIONS:
             reason = found.unused.get(name)
             if reason and not any(name in earlier.unused for earlier in self.batches):
-                rank_zero_warn(f"`{name}`, as the step returns it, is not used: {reason}")
+                _warn(f"`{name}`, as the step returns it, is not used: {reason}")
         self.batches.append(_Batch(**vars(found), dataloader_idx=dataloader_idx))
 
     def merge(self, ranks: Iterable[PairedExamples]) -> PairedExamples:
@@ -112,7 +111,7 @@ class PairedExamples:
                 ]
                 kinds = {b.outcomes[arm][name].kind for b in parts}
                 values = _joined([b.outcomes[arm][name] for b in parts], kinds.pop() if len(kinds) == 1 else "mean")
-                mean = torch.tensor(compare(key, values, values).original)
+                mean = compare(key, values, values).original
                 found[key] = Logged(mean, name, batch.dataloader_idx, None, True, False, None)
         return found
 
@@ -183,7 +182,7 @@ class PairedExamples:
         for batch in self.batches:
             for i in range(batch.size):
                 here = batch.outcomes.get(ORIGINAL, {})
-                absent = {name for name, outcomes in here.items() if bool(torch.isnan(outcomes.values[i]))}
+                absent = {name for name, outcomes in here.items() if np.isnan(outcomes.values[i])}
                 described = {
                     arm: {k: v[i] for k, v in by_name.items() if k.partition("/")[2] not in absent}
                     for arm, by_name in batch.described.items()
@@ -229,10 +228,10 @@ class PairedExamples:
             return f"the step returned outcomes of different kinds: {', '.join(sorted(kinds))}"
         kind: Kind = kinds.pop() if len(kinds) == 1 else "mean"
         before, after = (_joined([b.outcomes[a][name] for b in used], kind) for a in (base, arm))
-        absent = torch.isnan(before.values) | torch.isnan(after.values)
-        if bool(absent.all()):
+        absent = np.isnan(before.values) | np.isnan(after.values)
+        if absent.all():
             return ""
-        if kind != "binary" and not torch.equal(_weights(before)[~absent], _weights(after)[~absent]):
+        if kind != "binary" and not np.array_equal(_weights(before)[~absent], _weights(after)[~absent]):
             return "the step returned other weights for the reduced model: they belong to the example"
         clusters, unclustered = _clusters(used)
         clusters = clusters or _seen_twice(used, before, after)
@@ -259,8 +258,8 @@ class PairedExamples:
         pairs = [(before, after) for before, after in shares if before[1] == after[1]]
         if not pairs:
             return None, ""
-        weights = torch.tensor([before[1] for before, _ in pairs], dtype=torch.float64)
-        sums = torch.tensor([[before[0], after[0]] for before, after in pairs], dtype=torch.float64)
+        weights = np.array([before[1] for before, _ in pairs], np.float64)
+        sums = np.array([[before[0], after[0]] for before, after in pairs], np.float64)
         outcomes = Outcomes(sums[:, 0] / weights, weights, "mean"), Outcomes(sums[:, 1] / weights, weights, "mean")
         left_out = f"{len(shares) - len(pairs)} of {len(shares)} batches left out: logged in one arm only"
         return outcomes, left_out if len(pairs) < len(shares) else ""
@@ -308,9 +307,9 @@ def _shares_right(
     outcomes: tuple[Outcomes, Outcomes], said: _Said, higher_is_better: bool | None
 ) -> tuple[Outcomes, Outcomes] | None:
     """The outcomes from wrong to right, turned round where they are of errors; ``None`` if they are neither."""
-    values = torch.cat([arm.values for arm in outcomes])
-    if not bool(((values == 0) | (values == 1) | values.isnan()).all()):
-        inside = bool(((values >= 0) & (values <= 1) | values.isnan()).all())
+    values = np.concatenate([arm.values for arm in outcomes])
+    if not (np.isin(values, (0, 1)) | np.isnan(values)).all():
+        inside = ((values >= 0) & (values <= 1) | np.isnan(values)).all()
         return outcomes if outcomes[0].kind == "mean" and higher_is_better is True and inside else None
     if outcomes[0].kind == "log_ratio":
         return None
@@ -345,7 +344,7 @@ def _padding(ranks: list[PairedExamples]) -> dict[tuple[int, int], set[int]]:
     found: dict[tuple[int, int], set[int]] = defaultdict(set)
     for loader, example_id in repeated.items():
         added.pop(loader, None)
-        rank_zero_warn(
+        _warn(
             f"`id` must be another for each example{'' if loader is None else f' of dataloader {loader}'}, but "
             f"{str(example_id)[:60]!r} comes again in places that no distributed sampler repeats. Nothing is removed: "
             "every example counts. Examples that belong together share a `cluster`"
@@ -355,11 +354,17 @@ def _padding(ranks: list[PairedExamples]) -> dict[tuple[int, int], set[int]]:
     return found
 
 
+def _warn(message: str) -> None:
+    """On the first rank only. Imported here: outcomes that were read from a file need no Lightning."""
+    from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+
+    rank_zero_warn(message)
+
+
 def _subset(batch: _Batch, positions: list[int]) -> _Batch:
-    index = torch.tensor(positions, dtype=torch.long)
     outcomes = {
         arm: {
-            name: Outcomes(o.values[index], None if o.weights is None else o.weights[index], o.kind)
+            name: Outcomes(o.values[positions], None if o.weights is None else o.weights[positions], o.kind)
             for name, o in by_name.items()
         }
         for arm, by_name in batch.outcomes.items()
@@ -375,13 +380,12 @@ def _joined(parts: list[Outcomes], kind: Kind) -> Outcomes:
     """Batches one after the other; those without weights weigh each example as one where others have some."""
     weights = None
     if any(part.weights is not None for part in parts):
-        weights = torch.cat([_weights(part) for part in parts])
-    return Outcomes(torch.cat([part.values for part in parts]), weights, kind)
+        weights = np.concatenate([_weights(part) for part in parts])
+    return Outcomes(np.concatenate([part.values for part in parts]), weights, kind)
 
 
-def _weights(outcomes: Outcomes) -> Tensor:
-    weights: Tensor | None = outcomes.weights
-    return torch.ones_like(outcomes.values) if weights is None else weights
+def _weights(outcomes: Outcomes) -> Floats:
+    return np.ones_like(outcomes.values) if outcomes.weights is None else outcomes.weights
 
 
 def _clusters(batches: list[_Batch]) -> tuple[list[Hashable] | None, str]:
@@ -409,9 +413,9 @@ def _seen_twice(batches: list[_Batch], before: Outcomes, after: Outcomes) -> lis
     first: dict[Hashable, int] = {}
     labels = [first.setdefault(row[0], i) for i, row in enumerate(known)]
     pairs = [(i, one) for i, one in enumerate(labels) if loaders[i] != loaders[one]]
-    values = torch.stack([before.values.double(), after.values.double()], 1)
+    values = np.stack([before.values, after.values], 1)
     left, right = (values[[pair[side] for pair in pairs]] for side in (0, 1))
-    same = torch.allclose(left, right, rtol=ROUNDING, atol=1e-6, equal_nan=True)
+    same = np.allclose(left, right, rtol=ROUNDING, atol=1e-6, equal_nan=True)
     if not pairs or not same or any(known[i] != known[one] for i, one in pairs):
         return None  # ids that are running numbers of each dataloader's own
     return [one if loaders[i] != loaders[one] else i for i, one in enumerate(labels)]
