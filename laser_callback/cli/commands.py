@@ -28,6 +28,7 @@ COMMANDS = {
     "test": ("laser_callback.cli.lightning", "the same in trainer.test"),
     "fit": ("laser_callback.cli.lightning", "train, and compare in each validation"),
     "search": ("laser_callback.cli.search", "find the cuts that help a model on a task, and confirm them"),
+    "compare": ("laser_callback.cli.compare", "compare two finished runs from their logs, without a model"),
     "gate": ("laser_callback.cli.rollout", "judge a plan by gates; the exit code says whether it may ship"),
     "rollout": ("laser_callback.cli.rollout", "put a plan in stage by stage, keep the last that passes all gates"),
     "export": ("laser_callback.cli.ship", "write what a plan makes of a model: dense, factored, adapter, recipe, undo"),

@@ -25,7 +25,17 @@ from laser_callback.reports import page_columns, terminal
 from laser_callback.reports.drawing import kept_text, labels, spectrum, styled, visible
 from laser_callback.reports.page_columns import code, foreign
 from laser_callback.reports.pictures import LABELS, SPECTRA, one
-from laser_callback.reports.row_text import delta_text, interval_text, percent, prior_text, value_text, verdict
+from laser_callback.reports.row_text import (
+    delta_text,
+    heads,
+    in_names,
+    interval_text,
+    noise_text,
+    percent,
+    prior_text,
+    value_text,
+    verdict,
+)
 from laser_callback.reports.svg import inline, printable
 from laser_callback.results.comparison import ArmResult, LaserResult
 from laser_callback.results.flips import Row, claim_row, label_counts
@@ -84,7 +94,7 @@ def _comparison_context(result: LaserResult) -> dict[str, Any]:
         "claims": claims,
         "verdicts": [verdict(result, name) for name in result.arms],
         "headline": _headline(result, claims),
-        "provenance": [*page_columns.flat(result.provenance), *passes],
+        "provenance": [*page_columns.flat(result.provenance), *([] if result.is_of_runs else passes)],
     }
 
 
@@ -111,7 +121,8 @@ def _headline(result: LaserResult, claims: Mapping[str, PairedResult | None]) ->
         return Markup("Nothing could be tested of {}").format(plan)
     if row.doubt and row.verdict in ("in doubt", "higher", "lower"):
         way = "higher" if row.delta > 0 else "lower"
-        return Markup("{} is {} with {}, but {}").format(row.metric, way, plan, row.doubt)
+        doubt = in_names(row.doubt, result.names)
+        return Markup("{} is {} with {}, but {}").format(row.metric, way, plan, doubt)
     if row.verdict == "exploratory":
         return Markup("Nothing is claimed of {} with {}").format(row.metric, plan)
     if row.verdict == "not tested":
@@ -138,6 +149,7 @@ def label_picture(result: LaserResult, examples: Sequence[Row], name: str) -> di
         return None
     shown, rest = counts[:LABELS], len(counts) - LABELS
     title = f"how often each of {len(shown)} labels is right and is said"
+    first, second = heads(result.names)
     listed = counts[:100]
     return {
         "told": f"The {len(shown)} most frequent labels{f'; {rest:,} other labels are rarer' if rest > 0 else ''}.",
@@ -145,8 +157,8 @@ def label_picture(result: LaserResult, examples: Sequence[Row], name: str) -> di
         "columns": {
             "label": [foreign(visible(count.label)) for count in listed],
             "right answer": [f"{count.gold:,}" for count in listed],
-            "original": [f"{count.original:,}" for count in listed],
-            "reduced": [f"{count.reduced:,}" for count in listed],
+            first: [f"{count.original:,}" for count in listed],
+            second: [f"{count.reduced:,}" for count in listed],
         },
     }
 
@@ -179,8 +191,11 @@ def _templates() -> jinja2.Environment:
         "brief": brief,
         "code": code,
         "foreign": foreign,
+        "heads": heads,
+        "in_names": in_names,
         "in_short": page_columns.in_short,
         "label_picture": label_picture,
+        "noise_text": noise_text,
         "prior_text": prior_text,
         "spectrum_pictures": spectrum_pictures,
         "zip": zip,
