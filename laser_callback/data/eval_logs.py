@@ -8,14 +8,16 @@ imported.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 
 from laser_callback.data.logged import LoggedExample, LoggedTask, by_id
 from laser_callback.support.plain_json import text_of
-from laser_callback.support.reading import MisfitError, shown
+from laser_callback.support.reading import shown
+from laser_callback.support.suggest import clipped
 
 # ---- lm-evaluation-harness -------------------------------------------------------------------------------------------
 
@@ -31,7 +33,7 @@ def is_sample(row: Any) -> bool:
     return isinstance(row, Mapping) and "doc_hash" in row and "metrics" in row
 
 
-def read_samples(rows: Iterable[Any], higher_is_better: Mapping[str, bool]) -> LoggedTask:
+def read_samples(rows: Iterable[Any], higher_is_better: Mapping[str, bool | None]) -> LoggedTask:
     """A task from the lines of its samples: a document has one for each filter.
 
     The rows are named as in lm-eval's results, ``acc``, ``exact_match,strict-match``, without the filter ``none``.
@@ -41,23 +43,13 @@ def read_samples(rows: Iterable[Any], higher_is_better: Mapping[str, bool]) -> L
         higher_is_better: what the results say of each metric.
 
     Raises:
-        MisfitError: for a line that is no sample.
-        ValueError: if a document comes twice.
+        ValueError: if a line is no sample, or a document comes twice.
     """
     found: dict[str, list[LoggedExample]] = {}  # by filter
     task = LoggedTask({})
-    for row in rows:
-        if not is_sample(row):
-            raise MisfitError("expected a sample of lm-eval, with `doc_id`, `doc_hash` and `metrics`")
-        example = LoggedExample(str(row.get("doc_id")), same={name: str(row[name]) for name in HASHES if name in row})
-        suffix = "" if row.get("filter", "none") == "none" else f",{row['filter']}"
-        for metric in row["metrics"]:
-            _add_metric(task, example, metric, f"{metric}{suffix}", row.get(metric))
-        arguments = [list(one.values()) for one in row.get("arguments", {}).values()]
-        example.prompt = text_of(arguments[0][0]) if arguments and arguments[0] else ""
-        for metric, (answer, said) in _said(row, arguments).items():
-            if f"{metric}{suffix}" in example.outcomes:
-                example.said(f"{metric}{suffix}", answer, said)
+    for number, row in enumerate(rows, 1):
+        with _told_of(f"line {number} is no sample as lm-eval writes it"):
+            suffix, example = _example(task, row)
         found.setdefault(suffix, []).append(example)
     first, *others = map(by_id, found.values())
     for other in others:
@@ -67,9 +59,31 @@ def read_samples(rows: Iterable[Any], higher_is_better: Mapping[str, bool]) -> L
                 getattr(whole, name).update(getattr(one, name))
     task.examples = first
     metrics = {metric for example in first.values() for metric in example.outcomes}
-    known = {name: False for name in _LOWER} | dict(higher_is_better)
+    known = dict.fromkeys(_LOWER, False) | {name: way for name, way in higher_is_better.items() if way is not None}
     task.higher_is_better = {m: known[base] for m in metrics if (base := m.partition(",")[0]) in known}
     return task
+
+
+@contextmanager
+def _told_of(what: str) -> Iterator[None]:
+    try:
+        yield
+    except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError) as error:
+        raise ValueError(f"{what}: {type(error).__name__}, {clipped(error)}") from error
+
+
+def _example(task: LoggedTask, row: Mapping[str, Any]) -> tuple[str, LoggedExample]:
+    """What a filter's name adds to those of metrics, and the example."""
+    example = LoggedExample(str(row["doc_id"]), same={name: str(row[name]) for name in HASHES})
+    suffix = "" if row.get("filter", "none") == "none" else f",{row['filter']}"
+    for metric in row["metrics"]:
+        _add_metric(task, example, metric, f"{metric}{suffix}", row.get(metric))
+    arguments = [list(one.values()) for one in row.get("arguments", {}).values()]
+    example.prompt = text_of(arguments[0][0]) if arguments and arguments[0] else ""
+    for metric, (answer, said) in _said(row, arguments).items():
+        if f"{metric}{suffix}" in example.outcomes:
+            example.said(f"{metric}{suffix}", answer, said)
+    return suffix, example
 
 
 def _add_metric(task: LoggedTask, example: LoggedExample, metric: str, name: str, value: Any) -> None:
@@ -123,7 +137,7 @@ def _chosen(
 
 # ---- Inspect ---------------------------------------------------------------------------------------------------------
 
-_LETTERS = {"C": 1.0, "P": 0.5, "I": 0.0, "N": 0.0, "yes": 1.0, "true": 1.0, "no": 0.0, "false": 0.0}
+_WORDS = {"C": 1.0, "P": 0.5, "I": 0.0, "N": 0.0, "yes": 1.0, "true": 1.0, "no": 0.0, "false": 0.0}
 
 
 def is_inspect(data: Any) -> bool:
@@ -138,42 +152,44 @@ def read_inspect(data: Mapping[str, Any]) -> tuple[str, str, LoggedTask]:
     one cluster.
 
     Raises:
-        MisfitError: for a log without samples, or one whose samples are none.
-        ValueError: if a sample's epoch comes twice.
+        ValueError: for a log without samples, if one is none, or if a sample's epoch comes twice.
     """
     samples = data.get("samples")
-    if not isinstance(samples, list) or not all(isinstance(one, Mapping) and "id" in one for one in samples):
-        raise MisfitError(
-            "expected `samples` with an `id` each: write the log with `--log-samples`, and not its header"
-        )
-    task, epochs = LoggedTask({}), {one.get("epoch", 1) for one in samples}
+    if not isinstance(samples, list) or not samples:
+        raise ValueError("expected `samples`: Inspect writes none with `--no-log-samples`, and none in a header")
+    task = LoggedTask({})
     examples = []
-    for sample in samples:
-        name = str(sample["id"])
-        example = LoggedExample(name if len(epochs) == 1 else f"{name}, epoch {sample.get('epoch')}")
-        example.cluster = None if len(epochs) == 1 else name
-        example.prompt = _conversation(sample.get("input"))
-        target = sample.get("target", "")
-        answers = [text_of(one) for one in (target if isinstance(target, list) else [target])]
-        example.same = {"input": example.prompt, "target": "; ".join(answers)}
-        for scorer, score in (sample.get("scores") or {}).items():
-            value, answer = score.get("value"), score.get("answer")
-            values = {f"{scorer}/{k}": v for k, v in value.items()} if isinstance(value, Mapping) else {scorer: value}
-            for metric, one in values.items():
-                if (number := _number(one)) is None:
-                    task.unused.setdefault(metric, f"no number, such as {shown(one)}")
-                    continue
-                example.outcomes[metric] = number
-                if answer is not None and answers:
-                    example.said(metric, answers[0], text_of(answer))
-        examples.append(example)
-    task.examples = by_id(examples)
+    for number, sample in enumerate(samples, 1):
+        with _told_of(f"sample {number} is none as Inspect writes it"):
+            examples.append((str(sample["id"]), sample.get("epoch", 1), _scored(task, sample)))
+    if len({epoch for _, epoch, _ in examples}) > 1:
+        for name, epoch, example in examples:
+            example.id, example.cluster = f"{name}, epoch {epoch}", name
+    task.examples = by_id(example for _, _, example in examples)
     return text_of(data["eval"].get("model", "")), text_of(data["eval"].get("task", "")), task
+
+
+def _scored(task: LoggedTask, sample: Mapping[str, Any]) -> LoggedExample:
+    target = sample.get("target", "")
+    answers = [text_of(one) for one in (target if isinstance(target, list) else [target])]
+    example = LoggedExample(str(sample["id"]), prompt=_conversation(sample.get("input")))
+    example.same = {"input": example.prompt, "target": "; ".join(answers)}
+    for scorer, score in (sample.get("scores") or {}).items():
+        value, answer = score["value"], score.get("answer")
+        values = {f"{scorer}/{k}": v for k, v in value.items()} if isinstance(value, Mapping) else {scorer: value}
+        for metric, one in values.items():
+            if (number := _number(one)) is None:
+                task.unused.setdefault(metric, f"no number, such as {shown(one)}")
+                continue
+            example.outcomes[metric] = number
+            if answer is not None and answers:
+                example.said(metric, answers[0], text_of(answer))
+    return example
 
 
 def _number(value: Any) -> float | None:
     if isinstance(value, str):
-        value = _LETTERS.get(value, _LETTERS.get(value.lower(), value))
+        value = _WORDS.get(value, _WORDS.get(value.lower(), value))
         try:
             return float(value)
         except ValueError:

@@ -1,9 +1,9 @@
 """Finished runs, as other programs have logged them: what was asked, and what came of it. No model is run.
 
-Contract: what is read is what the log says, example by example; what is no outcome is told, and a log that is none of
-these is refused with its file and place. Read are lm-evaluation-harness' samples (``--log_samples``), logs of Inspect as
-JSON, JSONL and CSV files with an ``id`` and outcomes, and this package's own ``.examples.jsonl``, of which the
-original's outcomes are taken.
+Contract: what is read is what the log says, example by example; what is no outcome is told, and any other file is
+refused, with its place. Read are lm-evaluation-harness' samples (``--log_samples``), logs of Inspect as JSON, JSONL and
+CSV files with an ``id`` and outcomes, and this package's own ``.examples.jsonl``, of which the original's outcomes are
+taken.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,7 +21,7 @@ from laser_callback.data.eval_logs import is_inspect, is_sample, read_inspect, r
 from laser_callback.data.facts import read_csv
 from laser_callback.data.logged import FinishedRun, LoggedExample, LoggedTask, by_id
 from laser_callback.support.plain_json import text_of
-from laser_callback.support.reading import MisfitError, read_json_lines, read_plain, shown
+from laser_callback.support.reading import MisfitError, read_json_lines, read_plain, shown, typed
 
 _SAMPLES = re.compile(r"samples_(?P<task>.+)_(?P<date>\d{4}-\d\d-\d\dT[\d.-]+)")
 _FORMS = (".jsonl", ".csv", ".json")
@@ -102,13 +103,13 @@ def _read(file: Path, option: str, task: str) -> _Log:
         match = _sample(file)
         results = {} if match is None else _results(file.with_name(f"results_{match['date']}.json"), option)
         name = _stem(file) if match is None else match["task"]
-        better = results.get("higher_is_better", {}).get(name, {})
+        better = typed(dict[str, dict[str, bool | None]], results.get("higher_is_better", {})).get(name, {})
         return _Log(text_of(results.get("model_name") or file.parent.name), {name: read_samples(rows, better)})
 
 
 def _results(file: Path, option: str) -> dict[str, Any]:
     """The results that lm-eval has written beside its samples, if they are there."""
-    return read_plain(file, option) if file.is_file() else {}
+    return read_plain(file, option, partial(typed, dict[str, Any])) if file.is_file() else {}
 
 
 def _inspect(data: Any) -> _Log:

@@ -14,7 +14,7 @@ class LoggedExample:
 
     Attributes:
         id: of the example.
-        outcomes: by metric, one number; a perplexity's is the negative log likelihood in nats per token (or word, byte).
+        outcomes: by metric, one number; a perplexity's is the negative log likelihood in nats per word, byte or token.
         weights: of the metrics that weigh their examples, such as by a perplexity's words.
         answers: the right answer by metric, where the log tells it.
         predictions: what the run said, by metric. What counts as right is the right answer, word for word.

@@ -230,8 +230,8 @@ def _prior_lines(row: PairedResult, checks: PriorChecks, names: tuple[str, str])
     flag.append(prior_text(row, checks, names), style=_STYLES.get(row.verdict, ""))
     parts = [
         f"best constant answer per group {percent(checks.constant_answer)}",
-        f"{in_names('the reduced model', names)} says the right answer {percent(checks.matched)}, its answers exchanged at random "
-        f"{percent(checks.chance)}",
+        f"{in_names('the reduced model', names)} says the right answer {percent(checks.matched)}, its answers "
+        f"exchanged at random {percent(checks.chance)}",
     ]
     parts += [
         f"the changes go by {name}: the examples are worth {worth:.0f} independent ones for a claim about other {name}s"
