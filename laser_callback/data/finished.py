@@ -114,7 +114,8 @@ def _results(file: Path, option: str) -> dict[str, Any]:
 
 def _inspect(data: Any) -> _Log:
     if not is_inspect(data):
-        also = ": of lm-eval, name the folder or the samples" if "n-samples" in data else ""
+        of_lm_eval = isinstance(data, dict) and "n-samples" in data
+        also = ": of lm-eval, name the folder or the samples" if of_lm_eval else ""
         raise MisfitError(f"expected a log of Inspect, with `version`, `eval` and `samples`{also}")
     model, task, logged = read_inspect(data)
     return _Log(model, {task: logged})
