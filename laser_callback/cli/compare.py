@@ -57,4 +57,4 @@ def compare(
     for path in (html, output):
         if path is not None:
             print(f"written: {path}")
-    return Answer({"verdict": [verdict(result, name) for name in result.arms][0], **result.to_dict()})
+    return Answer({"verdict": verdict(result, "laser"), **result.to_dict()})

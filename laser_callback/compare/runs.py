@@ -238,7 +238,8 @@ def _pairs(task: str, one: FinishedRun, other: FinishedRun, names: tuple[str, st
     in_both = []
     for name, logged in zip(names, (before, after), strict=True):
         told |= {f"{column}{of} in {name}": why for column, why in logged.unused.items()}
-        in_both.append(dict.fromkeys(m for example in logged.examples.values() for m in example.outcomes))
+        present = ((m, v) for example in logged.examples.values() for m, v in example.outcomes.items())
+        in_both.append(dict.fromkeys(metric for metric, value in present if not math.isnan(value)))
     found.metrics = [metric for metric in in_both[0] if metric in in_both[1]]
     told |= {f"{metric}{of}": f"only in {names[0]}" for metric in in_both[0] if metric not in in_both[1]}
     told |= {f"{metric}{of}": f"only in {names[1]}" for metric in in_both[1] if metric not in in_both[0]}

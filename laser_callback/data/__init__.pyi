@@ -11,7 +11,11 @@ from .facts import draw as draw
 from .facts import read_facts as read_facts
 from .facts import sample_facts as sample_facts
 from .facts import split_facts as split_facts
+from .finished import read_run as read_run
 from .lm_eval import read_lm_eval as read_lm_eval
+from .logged import FinishedRun as FinishedRun
+from .logged import LoggedExample as LoggedExample
+from .logged import LoggedTask as LoggedTask
 from .probes import Probe as Probe
 from .probes import ProbeRate as ProbeRate
 from .probes import ProbesDataModule as ProbesDataModule

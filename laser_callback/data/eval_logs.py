@@ -108,7 +108,7 @@ def _said(row: Mapping[str, Any], arguments: Sequence[Sequence[Any]]) -> dict[st
         return _chosen(row, [text_of(one[-1]).removeprefix(" ") for one in arguments], responses, target)
     is_generated = arguments and len(arguments[0]) == 2 and isinstance(arguments[0][1], Mapping)
     if is_generated and len(responses) == 1 and isinstance(responses[0], str):
-        return {metric: (target, responses[0]) for metric in row["metrics"]}
+        return dict.fromkeys(row["metrics"], (target, responses[0]))
     return {}
 
 

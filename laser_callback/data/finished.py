@@ -64,6 +64,15 @@ def read_run(path: Path, option: str) -> FinishedRun:
     return FinishedRun(next(iter(models)), str(path), tasks)
 
 
+def run_of_rows(rows: Sequence[Mapping[str, Any]], name: str, source: str) -> FinishedRun:
+    """A finished run from rows of a table, or of this package's own examples.
+
+    Raises:
+        ValueError: as :func:`read_run`.
+    """
+    return FinishedRun(name, source, _table(list(enumerate(rows, 1)), ""))
+
+
 def _files(folder: Path, option: str) -> list[Path]:
     """The logs in a folder: of lm-eval the latest of each task, wherever they are in it; else each file."""
     dated = [(match["date"], match["task"], file) for file in folder.rglob("*.jsonl") if (match := _sample(file))]
@@ -150,6 +159,7 @@ def _table(rows: Sequence[tuple[int, Any]], task: str) -> dict[str, LoggedTask]:
     """Tasks from numbered rows of ``id``, what describes an example, and outcomes: whatever is a number in each row."""
     tasks: dict[str, dict[str, list[Any]]] = {}
     listed: dict[str, list[LoggedExample]] = {}
+    are_own = bool(rows) and isinstance(rows[0][1], Mapping) and isinstance(rows[0][1].get(_ORIGINAL), Mapping)
     for number, row in rows:
         if not isinstance(row, Mapping) or row.get("id") in (None, ""):
             raise ValueError(f"line {number}: expected a row with an `id`, got {shown(row)}")
@@ -169,6 +179,8 @@ def _table(rows: Sequence[tuple[int, Any]], task: str) -> dict[str, LoggedTask]:
         logged.unused = {
             column: f"no number, such as {shown(value)}" for column, value in bad.items() if value is not None
         }
+        if are_own and "perplexity" in columns:
+            logged.unused["perplexity"] = "how many tokens each example has is not written beside it"
         for example in examples:
             kept = {c: v for c, v in example.outcomes.items() if c not in logged.unused}
             example.outcomes = {c: math.nan if v is None else float(v) for c, v in kept.items()}

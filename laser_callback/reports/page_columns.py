@@ -20,7 +20,7 @@ from laser_callback.reports.row_text import (
 )
 from laser_callback.reports.search_text import seconds_text
 from laser_callback.reports.svg import printable
-from laser_callback.results.comparison import ArmResult, LaserResult
+from laser_callback.results.comparison import LaserResult
 from laser_callback.results.flips import Row, claim_row, flip_metric, flips
 from laser_callback.stats.judgement import Judgement
 from laser_callback.stats.outcomes import PairedResult

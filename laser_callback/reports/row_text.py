@@ -130,11 +130,12 @@ def noise_text(result: LaserResult, name: str) -> str:
     )
     if row is None or again is None:
         return ""
+    original, reduced = (in_names(who, result.names) for who in ("the original", "the reduced model"))
     if again.fixed is None or again.broken is None or row.fixed is None or row.broken is None:
-        return f"by arithmetic alone {row.metric} of {result.names[0]} changes by {change_text(again)}"
+        return f"by arithmetic alone {row.metric} of {original} changes by {change_text(again)}"
     flips, ups = again.fixed + again.broken, f"{again.fixed:,} up, {again.broken:,} down"
-    of = f"{flips:,} of {again.examples or again.n:,} outcomes of {result.names[0]} flip ({ups})"
-    return f"by arithmetic alone {of}, and {row.fixed + row.broken:,} differ in {result.names[1]}"
+    of = f"{flips:,} of {again.examples or again.n:,} outcomes of {original} flip ({ups})"
+    return f"by arithmetic alone {of}, and {row.fixed + row.broken:,} differ in {reduced}"
 
 
 def prior_text(row: PairedResult, checks: PriorChecks, names: tuple[str, str] = ORIGINAL_AND_REDUCED) -> str:

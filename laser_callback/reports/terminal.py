@@ -85,7 +85,7 @@ def save_picture(result: LaserResult, path: str | Path, width: int = 116) -> Non
 def render(result: LaserResult, width: int) -> RenderableType:
     """The whole report as one Rich renderable for a terminal of ``width`` columns; it fits from 80 on."""
     parts: list[RenderableType] = [*verdicts(result), Text()]
-    for name, arm in result.arms.items():
+    for name in result.arms:
         parts += [_title(result, name), *comparison(result, name, width), Text()]
     parts += [Text(line, style="dim") for line in [*footnotes(result), *_timing(result)]]
     return Group(*parts)

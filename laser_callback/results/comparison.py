@@ -16,8 +16,8 @@ from laser_callback.support.files import write_json
 from laser_callback.support.plain_json import plain
 from laser_callback.support.reading import Seconds, built, read_plain, typed
 
-
 ORIGINAL_AND_REDUCED = ("original", "reduced")
+"""What the two models of a comparison are called, unless they are two finished runs."""
 
 
 @dataclass

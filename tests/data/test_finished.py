@@ -151,10 +151,16 @@ def test_a_column_of_tasks_and_a_folder_of_them(tmp_path):
 
 
 def test_own_examples_are_read_as_the_original(tmp_path):
-    row = {"id": "1", "answer": "a", "original": {"acc": 1.0, "prediction": "a"}, "laser": {"acc": 0.0}}
+    row = {
+        "id": "1",
+        "answer": "a",
+        "original": {"acc": 1.0, "perplexity": 2.0, "prediction": "a"},
+        "laser": {"acc": 0.0},
+    }
     run = read_run(write_lines(tmp_path / "result.examples.jsonl", [row]), "a")
     (example,) = only(run).examples.values()
-    assert (run.name, example.outcomes, example.predictions) == ("result", {"acc": 1.0}, {"acc": "a"})
+    assert (run.name, example.outcomes, example.predictions["acc"]) == ("result", {"acc": 1.0}, "a")
+    assert list(only(run).unused) == ["perplexity"]  # a mean over tokens, whose numbers are not there
 
 
 # ---- refused ---------------------------------------------------------------------------------------------------------
