@@ -23,9 +23,9 @@ from torchmetrics import Metric, MetricCollection
 from typing_extensions import override
 
 from laser_callback.compare import arms
-from laser_callback.compare.devices import check_strategy
 from laser_callback.compare.options import RunOptions, UpdateFn, warn_early
 from laser_callback.compare.run import ComparisonRun
+from laser_callback.compare.trainer import check_strategy
 from laser_callback.plans.plan import LaserPlan, check_base, check_directions
 from laser_callback.plans.short import brief
 from laser_callback.reports.loggers import publish

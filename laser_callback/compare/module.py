@@ -20,7 +20,6 @@ from typing_extensions import override
 from laser_callback.compare.ab_test import ABTest
 from laser_callback.compare.both import AnswersOfBoth, tell_of_text
 from laser_callback.compare.callback import LaserCallback
-from laser_callback.compare.devices import check_strategy
 from laser_callback.compare.language_model import (
     context_length,
     is_masked,
@@ -30,6 +29,7 @@ from laser_callback.compare.language_model import (
     refuse_too_long,
     token_texts,
 )
+from laser_callback.compare.trainer import check_strategy
 from laser_callback.data import probes
 from laser_callback.data.row_scores import AnswerScores, Role, RowScores, score_rows
 from laser_callback.data.scoring import METRICS, AnswerMetric, Perplexity, rows_said, text_nll

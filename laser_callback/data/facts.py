@@ -262,7 +262,8 @@ def _read_jsonl(path: Path) -> Iterator[tuple[int, str]]:
     yield from ((number, line.strip()) for number, line in enumerate(lines, 1) if line.strip())
 
 
-def _read_csv(path: Path) -> Iterator[tuple[int, dict[Any, Any]]]:
+def read_csv(path: Path) -> Iterator[tuple[int, dict[Any, Any]]]:
+    """The rows of a CSV file, each with the number of its last line; cells beyond the header are under ``None``."""
     text = read_text(path, "path")
     reader = csv.DictReader(io.StringIO(text, newline=""))
     before = csv.field_size_limit(max(len(text), 1))  # by default 131,072 characters, for all readers of the process
@@ -288,7 +289,7 @@ def _read_parquet(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 _READERS: dict[str, tuple[Callable[[Path], Iterable[tuple[int, Any]]], Callable[[Any], Any]]] = {
     ".jsonl": (_read_jsonl, _parse_json),
-    ".csv": (_read_csv, _parse_csv),
+    ".csv": (read_csv, _parse_csv),
     ".parquet": (_read_parquet, lambda row: row),
 }
 

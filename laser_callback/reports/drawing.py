@@ -16,14 +16,15 @@ from laser_callback.reports.panels import STEPS, Panel, Shading
 from laser_callback.reports.row_text import percent
 from laser_callback.reports.search_text import GainText, short_rho
 from laser_callback.reports.svg import BETTER, DIM, INK, LINE, PAPER, SHADES, WORSE, printable, told
-from laser_callback.results.candidates import Candidate, Estimate
 from laser_callback.results.flips import LabelCount
-from laser_callback.results.search import Trade
 from laser_callback.spectra.cut import CutSpectrum
 from laser_callback.stats.outcomes import PairedResult
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # searches need torch, and the page of a comparison none
     from matplotlib.axes import Axes
+
+    from laser_callback.results.candidates import Candidate, Estimate
+    from laser_callback.results.search import Trade
 
 _EDGES = 8  # of what was removed: more of them are no lines but a hatching
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from markupsafe import Markup
 
+from laser_callback.plans.words import in_words
 from laser_callback.reports.drawing import heat_map
 from laser_callback.reports.page_columns import Columns, code, flat, foreign, in_short, with_interval
 from laser_callback.reports.panels import Panel, Shading, panels, shading
@@ -45,6 +46,7 @@ def search_context(result: SearchResult) -> dict[str, Any]:
         "steps": bases(result.candidates),
         "shades": shades,
         "panels": [] if shades is None else [_picture(panel, shades, tell) for panel in drawn],
+        "in_words": in_words,
         "best": {} if shades is None else _best(drawn, shades),
         "strategies": _strategies(result),
         "off_the_map": _off_the_map(result),

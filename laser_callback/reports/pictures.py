@@ -20,13 +20,14 @@ from laser_callback.reports.search_text import GainText, Teller, pictured
 from laser_callback.reports.svg import SHADES, printable, standalone
 from laser_callback.results.comparison import LaserResult
 from laser_callback.results.flips import Row, label_counts
-from laser_callback.results.search import SearchResult
 from laser_callback.stats.outcomes import PairedResult
 from laser_callback.support.files import write_atomically
 from laser_callback.support.plain_json import finite
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+    from laser_callback.results.search import SearchResult  # which needs torch
 
 Result: TypeAlias = "LaserResult | SearchResult"
 
@@ -44,8 +45,8 @@ def figures(result: Result, examples: Sequence[Row] | None = None) -> dict[str, 
         examples: per-example outcomes, as in the lines that :meth:`PairedExamples.write` writes; by default those that
             the result holds.
     """
-    search = result if isinstance(result, SearchResult) else None
-    compared = result.confirmed if isinstance(result, SearchResult) else result
+    search = None if isinstance(result, LaserResult) else result
+    compared = result if isinstance(result, LaserResult) else result.confirmed
     drawn: dict[str, Figure | None] = {}
     with drawing.styled():
         if search is not None:

@@ -19,9 +19,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
-from torch import Tensor
+import numpy as np
 
 from laser_callback.results.returned import DESCRIPTIONS as DESCRIPTIONS
 from laser_callback.results.returned import ORIGINAL as ORIGINAL
@@ -38,7 +36,7 @@ from laser_callback.results.selected import (
     subset,
     weights_of,
 )
-from laser_callback.stats.outcomes import Kind, Outcomes, PairedResult, not_tested
+from laser_callback.stats.outcomes import Array, Kind, Outcomes, PairedResult, not_tested
 from laser_callback.stats.paired import compare
 from laser_callback.stats.priors import PriorChecks, prior_checks
 from laser_callback.support.files import write_atomically
@@ -48,7 +46,7 @@ from laser_callback.support.plain_json import plain
 class Logged(NamedTuple):
     """One value that a run logged per epoch, under the key that the user sees."""
 
-    value: Tensor
+    value: Array  # a tensor; a number where it is not logged but returned
     name: str  # as in `self.log(name, ...)`
     dataloader_idx: int | None
     also: str | None  # the short form that Lightning adds to `callback_metrics`, for a key that ends in "_epoch"
@@ -72,7 +70,7 @@ class PairedExamples:
         for name in DESCRIPTIONS:
             reason = found.unused.get(name)
             if reason and not any(name in earlier.unused for earlier in self.batches):
-                rank_zero_warn(f"`{name}`, as the step returns it, is not used: {reason}")
+                _warn(f"`{name}`, as the step returns it, is not used: {reason}")
         self.batches.append(Batch(**vars(found), dataloader_idx=dataloader_idx))
 
     def merge(self, ranks: Iterable[PairedExamples]) -> PairedExamples:
@@ -115,7 +113,7 @@ class PairedExamples:
                 ]
                 kinds = {b.outcomes[arm][name].kind for b in parts}
                 values = joined([b.outcomes[arm][name] for b in parts], kinds.pop() if len(kinds) == 1 else "mean")
-                mean = torch.tensor(compare(key, values, values).original)
+                mean = compare(key, values, values).original
                 found[key] = Logged(mean, name, batch.dataloader_idx, None, True, False, None)
         return found
 
@@ -128,7 +126,7 @@ class PairedExamples:
         means = {name: compare(name, *[joined(parts, "pair")] * 2).reduced for name, parts in found.items()}
         return dict(logged) and {
             **logged,
-            **{k: Logged(torch.tensor(v), k, None, None, True, False, None, of_both=True) for k, v in means.items()},
+            **{k: Logged(v, k, None, None, True, False, None, of_both=True) for k, v in means.items()},
         }
 
     def rows(
@@ -198,7 +196,7 @@ class PairedExamples:
         for batch in self.batches:
             for i in range(batch.size):
                 here = batch.outcomes.get(ORIGINAL, {})
-                absent = {name for name, outcomes in here.items() if bool(torch.isnan(outcomes.values[i]))}
+                absent = {name for name, outcomes in here.items() if np.isnan(outcomes.values[i])}
                 described = {
                     arm: {k: v[i] for k, v in by_name.items() if k.partition("/")[2] not in absent}
                     for arm, by_name in batch.described.items()
@@ -245,10 +243,10 @@ class PairedExamples:
         # Two reduced arms' numbers of both models are numbers of one each: the original is the same.
         kind: Kind = kinds.pop() if len(kinds) == 1 and not (kinds == {"pair"} and base != ORIGINAL) else "mean"
         before, after = (joined([b.outcomes[a][name] for b in used], kind) for a in (base, arm))
-        absent = torch.isnan(before.values) | torch.isnan(after.values)
-        if bool(absent.all()):
+        absent = np.isnan(before.values) | np.isnan(after.values)
+        if absent.all():
             return ""
-        if kind != "binary" and not torch.equal(weights_of(before)[~absent], weights_of(after)[~absent]):
+        if kind != "binary" and not np.array_equal(weights_of(before)[~absent], weights_of(after)[~absent]):
             return "the step returned other weights for the reduced model: they belong to the example"
         clusters, unclustered = clusters_of(used)
         clusters = clusters or seen_twice(used, before, after)
@@ -275,8 +273,8 @@ class PairedExamples:
         pairs = [(before, after) for before, after in shares if before[1] == after[1]]
         if not pairs:
             return None, ""
-        weights = torch.tensor([before[1] for before, _ in pairs], dtype=torch.float64)
-        sums = torch.tensor([[before[0], after[0]] for before, after in pairs], dtype=torch.float64)
+        weights = np.array([before[1] for before, _ in pairs], np.float64)
+        sums = np.array([[before[0], after[0]] for before, after in pairs], np.float64)
         outcomes = Outcomes(sums[:, 0] / weights, weights, "mean"), Outcomes(sums[:, 1] / weights, weights, "mean")
         left_out = f"{len(shares) - len(pairs)} of {len(shares)} batches left out: logged in one arm only"
         return outcomes, left_out if len(pairs) < len(shares) else ""
@@ -306,7 +304,7 @@ def _padding(ranks: list[PairedExamples]) -> dict[tuple[int, int], set[int]]:
     found: dict[tuple[int, int], set[int]] = defaultdict(set)
     for loader, example_id in repeated.items():
         added.pop(loader, None)
-        rank_zero_warn(
+        _warn(
             f"`id` must be another for each example{'' if loader is None else f' of dataloader {loader}'}, but "
             f"{str(example_id)[:60]!r} comes again in places that no distributed sampler repeats. Nothing is removed: "
             "every example counts. Examples that belong together share a `cluster`"
@@ -314,6 +312,13 @@ def _padding(ranks: list[PairedExamples]) -> dict[tuple[int, int], set[int]]:
     for number, place, position in (one for of_loader in added.values() for one in of_loader):
         found[number, place].add(position)
     return found
+
+
+def _warn(message: str) -> None:
+    """On the first rank only. Imported here: outcomes that were read from a file need no Lightning."""
+    from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+
+    rank_zero_warn(message)
 
 
 def _unlike_logged(row: PairedResult, original: Logged, reduced: Logged) -> str:

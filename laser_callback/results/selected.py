@@ -7,10 +7,10 @@ from collections.abc import Hashable, Iterable
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from laser_callback.results.returned import ORIGINAL, Returned, of_metric
+from laser_callback.stats.intervals import Floats
 from laser_callback.stats.outcomes import Kind, Outcomes
 
 ROUNDING = 1e-3
@@ -63,9 +63,9 @@ def shares_right(
     outcomes: tuple[Outcomes, Outcomes], said: Said, higher_is_better: bool | None
 ) -> tuple[Outcomes, Outcomes] | None:
     """The outcomes from wrong to right, turned round where they are of errors; ``None`` if they are neither."""
-    values = torch.cat([arm.values for arm in outcomes])
-    if not bool(((values == 0) | (values == 1) | values.isnan()).all()):
-        inside = bool(((values >= 0) & (values <= 1) | values.isnan()).all())
+    values = np.concatenate([arm.values for arm in outcomes])
+    if not (np.isin(values, (0, 1)) | np.isnan(values)).all():
+        inside = ((values >= 0) & (values <= 1) | np.isnan(values)).all()
         return outcomes if outcomes[0].kind == "mean" and higher_is_better is True and inside else None
     if outcomes[0].kind in ("log_ratio", "pair"):
         return None
@@ -81,10 +81,9 @@ def shares_right(
 
 def subset(batch: Batch, positions: list[int]) -> Batch:
     """Those of a batch's examples that stand at these positions."""
-    index = torch.tensor(positions, dtype=torch.long)
     outcomes = {
         arm: {
-            name: Outcomes(o.values[index], None if o.weights is None else o.weights[index], o.kind)
+            name: Outcomes(o.values[positions], None if o.weights is None else o.weights[positions], o.kind)
             for name, o in by_name.items()
         }
         for arm, by_name in batch.outcomes.items()
@@ -100,14 +99,13 @@ def joined(parts: list[Outcomes], kind: Kind) -> Outcomes:
     """Batches one after the other; those without weights weigh each example as one where others have some."""
     weights = None
     if any(part.weights is not None for part in parts):
-        weights = torch.cat([weights_of(part) for part in parts])
-    return Outcomes(torch.cat([part.values for part in parts]), weights, kind)
+        weights = np.concatenate([weights_of(part) for part in parts])
+    return Outcomes(np.concatenate([part.values for part in parts]), weights, kind)
 
 
-def weights_of(outcomes: Outcomes) -> Tensor:
+def weights_of(outcomes: Outcomes) -> Floats:
     """Of each example its weight, one where there are none."""
-    weights: Tensor | None = outcomes.weights
-    return torch.ones_like(outcomes.values) if weights is None else weights
+    return np.ones_like(outcomes.values) if outcomes.weights is None else outcomes.weights
 
 
 def clusters_of(batches: list[Batch]) -> tuple[list[Hashable] | None, str]:
@@ -135,9 +133,9 @@ def seen_twice(batches: list[Batch], before: Outcomes, after: Outcomes) -> list[
     first: dict[Hashable, int] = {}
     labels = [first.setdefault(row[0], i) for i, row in enumerate(known)]
     pairs = [(i, one) for i, one in enumerate(labels) if loaders[i] != loaders[one]]
-    values = torch.stack([before.values.double(), after.values.double()], 1)
+    values = np.stack([before.values, after.values], 1)
     left, right = (values[[pair[side] for pair in pairs]] for side in (0, 1))
-    same = torch.allclose(left, right, rtol=ROUNDING, atol=1e-6, equal_nan=True)
+    same = np.allclose(left, right, rtol=ROUNDING, atol=1e-6, equal_nan=True)
     if not pairs or not same or any(known[i] != known[one] for i, one in pairs):
         return None  # ids that are running numbers of each dataloader's own
     return [one if loaders[i] != loaders[one] else i for i, one in enumerate(labels)]

@@ -94,7 +94,9 @@ def judged(
     broken = [judgement.sentence for judgement in judgements if judgement.verdict != "pass"]
     found = Gain(key, direction="max" if sign > 0 else "min").judge(row, checks)
     if found.verdict != "pass":
-        return False, f"no gain of {name} is confirmed: {gain}; {found.note}"
+        is_told = row.verdict == "no difference shown"  # that there is no gain, and what is ruled out
+        note = found.note.partition("; ")[2] if is_told else found.note
+        return False, f"no gain of {name} is confirmed: {gain}{note and f'; {note}'}"
     if checks is not None and checks.is_of_labels and not of_facts and _right(row, sign) < checks.constant_answer:
         return False, (
             f"with {name}, {gain}; but the most common answer, always given, would be right more often "

@@ -22,9 +22,9 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
-from laser_callback.compare.devices import check_strategy
 from laser_callback.compare.measure import Lab
 from laser_callback.compare.module import LaserModule
+from laser_callback.compare.trainer import check_strategy
 from laser_callback.data.datamodule import FactsDataModule
 from laser_callback.data.sets import ExampleSets
 from laser_callback.plans.plan import LaserPlan

@@ -206,7 +206,9 @@ def prior_checks(
 
     matched, chance, chance_p = _against_chance(answers, after, groups, labels)
     change = right[1] - right[0]
-    by: dict[str, Sequence[Hashable]] = {"answer": list(zip(groups, answers, strict=True)), "group": groups}
+    by: dict[str, Sequence[Hashable]] = {"answer": list(zip(groups, answers, strict=True))}
+    if any(groups):  # of unnamed ones there is nothing to generalise to
+        by["group"] = groups
     predicted = dict(zip(("original", "reduced"), map(Counter, (before, after)), strict=True))
     return PriorChecks(
         metric=metric,

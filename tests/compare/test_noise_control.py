@@ -131,7 +131,7 @@ def noisy(module: pl.LightningModule, data: Any = None, plan: str = PLAN, **opti
 
 
 def outcomes(result: LaserResult, arm: str, metric: str) -> Tensor:
-    return torch.cat([batch.outcomes[arm][metric].values for batch in result.examples.batches]).double()
+    return torch.cat([torch.as_tensor(b.outcomes[arm][metric].values) for b in result.examples.batches]).double()
 
 
 def passes(result: LaserResult, metric: str) -> Tensor:
