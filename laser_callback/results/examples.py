@@ -203,7 +203,12 @@ class PairedExamples:
                 }
                 row: dict[str, Any] = {k: v for k, v in described[ORIGINAL].items() if not is_prediction(k)}
                 for arm, outcomes in batch.outcomes.items():
-                    shown = {name: o for name, o in outcomes.items() if name not in batch.integers}
+                    shown = {
+                        name: o
+                        for name, o in outcomes.items()
+                        if name not in batch.integers
+                        and (arm, o.kind) != (ORIGINAL, "pair")  # which is none of its own
+                    }
                     row[arm] = {name: float(o.values[i]) for name, o in shown.items()}
                     row[arm] |= {k: v for k, v in described[arm].items() if is_prediction(k)}
                 rows.append(plain(row))
