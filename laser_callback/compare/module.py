@@ -18,7 +18,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from typing_extensions import override
 
 from laser_callback.compare.ab_test import ABTest
-from laser_callback.compare.callback import LaserCallback, check_strategy
+from laser_callback.compare.both import AnswersOfBoth, tell_of_text
+from laser_callback.compare.callback import LaserCallback
 from laser_callback.compare.language_model import (
     context_length,
     is_masked,
@@ -28,6 +29,7 @@ from laser_callback.compare.language_model import (
     refuse_too_long,
     token_texts,
 )
+from laser_callback.compare.trainer import check_strategy
 from laser_callback.compare.writing import write
 from laser_callback.data import probes
 from laser_callback.data.generation import EXACT_MATCH, ExactMatch
@@ -64,7 +66,9 @@ class LaserModule(pl.LightningModule):
     Logs the metrics of ``METRICS``, ``perplexity`` of running text, and
     ``refusal_rate`` and ``answer_rate`` of refusal probes, each only where its data is there, and returns their
     per-example values from its steps. Where the data lets answers be written (``generation``) it logs ``exact_match``
-    and, of what should be written, ``log_loss``; each example's ``continuation`` is returned.
+    and, of what should be written, ``log_loss``; each example's ``continuation`` is returned. A comparison has numbers
+    of both models beside them: ``kl`` and ``top1_agreement`` of text, ``answer_kl`` and ``answer_top1_agreement`` of
+    facts, ``neighbour_agreement``.
 
     Args:
         model: a transformers model, or its folder or hub name.
@@ -180,9 +184,9 @@ class LaserModule(pl.LightningModule):
 
     @override
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
-        """Mean negative log probability per answer token over the rows with a right answer, in nats."""
+        """Mean negative log probability per answer token over the facts' prompts and paraphrases, in nats."""
         scores = self._scores(batch)
-        loss = -scores.mean_log_prob[scores.role != Role.CHOICE].mean()
+        loss = -scores.mean_log_prob[scores.is_asked].mean()
         self.log("train_loss", loss, batch_size=scores.facts, prog_bar=True)
         return loss
 
@@ -310,12 +314,14 @@ class LaserModule(pl.LightningModule):
         width = max(part.shape[1] for part in parts)
         targets = torch.cat([nn.functional.pad(part, (0, width - part.shape[1]), value=-1) for part in parts])
         whole = self._texts(targets[prompts])
+        neighbours = {"neighbour_accuracy": [None] * scores.facts} if (scores.role == Role.NEIGHBOUR).any() else {}
         chosen = {name: self._texts(targets[rows]) for name, rows in rows_said(scores).items()}
         said = {"answer_accuracy": self._texts(scores.tokens[prompts]), **chosen}
         return {
             # Of the metrics of first tokens.
             "answer": self._texts(targets[prompts].gather(1, first[prompts][:, None])),
             "prediction": self._texts(scores.first_token[prompts][:, None]),
+            **{f"answer/{name}": none for name, none in neighbours.items()},  # each has its own: no prior check
             **{f"answer/{name}": whole for name in said},
             **{f"prediction/{name}": texts for name, texts in said.items()},
         }
@@ -335,6 +341,7 @@ class LaserModule(pl.LightningModule):
         refuse_too_long(self.context, [batch["attention_mask"]], torch.arange(len(batch["id"])), batch["id"])
         logits = logits_of(self.model, batch["input_ids"], batch["attention_mask"])
         nll, tokens = text_nll(logits, batch["input_ids"], batch["attention_mask"])
+        tell_of_text(logits, batch["attention_mask"])
         if count:
             cast("Perplexity", self.metrics["perplexity"]).update(nll, tokens)
         return {"id": batch["id"], "perplexity": Outcomes(nll.double() / tokens, tokens, "log_ratio")}
@@ -354,14 +361,18 @@ class LaserModule(pl.LightningModule):
     def _scores(self, batch: dict[str, Any]) -> AnswerScores:
         masks = [chunk["attention_mask"] for chunk in batch["chunks"]]
         refuse_too_long(self.context, masks, batch["row_fact"], batch["id"])
-        return AnswerScores.gather([self._score(chunk) for chunk in batch["chunks"]], batch)
+        both = AnswersOfBoth(batch)
+        scores = AnswerScores.gather([self._score(chunk, both) for chunk in batch["chunks"]], batch)
+        both.tell(scores)
+        return scores
 
-    def _score(self, chunk: dict[str, Tensor]) -> RowScores:
+    def _score(self, chunk: dict[str, Tensor], both: AnswersOfBoth) -> RowScores:
         """Score one padded chunk of rows, computing logits at the answers' positions only."""
         mask = chunk["target_mask"]
         rows = torch.arange(len(mask), device=mask.device)[:, None].expand_as(mask)[mask]
         with logits_at(self.model, rows, chunk["positions"][mask]):
             logits = logits_of(self.model, chunk["input_ids"], chunk["attention_mask"])
+        both.add(logits[0], mask)
         return score_rows(logits[0], chunk["targets"], mask, chunk["first"])
 
 

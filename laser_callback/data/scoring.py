@@ -28,6 +28,7 @@ model prefers.
     paraphrase_accuracy 0.333 [0.5, 0.0]
     paraphrase_robustness 0.000 [0.0, nan]
     paraphrase_consistency 0.000 [0.0, nan]
+    neighbour_accuracy nan [nan, nan]
 """
 
 from __future__ import annotations
@@ -183,7 +184,7 @@ class _ParaphraseMetric(AnswerMetric):
 
     def prompts(self, scores: AnswerScores) -> tuple[Tensor, Tensor]:
         """Rows that are prompts, (R,) bool, and their number per fact, (F,) float64."""
-        rows = scores.role != Role.CHOICE
+        rows = scores.is_asked
         return rows, scores.sum_by_fact(rows, rows)
 
 
@@ -255,6 +256,15 @@ class ParaphraseConsistency(_ParaphraseMetric):
         return torch.zeros_like(count).index_add(0, fact, pairs), count * (count - 1) / 2
 
 
+class NeighbourAccuracy(AnswerMetric):
+    """Share of neighbours, over those of all facts, that get the right first token."""
+
+    @override
+    def tally(self, scores: AnswerScores) -> tuple[Tensor, Tensor]:
+        rows = scores.role == Role.NEIGHBOUR
+        return scores.sum_by_fact(scores.first_rank == 0, rows), scores.sum_by_fact(rows, rows)
+
+
 METRICS: dict[str, type[AnswerMetric]] = {
     "first_token_accuracy": FirstTokenAccuracy,
     "answer_accuracy": AnswerAccuracy,
@@ -267,14 +277,20 @@ METRICS: dict[str, type[AnswerMetric]] = {
     "paraphrase_accuracy": ParaphraseAccuracy,
     "paraphrase_robustness": ParaphraseRobustness,
     "paraphrase_consistency": ParaphraseConsistency,
+    "neighbour_accuracy": NeighbourAccuracy,
 }
 """The metrics of answers by the name under which they are logged, in the order in which they are shown."""
 CURES = {
     "perplexity": "perplexity needs running text (`text=`)",
     "paraphrase": "paraphrase metrics need facts with `paraphrases`",
+    "neighbour": "metrics of neighbours need facts with `neighbours`",
     "choice": "choice metrics need facts with `choices`",
     "refusal": "refusals need probes (`ProbesDataModule`)",
     "answer_rate": "refusals need probes (`ProbesDataModule`)",
+    "answer_kl": "divergence at the answers needs a LaserModule with facts",
+    "answer_top1": "agreement at the answers needs a LaserModule with facts",
+    "kl": "`kl` needs a LaserModule with running text (`text=`)",
+    "top1": "`top1_agreement` needs a LaserModule with running text (`text=`)",
     "": "log it in `validation_step`",
 }
 """What to do about a metric that is not logged, by a part of its name."""
@@ -285,7 +301,7 @@ def rows_said(scores: AnswerScores) -> dict[str, Tensor]:
 
     Facts without choices have their prompt's row.
     """
-    rows = (scores.role != Role.PARAPHRASE).nonzero()[:, 0]
+    rows = ((scores.role == Role.PROMPT) | (scores.role == Role.CHOICE)).nonzero()[:, 0]
     rows = rows[scores.role[rows].argsort(stable=True)]  # the right answer first: of equal values the last is taken
     found = {}
     for name, metric in METRICS.items():

@@ -23,6 +23,8 @@ from laser_callback.stats.constraint import Constraint
 
 FLUENCY = "perplexity"
 """The metric of running text."""
+OF_TEXT = (FLUENCY, "kl", "top1_agreement")
+"""All metrics of running text: the last two are of both models."""
 
 _ROBUSTNESS = "paraphrase_robustness"
 _OF_FIRST_TOKEN = frozenset({"first_token_accuracy", "paraphrase_accuracy", _ROBUSTNESS})
@@ -59,6 +61,11 @@ def objective_of(
             what = "objective" if key in keys else "loss"
             raise MisconfigurationException(
                 f"`{what}` {key!r} is not logged by `validation_step`; it logs {_names(logged)}"
+            )
+        if logged[key].of_both:
+            raise MisconfigurationException(
+                f"`{'objective' if key in keys else 'loss'}` must be a metric of one model, but the original has the "
+                f"best {key!r} by definition: bound it in `constraints`"
             )
     return Objective(keys, tuple(_sign(key, direction, logged[key]) for key in keys), loss, tie)
 
@@ -116,7 +123,7 @@ def constraints_of(
     constraints = [Constraint.parse(text) for text in texts]
     for constraint in constraints:
         key = constraint.key
-        if key == FLUENCY and key not in logged:
+        if key in OF_TEXT and key not in logged:
             if not has_text:
                 raise MisconfigurationException(
                     f"the constraint '{constraint}' needs running text: give the data `text=`"

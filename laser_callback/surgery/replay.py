@@ -22,7 +22,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from laser_callback.plans.matrices import WeightMatrix, layer_stacks
+from laser_callback.plans.matrices import WeightMatrix
+from laser_callback.plans.stacks import layer_stacks
 from laser_callback.support.interrupts import whole
 from laser_callback.surgery.held import Held
 from laser_callback.surgery.interception import Forward, Watch, paused
