@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, Any
 import jinja2
 from markupsafe import Markup
 
-from laser_callback.plans.plan import LaserPlan
 from laser_callback.plans.short import brief
 from laser_callback.reports import page_columns, terminal
 from laser_callback.reports.drawing import kept_text, labels, spectrum, styled, visible
@@ -211,6 +210,8 @@ def _resource(name: str) -> Markup:
 
 
 def _needs_recipe(plan: str) -> bool:
+    from laser_callback.plans.plan import LaserPlan  # imports torch, which a page of finished runs does without
+
     try:
         return LaserPlan.parse(plan).needs_directions
     except ValueError:  # a file may say anything
