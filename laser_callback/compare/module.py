@@ -7,6 +7,7 @@ is also an ordinary module that trains on the facts' answers.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Any, cast
 
@@ -30,9 +31,18 @@ from laser_callback.compare.language_model import (
 )
 from laser_callback.compare.writing import write
 from laser_callback.data import probes
-from laser_callback.data.generation import EXACT_MATCH, ExactMatch
+from laser_callback.data.generation import EXACT_MATCH, ExactMatch, WrittenError
 from laser_callback.data.row_scores import AnswerScores, Role, RowScores, score_rows
-from laser_callback.data.scoring import METRICS, AnswerMetric, Perplexity, UnitMean, rows_said, text_nll
+from laser_callback.data.scoring import (
+    METRICS,
+    AnswerMetric,
+    BitsPerByte,
+    Perplexity,
+    UnitMean,
+    rows_said,
+    target_nll,
+    text_nll,
+)
 from laser_callback.plans.plan import LaserPlan
 from laser_callback.reports.terminal import print_ab
 from laser_callback.results.ab_test import ABResult
@@ -136,8 +146,9 @@ class LaserModule(pl.LightningModule):
     @property
     def claim(self) -> str | None:
         """The metric that carries the claim on the data of the trainer."""
-        writes = getattr(getattr(self._trainer, "datamodule", None), "generation", None) is not None
-        return EXACT_MATCH if writes and self.primary == PRIMARY else self.primary
+        data: Any = getattr(self._trainer, "datamodule", None)
+        writes = getattr(data, "generation", None) is not None
+        return data.metric if writes and self.primary == PRIMARY else self.primary
 
     @property
     def result(self) -> LaserResult:
@@ -247,7 +258,7 @@ class LaserModule(pl.LightningModule):
             with metric.sync_context():
                 has_data = metric.has_data
             if has_data:
-                self.log(name, metric)
+                self.log(name, metric, metric_attribute=f"metrics.{name}")
 
     @override
     def on_test_epoch_end(self) -> None:
@@ -289,17 +300,26 @@ class LaserModule(pl.LightningModule):
         owner = torch.arange(len(batch["id"]))
         refuse_too_long(self.context, [asked["attention_mask"]], owner, batch["id"], asked["max_new_tokens"])
         written = write(self.model, self.tokenizer, asked)
-        judged = asked["judged"](written.texts, batch)
-        right = torch.tensor([each.right for each in judged], dtype=torch.float64, device=self.device)
-        if count:
-            cast("ExactMatch", self.metrics[EXACT_MATCH]).update(right)
-        return {
-            EXACT_MATCH: Outcomes(right, kind="binary"),
+        found: dict[str, Any] = {
             "near_ties": Outcomes(written.near_ties.double()),
             "continuation": written.texts,
-            f"answer/{EXACT_MATCH}": [each.answer for each in judged],
-            f"prediction/{EXACT_MATCH}": [each.said for each in judged],
         }
+        for name, judged, binary, higher_is_better in asked["judged"](written.texts, batch):
+            right = torch.tensor([each.right for each in judged], dtype=torch.float64, device=self.device)
+            if count:
+                kind = ExactMatch if higher_is_better else WrittenError
+                cast("ExactMatch", self._metric(name, kind)).update(right)
+            found[name] = Outcomes(right, kind="binary" if binary else "mean")
+            if binary:
+                found[f"answer/{name}"] = [each.answer for each in judged]
+                found[f"prediction/{name}"] = [each.said for each in judged]
+        return found
+
+    def _metric(self, name: str, kind: type[UnitMean]) -> UnitMean:
+        """A metric of the data's own, made when it is first seen."""
+        if name not in self.metrics:
+            self.metrics[name] = kind().to(self.device)
+        return cast("UnitMean", self.metrics[name])
 
     def _said(self, scores: AnswerScores, batch: dict[str, Any]) -> dict[str, Any]:
         """What the prior checks look at: right answers and what the model says, as each metric has it."""
@@ -332,12 +352,35 @@ class LaserModule(pl.LightningModule):
             raise MisconfigurationException(
                 "perplexity is defined for causal models; leave out `text` for a masked one"
             )
+        if "windows" in batch:
+            return self._documents_step(batch, count)
         refuse_too_long(self.context, [batch["attention_mask"]], torch.arange(len(batch["id"])), batch["id"])
         logits = logits_of(self.model, batch["input_ids"], batch["attention_mask"])
         nll, tokens = text_nll(logits, batch["input_ids"], batch["attention_mask"])
         if count:
             cast("Perplexity", self.metrics["perplexity"]).update(nll, tokens)
         return {"id": batch["id"], "perplexity": Outcomes(nll.double() / tokens, tokens, "log_ratio")}
+
+    def _documents_step(self, batch: dict[str, Any], count: bool) -> dict[str, Any]:
+        """Documents of a task of lm_eval: what it counts of them, and perplexity per token."""
+        totals = torch.zeros(2, len(batch["id"]), dtype=torch.float64, device=self.device)
+        for part in batch["windows"]:
+            refuse_too_long(self.context, [part["attention_mask"]], part["owner"], batch["id"])
+            logits = logits_of(self.model, part["input_ids"], part["attention_mask"])
+            found = torch.stack(target_nll(logits, part["targets"])).double()
+            totals = totals.index_add(1, part["owner"], found)
+        nll, tokens = totals
+        outcomes = {"perplexity": Outcomes(nll / tokens, tokens, "log_ratio")}
+        for name, weights in batch["weights"].items():
+            bits = name == "bits_per_byte"
+            values = nll / weights / (math.log(2) if bits else 1)
+            outcomes[name] = Outcomes(values, weights, "mean" if bits else "log_ratio")
+        if count:
+            cast("Perplexity", self.metrics["perplexity"]).update(nll, tokens)
+            for name, weights in batch["weights"].items():
+                kind = BitsPerByte if name == "bits_per_byte" else Perplexity
+                cast("Perplexity", self._metric(name, kind)).update(nll, weights)
+        return {"id": batch["id"], **outcomes}
 
     def _probes_step(self, batch: dict[str, Any], count: bool = True) -> dict[str, Any]:
         owner, new = torch.arange(len(batch["id"])), batch["rule"]["max_new_tokens"]
@@ -376,6 +419,7 @@ class _OwnCallback(LaserCallback):
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if pl_module is self._module and stage != "predict":
+            self.primary = self._module.claim  # what it is judged by, data may know only now
             super().setup(trainer, pl_module, stage)
 
     @override

@@ -299,6 +299,9 @@ def rows_said(scores: AnswerScores) -> dict[str, Tensor]:
 
 # ------------------------------------------------------------------------------------------ perplexity
 
+IGNORED = -100
+"""The target where nothing is predicted."""
+
 
 def text_nll(logits: Tensor, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
     """Negative log likelihood of running text under a causal model.
@@ -311,11 +314,19 @@ def text_nll(logits: Tensor, input_ids: Tensor, attention_mask: Tensor) -> tuple
     Returns:
         The sum over each row's predicted tokens in nats, (R,) float32, and their number, (R,) int64.
     """
-    predicted = attention_mask[:, 1:].bool()
+    return target_nll(logits[:, :-1], input_ids[:, 1:].where(attention_mask[:, 1:].bool(), IGNORED))
+
+
+def target_nll(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Negative log likelihood of targets (R, T) int64, :data:`IGNORED` where there is none, under logits (R, T, V).
+
+    Returns:
+        The sum over each row's targets in nats, (R,) float32, and their number, (R,) int64.
+    """
     # Row by row: a float32 copy of all logits at once would be the largest tensor of the whole evaluation.
-    rows = zip(logits[:, :-1], input_ids[:, 1:], strict=True)
-    nll = torch.stack([F.cross_entropy(row.float(), ids, reduction="none") for row, ids in rows])
-    return nll.where(predicted, 0).sum(1), predicted.sum(1)
+    rows = zip(logits, targets, strict=True)
+    nll = torch.stack([F.cross_entropy(row.float(), ids, reduction="none", ignore_index=IGNORED) for row, ids in rows])
+    return nll.sum(1), (targets != IGNORED).sum(1)
 
 
 class Perplexity(UnitMean):
@@ -336,3 +347,11 @@ class Perplexity(UnitMean):
     @override
     def compute(self) -> Tensor:
         return super().compute().exp()
+
+
+class BitsPerByte(Perplexity):
+    """Mean negative log likelihood per byte in bits, over all bytes of all documents, counted as tokens are."""
+
+    @override
+    def compute(self) -> Tensor:
+        return super().compute().log2()

@@ -20,6 +20,7 @@ from laser_callback.data.datamodule import FactsDataModule, TextWindows
 from laser_callback.data.encoding import EncodedFact
 from laser_callback.data.example_set import ExampleSet, Loader, indivisible, kept_whole, taken_apart
 from laser_callback.data.facts import DEFAULT_SIZES, deal, draw, subject_key
+from laser_callback.data.lm_eval.documents import TaskDocuments
 from laser_callback.data.row_scores import Role
 from laser_callback.stats.priors import constant_share
 
@@ -330,7 +331,7 @@ def _texts(data: Any, most: int) -> dict[str, Loader]:
     Neighbours tell of the same things: no two of them are on two sides, and what is in the middle is in neither.
     """
     windows = data.text if isinstance(data, FactsDataModule) else None
-    if not isinstance(windows, TextWindows):
+    if not isinstance(windows, (TextWindows, TaskDocuments)):
         return {}
     if most < 2 or len(windows) < 5:
         raise ValueError(
