@@ -34,7 +34,7 @@ from laser_callback.data.generation import EXACT_MATCH, Generation
 from laser_callback.data.lm_eval.answers import TaskAnswers
 from laser_callback.data.lm_eval.documents import TaskDocuments
 from laser_callback.data.lm_eval.reading import read_lm_eval
-from laser_callback.data.lm_eval.source import is_lm_eval
+from laser_callback.data.lm_eval.source import context_of, is_lm_eval
 from laser_callback.support.pretrained import load_tokenizer
 from laser_callback.support.reading import read_text
 
@@ -56,6 +56,9 @@ class TextWindows(Dataset[dict[str, Any]]):
             text is too short to predict any token.
         FileNotFoundError: if there is no such file.
     """
+
+    metrics = ("perplexity",)
+    """What is measured on them."""
 
     def __init__(self, path: str | Path, tokenizer: PreTrainedTokenizerBase, *, window: int = 256) -> None:
         leading, _ = special_tokens(tokenizer)
@@ -188,7 +191,7 @@ class FactsDataModule(LightningDataModule):
             facts = sample_facts(facts, self.limit, self.seed)
         self.collate = FactCollator(pad_token_id(tokenizer), self.rows_per_forward, self.generation)
         if is_lm_eval(self.text):
-            context = self.max_length or self._context() or tokenizer.model_max_length
+            context = self.max_length or self._context() or context_of(tokenizer)
             self.text = TaskDocuments(str(self.text), tokenizer, context)
         elif isinstance(self.text, (str, Path)):
             self.text = TextWindows(self.text, tokenizer)
@@ -202,7 +205,7 @@ class FactsDataModule(LightningDataModule):
             generation=self.generation,
         )
         if isinstance(self.generation, TaskAnswers):
-            limit = self.max_length or self._context() or tokenizer.model_max_length
+            limit = self.max_length or self._context() or context_of(tokenizer)
             self.encoded = self.generation.fitted(self.encoded, limit)
         self.check_context(self._context())
         if self.generation is None and (warning := shared_first_token(self.encoded, tokenizer)):

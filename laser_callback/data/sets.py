@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import replace
 from itertools import combinations
-from typing import Any
+from typing import Any, cast
 
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -197,6 +197,12 @@ class ExampleSets:
         if name not in ("race", "guard"):
             raise ValueError(f"`name` must be 'race' or 'guard', got {name!r}; no other set has text.")
         return self._texts.get(name)
+
+    @property
+    def text_metrics(self) -> Sequence[str]:
+        """What is measured on running text; empty if the data has none."""
+        text = self._texts.get("guard")
+        return () if text is None else cast("Subset[Any]", text.dataset).dataset.metrics  # type: ignore[attr-defined]
 
     def _set(self, name: str) -> ExampleSet:
         if name not in self._sets:

@@ -116,14 +116,13 @@ def constraints_of(
     constraints = [Constraint.parse(text) for text in texts]
     for constraint in constraints:
         key = constraint.key
+        if key in sets.text_metrics and key not in logged:
+            continue
         if key == FLUENCY and key not in logged:
-            if not has_text:
-                raise MisconfigurationException(
-                    f"the constraint '{constraint}' needs running text: give the data `text=`"
-                )
-        elif key not in logged:
+            raise MisconfigurationException(f"the constraint '{constraint}' needs running text: give the data `text=`")
+        if key not in logged:
             raise MisconfigurationException(f"the constraint '{constraint}' needs {key!r}; logged are {_names(logged)}")
-        elif not has_guard:
+        if not has_guard:
             raise MisconfigurationException(
                 f"the constraint '{constraint}' is judged on the guard set, and there is none: give it a size"
             )

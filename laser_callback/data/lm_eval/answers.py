@@ -25,7 +25,7 @@ from laser_callback.data.facts import Fact
 from laser_callback.data.generation import Generation, Judged, Scored
 from laser_callback.data.lm_eval.source import Source, ask, built, tell
 
-_BINARY = ("exact_match", "acc")
+_BINARY = ("exact_match", "acc", "em")
 _OF_SEVERAL = ("majority_vote", "take_first_k")
 _WITHOUT_EFFECT = ("until", "max_gen_toks", "do_sample", "temperature", "top_p", "top_k", "min_p", "use_cache")
 """Of a task's ``generation_kwargs``, what is known here, or does nothing where nothing is sampled."""
@@ -131,41 +131,38 @@ def written_facts(
             "`chat` must be False for a tokenizer without a chat template, got True; take the tokenizer of the chat "
             "model, or set its `chat_template`."
         )
-    source, facts, found = Source.parse(text), [], {}
+    source = Source.parse(text)
     if source.fewshot_as_multiturn and not chat:
-        raise ValueError(f"{text}: `fewshot_as_multiturn` needs `chat`, the turns of which the examples are.")
-    generations = {}
+        raise ValueError(f"{text}: `fewshot_as_multiturn` needs `chat`, of which each example is then a turn.")
+    documents: list[_Document] = []
+    generations: dict[str, TaskAnswers] = {}
     for task in tasks:
         if source.max_gen_toks is not None:
             task.set_config("generation_kwargs", {"max_gen_toks": source.max_gen_toks}, update=True)
         if reason := _unsupported(task):
             raise ValueError(f"the task {task.task_name!r} of lm_eval {reason}")
         ask(task, source, tokenizer, chat=chat, system=system)
-        documents = [_Document(task, request, _delimiter(task, request, chat)) for request in task.instances]
-        scores, left_out = _scores(documents[0])
-        facts += [document.fact() for document in documents]
-        found.update({document.name: document for document in documents})
-        new, stop = _limits(task, documents[0], tokenizer)
+        if any(request.idx for request in task.instances):
+            raise ValueError(f"the task {task.task_name!r} of lm_eval asks several times about a document")
+        own = [_Document(task, request, _delimiter(task, request, chat)) for request in task.instances]
+        scores, left_out = _scores(own[0])
+        new, stop = _limits(own[0], tokenizer)
         generations[task.task_name] = TaskAnswers(max_new_tokens=new, stop=stop, source=text, scores=scores)
-        right = any(
-            document.of_target[one.filter][1].get(one.metric, 0) > 0 for document in documents for one in scores
-        )
-        tell(task, len(documents), f"; judged by {', '.join(score.name for score in scores)}{left_out}")
-        if not right:
-            tell(
-                task,
-                len(documents),
-                ", of which it judges no target right as it stands: give a search `race`, since the loss of the "
-                "targets says little",
+        also = f"; judged by {', '.join(score.name for score in scores)}{left_out}"
+        if not any(document.judges_target(score) for document in own for score in scores):
+            also += (
+                f"; no target is right as it stands, so let a search race by what is written: race={scores[0].name!r}"
             )
-    first = next(iter(generations.values()))
-    if other := next((name for name, one in generations.items() if one != first), None):
+        tell(task, len(own), also)
+        documents += own
+    (name, first), *others = generations.items()
+    if other := next((one for one, generation in others if generation != first), None):
         raise ValueError(
             f"the tasks of a group must agree in stop texts, `max_gen_toks`, filters and metrics, but {other!r} has "
-            f"{generations[other]} and {next(iter(generations))!r} has {first}; take them one by one"
+            f"{generations[other]} and {name!r} has {first}; take them one by one"
         )
-    _ASKED[text] = found
-    return facts, first
+    _ASKED[text] = {document.name: document for document in documents}
+    return [document.fact() for document in documents], first
 
 
 _ASKED: dict[str, dict[str, _Document]] = {}
@@ -226,10 +223,13 @@ class _Document:
         """The results of the target, were it written."""
         return self.results(self.target)
 
+    def judges_target(self, score: Score) -> bool:
+        """Whether the target is right, were it written."""
+        return bool(self.of_target[score.filter][1].get(score.metric) == 1)
+
     def answer(self, score: Score) -> str:
         """The right answer as a filter shows it: what it leaves of the target, if that is right, or the target."""
-        left, values = self.of_target[score.filter]
-        return _text(left) if values.get(score.metric) == 1 else self.target
+        return _text(self.of_target[score.filter][0]) if self.judges_target(score) else self.target
 
     @cached_property
     def target(self) -> str:
@@ -301,7 +301,7 @@ def _unsupported(task: Any) -> str | None:
     return None
 
 
-def _limits(task: Any, document: _Document, tokenizer: PreTrainedTokenizerBase) -> tuple[int, Sequence[str]]:
+def _limits(document: _Document, tokenizer: PreTrainedTokenizerBase) -> tuple[int, Sequence[str]]:
     """The most new tokens, and the stop texts, as ``lm_eval`` has them for a model of transformers."""
     from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
 

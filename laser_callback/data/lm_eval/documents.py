@@ -72,6 +72,17 @@ class TaskDocuments(Dataset[Document]):
             self.documents += [document for document in documents if document.windows]
             empty = sum(not document.windows for document in documents)
             tell(task, len(documents), f"; without {empty} that have no tokens" if empty else "")
+        if len({tuple(document.weights) for document in self.documents}) > 1:
+            raise ValueError(
+                f"the tasks of a group must agree in metrics, but those of {text} do not; take one of them."
+            )
+        if not self.documents:
+            raise ValueError(f"`text` must have tokens to predict, got none in {text}.")
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """What is measured on them."""
+        return ("perplexity", *self.documents[0].weights)
 
     def __len__(self) -> int:
         return len(self.documents)

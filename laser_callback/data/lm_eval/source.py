@@ -143,6 +143,13 @@ def _template(tokenizer: PreTrainedTokenizerBase) -> Callable[..., str]:
     return lambda history, **options: HFLM.apply_chat_template(of_tokenizer, history, **options)
 
 
+def context_of(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The context that ``lm_eval`` takes a model to have whose config does not say it."""
+    from lm_eval.models.utils import resolve_max_length
+
+    return resolve_max_length(None, tokenizer)
+
+
 def tell(task: Any, count: int, also: str = "") -> None:
     """Warn which documents these are, and what the reader of a result must know of them."""
     split = "test" if task.has_test_docs() else "validation"
