@@ -373,7 +373,7 @@ class LaserModule(pl.LightningModule):
         outcomes = {"perplexity": Outcomes(nll / tokens, tokens, "log_ratio")}
         for name, weights in batch["weights"].items():
             bits = name == "bits_per_byte"
-            values = nll / weights / (math.log(2) if bits else 1)
+            values = (nll / weights / (math.log(2) if bits else 1)).where(weights > 0, math.nan)  # of an empty text
             outcomes[name] = Outcomes(values, weights, "mean" if bits else "log_ratio")
         if count:
             cast("Perplexity", self.metrics["perplexity"]).update(nll, tokens)

@@ -34,7 +34,8 @@ class Document:
 
     Attributes:
         id: task and number.
-        windows: tokens that a model reads, and those that it should predict there, one for one.
+        windows: tokens that a model reads, and those that it should predict there, one for one; none of an empty text,
+            whose words and bytes count all the same.
         weights: by metric, what of the document is counted.
     """
 
@@ -68,16 +69,12 @@ class TaskDocuments(Dataset[Document]):
                     f"the type {task.OUTPUT_TYPE}; that goes where facts do."
                 )
             ask(task, parsed)
-            documents = [_document(task, request, tokenizer, context) for request in task.instances]
-            self.documents += [document for document in documents if document.windows]
-            empty = sum(not document.windows for document in documents)
-            tell(task, len(documents), f"; without {empty} that have no tokens" if empty else "")
+            self.documents += [_document(task, request, tokenizer, context) for request in task.instances]
+            tell(task, len(task.instances))
         if len({tuple(document.weights) for document in self.documents}) > 1:
             raise ValueError(
                 f"the tasks of a group must agree in metrics, but those of {text} do not; take one of them."
             )
-        if not self.documents:
-            raise ValueError(f"`text` must have tokens to predict, got none in {text}.")
 
     @property
     def metrics(self) -> tuple[str, ...]:
