@@ -301,14 +301,14 @@ class LaserModule(pl.LightningModule):
         refuse_too_long(self.context, [asked["attention_mask"]], owner, batch["id"], asked["max_new_tokens"])
         written = write(self.model, self.tokenizer, asked)
         found: dict[str, Any] = {
-            "near_ties": Outcomes(written.near_ties.double()),
+            "near_ties": written.near_ties.double(),  # no outcome that is claimed
             "continuation": written.texts,
         }
         for name, judged, binary, higher_is_better in asked["judged"](written.texts, batch):
             right = torch.tensor([each.right for each in judged], dtype=torch.float64, device=self.device)
+            metric = self._metric(name, ExactMatch if higher_is_better else WrittenError)
             if count:
-                kind = ExactMatch if higher_is_better else WrittenError
-                cast("ExactMatch", self._metric(name, kind)).update(right)
+                cast("ExactMatch", metric).update(right)
             found[name] = Outcomes(right, kind="binary" if binary else "mean")
             if binary:
                 found[f"answer/{name}"] = [each.answer for each in judged]
@@ -370,16 +370,14 @@ class LaserModule(pl.LightningModule):
             found = torch.stack(target_nll(logits, part["targets"])).double()
             totals = totals.index_add(1, part["owner"], found)
         nll, tokens = totals
-        outcomes = {"perplexity": Outcomes(nll / tokens, tokens, "log_ratio")}
-        for name, weights in batch["weights"].items():
+        outcomes = {}
+        for name, weights in {"perplexity": tokens, **batch["weights"]}.items():
             bits = name == "bits_per_byte"
             values = (nll / weights / (math.log(2) if bits else 1)).where(weights > 0, math.nan)  # of an empty text
             outcomes[name] = Outcomes(values, weights, "mean" if bits else "log_ratio")
-        if count:
-            cast("Perplexity", self.metrics["perplexity"]).update(nll, tokens)
-            for name, weights in batch["weights"].items():
-                kind = BitsPerByte if name == "bits_per_byte" else Perplexity
-                cast("Perplexity", self._metric(name, kind)).update(nll, weights)
+            metric = self._metric(name, BitsPerByte if bits else Perplexity)
+            if count:
+                cast("Perplexity", metric).update(nll, weights)
         return {"id": batch["id"], **outcomes}
 
     def _probes_step(self, batch: dict[str, Any], count: bool = True) -> dict[str, Any]:

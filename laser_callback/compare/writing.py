@@ -40,9 +40,9 @@ from laser_callback.surgery.replay import Answered, answered, aside, recorded
 
 FIRST, LOGITS_BYTES = 16, 2**28
 """So many tokens are checked in the first call, in each further one twice as many, within so many bytes of logits."""
-ROUNDING = {torch.float32: 64.0}
-"""In units of a dtype's precision, by how much logits of the size of the largest may differ by rounding alone ..."""
-_ROUNDING_OF_HALF = 4.0
+ROUNDING, ROUNDING_OF_HALF = 16.0, 4.0
+"""By how much the distance of two logits may differ by rounding, in units of the dtype's precision at the size of the
+largest. One token at a time against all at once, SmolLM2-135M: up to 7.7 in float32, and 3.2 in bfloat16."""
 _CROWDED = 0.75
 """Rows that have ended are computed on with the others, until less than this share is left."""
 
@@ -295,8 +295,8 @@ def near_ties(model: PreTrainedModel, logits: Tensor) -> Tensor:
     device = logits.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else model.dtype
     first, second = logits.topk(2, -1).values.unbind(-1)
-    noise = ROUNDING.get(dtype, _ROUNDING_OF_HALF) * torch.finfo(dtype).eps * logits.abs().amax(-1)
-    return first - second <= noise
+    units = ROUNDING if torch.finfo(dtype).bits >= 32 else ROUNDING_OF_HALF
+    return first - second <= units * torch.finfo(dtype).eps * logits.abs().amax(-1)
 
 
 # ---- with a draft ----------------------------------------------------------------------------------------------------

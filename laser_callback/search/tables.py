@@ -50,7 +50,8 @@ def to_step(table: Table) -> Step:
         for key in kinds
     }
     first = next(iter(table.values()))
-    tensors |= {f"clusters/{key}": v.clusters for key, v in first.items() if v.clusters is not None}  # of all arms
+    # Of all arms; a key that no example has shares them with another.
+    tensors |= {f"clusters/{key}": v.clusters.clone() for key, v in first.items() if v.clusters is not None}
     return {"arms": list(table), "kinds": kinds}, tensors
 
 

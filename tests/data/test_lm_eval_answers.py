@@ -15,8 +15,9 @@ from torch.utils.data import DataLoader
 from trainers import quiet_trainer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from laser_callback import FactsDataModule, LaserModule
+from laser_callback import FactsDataModule, LaserModule, reduced
 from laser_callback.cli.commands import main
+from laser_callback.compare.ab_test import part_of
 from laser_callback.data.demo_model import demo_model_folder
 from laser_callback.data.generation import Generation
 from laser_callback.data.lm_eval.documents import TaskDocuments
@@ -297,9 +298,15 @@ def test_arguments_that_do_not_go_together(write, options, extra, message):
 def test_a_comparison_claims_by_the_task_s_first_metric(write):
     model, tokenizer = tiny_causal_lm(), tiny_tokenizer()
     module = LaserModule(model, tokenizer, plan="3.mlp@0.1", report=False)
-    source = write(GSM8K, sums()) + "&num_fewshot=1&max_gen_toks=8"
-    quiet_trainer().validate(module, FactsDataModule(source, tokenizer, batch_size=5), verbose=False)
+    source = write(GSM8K, sums(lambda i: 7)) + "&num_fewshot=1&max_gen_toks=40"
+    data = FactsDataModule(source, tokenizer, batch_size=5)
+    (metrics,) = quiet_trainer().validate(module, data, verbose=False)
     rows = {row.metric: row for row in module.result["laser"].rows}
+    for name in ("exact_match,strict-match", "exact_match,flexible-extract"):
+        assert (metrics[name], metrics[f"laser/{name}"]) == (rows[name].original, rows[name].reduced)
+    with reduced(module, "3.mlp@0.1"):
+        (alone,) = quiet_trainer().validate(LaserModule(model, tokenizer), data, verbose=False)
+    assert alone["exact_match,flexible-extract"] == metrics["laser/exact_match,flexible-extract"]
     assert rows["exact_match,strict-match"].role == "primary"
     assert rows["exact_match,flexible-extract"].kind == "binary"
     assert rows["log_loss"].n == len(NAMES)
@@ -401,6 +408,19 @@ def test_rolling_rows_have_their_weights(write):
     assert rows["bits_per_byte"].kind == "mean"
     ratio = math.log2(rows["byte_perplexity"].reduced / rows["byte_perplexity"].original)
     assert rows["bits_per_byte"].delta == pytest.approx(ratio, rel=1e-9)
+
+
+def test_a_part_of_a_batch_of_documents_is_the_batch_of_these(write):
+    documents = TaskDocuments(write("wikitext/wikitext.yaml", PAGES), tiny_tokenizer(), 64)
+    module, some = LaserModule(tiny_causal_lm(), tiny_tokenizer()), [1, 3, 4]
+    part = part_of(documents.collate([documents[i] for i in range(6)]), some)
+    alone = documents.collate([documents[i] for i in some])
+    assert (part["id"], part["weights"].keys()) == (alone["id"], alone["weights"].keys())
+    with torch.inference_mode():
+        one, other = (module._documents_step(batch, count=False) for batch in (part, alone))
+    for name in ("perplexity", "word_perplexity", "bits_per_byte"):
+        torch.testing.assert_close(one[name].values, other[name].values)
+        torch.testing.assert_close(one[name].weights, other[name].weights)
 
 
 def test_a_task_in_the_wrong_place_is_told(write):
