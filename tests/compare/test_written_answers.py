@@ -34,8 +34,7 @@ def rows(model: Any, n: int = 11) -> list[dict[str, Any]]:
         with torch.inference_mode():
             written = writing.write(model, tiny_tokenizer(), batch["asked"])
         (scored,) = batch["asked"]["judged"](written.texts, batch)
-
-    return [one.said for one in scored.judged]
+        return [one.said for one in scored.judged]
 
     before = said()
     with reduced(model, PLAN):

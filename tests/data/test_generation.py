@@ -10,6 +10,7 @@ from tiny import tiny_tokenizer
 from laser_callback import FactsDataModule
 from laser_callback.data import Fact, Generation, encode_facts
 from laser_callback.data.encoding import FactCollator
+from laser_callback.data.generation import EXACT_MATCH
 
 
 @pytest.mark.parametrize(

