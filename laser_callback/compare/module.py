@@ -73,15 +73,17 @@ class LaserModule(pl.LightningModule):
 
     Logs the metrics of ``METRICS``, ``perplexity`` of running text, and
     ``refusal_rate`` and ``answer_rate`` of refusal probes, each only where its data is there, and returns their
-    per-example values from its steps. Where the data lets answers be written (``generation``) it logs ``exact_match``
-    and, of what should be written, ``log_loss``; each example's ``continuation`` is returned.
+    per-example values from its steps. Where the data lets answers be written (``generation``) it logs ``exact_match``,
+    or what a task of ``lm_eval`` judges by, and, of what should be written, ``log_loss``; each example's
+    ``continuation`` is returned.
 
     Args:
         model: a transformers model, or its folder or hub name.
         tokenizer: the model's tokenizer; by default the one in the model's folder.
         plan: what to cut (see :class:`LaserCallback`); ``None`` for a plain evaluation. A ``LaserCallback`` among the
             trainer's callbacks takes precedence.
-        primary: the metric that carries the claim; where answers are written, by default ``exact_match``.
+        primary: the metric that carries the claim; where answers are written, by default ``exact_match``, or the first
+            one of a task of ``lm_eval``.
         controls: also run the controls of each plan, as in :class:`LaserCallback`.
         report: see :class:`LaserCallback`.
         learning_rate: of AdamW in ``fit``.

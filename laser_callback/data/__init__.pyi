@@ -16,6 +16,7 @@ from .generation import Generation as Generation
 from .generation import Judged as Judged
 from .generation import Scored as Scored
 from .lm_eval.answers import TaskAnswers as TaskAnswers
+from .lm_eval.documents import TaskDocuments as TaskDocuments
 from .lm_eval.reading import TaskFacts as TaskFacts
 from .lm_eval.reading import read_lm_eval as read_lm_eval
 from .probes import Probe as Probe
