@@ -332,8 +332,9 @@ def test_a_real_model_is_judged_as_by_lm_eval(write, tmp_path, case):
     folder = demo_model_folder()
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
     config, rows, options = REAL[case]
-    some = [row if i % 3 else other for i, (row, other) in enumerate(zip(rows(), rows(lambda i: "12"), strict=True))]
-    found, _, names = compared(model, tokenizer, write(config, some, rows()), tmp_path, 24, **options)
+    others = rows(lambda i: "12")
+    some = [others[i] if i % 3 == 1 else row for i, row in enumerate(rows()[:6])]
+    found, _, names = compared(model, tokenizer, write(config, some, rows()), tmp_path, 32, **options)
     assert any(0 < sum(found[name]) < len(some) for name in names.values())
 
 
