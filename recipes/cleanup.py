@@ -279,7 +279,7 @@ def ways(
         source = module if weights == "last" else restored(result.source)
         said, _ = predictions(source, data)
         yield (weights, "as trained"), Path(result.source).stem, said
-        best = {row.kind: row.name for row in result.contenders}  # of two joint rules, the last is the one it has tried
+        best = {row.kind: row.name for row in result.contenders}
         spectra = Spectra.default(BaseWeights(encoder, source))
         for kind in ("WiSE-FT", "joint rule"):
             with reduced(source, best[kind], spectra):

@@ -29,7 +29,7 @@ def public(package: Path) -> set[str]:
 
 def test_every_folder_is_a_room():
     assert {path.parent.name for path in PACKAGE.glob("*/__init__.py")} == set(ROOMS)
-    assert len(ROOMS) == 13
+    assert len(ROOMS) == 14
     assert {path.name for path in PACKAGE.glob("*.py")} == {"__init__.py", "__main__.py"}
 
 

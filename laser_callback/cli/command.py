@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import json
 import math
+import signal
 import sys
+import threading
 import warnings
 from argparse import ArgumentError
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import dataclass
 from enum import IntEnum
+from types import FrameType
 from typing import Any
 
 from laser_callback.support.suggest import clipped
@@ -31,6 +34,7 @@ class Exit(IntEnum):
     MISUSED = 2  # a bad option, plan or file
     KEPT_ORIGINAL = 3  # all went well, and the verdict is to keep the original model
     INTERRUPTED = 130
+    TERMINATED = 143
 
 
 @dataclass(frozen=True)
@@ -62,9 +66,10 @@ def run(work: Callable[[], Answer | int | None], prog: str, *, as_json: bool, de
     try:
         with redirect_stdout(sys.stderr) if as_json else nullcontext():
             answer = work()
-    except KeyboardInterrupt:
-        print(f"{prog}: interrupted", file=sys.stderr)
-        return Exit.INTERRUPTED
+    except KeyboardInterrupt as error:
+        how = Exit.TERMINATED if isinstance(error, Terminated) else Exit.INTERRUPTED
+        print(f"{prog}: {how.name.lower()}", file=sys.stderr)
+        return how
     except Exception as error:
         if debug or not is_mistake(error):
             raise
@@ -75,6 +80,27 @@ def run(work: Callable[[], Answer | int | None], prog: str, *, as_json: bool, de
     if as_json and answer.data is not None:
         print(json.dumps(answer.data, indent=2, ensure_ascii=False, allow_nan=False))
     return int(answer.code)
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, which ends work as Ctrl-C does."""
+
+
+@contextmanager
+def terminable() -> Iterator[None]:
+    """Within: SIGTERM is :class:`Terminated`, so that what is known is written, and no file is half there."""
+
+    def strike(number: int, frame: FrameType | None) -> None:
+        raise Terminated
+
+    if threading.current_thread() is not threading.main_thread():  # no other can set handlers
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, strike)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @contextmanager

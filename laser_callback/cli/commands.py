@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 from typing_extensions import override
 
 from laser_callback import __version__
-from laser_callback.cli.command import Exit, in_lines, run
+from laser_callback.cli.command import Exit, in_lines, run, terminable
 from laser_callback.support.suggest import closest
 
 COMMANDS = {
@@ -28,6 +28,7 @@ COMMANDS = {
     "test": ("laser_callback.cli.lightning", "the same in trainer.test"),
     "fit": ("laser_callback.cli.lightning", "train, and compare in each validation"),
     "search": ("laser_callback.cli.search", "find the cuts that help a model on a task, and confirm them"),
+    "compare": ("laser_callback.cli.compare", "compare two finished runs from their logs, without a model"),
     "gate": ("laser_callback.cli.rollout", "judge a plan by gates; the exit code says whether it may ship"),
     "rollout": ("laser_callback.cli.rollout", "put a plan in stage by stage, keep the last that passes all gates"),
     "export": ("laser_callback.cli.ship", "write what a plan makes of a model: dense, factored, adapter, recipe, undo"),
@@ -39,10 +40,10 @@ COMMANDS = {
     "recipes show": ("laser_callback.cli.recipes", "print one"),
     "recipes cp": ("laser_callback.cli.recipes", "copy one"),
     "recipes run": ("laser_callback.cli.recipes", "run one, with options of its command to override it"),
-    "cache ls": ("laser_callback.cli.cache", "show what they take"),
-    "cache clear": ("laser_callback.cli.cache", "remove them"),
-    "get facts": ("laser_callback.cli.get", "write the facts to a file"),
-    "get model": ("laser_callback.cli.get", "print the folder of the model, made if it is missing"),
+    "cache ls": ("laser_callback.cli.stock", "show what they take"),
+    "cache clear": ("laser_callback.cli.stock", "remove them"),
+    "get facts": ("laser_callback.cli.stock", "write the facts to a file"),
+    "get model": ("laser_callback.cli.stock", "print the folder of the model, made if it is missing"),
     "completion": (
         "laser_callback.cli.completion",
         "print a script that lets your shell complete commands and options",
@@ -87,7 +88,8 @@ def work(name: str, arguments: list[str]) -> Any:
         return function(arguments)
     from laser_callback.cli.options import call
 
-    return call(function, arguments, f"laser-callback {name}")
+    with terminable():  # the others are Lightning's, which has a way of its own with signals
+        return call(function, arguments, f"laser-callback {name}")
 
 
 def function_of(name: str) -> Callable[..., Any]:
@@ -118,7 +120,7 @@ def _parser() -> ArgumentParser:
         formatter_class=RawDescriptionHelpFormatter,
         epilog="`laser-callback COMMAND --help` shows a command's options.\n"
         "exit codes: 0 done, or a plan is recommended; 1 a crash; 2 a bad option, plan or file;\n"
-        "            3 the verdict is to keep the original; 130 interrupted",
+        "            3 the verdict is to keep the original; 130 interrupted; 143 terminated",
     )
     root.add_argument("--version", action="version", version=__version__)
     groups = {"": root.add_subparsers(title="commands", metavar="COMMAND [options]", required=True)}

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 from laser_callback.cli.command import Answer
+from laser_callback.finished.pairing import compare_runs
+from laser_callback.finished.reading import read_run, run_of_rows
 from laser_callback.reports.page import save_page
 from laser_callback.reports.pictures import save_figures
 from laser_callback.reports.row_text import verdict
@@ -25,6 +29,7 @@ def report(
     pictures: Path | None = None,
     format: Literal["png", "svg", "pdf"] = "png",
     examples: Path | None = None,
+    noise: Path | None = None,
 ) -> Answer:
     """Show the result of a comparison or a search: in the terminal, or as a page or pictures where these are asked for.
 
@@ -34,12 +39,17 @@ def report(
         pictures: a folder for pictures.
         format: of the pictures.
         examples: the outcomes of each example (.examples.jsonl), for the page; by default those beside the result.
+        noise: those of the same comparison run once more under other arithmetic, such as with another batch size or
+            precision: how many outcomes of the original differ by that alone is told beside the gain.
     """
-    need_files(result=result, examples=examples)
-    need_writable({"result": result, "examples": examples or result.with_suffix(".examples.jsonl")}, html=html)
+    need_files(result=result, examples=examples, noise=noise)
+    read = {"result": result, "examples": examples or result.with_suffix(".examples.jsonl"), "noise": noise}
+    need_writable(read, html=html)
     need_writable_folder(pictures=pictures)
     found = read_result(result)
     rows = read_examples(result if examples is None else examples, must_exist=examples is not None)
+    if noise is not None:
+        found = _with_noise(found, rows, result, noise)
     written: list[Path] = []
     if html is not None:
         save_page(found, html, rows)
@@ -54,6 +64,19 @@ def report(
         else:
             print_report(found)
     return Answer({"verdict": _verdicts(found), "written": [str(path) for path in written]})
+
+
+def _with_noise(
+    found: LaserResult | SearchResult, rows: Sequence[Mapping[str, Any]], result: Path, noise: Path
+) -> LaserResult | SearchResult:
+    """The result with what its original answers otherwise in another run of it."""
+    compared = found if isinstance(found, LaserResult) else found.confirmed
+    if compared is None or not rows:
+        raise ValueError(f"`noise` is held against the examples of a comparison, and {result} has none beside it")
+    own = run_of_rows(rows, "original", str(result))
+    rerun = compare_runs(own, own, again=read_run(noise, "noise")).rerun
+    compared = replace(compared, rerun=rerun)
+    return compared if isinstance(found, LaserResult) else replace(found, confirmed=compared)
 
 
 def read_result(path: Path) -> LaserResult | SearchResult:

@@ -13,10 +13,10 @@ from laser_callback.compare.module import LaserModule
 from laser_callback.data.generation import Generation
 from laser_callback.data.lm_eval.source import file_of
 from laser_callback.data.probes import ProbesDataModule
-from laser_callback.plans.plan import LaserPlan, check_base
+from laser_callback.plans.plan import LaserPlan, check_base, check_directions
 from laser_callback.reports.gate_terminal import print_rollout
 from laser_callback.shipping.gates import read_gates
-from laser_callback.shipping.rollout import StagedRollout, in_steps, one_by_one
+from laser_callback.shipping.rollout import StagedRollout, in_parts, in_steps
 from laser_callback.spectra.delta import BaseWeights
 from laser_callback.spectra.store import Spectra
 from laser_callback.support.files import need_files, need_writable
@@ -69,7 +69,8 @@ def rollout(
         data: a LightningDataModule class with a validation dataloader.
         base: for a plan that cuts the difference to what the model was fine-tuned from, as in 27.fc_in@0.1:cut=delta:
             that model's folder, hub name or checkpoint.
-        stages: the plans to go through before the last, in order; by default one more reduction at a time.
+        stages: the plans to go through before the last, in order; by default one more reduction at a time, of a plan
+            with more than eight its layers in at most eight parts.
         steps: instead, cut the whole plan at these rhos first.
         gain_at: demand gains of each stage, or of the last only.
         controls: run beside each stage its matrices zeroed, random matrices cut at the same rho, and noise
@@ -95,8 +96,9 @@ def rollout(
     elif steps is not None:
         declared = in_steps(whole, [steps] if isinstance(steps, float) else steps)
     else:
-        declared = one_by_one(whole)
+        declared = in_parts(whole)
     check_base(declared, base is not None)
+    check_directions(declared)
     read_gates(gates)
     read = {"probes": probes, **{f"others.{name}": file_of(path) for name, path in (others or {}).items()}}
     need_files(**read)

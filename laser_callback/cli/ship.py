@@ -13,7 +13,7 @@ from rich.filesize import decimal
 from transformers import AutoProcessor, PreTrainedModel
 
 from laser_callback.cli.command import Answer, notes
-from laser_callback.plans.plan import check_base
+from laser_callback.plans.plan import check_base, check_directions
 from laser_callback.results.search import SearchResult, result_of
 from laser_callback.shipping.export import Form, save_reduced
 from laser_callback.shipping.fewer_layers import listed
@@ -23,7 +23,8 @@ from laser_callback.spectra.store import Spectra
 from laser_callback.support.files import appearing, need_files
 from laser_callback.support.pretrained import load_pretrained, load_tokenizer, save_dense
 from laser_callback.support.reading import read_plain
-from laser_callback.surgery.recipe import Recipe, need_recipe_ending, recorded
+from laser_callback.surgery.recipe import Recipe, need_recipe_ending
+from laser_callback.surgery.record import recorded
 
 
 def export(
@@ -58,6 +59,7 @@ def export(
     if form == "recipe":
         need_recipe_ending(output=output)
     check_base([chosen], base is not None)
+    check_directions([chosen])
     original, spectra = _original(model, base, allow_missing)
     with notes():
         done = save_reduced(

@@ -15,9 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-import torch
 from lightning.pytorch.callbacks import ModelPruning
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
@@ -27,7 +25,8 @@ from typing_extensions import override
 from laser_callback.compare import arms
 from laser_callback.compare.options import RunOptions, UpdateFn, warn_early
 from laser_callback.compare.run import ComparisonRun
-from laser_callback.plans.plan import LaserPlan, check_base
+from laser_callback.compare.trainer import check_strategy
+from laser_callback.plans.plan import LaserPlan, check_base, check_directions
 from laser_callback.plans.short import brief
 from laser_callback.reports.loggers import publish
 from laser_callback.reports.page import save_page
@@ -82,7 +81,7 @@ class LaserCallback(pl.Callback):
             step that changes parameters, or writes to the weights that are cut.
         ReducedPassError: for what is raised in a plan's pass only.
         ValueError: before the first batch, in ``fit`` before training, for a plan or base that does not fit; at the
-            first batch for weights that are not finite.
+            first batch for weights that are not finite, or others than those of a recipe.
 
     Example::
 
@@ -167,7 +166,9 @@ class LaserCallback(pl.Callback):
             options = self._options
             if options.spectra is None:  # those that are given say themselves what they lack
                 check_base(self.plans.values(), given=False)
+                check_directions(self.plans.values())
             return options
+        check_directions(self.plans.values())
         self._base_weights = read_weights(self.base) if self._base_weights is None else self._base_weights
         return replace(self._options, spectra=Spectra(base=BaseWeights(self._base_weights, module)))
 
@@ -217,6 +218,11 @@ class LaserCallback(pl.Callback):
         self._options_for(pl_module)  # reads the base, and looks whether it is the module's
         for plan in self.plans.values():
             for matrix, reduction in plan.resolve(pl_module):
+                if isinstance(plan, Recipe) and matrix.parameter.requires_grad:
+                    raise MisconfigurationException(
+                        f"the recipe is for `{matrix.name}` as it is now, and training changes that: give its plan "
+                        f"alone, {brief(plan)!r}, or compare in `trainer.validate()`"
+                    )
                 if (matrix.module, matrix.attribute) in pruned:
                     raise MisconfigurationException(
                         f"the reduction {brief(reduction)} cuts `{matrix.name}`, which ModelPruning makes from "
@@ -349,29 +355,6 @@ def _write(result: LaserResult, path: Path) -> None:
 # ---- checks ----------------------------------------------------------------------------------------------------------
 
 
-def check_strategy(trainer: pl.Trainer) -> None:
-    """Refuse strategies and devices under which the weights cannot be swapped."""
-    strategy = trainer.strategy
-    # By exact class: subclasses shard or live on devices whose parameters do not follow a pointer swap.
-    if type(strategy) not in (SingleDeviceStrategy, DDPStrategy):
-        raise MisconfigurationException(
-            f"rank reduction supports single devices and DDP, got {type(strategy).__name__}: parameters that are "
-            "sharded or flattened do not follow a swap. Evaluate with `Trainer(devices=1)` or `strategy='ddp'`."
-        )
-    if strategy.root_device.type not in ("cpu", "cuda"):
-        raise MisconfigurationException(
-            f"rank reduction supports the CPU and CUDA devices, got {strategy.root_device.type!r}: its sums and "
-            "factorisations need float64. Evaluate with `Trainer(accelerator='cpu')`."
-        )
-
-
-def accelerator_of(accelerator: str) -> str:
-    """What is meant by "auto": CUDA where there is a device, else the CPU. Lightning would take Apple's GPU."""
-    if accelerator != "auto":
-        return accelerator
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
 def _check_trainer(trainer: pl.Trainer, callback: LaserCallback) -> None:
     check_strategy(trainer)
     for other in trainer.callbacks:
@@ -391,7 +374,7 @@ def _check_trainer(trainer: pl.Trainer, callback: LaserCallback) -> None:
 
 
 def _named_plans(plan: Any, key_prefix: str) -> dict[str, LaserPlan]:
-    if not isinstance(plan, Mapping) or set(plan) == {"reductions"}:
+    if not isinstance(plan, Mapping) or "reductions" in plan:
         return {key_prefix: Recipe.of(plan)}
     if not plan:
         raise MisconfigurationException("`plan` must hold at least one plan, got an empty mapping")

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import lightning.pytorch as pl
+import numpy as np
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
@@ -26,14 +27,15 @@ from laser_callback.compare.options import RunOptions
 from laser_callback.compare.run import ComparisonRun
 from laser_callback.compare.trainer import left_as_found, quiet_trainer
 from laser_callback.data.facts import draw
-from laser_callback.plans.matrices import find_matrices, layer_stacks
+from laser_callback.plans.matrices import find_matrices
 from laser_callback.plans.plan import LaserPlan
 from laser_callback.plans.selection import Catalogue
+from laser_callback.plans.stacks import layer_stacks
 from laser_callback.plans.target import Target, targets
 from laser_callback.results.comparison import LaserResult
 from laser_callback.results.examples import ORIGINAL, Logged, PairedExamples
 from laser_callback.spectra.store import Spectra
-from laser_callback.stats.outcomes import Kind, Outcomes
+from laser_callback.stats.outcomes import Kind, Outcomes, as_float64
 from laser_callback.surgery.swap import reduced
 
 TENSOR_BYTES = 2**30
@@ -59,9 +61,10 @@ class Values:
     @classmethod
     def of(cls, outcomes: Outcomes, clusters: Iterable[Hashable] | None = None) -> Values:
         """The same as float64, with weights; a cluster's number is that of its label in any other measurement too."""
-        values, weights = outcomes.values.double(), outcomes.weights
+        values = torch.from_numpy(as_float64(outcomes.values))
         kind: Kind = "mean" if outcomes.kind == "binary" else outcomes.kind
-        weights = torch.ones(len(values)).double() if weights is None else weights.double()
+        given = outcomes.weights
+        weights = torch.ones_like(values) if given is None else torch.from_numpy(as_float64(given))
         numbers = None if clusters is None else torch.tensor([int(draw(str(c), "cluster")[:13], 16) for c in clusters])
         return cls(values, weights, kind, numbers)
 
@@ -265,6 +268,7 @@ class _Measure(_WithSpectra):
     def _finish(self, run: ComparisonRun, trainer: pl.Trainer) -> None:
         self._original, _ = run.end()
         self._examples = run.gathered()
+        self._original = self._examples.with_both(ORIGINAL, self._original)
 
     @property
     def logged(self) -> dict[str, Logged]:
@@ -295,7 +299,7 @@ def values_of(examples: PairedExamples, arm: str, key: str, metric: Logged) -> t
         )
     pair = examples.values(arm, key, metric)
     if pair is None or len(pair[0].values) != len(own[0].values):  # the cut has broken the model
-        pair = own[0], replace(own[0], values=torch.full_like(own[0].values, math.nan))
+        pair = own[0], replace(own[0], values=np.full_like(own[0].values, math.nan))
     clusters = examples.clusters(key, metric)
     before, after = (Values.of(outcomes, clusters) for outcomes in pair)
     present = before.values[~torch.isnan(before.values)]

@@ -19,7 +19,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from typing_extensions import override
 
 from laser_callback.compare.ab_test import ABTest
-from laser_callback.compare.callback import LaserCallback, check_strategy
+from laser_callback.compare.both import AnswersOfBoth, TextOfBoth
+from laser_callback.compare.callback import LaserCallback
 from laser_callback.compare.language_model import (
     context_length,
     is_masked,
@@ -29,11 +30,13 @@ from laser_callback.compare.language_model import (
     refuse_too_long,
     token_texts,
 )
+from laser_callback.compare.trainer import check_strategy
 from laser_callback.compare.writing import write
 from laser_callback.data import probes
 from laser_callback.data.generation import EXACT_MATCH, ExactMatch, WrittenError
 from laser_callback.data.row_scores import AnswerScores, Role, RowScores, score_rows
 from laser_callback.data.scoring import (
+    IGNORED,
     METRICS,
     AnswerMetric,
     BitsPerByte,
@@ -41,7 +44,7 @@ from laser_callback.data.scoring import (
     UnitMean,
     rows_said,
     target_nll,
-    text_nll,
+    windows_of,
 )
 from laser_callback.plans.plan import LaserPlan
 from laser_callback.reports.terminal import print_ab
@@ -75,7 +78,8 @@ class LaserModule(pl.LightningModule):
     ``refusal_rate`` and ``answer_rate`` of refusal probes, each only where its data is there, and returns their
     per-example values from its steps. Where the data lets answers be written (``generation``) it logs ``exact_match``,
     or what a task of ``lm_eval`` judges by, and, of what should be written, ``log_loss``; each example's
-    ``continuation`` is returned.
+    ``continuation`` is returned. A comparison has numbers of both models beside them: ``kl`` and ``top1_agreement`` of
+    text, ``answer_kl`` and ``answer_top1_agreement`` of facts, ``neighbour_agreement``.
 
     Args:
         model: a transformers model, or its folder or hub name.
@@ -193,9 +197,9 @@ class LaserModule(pl.LightningModule):
 
     @override
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
-        """Mean negative log probability per answer token over the rows with a right answer, in nats."""
+        """Mean negative log probability per answer token over the facts' prompts and paraphrases, in nats."""
         scores = self._scores(batch)
-        loss = -scores.mean_log_prob[scores.role != Role.CHOICE].mean()
+        loss = -scores.mean_log_prob[scores.is_asked].mean()
         self.log("train_loss", loss, batch_size=scores.facts, prog_bar=True)
         return loss
 
@@ -332,12 +336,14 @@ class LaserModule(pl.LightningModule):
         width = max(part.shape[1] for part in parts)
         targets = torch.cat([nn.functional.pad(part, (0, width - part.shape[1]), value=-1) for part in parts])
         whole = self._texts(targets[prompts])
+        neighbours = {"neighbour_accuracy": [None] * scores.facts} if (scores.role == Role.NEIGHBOUR).any() else {}
         chosen = {name: self._texts(targets[rows]) for name, rows in rows_said(scores).items()}
         said = {"answer_accuracy": self._texts(scores.tokens[prompts]), **chosen}
         return {
             # Of the metrics of first tokens.
             "answer": self._texts(targets[prompts].gather(1, first[prompts][:, None])),
             "prediction": self._texts(scores.first_token[prompts][:, None]),
+            **{f"answer/{name}": none for name, none in neighbours.items()},  # each has its own: no prior check
             **{f"answer/{name}": whole for name in said},
             **{f"prediction/{name}": texts for name, texts in said.items()},
         }
@@ -354,32 +360,24 @@ class LaserModule(pl.LightningModule):
             raise MisconfigurationException(
                 "perplexity is defined for causal models; leave out `text` for a masked one"
             )
-        if "windows" in batch:
-            return self._documents_step(batch, count)
-        refuse_too_long(self.context, [batch["attention_mask"]], torch.arange(len(batch["id"])), batch["id"])
-        logits = logits_of(self.model, batch["input_ids"], batch["attention_mask"])
-        nll, tokens = text_nll(logits, batch["input_ids"], batch["attention_mask"])
-        if count:
-            cast("Perplexity", self.metrics["perplexity"]).update(nll, tokens)
-        return {"id": batch["id"], "perplexity": Outcomes(nll.double() / tokens, tokens, "log_ratio")}
-
-    def _documents_step(self, batch: dict[str, Any], count: bool) -> dict[str, Any]:
-        """Documents of a task of lm_eval: what it counts of them, and perplexity per token."""
-        totals = torch.zeros(2, len(batch["id"]), dtype=torch.float64, device=self.device)
-        for part in batch["windows"]:
-            refuse_too_long(self.context, [part["attention_mask"]], part["owner"], batch["id"])
-            logits = logits_of(self.model, part["input_ids"], part["attention_mask"])
-            found = torch.stack(target_nll(logits, part["targets"])).double()
-            totals = totals.index_add(1, part["owner"], found)
+        windows, counted = batch["windows"] if "windows" in batch else [windows_of(batch)], batch.get("weights", {})
+        totals, both = torch.zeros(2, len(batch["id"]), dtype=torch.float64, device=self.device), TextOfBoth()
+        for part in windows:
+            ids, mask, targets, owner = (part[name] for name in ("input_ids", "attention_mask", "targets", "owner"))
+            refuse_too_long(self.context, [mask], owner, batch["id"])
+            logits = logits_of(self.model, ids, mask)
+            totals = totals.index_add(1, owner, torch.stack(target_nll(logits, targets)).double())
+            both.add(logits, targets != IGNORED, owner)
+        both.tell(len(batch["id"]))
         nll, tokens = totals
         outcomes = {}
-        for name, weights in {"perplexity": tokens, **batch["weights"]}.items():
+        for name, units in {"perplexity": tokens, **counted}.items():  # words and bytes are of a task of lm_eval
             bits = name == "bits_per_byte"
-            values = (nll / weights / (math.log(2) if bits else 1)).where(weights > 0, math.nan)  # of an empty text
-            outcomes[name] = Outcomes(values, weights, "mean" if bits else "log_ratio")
+            values = (nll / units / (math.log(2) if bits else 1)).where(units > 0, math.nan)  # of an empty text
+            outcomes[name] = Outcomes(values, units, "mean" if bits else "log_ratio")
             metric = self._metric(name, BitsPerByte if bits else Perplexity)
             if count:
-                cast("Perplexity", metric).update(nll, weights)
+                cast("Perplexity", metric).update(nll, units)
         return {"id": batch["id"], **outcomes}
 
     def _probes_step(self, batch: dict[str, Any], count: bool = True) -> dict[str, Any]:
@@ -397,14 +395,18 @@ class LaserModule(pl.LightningModule):
     def _scores(self, batch: dict[str, Any]) -> AnswerScores:
         masks = [chunk["attention_mask"] for chunk in batch["chunks"]]
         refuse_too_long(self.context, masks, batch["row_fact"], batch["id"])
-        return AnswerScores.gather([self._score(chunk) for chunk in batch["chunks"]], batch)
+        both = AnswersOfBoth(batch)
+        scores = AnswerScores.gather([self._score(chunk, both) for chunk in batch["chunks"]], batch)
+        both.tell(scores)
+        return scores
 
-    def _score(self, chunk: dict[str, Tensor]) -> RowScores:
+    def _score(self, chunk: dict[str, Tensor], both: AnswersOfBoth) -> RowScores:
         """Score one padded chunk of rows, computing logits at the answers' positions only."""
         mask = chunk["target_mask"]
         rows = torch.arange(len(mask), device=mask.device)[:, None].expand_as(mask)[mask]
         with logits_at(self.model, rows, chunk["positions"][mask]):
             logits = logits_of(self.model, chunk["input_ids"], chunk["attention_mask"])
+        both.add(logits[0], mask)
         return score_rows(logits[0], chunk["targets"], mask, chunk["first"])
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torchmetrics import MetricCollection
 
@@ -36,6 +37,14 @@ class RunOptions:
     isolate: tuple[str, ...] = ()
     skip_isolation: bool = False
     watched: bool = True  # see that the passes use the reduced weights
+
+    def new_metrics(self, device: torch.device) -> MetricCollection | None:
+        """Fresh in each run: states made under inference mode cannot be updated outside of it."""
+        if self.metrics is None:
+            return None
+        metrics = self.metrics.clone().to(device)
+        metrics.reset()
+        return metrics
 
 
 def warn_early(options: RunOptions, keys: Collection[str], where: str) -> None:

@@ -21,6 +21,7 @@ from torch.utils import _pytree as pytree
 from torchmetrics import MetricCollection
 
 from laser_callback.compare import arms
+from laser_callback.compare.both import Both, beside
 from laser_callback.compare.controls import control_plans
 from laser_callback.compare.options import RunOptions, warn_early, warn_if_absent
 from laser_callback.compare.published import published
@@ -71,6 +72,7 @@ class ComparisonRun:
             for control, plan in self._with_controls(base)
         ]
         self.examples = PairedExamples()
+        self._both = Both()
         self._original_seconds = 0.0
         self._held: dict[ReducedArm, int] = {}
         self._failed: list[ReducedArm] = []
@@ -78,7 +80,7 @@ class ComparisonRun:
         self._unused: dict[str, str] = {}
         self._broken: dict[str, str] = {}  # controls that fail, and how: that says nothing of the plan
         self._original_means: dict[str, tuple[float, float]] = {}
-        self._metrics = self._new_metrics()
+        self._metrics = self.options.new_metrics(self.module.device)
         self._recording: Any = None
         self._moments: arms.Moments | None = None
         self._begun = False
@@ -120,14 +122,6 @@ class ComparisonRun:
                 self._alone.append(plan)
             yield from controls.items()
 
-    def _new_metrics(self) -> MetricCollection | None:
-        # Fresh in each run: states made under inference mode cannot be updated outside of it.
-        if self.options.metrics is None:
-            return None
-        metrics = self.options.metrics.clone().to(self.module.device)
-        metrics.reset()
-        return metrics
-
     def _begin_arms(self) -> None:
         """Factorise, on every rank, also on one that gets no batch.
 
@@ -145,7 +139,7 @@ class ComparisonRun:
             reduction.factorise_seconds = time.perf_counter() - begin
             if self.options.with_spectra and not reduction.control:
                 reduction.spectra = cut_spectra(reduction.cut.matrices, self._spectra)
-            reduction.metrics = self._new_metrics()
+            reduction.metrics = self.options.new_metrics(self.module.device)
         if self.options.spectra is None:
             self._spectra.forget()
         if self.options.replay:
@@ -191,11 +185,14 @@ class ComparisonRun:
         if self._replay is not None:
             self._recording = self._replay.record()  # known before it begins: an interrupt may come in between
             self._recording.__enter__()
+        if self._reductions:
+            self._both.begin()
         self._begin = time.perf_counter()
 
     def _after_step(self) -> None:
         """Right after the user's pass."""
         self._original_seconds += time.perf_counter() - self._begin
+        self._both.end()
         if self._recording is not None:
             self._recording.__exit__(None, None, None)
         self._start.after(first=not self.examples.batches)
@@ -205,7 +202,7 @@ class ComparisonRun:
         outputs, batch_idx, dataloader_idx = self._returned
         self._start.look()
         index = arms.sequential_dataloader_idx(self.trainer, dataloader_idx)
-        collected = {ORIGINAL: outputs}
+        collected: dict[str, Any] = {ORIGINAL: beside(outputs, self._both.original)}
         means: dict[str, Any] = {}
         after = RandomState.now()
         self._update_own(self._metrics, outputs)
@@ -215,10 +212,11 @@ class ComparisonRun:
                 self._rng.set()
                 with self._failing(reduction, f"on batch {batch_idx}"):
                     twin = reduction.twin() if self.options.watched else None
-                    output = self._pass(reduction, batch_idx, index)
+                    with self._both.of_arm() as of_both:
+                        output = self._pass(reduction, batch_idx, index)
                     reduction.seconds += time.perf_counter() - begin
                     self._update_own(reduction.metrics, output)
-                    collected[reduction.key] = output
+                    collected[reduction.key] = beside(output, of_both)
                     self._hold(reduction)
                     if self.options.on_arm is not None:
                         self.options.on_arm(reduction.key)
@@ -227,6 +225,7 @@ class ComparisonRun:
                         self._look_for_difference(reduction, twin, outputs, output, batch_idx, index)
         finally:
             after.set()
+            self._both.forget()
             if self._replay is not None:
                 self._replay.forget()
         self._start.check()
@@ -252,7 +251,8 @@ class ComparisonRun:
         if reduction.compare(original, outputs, output) and twin is not None:
             self._rng.set()
             replaying = self._replaying(reduction, ReplayReport())
-            reduction.probe(twin, copy_batch(self._batch), batch_idx, index, replaying)
+            with self._both.of_arm():
+                reduction.probe(twin, copy_batch(self._batch), batch_idx, index, replaying)
 
     def _running(self) -> list[ReducedArm]:
         return [reduction for reduction in self._reductions if reduction not in self._failed]
@@ -300,10 +300,12 @@ class ComparisonRun:
         examples = self.examples.merge(rank[0] for rank in ranks)
         if not examples.batches:
             return None
-        self._publish(original, logged)
+        self._publish(original, {key: examples.with_both(key, value) for key, value in logged.items()})
         for _, others_original, others_logged in ranks:  # a rank without batches has logged nothing
             original = others_original | original
             logged = {key: others_logged[key] | value for key, value in logged.items()}
+        original = examples.with_both(ORIGINAL, original)
+        logged = {key: examples.with_both(key, value) for key, value in logged.items()}
         return self._compare(examples, original, logged)
 
     def end(self) -> tuple[dict[str, Logged], dict[str, dict[str, Logged]]]:
@@ -344,6 +346,7 @@ class ComparisonRun:
         """Leave nothing behind, whatever state the run is in."""
         if self._recording is not None:
             self._recording.close()
+        self._both.forget()
         if self._moments is not None:
             self._moments.remove()
         for reduction in self._reductions:

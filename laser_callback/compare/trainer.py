@@ -10,19 +10,44 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from typing_extensions import override
 
-from laser_callback.compare.callback import accelerator_of
 from laser_callback.passes.state import RandomState
 from laser_callback.support.interrupts import closed, undisturbed, whole
 from laser_callback.support.settings import ignoring
+
+
+def check_strategy(trainer: pl.Trainer) -> None:
+    """Refuse strategies and devices under which the weights cannot be swapped."""
+    strategy = trainer.strategy
+    # By exact class: subclasses shard or live on devices whose parameters do not follow a pointer swap.
+    if type(strategy) not in (SingleDeviceStrategy, DDPStrategy):
+        raise MisconfigurationException(
+            f"rank reduction supports single devices and DDP, got {type(strategy).__name__}: parameters that are "
+            "sharded or flattened do not follow a swap. Evaluate with `Trainer(devices=1)` or `strategy='ddp'`."
+        )
+    if strategy.root_device.type not in ("cpu", "cuda"):
+        raise MisconfigurationException(
+            f"rank reduction supports the CPU and CUDA devices, got {strategy.root_device.type!r}: its sums and "
+            "factorisations need float64. Evaluate with `Trainer(accelerator='cpu')`."
+        )
+
+
+def accelerator_of(accelerator: str) -> str:
+    """What is meant by "auto": CUDA where there is a device, else the CPU. Lightning would take Apple's GPU."""
+    if accelerator != "auto":
+        return accelerator
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def quiet_trainer(accelerator: str = "auto", **options: Any) -> AbstractContextManager[pl.Trainer]:
     """Within: a Trainer on one device, and Lightning introduces neither it nor itself.
 
     Ctrl-C comes out as KeyboardInterrupt, and may be struck again: Lightning exits the process at the first one, and
-    has all further ones ignored.
+    has all further ones ignored. All other signals do what they do outside: Lightning waits with SIGTERM for a batch's
+    end, forgets it at that of the last, and exits as if all were well.
 
     Args:
         accelerator: as in ``Trainer``, but "auto" takes CUDA or the CPU, and "cuda:1" names the device.
@@ -33,6 +58,7 @@ def quiet_trainer(accelerator: str = "auto", **options: Any) -> AbstractContextM
     options = {**dict.fromkeys(shows, False), **options}
     with _quiet(None):
         trainer = pl.Trainer(accelerator=name, devices=[int(index)] if index else 1, **options)
+        trainer._signal_connector = _NoHandlers()
     return _quiet(trainer)
 
 
@@ -47,14 +73,24 @@ def _quiet(trainer: Any) -> Generator[Any, None, None]:
             yield trainer
     except SystemExit as error:
         if isinstance(error.__context__, KeyboardInterrupt):
-            raise KeyboardInterrupt from None
+            raise error.__context__ from None
         raise
     finally:
         logger.setLevel(level)
-        if trainer is not None:
-            trainer._signal_connector.teardown()  # where an interrupt has kept Lightning from doing so
         if handler not in (None, signal.SIG_IGN) and signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
             signal.signal(signal.SIGINT, handler)
+
+
+class _NoHandlers:
+    """In place of what sets Lightning's handlers of signals, and takes them away."""
+
+    received_sigterm = False
+
+    def register_signal_handlers(self) -> None:
+        """As all others this does nothing."""
+
+    def teardown(self) -> None:
+        """Nothing."""
 
 
 class PutBack(pl.Callback):

@@ -6,6 +6,7 @@ from .encoding import EncodedRow as EncodedRow
 from .encoding import FactCollator as FactCollator
 from .encoding import encode_facts as encode_facts
 from .facts import Fact as Fact
+from .facts import Neighbour as Neighbour
 from .facts import deal as deal
 from .facts import draw as draw
 from .facts import read_facts as read_facts
@@ -32,6 +33,7 @@ from .scoring import AnswerMetric as AnswerMetric
 from .scoring import ChoiceAccuracy as ChoiceAccuracy
 from .scoring import FirstTokenAccuracy as FirstTokenAccuracy
 from .scoring import LogLoss as LogLoss
+from .scoring import NeighbourAccuracy as NeighbourAccuracy
 from .scoring import ParaphraseAccuracy as ParaphraseAccuracy
 from .scoring import ParaphraseConsistency as ParaphraseConsistency
 from .scoring import ParaphraseRobustness as ParaphraseRobustness

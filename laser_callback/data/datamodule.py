@@ -35,6 +35,7 @@ from laser_callback.data.lm_eval.answers import TaskAnswers
 from laser_callback.data.lm_eval.documents import TaskDocuments
 from laser_callback.data.lm_eval.reading import read_lm_eval
 from laser_callback.data.lm_eval.source import context_of, is_lm_eval
+from laser_callback.data.scoring import OF_TEXT
 from laser_callback.support.pretrained import load_tokenizer
 from laser_callback.support.reading import read_text
 
@@ -57,7 +58,7 @@ class TextWindows(Dataset[dict[str, Any]]):
         FileNotFoundError: if there is no such file.
     """
 
-    metrics = ("perplexity",)
+    metrics = OF_TEXT
     """What is measured on them."""
 
     def __init__(self, path: str | Path, tokenizer: PreTrainedTokenizerBase, *, window: int = 256) -> None:

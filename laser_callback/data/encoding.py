@@ -1,9 +1,9 @@
 """Facts as rows of tokens, and rows as batches.
 
-Contract: :func:`encode_facts` turns a fact into the token rows that ``row_scores.py`` needs (its prompt, paraphrases
-and wrong choices); :class:`FactCollator` packs encoded facts into a batch of small padded chunks. A batch is made of
-tensors, lists and dicts only, so Lightning can move it and a callback can clone it. Nothing is ever cut: a row that
-does not fit the model is an error that names the fact.
+Contract: :func:`encode_facts` turns a fact into the token rows that ``row_scores.py`` needs (its prompt, paraphrases,
+wrong choices and neighbours); :class:`FactCollator` packs encoded facts into a batch of small padded chunks. A batch is
+made of tensors, lists and dicts only, so Lightning can move it and a callback can clone it. Nothing is ever cut: a row
+that does not fit the model is an error that names the fact.
 
 What is scored is running text, as the model has learnt it: an answer's tokens are those that follow the prompt's in the
 tokens of prompt, space and answer together. Alone, ``" " + answer`` would have others wherever a tokenizer puts
@@ -56,7 +56,7 @@ class EncodedRow:
 
 @dataclass(frozen=True)
 class EncodedFact:
-    """A fact and its rows: the prompt, each paraphrase, and the prompt once per wrong choice.
+    """A fact and its rows: the prompt, each paraphrase, the prompt once per wrong choice, and each neighbour.
 
     Attributes:
         fact: it.
@@ -117,7 +117,7 @@ def encode_facts(
         raise ValueError(f"`system` must be None without `chat`, got {system!r}; put it into the prompts.")
     limit = tokenizer.model_max_length if max_length is None else max_length
     leading, trailing = special_tokens(tokenizer)
-    prompts = dict.fromkeys(text for fact in facts for text in (fact.prompt, *fact.paraphrases))
+    prompts = dict.fromkeys(prompt for fact in facts for prompt, _, _ in _asked(fact))
     written = {fact.prompt: generation.before(fact) for fact in facts} if generation is not None and not chat else {}
     starts = {text: _start("".join(written.get(text, (text, " ")))) for text in prompts}
     starts = _before_answers(tokenizer, prompts, system) if chat else starts
@@ -193,6 +193,8 @@ def _asked(fact: Fact) -> Iterator[tuple[str, str, Role]]:
     for choice in dict.fromkeys(fact.choices):
         if choice != fact.answer:
             yield fact.prompt, choice, Role.CHOICE
+    for neighbour in fact.neighbours:
+        yield neighbour.prompt, neighbour.answer, Role.NEIGHBOUR
 
 
 def tokenize(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> dict[str, tuple[int, ...]]:

@@ -43,6 +43,54 @@ R = TypeVar("R", bound=Record)
 
 
 @dataclass(frozen=True)
+class Neighbour:
+    """A prompt near to a fact, with an answer of its own, which a change of the model should leave as it is.
+
+    Attributes:
+        prompt: text before the answer, without a trailing space.
+        answer: the right answer, without spaces around it.
+
+    Raises:
+        ValueError: if one of them is no such text.
+    """
+
+    prompt: str
+    answer: str
+
+    def __post_init__(self) -> None:
+        for name in ("prompt", "answer"):
+            if not isinstance(value := getattr(self, name), str):
+                raise ValueError(f"`{name}` must be a string, got {shown(value)}.")
+            need_unicode(**{name: value})
+        _check_prompt("prompt", self.prompt)
+        _check_answer("answer", self.answer)
+
+    @classmethod
+    def from_row(cls, row: Any) -> Neighbour:
+        """Build it from a mapping with these two fields; others are ignored.
+
+        Raises:
+            ValueError: as the class, and if one of them is missing.
+        """
+        if not isinstance(row, Mapping):
+            raise ValueError(f"it must be an object with `prompt` and `answer`, got {shown(row)}.")
+        for name in ("prompt", "answer"):
+            if row.get(name) is None:
+                raise ValueError(f"`{name}` is missing; it has {sorted(map(str, row))}.")
+        return cls(row["prompt"], row["answer"])
+
+
+def _check_prompt(name: str, text: str) -> None:
+    if not text.strip() or text.endswith(" "):
+        raise ValueError(f"`{name}` must be text that does not end in a space (one is added), got {text!r}.")
+
+
+def _check_answer(name: str, text: str) -> None:
+    if not text or text != text.strip():
+        raise ValueError(f"`{name}` must be text without spaces around it (one is added), got {text!r}.")
+
+
+@dataclass(frozen=True)
 class Fact:
     """One thing to know: a prompt and the answer that should follow it after a space.
 
@@ -56,6 +104,7 @@ class Fact:
         group: relation or category, for stratified splits and baselines per group; may be empty.
         answers: other answers that are right, too, where answers are written.
         rationale: where answers are written, what should stand ahead of the answer, as in "3 + 4 = 7. ####".
+        neighbours: other prompts with their own answers, which should stay as they are.
 
     Raises:
         ValueError: if a field has the wrong type, is empty, or contradicts another.
@@ -70,6 +119,7 @@ class Fact:
     group: str = ""
     answers: tuple[str, ...] = ()
     rationale: str = ""
+    neighbours: tuple[Neighbour, ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("id", "prompt", "answer", "subject", "group", "rationale"):
@@ -83,12 +133,12 @@ class Fact:
             for text in value:
                 need_unicode(**{name: text})
         for name, text in (("prompt", self.prompt), *(("paraphrases", text) for text in self.paraphrases)):
-            if not text.strip() or text.endswith(" "):
-                raise ValueError(f"`{name}` must be text that does not end in a space (one is added), got {text!r}.")
+            _check_prompt(name, text)
         others = (*(("choices", text) for text in self.choices), *(("answers", text) for text in self.answers))
         for name, text in (("answer", self.answer), *others):
-            if not text or text != text.strip():
-                raise ValueError(f"`{name}` must be text without spaces around it (one is added), got {text!r}.")
+            _check_answer(name, text)
+        if not isinstance(self.neighbours, tuple) or not all(isinstance(one, Neighbour) for one in self.neighbours):
+            raise ValueError(f"`neighbours` must be a tuple of Neighbour, got {shown(self.neighbours)}.")
         if self.choices and (self.answer not in self.choices or len(set(self.choices)) < 2):
             raise ValueError(f"`choices` must hold the answer {self.answer!r} and another, got {list(self.choices)}.")
         if self.rationale != self.rationale.strip():
@@ -129,6 +179,17 @@ class Fact:
             value = row.get(name) or ()
             return tuple(value) if isinstance(value, list) else value
 
+        def neighbours() -> tuple[Neighbour, ...]:
+            if not isinstance(listed := row.get("neighbours") or [], (list, tuple)):
+                raise ValueError(f"`neighbours` must be a list of prompts with answers, got {shown(listed)}.")
+            found = []
+            for number, item in enumerate(listed, 1):
+                try:
+                    found.append(item if isinstance(item, Neighbour) else Neighbour.from_row(item))
+                except ValueError as error:
+                    raise ValueError(f"`neighbours`, number {number}: {error}") from error
+            return tuple(found)
+
         id_ = default_id if row.get("id") in (None, "") else row["id"]
         return cls(
             id=str(id_) if isinstance(id_, int) else id_,
@@ -140,6 +201,7 @@ class Fact:
             group=row.get("group") or meta.get("relation") or "",
             answers=texts("answers"),
             rationale=row.get("rationale") or "",
+            neighbours=neighbours(),
         )
 
 
@@ -147,7 +209,8 @@ def read_facts(path: str | Path) -> list[Fact]:
     """Read facts from a ``.jsonl``, ``.csv`` or ``.parquet`` file, in file order.
 
     Fields are those of :class:`Fact`, only ``prompt`` and ``answer`` are required; a missing id becomes the running
-    number, from 1. In CSV, ``paraphrases``, ``choices``, ``answers`` and ``meta`` hold JSON. Blank lines are skipped.
+    number, from 1. In CSV, ``paraphrases``, ``choices``, ``answers``, ``neighbours`` and ``meta`` hold JSON. Blank
+    lines are skipped.
 
     Raises:
         ValueError: if a row is malformed (with file, line and reason), there are none, or the suffix is another.
@@ -206,7 +269,7 @@ def _parse_json(text: str) -> Any:
         raise ValueError(f"invalid JSON, {error} in {shown(text)}.") from error
 
 
-_JSON_CELLS = ("paraphrases", "choices", "answers", "meta")
+_JSON_CELLS = ("paraphrases", "choices", "answers", "neighbours", "meta")
 
 
 def _parse_csv(row: dict[Any, Any]) -> dict[Any, Any]:
@@ -220,7 +283,8 @@ def _read_jsonl(path: Path) -> Iterator[tuple[int, str]]:
     yield from ((number, line.strip()) for number, line in enumerate(lines, 1) if line.strip())
 
 
-def _read_csv(path: Path) -> Iterator[tuple[int, dict[Any, Any]]]:
+def read_csv(path: Path) -> Iterator[tuple[int, dict[Any, Any]]]:
+    """The rows of a CSV file, each with the number of its last line; cells beyond the header are under ``None``."""
     text = read_text(path, "path")
     reader = csv.DictReader(io.StringIO(text, newline=""))
     before = csv.field_size_limit(max(len(text), 1))  # by default 131,072 characters, for all readers of the process
@@ -246,7 +310,7 @@ def _read_parquet(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 _READERS: dict[str, tuple[Callable[[Path], Iterable[tuple[int, Any]]], Callable[[Any], Any]]] = {
     ".jsonl": (_read_jsonl, _parse_json),
-    ".csv": (_read_csv, _parse_csv),
+    ".csv": (read_csv, _parse_csv),
     ".parquet": (_read_parquet, lambda row: row),
 }
 

@@ -5,8 +5,8 @@ The *first token* of an answer is its first one that is not white space: those b
 :func:`score_rows` reads the logits at the answer positions once. Logits of any dtype are compared and normalised in
 float32. Nothing here knows models, tokenizers or text; ``scoring.py`` makes metrics of it.
 
-A *fact* owns one row with its prompt, one per paraphrase (all with the right answer as target), and one per wrong
-choice (its prompt with that choice as target); see :class:`Role`.
+A *fact* owns one row with its prompt, one per paraphrase (all with the right answer as target), one per wrong
+choice (its prompt with that choice as target), and one per neighbour; see :class:`Role`.
 """
 
 from __future__ import annotations
@@ -22,11 +22,14 @@ from torch.nn import functional as F
 
 
 class Role(IntEnum):
-    """What a row is to its fact. Targets are the right answer, except in ``CHOICE`` rows."""
+    """What a row is to its fact. Targets are the right answer, in ``CHOICE`` rows a wrong one; a ``NEIGHBOUR`` has a
+    prompt and a right answer of its own.
+    """
 
     PROMPT = 0
     PARAPHRASE = 1
     CHOICE = 2
+    NEIGHBOUR = 3
 
 
 SOFTNESS = 2.0
@@ -142,6 +145,11 @@ class AnswerScores(RowScores):
             role=batch["row_role"],
             facts=len(batch["id"]),
         )
+
+    @property
+    def is_asked(self) -> Tensor:
+        """(R,) bool, true at the prompts and paraphrases, which ask for the fact's own right answer."""
+        return (self.role == Role.PROMPT) | (self.role == Role.PARAPHRASE)
 
     def sum_by_fact(self, values: Tensor, rows: Tensor) -> Tensor:
         """(F,) float64: the (R,) values, summed per fact over the rows where the (R,) mask is true."""

@@ -28,10 +28,12 @@ model prefers.
     paraphrase_accuracy 0.333 [0.5, 0.0]
     paraphrase_robustness 0.000 [0.0, nan]
     paraphrase_consistency 0.000 [0.0, nan]
+    neighbour_accuracy nan [nan, nan]
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -183,7 +185,7 @@ class _ParaphraseMetric(AnswerMetric):
 
     def prompts(self, scores: AnswerScores) -> tuple[Tensor, Tensor]:
         """Rows that are prompts, (R,) bool, and their number per fact, (F,) float64."""
-        rows = scores.role != Role.CHOICE
+        rows = scores.is_asked
         return rows, scores.sum_by_fact(rows, rows)
 
 
@@ -255,6 +257,15 @@ class ParaphraseConsistency(_ParaphraseMetric):
         return torch.zeros_like(count).index_add(0, fact, pairs), count * (count - 1) / 2
 
 
+class NeighbourAccuracy(AnswerMetric):
+    """Share of neighbours, over those of all facts, that get the right first token."""
+
+    @override
+    def tally(self, scores: AnswerScores) -> tuple[Tensor, Tensor]:
+        rows = scores.role == Role.NEIGHBOUR
+        return scores.sum_by_fact(scores.first_rank == 0, rows), scores.sum_by_fact(rows, rows)
+
+
 METRICS: dict[str, type[AnswerMetric]] = {
     "first_token_accuracy": FirstTokenAccuracy,
     "answer_accuracy": AnswerAccuracy,
@@ -267,14 +278,20 @@ METRICS: dict[str, type[AnswerMetric]] = {
     "paraphrase_accuracy": ParaphraseAccuracy,
     "paraphrase_robustness": ParaphraseRobustness,
     "paraphrase_consistency": ParaphraseConsistency,
+    "neighbour_accuracy": NeighbourAccuracy,
 }
 """The metrics of answers by the name under which they are logged, in the order in which they are shown."""
 CURES = {
     "perplexity": "perplexity needs running text (`text=`)",
     "paraphrase": "paraphrase metrics need facts with `paraphrases`",
+    "neighbour": "metrics of neighbours need facts with `neighbours`",
     "choice": "choice metrics need facts with `choices`",
     "refusal": "refusals need probes (`ProbesDataModule`)",
     "answer_rate": "refusals need probes (`ProbesDataModule`)",
+    "answer_kl": "divergence at the answers needs a LaserModule with facts",
+    "answer_top1": "agreement at the answers needs a LaserModule with facts",
+    "kl": "`kl` needs a LaserModule with running text (`text=`)",
+    "top1": "`top1_agreement` needs a LaserModule with running text (`text=`)",
     "": "log it in `validation_step`",
 }
 """What to do about a metric that is not logged, by a part of its name."""
@@ -285,7 +302,7 @@ def rows_said(scores: AnswerScores) -> dict[str, Tensor]:
 
     Facts without choices have their prompt's row.
     """
-    rows = (scores.role != Role.PARAPHRASE).nonzero()[:, 0]
+    rows = ((scores.role == Role.PROMPT) | (scores.role == Role.CHOICE)).nonzero()[:, 0]
     rows = rows[scores.role[rows].argsort(stable=True)]  # the right answer first: of equal values the last is taken
     found = {}
     for name, metric in METRICS.items():
@@ -299,26 +316,33 @@ def rows_said(scores: AnswerScores) -> dict[str, Tensor]:
 
 # ------------------------------------------------------------------------------------------ perplexity
 
+FLUENCY = "perplexity"
+"""The metric of running text."""
+OF_TEXT = (FLUENCY, "kl", "top1_agreement")
+"""All metrics of running text: the last two are of both models."""
 IGNORED = -100
 """The target where nothing is predicted."""
 
 
-def text_nll(logits: Tensor, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Negative log likelihood of running text under a causal model.
+def windows_of(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A batch of rows of running text, each an example, as one part of :meth:`TaskDocuments.collate`.
 
     Args:
-        logits: (R, T, V), any float dtype; those at t predict the token at t + 1.
-        input_ids: (R, T) int64, padded on the right. The first token of a row is context only.
-        attention_mask: (R, T), nonzero at tokens.
-
-    Returns:
-        The sum over each row's predicted tokens in nats, (R,) float32, and their number, (R,) int64.
+        batch: ``input_ids``, (R, T) int64, padded on the right, the first token of a row being context only; and
+            ``attention_mask``, (R, T), nonzero at tokens.
     """
-    return target_nll(logits[:, :-1], input_ids[:, 1:].where(attention_mask[:, 1:].bool(), IGNORED))
+    ids, mask = batch["input_ids"], batch["attention_mask"]
+    targets = F.pad(ids[:, 1:].where(mask[:, 1:].bool(), IGNORED), (0, 1), value=IGNORED)
+    owner = torch.arange(len(ids), device=ids.device)
+    return {"input_ids": ids, "attention_mask": mask, "targets": targets, "owner": owner}
 
 
 def target_nll(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Negative log likelihood of targets (R, T) int64, :data:`IGNORED` where there is none, under logits (R, T, V).
+    """Negative log likelihood of running text under a causal model.
+
+    Args:
+        logits: (R, T, V), any float dtype.
+        targets: (R, T) int64, what they predict; :data:`IGNORED` where that is nothing.
 
     Returns:
         The sum over each row's targets in nats, (R,) float32, and their number, (R,) int64.

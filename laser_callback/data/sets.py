@@ -319,11 +319,11 @@ def _with_screen(sets: dict[str, ExampleSet], seed: int) -> tuple[dict[str, Exam
 
 
 def _one_prompt(item: EncodedFact, seed: int) -> EncodedFact:
-    """The fact with one of its wordings, drawn by seed, and no choices."""
-    rows = [row for row in item.rows if row.role != Role.CHOICE]
+    """The fact with one of its wordings, drawn by seed, and neither choices nor neighbours."""
+    rows = [row for row in item.rows if row.role in (Role.PROMPT, Role.PARAPHRASE)]
     chosen = int(draw(item.fact.id, f"{seed}/prompt"), 16) % len(rows)
     prompt = (item.fact.prompt, *item.fact.paraphrases)[chosen]
-    fact = replace(item.fact, prompt=prompt, paraphrases=(), choices=())
+    fact = replace(item.fact, prompt=prompt, paraphrases=(), choices=(), neighbours=())
     return EncodedFact(fact, (replace(rows[chosen], role=Role.PROMPT),))
 
 

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from laser_callback.plans.kinds import WRITES
-from laser_callback.plans.matrices import WeightMatrix, find_matrices, layer_stacks
+from laser_callback.plans.matrices import WeightMatrix, find_matrices
 from laser_callback.plans.plan import LaserPlan
 from laser_callback.plans.reduction import Reduction
+from laser_callback.plans.stacks import layer_stacks
 from laser_callback.support.settings import with_gradients
 from laser_callback.surgery.interception import Forward, Watch
 from laser_callback.surgery.swap import reduced

@@ -9,10 +9,12 @@ table, ``families.yaml``; the rules that need more than a name are here.
 from __future__ import annotations
 
 import re
-
-from torch import nn
+from typing import TYPE_CHECKING
 
 from laser_callback.support.tables import read_table
+
+if TYPE_CHECKING:  # the names of the kinds are read where there is no model
+    from torch import nn
 
 ATTENTION_KINDS = ("q_proj", "k_proj", "v_proj", "out_proj")
 MLP_KINDS = ("fc_in", "fc_up", "fc_out")
@@ -41,6 +43,8 @@ def kinds_of(in_layer: str, module: nn.Module, parent: nn.Module) -> tuple[str |
         module: the module that owns the parameter.
         parent: the module that owns ``module``.
     """
+    from torch import nn
+
     parent_path, _, last = in_layer.rpartition(".")
     if "lora_" in in_layer or isinstance(module, nn.Embedding) or hasattr(module, "moe_num_experts"):
         return (None,)  # the last: DBRX stacks its experts in one 2-D parameter

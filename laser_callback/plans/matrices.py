@@ -22,6 +22,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 from laser_callback.plans.fused import Rows, rows_of_kinds
 from laser_callback.plans.kinds import KINDS, kinds_of
 from laser_callback.plans.packed import has_ordinary, obstacle_of, packed_buffers
+from laser_callback.plans.stacks import clean_name, passes_through, place_of, plain_name, stacks_by_path, submodule
 
 _Index = tuple[int | Rows | None, ...]
 
@@ -139,9 +140,9 @@ def find_matrices(model: nn.Module) -> list[WeightMatrix]:
     """
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), []).append(_clean(name))
+        names.setdefault(id(parameter), []).append(clean_name(name))
 
-    stacks, shared = _layer_stacks(model), _shared_memory(model)
+    stacks, shared = stacks_by_path(model), _shared_memory(model)
     matrices: list[WeightMatrix] = []
     seen: set[int] = set()
     for path, module in model.named_modules():
@@ -149,11 +150,11 @@ def find_matrices(model: nn.Module) -> list[WeightMatrix]:
             if id(tensor) in seen:
                 continue
             seen.add(id(tensor))
-            stack, layer = _place(path, stacks)
-            whole = f"{_clean(path)}.{attribute}".lstrip(".")
-            called = [_clean(path) if path and attribute == "weight" else whole]
+            stack, layer = place_of(path, stacks)
+            whole = f"{clean_name(path)}.{attribute}".lstrip(".")
+            called = [clean_name(path) if path and attribute == "weight" else whole]
             if obstacle and path and attribute != "weight" and not has_ordinary(module):
-                called.append(_clean(path))  # what is packed goes by any attribute's name: it is what its module is
+                called.append(clean_name(path))  # what is packed goes by any attribute's name: it is what its module is
             owned = (
                 attribute,
                 tensor,
@@ -163,7 +164,7 @@ def find_matrices(model: nn.Module) -> list[WeightMatrix]:
                 (*names.get(id(tensor), [whole]),),
             )
             for name in called:
-                matrices += _matrices_of(model, module, _clean(path), name, *owned)
+                matrices += _matrices_of(model, module, clean_name(path), name, *owned)
     return matrices
 
 
@@ -177,7 +178,7 @@ def _shared_memory(model: nn.Module) -> dict[int, str]:
         steps = sum((size - 1) * stride for size, stride in zip(parameter.shape, parameter.stride(), strict=True))
         memory = parameter.untyped_storage().data_ptr()
         end = first + (steps + 1) * parameter.element_size()
-        placed.setdefault(memory, []).append((first, end, id(parameter), _clean(name)))
+        placed.setdefault(memory, []).append((first, end, id(parameter), clean_name(name)))
     shared: dict[int, str] = {}
     for members in placed.values():
         for first, end, key, _ in members if len(members) > 1 else ():
@@ -190,11 +191,6 @@ def _shared_memory(model: nn.Module) -> dict[int, str]:
                     "give each its own, `weight.data = weight.data.clone()`"
                 )
     return shared
-
-
-def plain_name(name: str) -> str:
-    """The name of a module or parameter without what ``torch.compile`` and PEFT put into it."""
-    return re.sub(r"\.base_layer\b", "", _clean(name))
 
 
 def same_name(one: str, other: str) -> bool:
@@ -213,18 +209,6 @@ def known_as(name: str, known: Iterable[str]) -> str | None:
     found = sorted((abs(len(each) - len(name)), each) for each in known if same_name(each, name))
     alone = len(found) == 1 or (len(found) > 1 and found[0][0] < found[1][0])
     return found[0][1] if alone else None
-
-
-def layer_stacks(model: nn.Module) -> dict[str, list[nn.Module]]:
-    """The model's layer stacks: path (as in :attr:`WeightMatrix.stack`) -> its layers in order, each layer once."""
-    owners: dict[nn.Module, str] = {}
-    for path, stack in _layer_stacks(model).items():
-        for layer in _layers(stack).values():
-            owners.setdefault(layer, _clean(path))
-    stacks: dict[str, list[nn.Module]] = {}
-    for layer, path in owners.items():
-        stacks.setdefault(path, []).append(layer)
-    return stacks
 
 
 def describe(matrices: Sequence[WeightMatrix]) -> str:
@@ -251,59 +235,6 @@ def describe(matrices: Sequence[WeightMatrix]) -> str:
     return "\n".join(lines) or "the model has no weight matrices"
 
 
-# ---- layer stacks ----------------------------------------------------------------------------------------------------
-
-
-def _layer_stacks(model: nn.Module) -> dict[str, nn.Module]:
-    """The outermost lists of layers: a ModuleList inside a layer (experts, T5's sub-layers) is part of that layer."""
-    if _is_stack(model):
-        return {"": model}
-    stacks: dict[str, nn.Module] = {}
-    for name, child in model.named_children():
-        stacks |= {f"{name}.{path}".rstrip("."): stack for path, stack in _layer_stacks(child).items()}
-    return stacks
-
-
-def _layers(stack: nn.Module) -> dict[str, nn.Module]:
-    """The layers by name, in order; unlike ``named_children`` also the second time that one is used."""
-    return {name: layer for name, layer in stack._modules.items() if layer is not None}
-
-
-def _is_stack(module: nn.Module) -> bool:
-    if not isinstance(module, (nn.ModuleList, nn.Sequential)):
-        return False
-    layers = list(_layers(module).values())
-    if not layers or not all(map(_has_weights, layers)):
-        return False
-    composite = all(any(True for _ in layer.children()) for layer in layers)
-    alike = len({type(layer) for layer in layers}) == 1
-    if isinstance(module, nn.Sequential):  # a Sequential is a stack (timm) only when it repeats one composite block
-        return alike and composite and len(layers) > 1
-    return alike or composite
-
-
-def _has_weights(layer: nn.Module) -> bool:
-    return any(p.ndim >= 2 for p in layer.parameters()) or any(map(packed_buffers, layer.modules()))
-
-
-def _place(path: str, stacks: dict[str, nn.Module]) -> tuple[str | None, int | None]:
-    for stack, module in stacks.items():
-        prefix = f"{stack}." if stack else ""
-        if path.startswith(prefix) and path != stack:
-            index = path.removeprefix(prefix).split(".", 1)[0]
-            return _clean(stack), list(_layers(module)).index(index)
-    return None, None
-
-
-def _passes(model: nn.Module, stack: str, parameter_names: tuple[str, ...]) -> int:
-    """In how many layers a parameter is, by its names; ALBERT runs each of its groups of layers several times."""
-    prefix = f"{stack}." if stack else ""
-    layers = {name.removeprefix(prefix).partition(".")[0] for name in parameter_names if name.startswith(prefix)}
-    config = getattr(_submodule(model, stack.rpartition(".")[0]), "config", None)
-    groups = getattr(config, "num_hidden_groups", None)
-    return len(layers) * (config.num_hidden_layers // groups if config is not None and groups else 1)
-
-
 # ---- matrices of one parameter ---------------------------------------------------------------------------------------
 
 
@@ -315,12 +246,12 @@ def _weights(path: str, module: nn.Module) -> Iterator[tuple[str, Tensor, str | 
             continue
         if isinstance(module, ParametrizationList) or any(attribute.startswith(f"{name}_") for name in made):
             continue  # a part of what another weight is made from
-        obstacle = obstacle_of(module, f"{_clean(path)}.{attribute}".lstrip("."), parameter)
+        obstacle = obstacle_of(module, f"{clean_name(path)}.{attribute}".lstrip("."), parameter)
         experts = parameter.ndim == 3 and ("expert" in f"{path}.{attribute}" or "Expert" in type(module).__name__)
         if parameter.ndim == 2 or experts or (obstacle and parameter.ndim > 2):
             yield attribute, parameter, obstacle
     for attribute, tensor in packed_buffers(module):
-        yield attribute, tensor, obstacle_of(module, f"{_clean(path)}.{attribute}".lstrip("."), tensor)
+        yield attribute, tensor, obstacle_of(module, f"{clean_name(path)}.{attribute}".lstrip("."), tensor)
     for attribute, (like, cure) in made.items():
         if like is not None and like.ndim == 2:
             yield attribute, like, f"it is no parameter, but made from others in each pass. Make it one first: {cure}"
@@ -361,8 +292,8 @@ def _matrices_of(
     layer: int | None,
     parameter_names: tuple[str, ...],
 ) -> Iterator[WeightMatrix]:
-    parent = _submodule(model, plain_name(path).rpartition(".")[0])
-    passes = 1 if stack is None else _passes(model, stack, parameter_names)
+    parent = submodule(model, plain_name(path).rpartition(".")[0])
+    passes = 1 if stack is None else passes_through(model, stack, parameter_names)
     in_layer = "" if stack is None else name.removeprefix(f"{stack}.").partition(".")[2]
     kinds: tuple[str | None, ...] = (None,)
     if stack is not None:  # only within its layer, since a model may be called `attention_model`
@@ -409,16 +340,3 @@ def _is_transposed(module: nn.Module) -> bool:
     if isinstance(up, Tensor) and isinstance(down, Tensor) and up.ndim == down.ndim == 3:
         return up.shape[2] == 2 * down.shape[1]
     return bool(getattr(module, "is_transposed", False))
-
-
-def _submodule(model: nn.Module, path: str) -> nn.Module:
-    """``model.get_submodule`` for a cleaned path."""
-    module = model
-    for part in filter(None, path.split(".")):
-        module = getattr(getattr(module, "_orig_mod", module), part)
-    return getattr(module, "_orig_mod", module)
-
-
-def _clean(name: str) -> str:
-    """The name as the user wrote the model: without the wrapper that ``torch.compile`` puts in."""
-    return name.replace("_orig_mod.", "").removesuffix("._orig_mod")

@@ -10,7 +10,7 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -87,6 +87,18 @@ class LaserPlan:
         """What its cuts need and the weights do not say: a recipe may bring it along, a plan alone has none."""
         return None
 
+    def check_weights(self, found: Iterable[WeightMatrix], base: Any) -> None:
+        """Look whether a recipe was made for the matrices that it has ``found``; a plan alone is for any."""
+
+    def part(self, reductions: Collection[Reduction]) -> LaserPlan:
+        """These of its reductions."""
+        return LaserPlan(reductions)
+
+    @property
+    def needs_directions(self) -> bool:
+        """Whether it cuts in the metric of the inputs anywhere, and so needs :attr:`directions`."""
+        return any(reduction.needs_inputs for reduction in self.reductions)
+
     @property
     def cuts_delta(self) -> bool:
         """Whether it cuts the difference to a base anywhere, and so needs one."""
@@ -124,7 +136,12 @@ class LaserPlan:
                 need_files(plan=plan)
             return cls.from_file(plan) if os.path.isfile(plan) else cls.parse(plan)
         if isinstance(plan, Mapping):
-            if set(plan) != {"reductions"} and "matrices" not in plan:  # a recipe has these, and more that is no plan's
+            if "matrices" in plan:
+                raise ValueError(
+                    "this is a recipe, whose hashes and stored directions a plan would lose: give it, or its file, in "
+                    "place of the plan, or read it with `laser_callback.surgery.Recipe.of`"
+                )
+            if set(plan) != {"reductions"}:
                 raise ValueError(f"a plan's dictionary has the one key 'reductions', got {sorted(map(str, plan))}")
             plan = plan["reductions"]
             if isinstance(plan, (str, Mapping)):
@@ -232,6 +249,20 @@ def check_base(plans: Iterable[LaserPlan], given: bool) -> None:
             f"`base` is given, and {brief(plans[0])} cuts the weights themselves: to cut the difference to the base "
             "add cut=delta to the plan, as in 27.fc_in@0.1:cut=delta; else leave `base` out"
         )
+
+
+def check_directions(plans: Iterable[LaserPlan]) -> None:
+    """Look whether the plans that need directions which are in no weights bring them along.
+
+    Raises:
+        ValueError: naming a reduction, and what to do.
+    """
+    for plan in plans:
+        if plan.needs_directions and plan.directions is None:
+            raise ValueError(
+                f"the plan {brief(plan)} cuts in the metric of the inputs, and what it keeps is neither in the weights "
+                "nor in a plan's text: give the recipe in its place, the search's `result.recipe` or its file"
+            )
 
 
 def pieces(text: str) -> list[str]:

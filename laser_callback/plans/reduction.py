@@ -139,6 +139,11 @@ class Reduction:
                 raise ValueError(f"bias='cut' goes with a cut that keeps nothing, rho 0, got {', '.join(other)}")
         if self.metric == "inputs" and (self.of != "rank" or self.blocks != 1 or self.norm != "part"):
             raise ValueError("metric='inputs' goes with of='rank', blocks=1 and norm='part', the plain cut")
+        if self.metric == "inputs" and self.cut == "delta":
+            raise ValueError(
+                "metric='inputs' goes with cut='weight': nothing finds the directions of a difference in that metric. "
+                "The difference is cut by its own directions, without `metric`"
+            )
         if self.of == "reference":
             own = {name: getattr(self, name) for name in ("keep", "band", "scale", "blocks", "cut", "metric", "norm")}
             other = [name for name, value in own.items() if value != _OPTIONS[name]]

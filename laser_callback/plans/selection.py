@@ -15,8 +15,9 @@ import regex
 from typing_extensions import override
 
 from laser_callback.plans.kinds import GROUPS, KINDS
-from laser_callback.plans.matrices import WeightMatrix, describe, plain_name
+from laser_callback.plans.matrices import WeightMatrix, describe
 from laser_callback.plans.reduction import STACK, Reduction
+from laser_callback.plans.stacks import plain_name
 from laser_callback.support.reading import shown
 from laser_callback.support.suggest import clipped, closest
 

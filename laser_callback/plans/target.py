@@ -44,7 +44,7 @@ def targets(model: nn.Module, within: str = "*.all", without: Iterable[Reduction
     Args:
         model: any module.
         within: where to look: plan text without rho, e.g. ``"*.all"`` or ``"20-29.mlp, *.q_proj"``.
-        without: reductions whose matrices are left out, since they are cut already.
+        without: reductions whose matrices are left out, since they are cut already; it may be that none is left.
 
     Raises:
         ValueError: if ``within`` cannot be read or matches nothing, listing what the model has.
@@ -77,8 +77,6 @@ def targets(model: nn.Module, within: str = "*.all", without: Iterable[Reduction
             found.append(Target(tuple(members), {**among, "layer": layer, "matrix": kind}))
         else:
             found += [Target((matrix,), by_name(matrix)) for matrix in chosen]
-    if not found:
-        raise ValueError(f"`within` {within!r} leaves nothing to cut: all that it names is cut already")
     return found
 
 

@@ -16,14 +16,15 @@ from laser_callback.reports.panels import STEPS, Panel, Shading
 from laser_callback.reports.row_text import percent
 from laser_callback.reports.search_text import GainText, short_rho
 from laser_callback.reports.svg import BETTER, DIM, INK, LINE, PAPER, SHADES, WORSE, printable, told
-from laser_callback.results.candidates import Candidate, Estimate
 from laser_callback.results.flips import LabelCount
-from laser_callback.results.search import Trade
 from laser_callback.spectra.cut import CutSpectrum
 from laser_callback.stats.outcomes import PairedResult
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # searches need torch, and the page of a comparison none
     from matplotlib.axes import Axes
+
+    from laser_callback.results.candidates import Candidate, Estimate
+    from laser_callback.results.search import Trade
 
 _EDGES = 8  # of what was removed: more of them are no lines but a hatching
 
@@ -163,22 +164,35 @@ def heat_map(axis: Axes, panel: Panel, shading: Shading, tell: Callable[[Candida
     axis.spines[:].set_visible(False)
 
 
-def trade_off(axis: Axes, trades: Sequence[Trade], gains: dict[str, Estimate | None], gain: GainText) -> None:
-    """The finalists' gain, with its interval, against their fluency; filled is what no other beats in both."""
-    for trade in trades:
-        x, y = 100 * (trade.fluency or 0.0), gain.scale * trade.gain
+def trade_off(
+    axis: Axes, trades: Sequence[Trade], gains: dict[str, Estimate | None], gain: GainText, by_kl: bool = False
+) -> None:
+    """The finalists' gain, with its interval, against their fluency; filled is what no other beats in both.
+
+    Args:
+        axis: where to draw.
+        trades: what is drawn.
+        gains: by plan, for the intervals.
+        gain: what it is of.
+        by_kl: fluency is the divergence, and not the change of the perplexity.
+    """
+    points = [
+        ((trade.kl if by_kl else 100 * (trade.fluency or 0.0)) or 0.0, gain.scale * trade.gain) for trade in trades
+    ]
+    for trade, (x, y) in zip(trades, points, strict=True):
         estimate = gains.get(trade.plan)
         if estimate is not None and estimate.lower is not None and estimate.upper is not None:
             axis.plot([x, x], [gain.scale * estimate.lower, gain.scale * estimate.upper], color=DIM, linewidth=1)
         fill = SHADES[0] if trade.chosen else SHADES[2] if trade.efficient else PAPER
         (point,) = axis.plot([x], [y], "o", color=fill, markeredgecolor=INK, markersize=8 if trade.chosen else 6)
-        told(point, f"{brief(trade.plan)}: gain {y:+.3g} {gain.unit}, perplexity {x:+.1f} %")
+        fluency = f"kl {x:.3g}" if by_kl else f"perplexity {x:+.1f} %"
+        told(point, f"{brief(trade.plan)}: gain {y:+.3g} {gain.unit}, {fluency}")
     axis.axhline(0, color=DIM, linewidth=0.8)
     axis.axvline(0, color=DIM, linewidth=0.8)
     axis.margins(0.12)
-    named = [trade for trade in trades if trade.efficient or trade.chosen]
-    _label_apart(axis, [(100 * (trade.fluency or 0.0), gain.scale * trade.gain, brief(trade.plan)) for trade in named])
-    axis.set_xlabel("perplexity, % change")
+    named = [(*xy, brief(t.plan)) for t, xy in zip(trades, points, strict=True) if t.efficient or t.chosen]
+    _label_apart(axis, named)
+    axis.set_xlabel("kl, nats per token" if by_kl else "perplexity, % change")
     axis.set_ylabel(f"gain{f', {gain.unit}' if gain.unit else ''} [95 % interval]")
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from rich.console import RenderableType
 from rich.table import Table
@@ -17,7 +18,9 @@ from rich.text import Text
 
 from laser_callback.plans.kinds import KINDS
 from laser_callback.reports.search_text import short_rho
-from laser_callback.results.candidates import Candidate
+
+if TYPE_CHECKING:  # the page of a comparison needs no torch, as searches do
+    from laser_callback.results.candidates import Candidate
 
 SHADES = "░▒▓█"
 """Improvement in four steps, each but the first at twice the change of the one before."""

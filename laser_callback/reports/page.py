@@ -15,26 +15,37 @@ from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jinja2
 from markupsafe import Markup
 
+from laser_callback.plans.plan import LaserPlan
 from laser_callback.plans.short import brief
-from laser_callback.plans.words import in_words
 from laser_callback.reports import page_columns, terminal
 from laser_callback.reports.drawing import kept_text, labels, spectrum, styled, visible
 from laser_callback.reports.page_columns import code, foreign
-from laser_callback.reports.page_search import search_context
 from laser_callback.reports.pictures import LABELS, SPECTRA, one
-from laser_callback.reports.row_text import delta_text, interval_text, percent, prior_text, value_text, verdict
+from laser_callback.reports.row_text import (
+    delta_text,
+    heads,
+    in_names,
+    interval_text,
+    noise_text,
+    percent,
+    prior_text,
+    value_text,
+    verdict,
+)
 from laser_callback.reports.svg import inline, printable
 from laser_callback.results.comparison import ArmResult, LaserResult
 from laser_callback.results.flips import Row, claim_row, label_counts
-from laser_callback.results.search import SearchResult
 from laser_callback.spectra.cut import CutSpectrum
 from laser_callback.stats.outcomes import PairedResult, Verdict
 from laser_callback.support.files import write_atomically
+
+if TYPE_CHECKING:
+    from laser_callback.results.search import SearchResult
 
 
 def save_page(result: LaserResult | SearchResult, path: str | Path, examples: Sequence[Row] | None = None) -> None:
@@ -51,15 +62,19 @@ def save_page(result: LaserResult | SearchResult, path: str | Path, examples: Se
 
 def page(result: LaserResult | SearchResult, examples: Sequence[Row] | None = None) -> str:
     """The text of what :func:`save_page` writes."""
-    searched = isinstance(result, SearchResult)
-    compared = result.confirmed if isinstance(result, SearchResult) else result
+    compared = result if isinstance(result, LaserResult) else result.confirmed
     if examples is None:
         examples = [] if compared is None else compared.examples.to_rows()
     with styled():
-        own = search_context(result) if isinstance(result, SearchResult) else _comparison_context(result)
+        if isinstance(result, LaserResult):
+            name, own = "comparison.html", _comparison_context(result)
+        else:
+            from laser_callback.reports.page_search import search_context  # searches need torch, comparisons do not
+
+            name, own = "search.html", search_context(result)
         text = (
             _templates()
-            .get_template("search.html" if searched else "comparison.html")
+            .get_template(name)
             .render(result=result, examples=examples, style=_resource("page.css"), script=_resource("page.js"), **own)
         )
     return f"{text}\n"
@@ -80,7 +95,7 @@ def _comparison_context(result: LaserResult) -> dict[str, Any]:
         "claims": claims,
         "verdicts": [verdict(result, name) for name in result.arms],
         "headline": _headline(result, claims),
-        "provenance": [*page_columns.flat(result.provenance), *passes],
+        "provenance": [*page_columns.flat(result.provenance), *([] if result.is_of_runs else passes)],
     }
 
 
@@ -107,7 +122,8 @@ def _headline(result: LaserResult, claims: Mapping[str, PairedResult | None]) ->
         return Markup("Nothing could be tested of {}").format(plan)
     if row.doubt and row.verdict in ("in doubt", "higher", "lower"):
         way = "higher" if row.delta > 0 else "lower"
-        return Markup("{} is {} with {}, but {}").format(row.metric, way, plan, row.doubt)
+        doubt = in_names(row.doubt, result.names)
+        return Markup("{} is {} with {}, but {}").format(row.metric, way, plan, doubt)
     if row.verdict == "exploratory":
         return Markup("Nothing is claimed of {} with {}").format(row.metric, plan)
     if row.verdict == "not tested":
@@ -134,6 +150,7 @@ def label_picture(result: LaserResult, examples: Sequence[Row], name: str) -> di
         return None
     shown, rest = counts[:LABELS], len(counts) - LABELS
     title = f"how often each of {len(shown)} labels is right and is said"
+    first, second = heads(result.names)
     listed = counts[:100]
     return {
         "told": f"The {len(shown)} most frequent labels{f'; {rest:,} other labels are rarer' if rest > 0 else ''}.",
@@ -141,8 +158,8 @@ def label_picture(result: LaserResult, examples: Sequence[Row], name: str) -> di
         "columns": {
             "label": [foreign(visible(count.label)) for count in listed],
             "right answer": [f"{count.gold:,}" for count in listed],
-            "original": [f"{count.original:,}" for count in listed],
-            "reduced": [f"{count.reduced:,}" for count in listed],
+            first: [f"{count.original:,}" for count in listed],
+            second: [f"{count.reduced:,}" for count in listed],
         },
     }
 
@@ -175,9 +192,12 @@ def _templates() -> jinja2.Environment:
         "brief": brief,
         "code": code,
         "foreign": foreign,
+        "heads": heads,
+        "in_names": in_names,
         "in_short": page_columns.in_short,
-        "in_words": in_words,
         "label_picture": label_picture,
+        "needs_recipe": _needs_recipe,
+        "noise_text": noise_text,
         "prior_text": prior_text,
         "spectrum_pictures": spectrum_pictures,
         "zip": zip,
@@ -188,6 +208,13 @@ def _templates() -> jinja2.Environment:
 
 def _resource(name: str) -> Markup:
     return Markup((files("laser_callback.reports") / "templates" / name).read_text(encoding="utf-8"))
+
+
+def _needs_recipe(plan: str) -> bool:
+    try:
+        return LaserPlan.parse(plan).needs_directions
+    except ValueError:  # a file may say anything
+        return False
 
 
 def _digest(source: str) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from markupsafe import Markup
 
@@ -13,17 +13,20 @@ from laser_callback.reports.row_text import (
     ahead_text,
     control_text,
     delta_text,
+    heads,
     interval_text,
     p_text,
     value_text,
 )
 from laser_callback.reports.search_text import seconds_text
 from laser_callback.reports.svg import printable
-from laser_callback.results.comparison import ArmResult, LaserResult
+from laser_callback.results.comparison import LaserResult
 from laser_callback.results.flips import Parted, Row, claim_row, flip_metric, flips, parted
-from laser_callback.results.search import Phase
 from laser_callback.stats.judgement import Judgement
 from laser_callback.stats.outcomes import PairedResult
+
+if TYPE_CHECKING:
+    from laser_callback.results.search import Phase  # which needs torch
 
 Columns: TypeAlias = dict[str, list[Any]]
 
@@ -77,14 +80,16 @@ def change(row: PairedResult) -> Markup:
     return with_interval(delta_text(row, row.delta), interval_text(row))
 
 
-def comparison_columns(arm: ArmResult, primary: str | None) -> Columns:
-    """A plan against the original."""
+def comparison_columns(result: LaserResult, name: str) -> Columns:
+    """A plan against the original, or a run against another."""
+    arm, primary = result[name], result.primary
+    original, reduced = heads(result.names)
     names = [foreign(row.metric) for row in arm.rows]
     starred = Markup("<strong>{}*</strong>")
     return {
         "metric": [starred.format(n) if r.metric == primary else n for n, r in zip(names, arm.rows, strict=True)],
-        "original": [value_text(row, row.original) for row in arm.rows],
-        "reduced": [value_text(row, row.reduced) for row in arm.rows],
+        original: [value_text(row, row.original) for row in arm.rows],
+        reduced: [value_text(row, row.reduced) for row in arm.rows],
         "change [95 % interval]": [change(row) for row in arm.rows],
         "fixed / broken": ["" if row.fixed is None else f"{row.fixed:,} / {row.broken:,}" for row in arm.rows],
         "p": [p_text(row) for row in arm.rows],
@@ -127,7 +132,8 @@ def flip_columns(result: LaserResult, name: str, examples: Sequence[Row]) -> dic
     fixed = sum(flip.fixed for flip in found)
     shown = found[:EXAMPLES]
     columns: Columns = {"outcome": [verdict("fixed" if flip.fixed else "broken") for flip in shown]}
-    said = {"answer": "right answer", "before": "original said", "after": "reduced said"}
+    original, reduced = heads(result.names)
+    said = {"answer": "right answer", "before": f"{original} said", "after": f"{reduced} said"}
     for field, head in {"prompt": "prompt", **said, "group": "group", "id": "id"}.items():
         texts = [getattr(flip, field) for flip in shown]
         if any(texts):  # what the step has returned for no example is left out

@@ -7,6 +7,7 @@ from typing import Any
 
 from markupsafe import Markup
 
+from laser_callback.plans.words import in_words
 from laser_callback.reports.drawing import heat_map
 from laser_callback.reports.page_columns import Columns, code, flat, foreign, in_short, with_interval
 from laser_callback.reports.panels import Panel, Shading, panels, shading
@@ -18,6 +19,7 @@ from laser_callback.reports.search_text import (
     aligned,
     by_strategy,
     change_unit,
+    kl_texts,
     merit,
     off_the_map,
     pictured,
@@ -44,6 +46,7 @@ def search_context(result: SearchResult) -> dict[str, Any]:
         "steps": bases(result.candidates),
         "shades": shades,
         "panels": [] if shades is None else [_picture(panel, shades, tell) for panel in drawn],
+        "in_words": in_words,
         "best": {} if shades is None else _best(drawn, shades),
         "strategies": _strategies(result),
         "off_the_map": _off_the_map(result),
@@ -144,7 +147,8 @@ def _trades(result: SearchResult) -> dict[str, Any]:
     estimates = [by_plan.get(trade.plan) or Estimate(trade.gain) for trade in listed]
     marks = [["no other is better in both"] * t.efficient + ["went to confirmation"] * t.chosen for t in listed]
     shown, figure = pictured(listed), trades(result)
-    title = f"gain against the change of perplexity, {len(shown)} points"
+    diverged = kl_texts(listed)
+    title = f"gain against fluency, {len(shown)} points"
     return {
         "picture": None if figure is None else inline(figure, title),
         "left_out": len(shown) < len(listed),
@@ -154,6 +158,7 @@ def _trades(result: SearchResult) -> dict[str, Any]:
                 estimates, gain.scale, gain.decimals
             ),
             "perplexity, % change": aligned([None if t.fluency is None else 100 * t.fluency for t in listed], 1),
+            **({"kl, nats per token": diverged} if any(cell != "-" for cell in diverged) else {}),
             "": [", ".join(of_trade) for of_trade in marks],
         },
     }

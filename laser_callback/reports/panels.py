@@ -11,14 +11,16 @@ import math
 from bisect import bisect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from laser_callback.plans.kinds import KINDS
 from laser_callback.reports.heat_map import round_threshold
 from laser_callback.reports.search_text import REACHED, GainText, change_unit, score_name
-from laser_callback.results.candidates import Candidate
-from laser_callback.results.search import SearchResult
 from laser_callback.support.plain_json import finite
+
+if TYPE_CHECKING:  # the page of a comparison needs no torch, as searches do
+    from laser_callback.results.candidates import Candidate
+    from laser_callback.results.search import SearchResult
 
 STEPS = 5
 """Shades on each side of 0."""

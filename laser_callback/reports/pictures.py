@@ -20,13 +20,14 @@ from laser_callback.reports.search_text import GainText, Teller, pictured
 from laser_callback.reports.svg import SHADES, printable, standalone
 from laser_callback.results.comparison import LaserResult
 from laser_callback.results.flips import Row, label_counts
-from laser_callback.results.search import SearchResult
 from laser_callback.stats.outcomes import PairedResult
 from laser_callback.support.files import write_atomically
 from laser_callback.support.plain_json import finite
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+    from laser_callback.results.search import SearchResult  # which needs torch
 
 Result: TypeAlias = "LaserResult | SearchResult"
 
@@ -44,8 +45,8 @@ def figures(result: Result, examples: Sequence[Row] | None = None) -> dict[str, 
         examples: per-example outcomes, as in the lines that :meth:`PairedExamples.write` writes; by default those that
             the result holds.
     """
-    search = result if isinstance(result, SearchResult) else None
-    compared = result.confirmed if isinstance(result, SearchResult) else result
+    search = None if isinstance(result, LaserResult) else result
+    compared = result if isinstance(result, LaserResult) else result.confirmed
     drawn: dict[str, Figure | None] = {}
     with drawing.styled():
         if search is not None:
@@ -190,10 +191,17 @@ def _map(result: SearchResult) -> Figure | None:
 
 
 def trades(result: SearchResult) -> Figure | None:
-    """The finalists' gain against their fluency; ``None`` where that was not measured."""
+    """The finalists' gain against their fluency, by perplexity and divergence; ``None`` where it was not measured."""
     shown = pictured(result.trades)
+    if not shown:
+        return None
     gains = {str(candidate.whole): candidate.gain for candidate in result.candidates if not candidate.base}
-    return one(6, 4.2, drawing.trade_off, shown, gains, GainText.of(result)) if shown else None
+    diverged = [trade for trade in shown if finite(trade.kl) is not None]
+    panels = [(shown, False), *([(diverged, True)] if diverged else [])]
+    figure = new_figure(6 * len(panels), 4.2)
+    for axis, (drawn, by_kl) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        drawing.trade_off(axis, drawn, gains, GainText.of(result), by_kl)
+    return figure
 
 
 def _title(figure: Figure, text: str, plans: Sequence[str]) -> None:

@@ -7,24 +7,29 @@ and at most; of what was not shown it says what is ruled out.
 from __future__ import annotations
 
 import math
+import re
 
 from laser_callback.plans.short import brief
-from laser_callback.results.comparison import ArmResult, LaserResult
+from laser_callback.results.comparison import ORIGINAL_AND_REDUCED, ArmResult, LaserResult
 from laser_callback.results.flips import claim_row
 from laser_callback.stats.outcomes import ALPHA, PairedResult
 from laser_callback.stats.priors import PriorChecks
+from laser_callback.support.suggest import clipped
 
 CONTROLS = {"zeroed": "same matrix zeroed", "random": "random matrix, same rho", "noise": "noise of the same size"}
 """What each control is, in a list of them."""
 _SAID = {"zeroed": "the same matrix zeroed", "random": "a random matrix at the same rho", "noise": CONTROLS["noise"]}
-SHARES = ("accuracy", "exact_match", "robustness", "consistency")
+_ROLES = re.compile(r"\b(?:the )?(original|reduced)(?: model)?\b")
+SHARES = ("accuracy", "exact_match", "robustness", "consistency", "agreement")
 """A mean from 0 to 1 whose name holds one of these is a share, shown in percent."""
 
 
 def is_share(row: PairedResult) -> bool:
     """Whether the metric is a share."""
     beyond = any(value < 0 or value > 1 for value in (row.original, row.reduced))  # as one in percent already
-    return row.kind == "binary" or (row.kind == "mean" and not beyond and any(word in row.metric for word in SHARES))
+    return row.kind == "binary" or (
+        row.kind in ("mean", "pair") and not beyond and any(word in row.metric for word in SHARES)
+    )
 
 
 def percent(value: float, sign: str = "") -> str:
@@ -94,7 +99,7 @@ def finding(row: PairedResult) -> str:
     p = f"p {p_text(row)}" if p_text(row).startswith("<") else f"p = {p_text(row)}"
     p += " after Holm" * (row.role == "holm")
     if row.verdict == "no difference shown":
-        return f"no change of {row.metric} is shown on {row.sample} ({p}): {_possible(row, row.lower, row.upper)}"
+        return f"no change of {row.metric} is shown on {row.sample} ({p}): {_ruled_out(row, row.lower, row.upper)}"
     way = "rises" if row.delta > 0 else "falls"
     least, most = _sizes(row, *sorted((abs(row.lower), abs(row.upper))))
     size = f"by at least {least} and at most {most} at 95 % confidence"
@@ -103,27 +108,67 @@ def finding(row: PairedResult) -> str:
     return f"{row.metric} {way} from {values} on {row.sample} ({p}), {size}"
 
 
-def prior_text(row: PairedResult, checks: PriorChecks) -> str:
+def in_names(text: str, names: tuple[str, str]) -> str:
+    """A sentence of this package about "the original" and "the reduced model", with what they are called."""
+    called = dict(zip(ORIGINAL_AND_REDUCED, names, strict=True))
+    return text if names == ORIGINAL_AND_REDUCED else _ROLES.sub(lambda role: called[role[1]], text)
+
+
+def heads(names: tuple[str, str], most: int = 28) -> tuple[str, str]:
+    """Two names for the heads of columns: of paths and of models with an owner the end, where that tells them apart."""
+    ends = [name.rstrip("/").rpartition("/")[2] for name in names]
+    first, second = (clipped(name, most) for name in (ends if ends[0] != ends[1] else names))
+    clash = first == second or {first, second} & {"metric", "label", "right answer", "p", "n", "verdict"}
+    return (f"1: {first}", f"2: {second}") if clash else (first, second)
+
+
+def noise_text(result: LaserResult, name: str) -> str:
+    """How much of a claim's outcomes the original's own rerun answers otherwise; empty without a rerun."""
+    row = claim_row(result, name)
+    again = (
+        None
+        if result.rerun is None or row is None
+        else next((one for one in result.rerun.rows if one.metric == row.metric), None)
+    )
+    if row is None or again is None:
+        return ""
+    original, reduced = (in_names(who, result.names) for who in ("the original", "the reduced model"))
+    if again.fixed is None or again.broken is None or row.fixed is None or row.broken is None:
+        return f"by arithmetic alone {row.metric} of {original} changes by {change_text(again)}"
+    flips, ups = again.fixed + again.broken, f"{again.fixed:,} up, {again.broken:,} down"
+    of = f"{flips:,} of {again.examples or again.n:,} outcomes of {original} flip ({ups})"
+    return f"by arithmetic alone {of}, and {row.fixed + row.broken:,} differ in {reduced}"
+
+
+def prior_text(row: PairedResult, checks: PriorChecks, names: tuple[str, str] = ORIGINAL_AND_REDUCED) -> str:
     """What the prior check of a row's metric says: something only where a gain is shown."""
     if checks.delta <= 0:
         return "no gain to explain"
     p = row.p_adjusted if row.role == "holm" else row.p
     if p is None or p > ALPHA:
         return "no gain is shown, so that there is none to explain"
-    return checks.doubt or "the gain holds outside of the answers said most"
+    return in_names(checks.doubt, names) or "the gain holds outside of the answers said most"
 
 
-def _possible(row: PairedResult, lower: float, upper: float) -> str:
-    """What is not ruled out where no change is shown."""
+def _ruled_out(row: PairedResult, lower: float, upper: float) -> str:
+    """What is ruled out where no change is shown: a change beyond the ends of the interval."""
     if not lower <= 0 <= upper:
         return f"its own interval, which is not adjusted, is [{interval_text(row)}]"
     if lower == upper:
         return "it is the same on every one of them, which rules out nothing about others"
-    fall, rise = _sizes(row, abs(lower), upper)
-    if not lower or not upper:
-        way, most = ("risen", rise) if upper else ("fallen", f"{fall} {rise.partition(' ')[2]}".rstrip())
-        return f"it may be as it was, or have {way} by up to {most}, and by no more at 95 % confidence"
-    return f"it may have fallen by up to {fall} or risen by up to {rise}, and by no more at 95 % confidence"
+    ends = {"fall" if row.higher_is_better is not False else "gain": -lower}
+    ends["rise" if row.higher_is_better is not True else "gain"] = upper
+    (first, one), (second, two) = sorted(ends.items(), key=lambda end: end[0] != "gain")
+    sizes = _sizes(row, one, two)
+    unit = sizes[1].partition(" ")[2]
+    told = [
+        f"a {way} above {size}" if end else f"any {way}"
+        for way, size, end in (
+            (first, f"{sizes[0]} {unit}".rstrip() if not two else sizes[0], one),
+            (second, sizes[1], two),
+        )
+    ]
+    return f"{' and '.join(told)} are ruled out at 95 % confidence"
 
 
 def _sizes(row: PairedResult, one: float, two: float) -> tuple[str, str]:
@@ -154,12 +199,15 @@ def verdict(result: LaserResult, name: str) -> str:
     row, arm = claim_row(result, name), result[name]
     if row is None:
         return f"nothing could be tested of {brief(arm.plan)}"
-    text = f"with {brief(arm.plan)}, {finding(row)}"
+    beside = f" in place of {result.names[0]}" if result.is_of_runs else ""
+    text = f"with {brief(arm.plan)}{beside}, {finding(row)}"
     checks = arm.prior_checks.get(row.metric)
     if row.doubt and row.verdict in ("in doubt", "higher", "lower"):
-        text += f"; but {row.doubt}"
+        text += f"; but {in_names(row.doubt, result.names)}"
     elif row.verdict == "better" and checks is not None and checks.worth_less:
         text += f"; of {' and '.join(f'other {by}s' for by in checks.worth_less)} much less is shown"
+    if noise := noise_text(result, name):
+        text += f"; {noise}"
     told = []
     for kind, control in result.controls.get(name, {}).items():
         for own in (own for own in control.rows if own.metric == row.metric):

@@ -27,6 +27,7 @@ from laser_callback.reports.search_text import (
     aligned,
     by_strategy,
     change_unit,
+    kl_texts,
     merit,
     off_the_map,
     score_name,
@@ -37,7 +38,9 @@ from laser_callback.reports.search_text import (
 from laser_callback.results.candidates import Candidate, Estimate, bases, ranks
 from laser_callback.results.search import Phase, SearchResult, Trade
 from laser_callback.support.plain_json import finite
+from laser_callback.support.suggest import clipped
 
+_LONGEST_NAME = 20
 _TOP = 10  # rows in the tables of the race and of the trades
 _LEADERS = 3
 _MARKS = {"chosen": "✓", "rejected": "✗", "finalist": "•", "dropped out": "·", "screened out": " "}
@@ -107,6 +110,8 @@ def _about(found: LaserPlan | None) -> list[str]:
     if brief(found) != str(found):
         size = f", of {len(found):,} reductions," if len(found) > 1 else ""
         told.append(f"the whole plan{size} is `found` in the JSON file")
+    if found.needs_directions:
+        told.append("what it keeps is not in the weights: wherever a plan is asked for give `recipe`, in the JSON file")
     return told
 
 
@@ -150,11 +155,15 @@ def _strategies(result: SearchResult, wide: bool) -> list[RenderableType]:
     gains = _estimates([of.gain for of in found], gain.scale, +1, gain.decimals)
     for of, cell in zip(found, gains, strict=True):
         best = Text("-", style="dim") if of.best is None else _plan(of.best.plan)
-        table.add_row(Text(of.name), f"{of.proposed:,}", f"{of.raced:,}", best, cell)
+        table.add_row(_named(of.name), f"{of.proposed:,}", f"{of.raced:,}", best, cell)
     idle = [of.name for of in found if not of.raced]
     why = "the screen expected less of these, or they are cuts that another has proposed"
     notes = [_dim(f"nothing of {', '.join(idle)} raced: {why}")] if idle else []
     return [_heading("strategies", "who proposed what, and how it did in the race"), table, *notes]
+
+
+def _named(strategy: str) -> Text:
+    return Text(clipped(strategy, _LONGEST_NAME))  # one of a user's own may be of any length
 
 
 def _race(result: SearchResult, wide: bool) -> list[RenderableType]:
@@ -171,7 +180,7 @@ def _race(result: SearchResult, wide: bool) -> list[RenderableType]:
     several = with_strategy(result)
     in_full = wide or not several  # 80 columns have no room for who proposed it and for all numbers
     if several:
-        columns.append(("strategy", [Text(c.strategy) for c in best]))
+        columns.append(("strategy", [_named(c.strategy) for c in best]))
     if len(steps) > 1:
         columns.append(("step", [Text(str(steps.index(c.base) + 1)) for c in best]))
     if in_full and any(finite(c.score) is not None for c in best):
@@ -255,13 +264,15 @@ def _trades(trades: Sequence[Trade], gain: GainText) -> list[RenderableType]:
     # What one would choose from comes before what only has more gain.
     first = sorted(trades, key=lambda trade: (not trade.chosen, not trade.efficient, *trade_order(trade)))
     shown = sorted(first[:_TOP], key=trade_order)
-    numbers = (f"gain\n{gain.unit}", "perplexity\n% change")
+    diverged = kl_texts(shown)
+    numbers = [f"gain\n{gain.unit}", "perplexity\n% change"]
+    numbers += ["kl\nnats/token"] if any(cell != "-" for cell in diverged) else []
     table = _table("", "plan", *numbers, "", right=numbers)
     gains = aligned([gain.scale * trade.gain for trade in shown], gain.decimals)
     fluency = aligned([None if trade.fluency is None else 100 * trade.fluency for trade in shown], 1)
-    for trade, *cells in zip(shown, gains, fluency, strict=True):
+    for trade, *cells in zip(shown, gains, fluency, diverged, strict=True):
         mark = Text("●" if trade.efficient else "○", style="green" if trade.efficient else "dim")
-        table.add_row(mark, _plan(trade.plan), *cells, "→ confirm" * trade.chosen)
+        table.add_row(mark, _plan(trade.plan), *cells[: len(numbers)], "→ confirm" * trade.chosen)
     legend = "● no other finalist has both more gain and better fluency; → confirm: went to confirmation"
     more = f"; {len(trades) - _TOP:,} more are in the JSON file" if len(trades) > _TOP else ""
     return [_heading("gain against fluency", "finalists on race examples"), table, _dim(legend + more)]

@@ -5,13 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from laser_callback.plans.short import brief
 from laser_callback.reports.row_text import SHARES
-from laser_callback.results.candidates import Candidate, Estimate, ranks
-from laser_callback.results.search import SearchResult, Trade
 from laser_callback.support.plain_json import finite
+
+if TYPE_CHECKING:  # the page of a comparison needs no torch, as searches do
+    from laser_callback.results.candidates import Candidate, Estimate
+    from laser_callback.results.search import SearchResult, Trade
 
 _OWN_UNIT = "units of the loss"  # that the user's step returns
 REACHED = {"chosen": 0, "finalist": 1, "rejected": 1, "dropped out": 2, "screened out": 3}
@@ -117,6 +119,8 @@ class Teller:
     """Tells all about a candidate of the first step."""
 
     def __init__(self, result: SearchResult) -> None:
+        from laser_callback.results.candidates import ranks
+
         self._gain, self._unit, self._place = GainText.of(result), change_unit(result), ranks(result.candidates)
         self._with_strategy = with_strategy(result)
         self._ranked = sum(not candidate.base and id(candidate) in self._place for candidate in result.candidates)
@@ -177,6 +181,11 @@ def pictured(trades: Sequence[Trade]) -> list[Trade]:
     least = -3 * max((abs(trade.gain) for trade in choice), default=0.0)
     near = (trade for trade in known if (trade.fluency or 0) <= worst and trade.gain >= least)
     return sorted(near, key=trade_order)
+
+
+def kl_texts(trades: Sequence[Trade]) -> list[str]:
+    """The divergence of each; ``-`` where it was not measured."""
+    return ["-" if finite(trade.kl) is None else f"{trade.kl:.3g}" for trade in trades]
 
 
 def seconds_text(seconds: float) -> str:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import io
+import sys
+from contextlib import nullcontext
 from itertools import groupby
 from pathlib import Path
 
-from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 from rich import get_console
 from rich.console import Console, Group, RenderableType
 from rich.padding import Padding
@@ -20,7 +21,10 @@ from laser_callback.reports.row_text import (
     control_text,
     delta_text,
     finding,
+    heads,
+    in_names,
     interval_text,
+    noise_text,
     p_text,
     percent,
     prior_text,
@@ -62,7 +66,8 @@ def show(*parts: RenderableType, console: Console | None = None) -> None:
         parts: each begins a line.
         console: Rich's own by default. ``RichProgressBar`` is live on it: any other writes into the bar.
     """
-    with Tqdm.external_write_mode():
+    bars = sys.modules.get("lightning.pytorch.callbacks.progress.tqdm_progress")  # else there is none
+    with nullcontext() if bars is None else bars.Tqdm.external_write_mode():
         (console or get_console()).print(*parts, sep="\n")
 
 
@@ -83,8 +88,8 @@ def save_picture(result: LaserResult, path: str | Path, width: int = 116) -> Non
 def render(result: LaserResult, width: int) -> RenderableType:
     """The whole report as one Rich renderable for a terminal of ``width`` columns; it fits from 80 on."""
     parts: list[RenderableType] = [*verdicts(result), Text()]
-    for name, arm in result.arms.items():
-        parts += [_title(name, arm), *comparison(result, name, width), Text()]
+    for name in result.arms:
+        parts += [_title(result, name), *comparison(result, name, width), Text()]
     parts += [Text(line, style="dim") for line in [*footnotes(result), *_timing(result)]]
     return Group(*parts)
 
@@ -101,9 +106,8 @@ def verdicts(result: LaserResult) -> list[RenderableType]:
 def comparison(result: LaserResult, name: str, width: int) -> list[RenderableType]:
     """The plan ``name`` against the original: its table, and notes, prior checks and controls below it."""
     arm = result[name]
-    table = _table(arm, result.primary, wide=width >= WIDE)
-    lines = _lines(arm, result.controls.get(name, {}), result.primary or _first_tested(arm))
-    return [table, *lines, *_side_by_side(result, name)]
+    table = _table(arm, result, wide=width >= WIDE)
+    return [table, *_lines(arm, result, name), *_side_by_side(result, name)]
 
 
 def _side_by_side(result: LaserResult, name: str) -> list[RenderableType]:
@@ -186,16 +190,20 @@ def footnotes(result: LaserResult) -> list[str]:
     return lines
 
 
-def _title(name: str, arm: ArmResult) -> Text:
-    of = f"{name}: " if name != "laser" else ""
+def _title(result: LaserResult, name: str) -> Text:
+    arm, of = result[name], f"{name}: " if name != "laser" else ""
+    if result.is_of_runs:
+        return Text.assemble(f"{result.names[0]} against ", (result.names[1], "bold cyan"))
     return Text.assemble(f"{of}original against reduced, ", (brief(arm.plan), "bold cyan"))
 
 
-def _table(arm: ArmResult, primary: str | None, wide: bool) -> Table:
+def _table(arm: ArmResult, result: LaserResult, wide: bool) -> Table:
     table = Table(box=None, pad_edge=False, padding=(0, 2 if wide else 1, 0, 0), header_style="bold underline")
-    wide_columns = ("original", "reduced", "delta", "95 % interval", "fixed/broken", "p", "n")
+    primary = result.primary
+    short = heads(result.names, 9) if result.is_of_runs else ("orig.", "red.")
+    wide_columns = (*heads(result.names), "delta", "95 % interval", "fixed/broken", "p", "n")
     table.add_column("metric", overflow="fold")  # long names go on in the next line, never into an ellipsis
-    for column in wide_columns if wide else ("orig.", "red.", "delta [95 % interval]", "p", "n"):
+    for column in wide_columns if wide else (*short, "delta [95 % interval]", "p", "n"):
         table.add_column(column, justify="right", no_wrap=True)
     table.add_column("verdict", no_wrap=True)
     for row in arm.rows:
@@ -218,26 +226,30 @@ def _table(arm: ArmResult, primary: str | None, wide: bool) -> Table:
 def _legend(result: LaserResult) -> str:
     if result.is_one_look_of_several:
         return "neither p nor the intervals are adjusted; delta = reduced - original"
+    delta = f"delta = {result.names[1]} - {result.names[0]}"
     if result.primary is None:
-        return "p is Holm-adjusted, the intervals are not; delta = reduced - original"
+        return f"p is Holm-adjusted, the intervals are not; {delta}"
     several = " (Holm-adjusted over the plans)" if len(result.arms) > 1 else ""
     return (
         f"* {result.primary} was declared beforehand and carries the claim{several}; "
-        "p of the others is Holm-adjusted, the intervals are not; delta = reduced - original"
+        f"p of the others is Holm-adjusted, the intervals are not; {delta}"
     )
 
 
-def _lines(arm: ArmResult, controls: dict[str, ArmResult], metric: str | None) -> list[RenderableType]:
+def _lines(arm: ArmResult, result: LaserResult, name: str) -> list[RenderableType]:
+    metric = result.primary or _first_tested(arm)
     notes: dict[str, list[str]] = {}
     for row in arm.rows:
         if row.note:
-            notes.setdefault(row.note, []).append(row.metric)
+            notes.setdefault(in_names(row.note, result.names), []).append(row.metric)
     lines: list[RenderableType] = [
         indent(Text(f"{', '.join(metrics)}: {note}", style="dim")) for note, metrics in notes.items()
     ]
     if checks := arm.prior(metric):
-        lines += _prior_lines(arm[checks.metric], checks)
-    for kind, control in controls.items():
+        lines += _prior_lines(arm[checks.metric], checks, result.names)
+    if noise := noise_text(result, name):
+        lines.append(indent(Text(noise)))
+    for kind, control in result.controls.get(name, {}).items():
         of = "" if control.passes else f" ({brief(control.plan)})"
         for row in (row for row in control.rows if row.metric == metric):
             told = f"{row.metric} {value_text(row, row.reduced)}, delta {change_text(row)}"
@@ -247,13 +259,13 @@ def _lines(arm: ArmResult, controls: dict[str, ArmResult], metric: str | None) -
     return lines
 
 
-def _prior_lines(row: PairedResult, checks: PriorChecks) -> list[RenderableType]:
+def _prior_lines(row: PairedResult, checks: PriorChecks, names: tuple[str, str]) -> list[RenderableType]:
     flag = Text(f"prior check of {checks.metric}: ")
-    flag.append(prior_text(row, checks), style=_STYLES.get(row.verdict, ""))
+    flag.append(prior_text(row, checks, names), style=_STYLES.get(row.verdict, ""))
     parts = [
         f"best constant answer per group {percent(checks.constant_answer)}",
-        f"the reduced model says the right answer {percent(checks.matched)}, its answers exchanged at random "
-        f"{percent(checks.chance)}",
+        f"{in_names('the reduced model', names)} says the right answer {percent(checks.matched)}, its answers "
+        f"exchanged at random {percent(checks.chance)}",
     ]
     parts += [
         f"the changes go by {name}: the examples are worth {worth:.0f} independent ones for a claim about other {name}s"
@@ -267,7 +279,7 @@ def _prior_lines(row: PairedResult, checks: PriorChecks) -> list[RenderableType]
         parts.append(f"macro over {macro.answers} answers {percent(macro.original)} to {percent(macro.reduced)}")
     for arm, top in checks.top_predictions.items():
         said = ", ".join(f"{quoted(text)} {count}" for text, count in top)
-        parts.append(f"{arm} says most: {said}  (entropy {checks.entropy[arm]:.2f} nats)")
+        parts.append(f"{in_names(arm, names)} says most: {said}  (entropy {checks.entropy[arm]:.2f} nats)")
     return [indent(flag), *(indent(Text(part), 4) for part in parts)]
 
 
@@ -282,6 +294,8 @@ def indent(text: RenderableType, columns: int = 2) -> Padding:
 
 
 def _timing(result: LaserResult) -> list[str]:
+    if result.is_of_runs:
+        return []
     lines = [f"passes of the original: {result.original_seconds:.1f} s"]
     for name, arm in result.arms.items():
         times = f"{arm.seconds:.1f} s, and {arm.factorise_seconds:.2f} s to factorise"

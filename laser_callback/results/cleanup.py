@@ -57,7 +57,8 @@ class CleanupResult:
     Attributes:
         source: the checkpoint that was cleaned, or ``"last"``.
         search: for a plan, on the weights of ``source``.
-        contenders: the best of each kind, and the checkpoints of other epochs.
+        contenders: one of each kind of cut, and the checkpoints of other epochs. What was found is the one of its kind,
+            of the others it is what gained most.
         tried: what was held against ``source`` on the confirm set: a plan as text, or another checkpoint; ``None`` if
             nothing was better in the race.
         confirmed: that comparison, the one that claims anything.

@@ -16,6 +16,9 @@ from laser_callback.support.files import write_json
 from laser_callback.support.plain_json import plain
 from laser_callback.support.reading import Seconds, built, read_plain, typed
 
+ORIGINAL_AND_REDUCED = ("original", "reduced")
+"""What the two models of a comparison are called, unless they are two finished runs."""
+
 
 @dataclass
 class ArmResult:
@@ -95,6 +98,9 @@ class LaserResult:
         examples: per-example outcomes, gathered from all ranks.
         provenance: versions, model, device and seed.
         base: the digest of the base's weights where plans cut the difference to them (delta mode), else ``None``.
+        names: what the two models are called. Of two finished runs, which are no plan and its original, their own.
+        rerun: the original once more under other arithmetic, against the original: what it answers otherwise, it does
+            by arithmetic alone.
     """
 
     arms: dict[str, ArmResult]
@@ -105,6 +111,8 @@ class LaserResult:
     examples: PairedExamples = field(repr=False)
     provenance: dict[str, Any] = field(default_factory=dict)
     base: str | None = None
+    names: tuple[str, str] = ORIGINAL_AND_REDUCED
+    rerun: ArmResult | None = None
 
     def __post_init__(self) -> None:
         if not self.arms:
@@ -124,8 +132,14 @@ class LaserResult:
             )
             return replace(arm, rows=rows, ahead=ahead, passes=list(map(turned, arm.passes)))
 
-        controls = {name: {k: turned(arm) for k, arm in arms.items()} for name, arms in self.controls.items()}
-        return replace(self, arms={name: turned(arm) for name, arm in self.arms.items()}, controls=controls)
+        arms = {name: turned(arm) for name, arm in self.arms.items()}
+        controls = {name: {k: turned(arm) for k, arm in of.items()} for name, of in self.controls.items()}
+        return replace(self, arms=arms, controls=controls, rerun=None if self.rerun is None else turned(self.rerun))
+
+    @property
+    def is_of_runs(self) -> bool:
+        """Whether it compares two finished runs, and no plan with its original."""
+        return self.names != ORIGINAL_AND_REDUCED
 
     @property
     def is_one_look_of_several(self) -> bool:
@@ -146,6 +160,8 @@ class LaserResult:
             "not_compared": self.not_compared,
             "duplicates_removed": self.examples.duplicates,
             "base": self.base,
+            "names": self.names,
+            "rerun": None if self.rerun is None else self.rerun.to_dict(),
             "provenance": self.provenance,
         }
         return plain(data)

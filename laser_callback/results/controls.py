@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-import torch
+import numpy as np
 
 from laser_callback.results.comparison import ArmResult
 from laser_callback.results.examples import Logged, PairedExamples
@@ -81,9 +81,9 @@ def _mean_logged(logged: Sequence[Mapping[str, Logged]], passes: Sequence[ArmRes
     found = {}
     for key, first in logged[0].items():
         if all(key in one for one in logged):
-            values = torch.tensor([float(one[key].value) for one in logged], dtype=torch.float64)
+            values = np.array([float(one[key].value) for one in logged])
             is_ratio = any(row.kind == "log_ratio" for row in passes[0].rows if row.metric == key)
-            found[key] = first._replace(value=values.log().mean().exp() if is_ratio else values.mean())
+            found[key] = first._replace(value=float(np.exp(np.log(values).mean()) if is_ratio else values.mean()))
     return found
 
 
@@ -116,10 +116,10 @@ def _match(one: Outcomes, other: Outcomes) -> bool:
         return False
     if one.weights is None or other.weights is None:
         return one.weights is other.weights
-    return torch.equal(one.weights.nan_to_num(), other.weights.nan_to_num())
+    return np.array_equal(one.weights, other.weights, equal_nan=True)
 
 
 def _mean_outcomes(outcomes: Sequence[Outcomes]) -> Outcomes:
     """Example by example; absent where one is."""
-    values = torch.stack([torch.from_numpy(as_float64(one.values)) for one in outcomes]).mean(0)
-    return Outcomes(values, outcomes[0].weights, "log_ratio" if outcomes[0].kind == "log_ratio" else "mean")
+    values = np.stack([as_float64(one.values) for one in outcomes]).mean(0)
+    return Outcomes(values, outcomes[0].weights, "mean" if outcomes[0].kind == "binary" else outcomes[0].kind)

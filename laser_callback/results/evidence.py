@@ -11,7 +11,7 @@ from typing import Any
 
 from laser_callback.plans.plan import LaserPlan
 from laser_callback.plans.short import brief
-from laser_callback.results.comparison import LaserResult
+from laser_callback.results.comparison import ORIGINAL_AND_REDUCED, LaserResult
 from laser_callback.results.search import SearchResult, result_of
 
 
@@ -41,6 +41,8 @@ def numbers_of(
     if searched and plan.cuts_delta and data["base"] != base:
         raise ValueError(f"`result` is about cuts against the base {data['base']}, not {base}: give the same base")
     comparison = data["confirmed"] if searched else data
+    if tuple(comparison["names"]) != ORIGINAL_AND_REDUCED:
+        raise ValueError(f"`result` must be about the plan {brief(plan)}, got one of two finished runs")
     arms = {name: arm for name, arm in comparison["arms"].items() if LaserPlan.parse(arm["plan"]) == plan}
     if not arms:
         about = "; ".join(brief(arm["plan"]) for arm in comparison["arms"].values())

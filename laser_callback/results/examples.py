@@ -19,47 +19,48 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
-from torch import Tensor
+import numpy as np
 
 from laser_callback.results.returned import DESCRIPTIONS as DESCRIPTIONS
 from laser_callback.results.returned import ORIGINAL as ORIGINAL
-from laser_callback.results.returned import Returned, is_own, name_in, of_metric, read_returned
-from laser_callback.stats.outcomes import Kind, Outcomes, PairedResult, not_tested
+from laser_callback.results.returned import is_own, name_in, read_returned
+from laser_callback.results.selected import (
+    ROUNDING,
+    Batch,
+    Selected,
+    clusters_of,
+    joined,
+    said_of,
+    seen_twice,
+    shares_right,
+    subset,
+    weights_of,
+)
+from laser_callback.stats.outcomes import Array, Kind, Outcomes, PairedResult, not_tested
 from laser_callback.stats.paired import compare
 from laser_callback.stats.priors import PriorChecks, prior_checks
 from laser_callback.support.files import write_atomically
 from laser_callback.support.plain_json import plain
 
-ROUNDING = 1e-3
-"""Relative: a logged value this close to a mean is that mean, in single or half precision. Tables show three digits."""
-
 
 class Logged(NamedTuple):
     """One value that a run logged per epoch, under the key that the user sees."""
 
-    value: Tensor
+    value: Array  # a tensor; a number where it is not logged but returned
     name: str  # as in `self.log(name, ...)`
     dataloader_idx: int | None
     also: str | None  # the short form that Lightning adds to `callback_metrics`, for a key that ends in "_epoch"
     logger: bool
     prog_bar: bool
     higher_is_better: bool | None  # known where a torchmetrics object was logged
-
-
-@dataclass(eq=False)
-class _Batch(Returned):
-    """One batch, all arms."""
-
-    dataloader_idx: int | None = None
+    of_both: bool = False  # it is a number of both models, and was not logged
 
 
 @dataclass
 class PairedExamples:
     """The outcomes of one evaluation run, example by example."""
 
-    batches: list[_Batch] = field(default_factory=list)
+    batches: list[Batch] = field(default_factory=list)
     means: list[dict[str, dict[str, tuple[float, float]]]] = field(default_factory=list)
     duplicates: int = 0
 
@@ -69,8 +70,8 @@ class PairedExamples:
         for name in DESCRIPTIONS:
             reason = found.unused.get(name)
             if reason and not any(name in earlier.unused for earlier in self.batches):
-                rank_zero_warn(f"`{name}`, as the step returns it, is not used: {reason}")
-        self.batches.append(_Batch(**vars(found), dataloader_idx=dataloader_idx))
+                _warn(f"`{name}`, as the step returns it, is not used: {reason}")
+        self.batches.append(Batch(**vars(found), dataloader_idx=dataloader_idx))
 
     def merge(self, ranks: Iterable[PairedExamples]) -> PairedExamples:
         """All ranks' examples, in rank order, without what a distributed sampler has added to make their shares equal.
@@ -86,7 +87,7 @@ class PairedExamples:
                 added = padding.get((number, place), ())
                 if added:
                     merged.duplicates += len(added)
-                    batch = _subset(batch, [i for i in range(batch.size) if i not in added])
+                    batch = subset(batch, [i for i in range(batch.size) if i not in added])
                 merged.batches.append(batch)
         # What is one number in a batch of one example is an outcome where other batches have one per example.
         per_example = {name for batch in merged.batches for name in batch.outcomes.get(ORIGINAL, {})}
@@ -111,10 +112,22 @@ class PairedExamples:
                     if b.dataloader_idx == batch.dataloader_idx and name in b.outcomes.get(arm, {})
                 ]
                 kinds = {b.outcomes[arm][name].kind for b in parts}
-                values = _joined([b.outcomes[arm][name] for b in parts], kinds.pop() if len(kinds) == 1 else "mean")
-                mean = torch.tensor(compare(key, values, values).original)
+                values = joined([b.outcomes[arm][name] for b in parts], kinds.pop() if len(kinds) == 1 else "mean")
+                mean = compare(key, values, values).original
                 found[key] = Logged(mean, name, batch.dataloader_idx, None, True, False, None)
         return found
+
+    def with_both(self, arm: str, logged: Mapping[str, Logged]) -> dict[str, Logged]:
+        """What an arm has logged, if anything, and numbers of both models as if it had: over all dataloaders."""
+        found: dict[str, list[Outcomes]] = {}
+        for name, outcomes in (item for batch in self.batches for item in batch.outcomes.get(arm, {}).items()):
+            if outcomes.kind == "pair":
+                found.setdefault(name, []).append(outcomes)
+        means = {name: compare(name, *[joined(parts, "pair")] * 2).reduced for name, parts in found.items()}
+        return dict(logged) and {
+            **logged,
+            **{k: Logged(v, k, None, None, True, False, None, of_both=True) for k, v in means.items()},
+        }
 
     def rows(
         self, arm: str, original: Mapping[str, Logged], reduced: Mapping[str, Logged], base: str = ORIGINAL
@@ -167,7 +180,7 @@ class PairedExamples:
             if isinstance(selected, str) or selected.said is None:
                 continue
             said = selected.said
-            outcomes = _shares_right((selected.before, selected.after), said, original[key].higher_is_better)
+            outcomes = shares_right((selected.before, selected.after), said, original[key].higher_is_better)
             if outcomes is not None:
                 found[key] = prior_checks(
                     key, said.answers, (said.before, said.after), outcomes, said.groups, selected.clusters
@@ -183,14 +196,19 @@ class PairedExamples:
         for batch in self.batches:
             for i in range(batch.size):
                 here = batch.outcomes.get(ORIGINAL, {})
-                absent = {name for name, outcomes in here.items() if bool(torch.isnan(outcomes.values[i]))}
+                absent = {name for name, outcomes in here.items() if np.isnan(outcomes.values[i])}
                 described = {
                     arm: {k: v[i] for k, v in by_name.items() if k.partition("/")[2] not in absent}
                     for arm, by_name in batch.described.items()
                 }
                 row: dict[str, Any] = {k: v for k, v in described[ORIGINAL].items() if not is_own(k)}
                 for arm, outcomes in batch.outcomes.items():
-                    shown = {name: o for name, o in outcomes.items() if name not in batch.integers}
+                    shown = {
+                        name: o
+                        for name, o in outcomes.items()
+                        if name not in batch.integers
+                        and (arm, o.kind) != (ORIGINAL, "pair")  # which is none of its own
+                    }
                     row[arm] = {name: float(o.values[i]) for name, o in shown.items()}
                     row[arm] |= {k: v for k, v in described[arm].items() if is_own(k)}
                 rows.append(plain(row))
@@ -201,7 +219,7 @@ class PairedExamples:
         lines = [json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in self.to_rows()]
         write_atomically(Path(path), "".join(lines))
 
-    def _select(self, arm: str, key: str, metric: Logged, base: str = ORIGINAL) -> _Selected | str:
+    def _select(self, arm: str, key: str, metric: Logged, base: str = ORIGINAL) -> Selected | str:
         """The outcomes of both arms; or why there are none for each example, empty where the step returned none."""
         places = [i for i, b in enumerate(self.batches) if metric.dataloader_idx in (None, b.dataloader_idx) and b.size]
         batches = [self.batches[i] for i in places]
@@ -227,20 +245,21 @@ class PairedExamples:
         kinds = {b.outcomes[a][name].kind for b in used for a in (base, arm)}
         if "log_ratio" in kinds and len(kinds) > 1:
             return f"the step returned outcomes of different kinds: {', '.join(sorted(kinds))}"
-        kind: Kind = kinds.pop() if len(kinds) == 1 else "mean"
-        before, after = (_joined([b.outcomes[a][name] for b in used], kind) for a in (base, arm))
-        absent = torch.isnan(before.values) | torch.isnan(after.values)
-        if bool(absent.all()):
+        # Two reduced arms' numbers of both models are numbers of one each: the original is the same.
+        kind: Kind = kinds.pop() if len(kinds) == 1 and not (kinds == {"pair"} and base != ORIGINAL) else "mean"
+        before, after = (joined([b.outcomes[a][name] for b in used], kind) for a in (base, arm))
+        absent = np.isnan(before.values) | np.isnan(after.values)
+        if absent.all():
             return ""
-        if kind != "binary" and not torch.equal(_weights(before)[~absent], _weights(after)[~absent]):
+        if kind != "binary" and not np.array_equal(weights_of(before)[~absent], weights_of(after)[~absent]):
             return "the step returned other weights for the reduced model: they belong to the example"
-        clusters, unclustered = _clusters(used)
-        clusters = clusters or _seen_twice(used, before, after)
+        clusters, unclustered = clusters_of(used)
+        clusters = clusters or seen_twice(used, before, after)
         for b in batches:
             b.integers.discard(name)  # no labels: they are logged
-        said = _said(used, arm, name)
+        said = said_of(used, arm, name)
         doubts = unclustered, next((b.doubt for b in used if b.doubt), "")
-        return _Selected(before, after, clusters, "; ".join(filter(None, doubts)), said)
+        return Selected(before, after, clusters, "; ".join(filter(None, doubts)), said)
 
     def _row_of_means(self, arm: str, key: str, original: Logged, reduced: Logged, base: str) -> PairedResult:
         outcomes, left_out = self._means(arm, key, base)
@@ -259,69 +278,14 @@ class PairedExamples:
         pairs = [(before, after) for before, after in shares if before[1] == after[1]]
         if not pairs:
             return None, ""
-        weights = torch.tensor([before[1] for before, _ in pairs], dtype=torch.float64)
-        sums = torch.tensor([[before[0], after[0]] for before, after in pairs], dtype=torch.float64)
+        weights = np.array([before[1] for before, _ in pairs], np.float64)
+        sums = np.array([[before[0], after[0]] for before, after in pairs], np.float64)
         outcomes = Outcomes(sums[:, 0] / weights, weights, "mean"), Outcomes(sums[:, 1] / weights, weights, "mean")
         left_out = f"{len(shares) - len(pairs)} of {len(shares)} batches left out: logged in one arm only"
         return outcomes, left_out if len(pairs) < len(shares) else ""
 
 
 # ---- batches ---------------------------------------------------------------------------------------------------------
-
-
-class _Selected(NamedTuple):
-    """Both arms' outcomes of a metric, one per example."""
-
-    before: Outcomes
-    after: Outcomes
-    clusters: list[Hashable] | None
-    doubt: str
-    said: _Said | None
-
-
-class _Said(NamedTuple):
-    """What a metric's outcomes are about, one per example."""
-
-    answers: list[str]
-    before: list[str]
-    after: list[str]
-    groups: list[str]
-
-
-def _said(batches: Iterable[_Batch], arm: str, metric: str) -> _Said | None:
-    """The answers and predictions of a metric; ``None`` where a batch has none."""
-    found = _Said([], [], [], [])
-    for batch in batches:
-        before, after = batch.described[ORIGINAL], batch.described.get(arm, {})
-        parts = [
-            of_metric(*place, metric) for place in ((before, "answer"), (before, "prediction"), (after, "prediction"))
-        ]
-        parts.append(before.get("group", [""] * batch.size))
-        for listed, part in zip(found, parts, strict=True):
-            if part is None:
-                return None
-            listed.extend(map(str, part))
-    return found
-
-
-def _shares_right(
-    outcomes: tuple[Outcomes, Outcomes], said: _Said, higher_is_better: bool | None
-) -> tuple[Outcomes, Outcomes] | None:
-    """The outcomes from wrong to right, turned round where they are of errors; ``None`` if they are neither."""
-    values = torch.cat([arm.values for arm in outcomes])
-    if not bool(((values == 0) | (values == 1) | values.isnan()).all()):
-        inside = bool(((values >= 0) & (values <= 1) | values.isnan()).all())
-        return outcomes if outcomes[0].kind == "mean" and higher_is_better is True and inside else None
-    if outcomes[0].kind == "log_ratio":
-        return None
-    if higher_is_better is None:  # what it gives to an answer that is right word for word tells which of them it is
-        texts = zip([*said.answers] * 2, [*said.before, *said.after], values.tolist(), strict=True)
-        given = [value for answer, text, value in texts if answer == text and not math.isnan(value)]
-        higher_is_better = 2 * sum(given) >= len(given)
-    if higher_is_better:
-        return outcomes
-    before, after = (Outcomes(1 - arm.values, kind=arm.kind) for arm in outcomes)
-    return before, after
 
 
 def _padding(ranks: list[PairedExamples]) -> dict[tuple[int, int], set[int]]:
@@ -345,7 +309,7 @@ def _padding(ranks: list[PairedExamples]) -> dict[tuple[int, int], set[int]]:
     found: dict[tuple[int, int], set[int]] = defaultdict(set)
     for loader, example_id in repeated.items():
         added.pop(loader, None)
-        rank_zero_warn(
+        _warn(
             f"`id` must be another for each example{'' if loader is None else f' of dataloader {loader}'}, but "
             f"{str(example_id)[:60]!r} comes again in places that no distributed sampler repeats. Nothing is removed: "
             "every example counts. Examples that belong together share a `cluster`"
@@ -355,66 +319,11 @@ def _padding(ranks: list[PairedExamples]) -> dict[tuple[int, int], set[int]]:
     return found
 
 
-def _subset(batch: _Batch, positions: list[int]) -> _Batch:
-    index = torch.tensor(positions, dtype=torch.long)
-    outcomes = {
-        arm: {
-            name: Outcomes(o.values[index], None if o.weights is None else o.weights[index], o.kind)
-            for name, o in by_name.items()
-        }
-        for arm, by_name in batch.outcomes.items()
-    }
-    described = {
-        arm: {name: [values[i] for i in positions] for name, values in by_name.items()}
-        for arm, by_name in batch.described.items()
-    }
-    return replace(batch, size=len(positions), outcomes=outcomes, described=described)
+def _warn(message: str) -> None:
+    """On the first rank only. Imported here: outcomes that were read from a file need no Lightning."""
+    from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
-
-def _joined(parts: list[Outcomes], kind: Kind) -> Outcomes:
-    """Batches one after the other; those without weights weigh each example as one where others have some."""
-    weights = None
-    if any(part.weights is not None for part in parts):
-        weights = torch.cat([_weights(part) for part in parts])
-    return Outcomes(torch.cat([part.values for part in parts]), weights, kind)
-
-
-def _weights(outcomes: Outcomes) -> Tensor:
-    weights: Tensor | None = outcomes.weights
-    return torch.ones_like(outcomes.values) if weights is None else weights
-
-
-def _clusters(batches: list[_Batch]) -> tuple[list[Hashable] | None, str]:
-    """Each example's cluster, ``None`` if the step returned none; and what to tell of batches without any."""
-    labels = [b.described[ORIGINAL].get("cluster") for b in batches]
-    without = labels.count(None)
-    if without == len(labels):
-        return None, ""
-    found: list[Hashable] = []
-    for b, given in zip(batches, labels, strict=True):
-        found += [object() for _ in range(b.size)] if given is None else given
-    told = f"{without} of {len(labels)} batches came without `cluster`: their examples count as independent"
-    return found, told if without else ""
-
-
-def _seen_twice(batches: list[_Batch], before: Outcomes, after: Outcomes) -> list[Hashable] | None:
-    """Clusters, where two dataloaders have the same examples: the same ids, and all else that is known of these too."""
-    if len({b.dataloader_idx for b in batches}) < 2 or not all("id" in b.described[ORIGINAL] for b in batches):
-        return None
-    names = [
-        name for name in ("id", "group", "prompt", "answer") if all(name in b.described[ORIGINAL] for b in batches)
-    ]
-    known = [row for b in batches for row in zip(*(b.described[ORIGINAL][name] for name in names), strict=True)]
-    loaders = [b.dataloader_idx for b in batches for _ in range(b.size)]
-    first: dict[Hashable, int] = {}
-    labels = [first.setdefault(row[0], i) for i, row in enumerate(known)]
-    pairs = [(i, one) for i, one in enumerate(labels) if loaders[i] != loaders[one]]
-    values = torch.stack([before.values.double(), after.values.double()], 1)
-    left, right = (values[[pair[side] for pair in pairs]] for side in (0, 1))
-    same = torch.allclose(left, right, rtol=ROUNDING, atol=1e-6, equal_nan=True)
-    if not pairs or not same or any(known[i] != known[one] for i, one in pairs):
-        return None  # ids that are running numbers of each dataloader's own
-    return [one if loaders[i] != loaders[one] else i for i, one in enumerate(labels)]
+    rank_zero_warn(message)
 
 
 def _unlike_logged(row: PairedResult, original: Logged, reduced: Logged) -> str:

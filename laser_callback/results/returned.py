@@ -9,21 +9,19 @@ the outcomes share.
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections import Counter
 from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from laser_callback.stats.outcomes import Outcomes, as_float64
 from laser_callback.support.plain_json import label, text_of
 
 DESCRIPTIONS = ("id", "cluster", "group", "prompt", "answer", "prediction", "continuation")
 ORIGINAL = "original"
-_ARRAYS = (Tensor, np.ndarray, np.generic)
 
 
 @dataclass
@@ -135,9 +133,9 @@ def _lengths(batch: Any) -> Iterator[int]:
     lists: list[int] = []
 
     def inside(value: Any) -> Iterator[int]:
-        if isinstance(value, (Tensor, np.ndarray)):
+        if _is_tensor(value) or isinstance(value, np.ndarray):
             if value.ndim:
-                yield value.size(0) if isinstance(value, Tensor) else len(value)
+                yield value.shape[0]
             return
         if isinstance(value, list):
             lists.append(len(value))
@@ -204,7 +202,7 @@ def _outcomes(name: str, value: Any, integers: set[str]) -> Outcomes | _Single |
     if value is None:
         return None
     if isinstance(value, Outcomes):
-        values, weights = (None if v is None else torch.tensor(as_float64(v)) for v in (value.values, value.weights))
+        values, weights = (None if v is None else np.array(as_float64(v)) for v in (value.values, value.weights))
         return Outcomes(values, weights, value.kind)
     array = _array(value)
     if isinstance(array, str):
@@ -213,16 +211,15 @@ def _outcomes(name: str, value: Any, integers: set[str]) -> Outcomes | _Single |
     right_or_wrong = array.dtype.kind == "b" or (whole and bool(np.isin(array, (0, 1)).all()))
     if whole:
         integers.add(name)
-    numbers = torch.tensor(array.reshape(-1).astype(np.float64))  # torch knows no long double
-    found = Outcomes(numbers, kind="binary" if right_or_wrong else "mean")
+    found = Outcomes(array.reshape(-1).astype(np.float64), kind="binary" if right_or_wrong else "mean")
     return found if array.ndim else _Single(found)
 
 
 def _array(value: Any) -> Any:
     """Numbers, one per example, as an array of NumPy; or why they are none."""
     if isinstance(value, (list, tuple)):
-        items = [item.item() if isinstance(item, _ARRAYS) and _count(item) == 1 else item for item in value]
-        if any(isinstance(item, _ARRAYS) for item in items):
+        items = [item.item() if _is_array(item) and _count(item) == 1 else item for item in value]
+        if any(_is_array(item) for item in items):
             return f"it is a {type(value).__name__} of tensors"
         try:
             value = np.asarray(items)
@@ -232,30 +229,41 @@ def _array(value: Any) -> Any:
         return f"it is of type {type(value).__name__}"
     if not _has_elements(value):
         return f"it is a tensor of {value.dtype} and {value.layout}"
-    array: Any = value if isinstance(value, _ARRAYS) else np.asarray(value)
+    array: Any = value if _is_array(value) else np.asarray(value)
     if array.ndim and _count(array) != array.shape[0]:  # looked at before anything is copied
         return f"it is of shape {tuple(array.shape)}"
-    if isinstance(array, Tensor):
+    if _is_tensor(array):
         array = array.detach().cpu()
         array = (array.double() if array.is_floating_point() else array).numpy()
     return array if array.dtype.kind in "biuf" else f"it is of dtype {array.dtype}"
 
 
+def _is_tensor(value: Any) -> bool:
+    """Whether it is a tensor of torch; where nobody has imported torch there is none."""
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(value, torch.Tensor)
+
+
+def _is_array(value: Any) -> bool:
+    return _is_tensor(value) or isinstance(value, (np.ndarray, np.generic))
+
+
 def _has_elements(value: Any) -> bool:
     """Whether a tensor, or anything else, has all of its elements one by one."""
-    other = isinstance(value, Tensor) and (value.is_nested or value.is_quantized or value.is_meta)
-    return not (other or (isinstance(value, Tensor) and value.layout != torch.strided))
+    if not _is_tensor(value):
+        return True
+    return not (value.is_nested or value.is_quantized or value.is_meta) and str(value.layout) == "torch.strided"
 
 
 def _count(item: Any) -> int:
-    return item.numel() if isinstance(item, Tensor) else int(item.size)
+    return item.numel() if _is_tensor(item) else int(item.size)
 
 
 def _labels(values: Any) -> list[Hashable] | None:
     """A tensor, array or sequence as plain values, which compare by what they are; ``None`` if it is none of these."""
     if not _has_elements(values):
         return None
-    if isinstance(values, _ARRAYS) and values.ndim and _count(values) == len(values):  # type: ignore[arg-type]
+    if _is_array(values) and values.ndim and _count(values) == len(values):
         values = values.reshape(-1)  # a column
     if hasattr(values, "tolist"):
         values = values.tolist()

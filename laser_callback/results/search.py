@@ -42,9 +42,10 @@ class Trade:
     Attributes:
         plan: the finalist's whole plan, as text.
         gain: change of the objective, in the direction that is better.
-        fluency: relative change of ``key``, 0.02 is 2 % more; ``None`` where it was not measured.
-        efficient: no other finalist has both more gain and better fluency.
+        fluency: relative change of the perplexity, 0.02 is 2 % more; ``None`` where it was not measured.
+        efficient: no other finalist has both more gain and better fluency, by perplexity and ``kl``.
         chosen: this one went to confirmation.
+        kl: divergence from the original in nats per token of text; ``None`` where it was not measured.
     """
 
     plan: str
@@ -52,17 +53,16 @@ class Trade:
     fluency: float | None
     efficient: bool = False
     chosen: bool = False
+    kl: float | None = None
 
 
 def mark_efficient(trades: list[Trade]) -> None:
     """Mark the trades that no other beats in one respect without losing in the other."""
-    for trade in trades:
-        trade.efficient = trade.fluency is not None and not any(
-            other.fluency is not None
-            and other.gain >= trade.gain
-            and other.fluency <= trade.fluency
-            and (other.gain, other.fluency) != (trade.gain, trade.fluency)
-            for other in trades
+    known = [trade for trade in trades if trade.fluency is not None]
+    costs = [(-trade.gain, trade.fluency or 0.0, trade.kl or 0.0) for trade in known]
+    for trade, own in zip(known, costs, strict=True):
+        trade.efficient = not any(
+            all(one <= two for one, two in zip(other, own, strict=True)) and other != own for other in costs
         )
 
 
@@ -86,7 +86,8 @@ class SearchResult:
         warnings: what a reader must know.
         base: the digest of the base's weights, if one was given.
         race: what candidates raced by, where that was not the objective.
-        recipe: ``found`` with what its text does not say, where there is such (cuts in the metric of the inputs).
+        recipe: where ``found`` cuts in the metric of the inputs the same, with the directions that a plan's text does
+            not say: give it wherever a plan is asked for.
     """
 
     plan: LaserPlan | None
@@ -150,7 +151,11 @@ class SearchResult:
         Raises:
             ValueError: naming the place of what is missing, unknown or of another type.
         """
-        return built(cls, data)
+        result: SearchResult = built(cls, data)
+        if result.recipe is not None:
+            result.found = result.recipe
+            result.plan = result.plan and result.recipe
+        return result
 
     @classmethod
     def from_json(cls, path: str | Path) -> SearchResult:

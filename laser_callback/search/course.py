@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 
 from laser_callback.compare.measure import Table
+from laser_callback.data.scoring import FLUENCY, OF_TEXT
 from laser_callback.plans.plan import LaserPlan
 from laser_callback.plans.short import brief
 from laser_callback.results.candidates import Candidate
@@ -21,7 +22,6 @@ from laser_callback.search.proposals import Proposals, views_for
 from laser_callback.search.race import Rung, choose, schedule
 from laser_callback.search.refine import NEAR, Refinement
 from laser_callback.search.screen import LossFn
-from laser_callback.search.setup import FLUENCY
 from laser_callback.search.steps import Steps
 from laser_callback.search.strategies.base import Context, Strategy
 from laser_callback.search.tables import from_original, keeps, row_of, rows_of
@@ -196,14 +196,15 @@ class Course:
                 for key, row in rows_of(self.steps.keys, table, arm).items()
             }
             if fluency is not None:
-                rows[FLUENCY] = row_of(FLUENCY, fluency, plan)
+                rows |= {key: row_of(key, fluency, plan) for key in OF_TEXT}
             broken = [str(bound) for bound in self.bounds if bound.key in rows and not keeps(bound, rows[bound.key])]
             if broken:
                 candidate.status, candidate.reason = "rejected", f"breaks {', '.join(broken)} on the race examples"
             else:
                 kept.append(candidate)
             gain = self._base_gain + (candidate.gain.delta if candidate.gain else math.nan)
-            self.result.trades.append(Trade(plan, gain, rows[FLUENCY].delta if FLUENCY in rows else None))
+            of_text = [rows[key].delta if key in rows else None for key in (FLUENCY, "kl")]
+            self.result.trades.append(Trade(plan, gain, of_text[0], kl=of_text[1]))
         if finalists and not kept:
             self.result.reason = "every finalist breaks a constraint in the race"
         return kept

@@ -75,7 +75,7 @@ class LaserSearch:
             the loss then helps. Where answers are written it is by default the loss, that of the answers that should
             be written: so only the finalists write, on the examples of the last round, and then what is confirmed.
         constraints: how much worse a key may become on the guard set, as text: ``"perplexity <= +2 %"``,
-            ``"log_loss <= +0.05"``. By default ``perplexity <= +5 %`` where there is text, and
+            ``"log_loss <= +0.05"``, ``"kl <= 0.02"``. By default ``perplexity <= +5 %`` where there is text, and
             ``paraphrase_robustness >= -0.02`` where that is an objective.
         base: what the module was fine-tuned from, as :class:`~laser_callback.spectra.BaseWeights` takes it, for
             strategies that edit the difference to it.

@@ -15,14 +15,12 @@ from torch import Tensor
 
 from laser_callback.compare.module import LaserModule
 from laser_callback.data.encoding import EncodedFact
+from laser_callback.data.scoring import FLUENCY, OF_TEXT
 from laser_callback.data.sets import ExampleSets
 from laser_callback.results.examples import Logged
 from laser_callback.search.race import Objective
 from laser_callback.search.strategies.base import Strategy
 from laser_callback.stats.constraint import Constraint
-
-FLUENCY = "perplexity"
-"""The metric of running text."""
 
 _ROBUSTNESS = "paraphrase_robustness"
 _OF_FIRST_TOKEN = frozenset({"first_token_accuracy", "paraphrase_accuracy", _ROBUSTNESS})
@@ -59,6 +57,11 @@ def objective_of(
             what = "objective" if key in keys else "loss"
             raise MisconfigurationException(
                 f"`{what}` {key!r} is not logged by `validation_step`; it logs {_names(logged)}"
+            )
+        if logged[key].of_both:
+            raise MisconfigurationException(
+                f"`{'objective' if key in keys else 'loss'}` must be a metric of one model, but the original has the "
+                f"best {key!r} by definition: bound it in `constraints`"
             )
     return Objective(keys, tuple(_sign(key, direction, logged[key]) for key in keys), loss, tie)
 
@@ -118,7 +121,7 @@ def constraints_of(
         key = constraint.key
         if key in sets.text_metrics and key not in logged:
             continue
-        if key == FLUENCY and key not in logged:
+        if key in OF_TEXT and key not in logged:
             raise MisconfigurationException(f"the constraint '{constraint}' needs running text: give the data `text=`")
         if key not in logged:
             raise MisconfigurationException(f"the constraint '{constraint}' needs {key!r}; logged are {_names(logged)}")

@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, Subset
 
 from laser_callback.compare.controls import control_plans
 from laser_callback.compare.measure import Lab, Table
+from laser_callback.data.scoring import OF_TEXT
 from laser_callback.data.sets import ExampleSets
 from laser_callback.plans.plan import LaserPlan
 from laser_callback.plans.short import brief
@@ -34,7 +35,6 @@ from laser_callback.search.proposals import checked
 from laser_callback.search.race import Objective, Rung, choose, improved, order
 from laser_callback.search.screen import LossFn, sense
 from laser_callback.search.sensitivities import Sensitivities, Views
-from laser_callback.search.setup import FLUENCY
 from laser_callback.search.strategies.base import ENOUGH_BATCHES, Context, Strategy
 from laser_callback.search.tables import joined, to_step, to_table, twins_of
 from laser_callback.spectra.directions import InputDirections
@@ -174,13 +174,13 @@ class Steps:
         return self._measure(name, phase, what, by_text, loader, self.keys, self.base)
 
     def fluency(self, step: str, plans: Sequence[LaserPlan], loader: DataLoader[Any]) -> Table:
-        """Perplexity of the original and of each whole plan, by its text, on a few windows of running text."""
+        """What the original and each whole plan, by its text, have on a few windows of running text."""
         windows = _length(loader)
         few = Subset(loader.dataset, range(0, windows, math.ceil(windows / FLUENCY_WINDOWS)))
         loader = DataLoader(few, loader.batch_size, collate_fn=loader.collate_fn)
         what = f"fluency: {len(plans)} finalists on {len(few)} windows of text"
         by_text = {str(plan): plan for plan in plans}
-        return self._measure(f"{step}-fluency", "fluency", what, by_text, loader, (FLUENCY,), None)
+        return self._measure(f"{step}-fluency", "fluency", what, by_text, loader, OF_TEXT, None)
 
     def _measure(
         self,

@@ -81,7 +81,8 @@ def rows_of(keys: Iterable[str], table: Table, arm: str) -> dict[str, PairedResu
 def from_original(row: PairedResult, change: float) -> PairedResult:
     """A row against a base as one against the original, from which the base has changed by ``change``.
 
-    That is a share of the original's value where the row's changes are (perplexity), and a difference elsewhere.
+    That is a share of the original's value where the row's changes are (perplexity), and a difference elsewhere. Of
+    numbers of both models it is an estimate: divergences do not add up.
     """
     relative = row.kind == "log_ratio"
 
@@ -89,7 +90,7 @@ def from_original(row: PairedResult, change: float) -> PairedResult:
         return (1 + change) * (1 + further) - 1 if relative else change + further
 
     lower, upper = (None if end is None else whole(end) for end in (row.lower, row.upper))
-    original = row.original / (1 + change) if relative else row.original - change
+    original = row.original / (1 + change) if relative else row.original - change * (row.kind != "pair")
     return replace(row, original=original, delta=whole(row.delta), lower=lower, upper=upper)
 
 

@@ -17,21 +17,23 @@ from laser_callback.stats.gain import Gain
 from laser_callback.stats.gates import judge_all
 from laser_callback.stats.judgement import Judgement
 from laser_callback.stats.outcomes import PairedResult
-from laser_callback.surgery.recipe import recorded
+from laser_callback.surgery.record import recorded
 
 
 def confirm(steps: Steps, result: SearchResult, bounds: Sequence[Constraint], controls: bool) -> None:
     """Run the found plan, if there is one, against the original on what nothing has seen; then :func:`decide`."""
     if result.found is None:
         return
-    if any(reduction.needs_inputs for reduction in result.found):  # what is kept is in no weights
+    if result.found.needs_directions:  # what is kept is in no weights
         with recorded(steps.lab.module, result.found, steps.lab.spectra) as (_, recipe):
-            result.found = result.recipe = recipe
+            result.recipe = recipe
     try:
-        _compare_unseen(steps, result, bounds, controls)
+        _compare_unseen(steps, result, bounds, controls)  # not by the recipe: a precision may convert the weights
     except ReducedPassError as error:
         result.reason = f"no gain of {brief(result.found)} is confirmed: {error}"
         return
+    finally:
+        result.found = result.recipe or result.found
     decide(result, steps.objective.signs[0], of_facts=isinstance(steps.lab.module, LaserModule))
 
 
@@ -94,7 +96,9 @@ def judged(
     broken = [judgement.sentence for judgement in judgements if judgement.verdict != "pass"]
     found = Gain(key, direction="max" if sign > 0 else "min").judge(row, checks)
     if found.verdict != "pass":
-        return False, f"no gain of {name} is confirmed: {gain}; {found.note}"
+        is_told = row.verdict == "no difference shown"  # that there is no gain, and what is ruled out
+        note = found.note.partition("; ")[2] if is_told else found.note
+        return False, f"no gain of {name} is confirmed: {gain}{note and f'; {note}'}"
     if checks is not None and checks.is_of_labels and not of_facts and _right(row, sign) < checks.constant_answer:
         return False, (
             f"with {name}, {gain}; but the most common answer, always given, would be right more often "

@@ -4,8 +4,8 @@ from .factored_file import load_factored as load_factored
 from .gates import Gates as Gates
 from .gates import read_gates as read_gates
 from .rollout import StagedRollout as StagedRollout
+from .rollout import in_parts as in_parts
 from .rollout import in_steps as in_steps
-from .rollout import one_by_one as one_by_one
 from .thin import FactoredLinear as FactoredLinear
 from .thin import factored as factored
 from .undo import restore as restore

@@ -18,12 +18,13 @@ import lightning.pytorch as pl
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
-from laser_callback.compare.callback import check_strategy
 from laser_callback.compare.measure import Lab
 from laser_callback.compare.module import LaserModule
+from laser_callback.compare.trainer import check_strategy
 from laser_callback.data.datamodule import FactsDataModule
 from laser_callback.data.sets import ExampleSets
 from laser_callback.plans.plan import LaserPlan
@@ -45,6 +46,7 @@ from laser_callback.shipping.trained import (
     best_path,
     device_of,
     free_path,
+    keeps_best,
     load_weights_to_clean,
     read_own,
     refuse_unreadable,
@@ -56,7 +58,8 @@ from laser_callback.support.files import write_json
 from laser_callback.support.merging import adapted_layers, merged, refuse_other_than_lora, refuse_unmergeable
 from laser_callback.support.processes import on_first_rank, share_weights, waiting_group
 from laser_callback.support.reading import shown
-from laser_callback.surgery.recipe import Recipe, recorded
+from laser_callback.surgery.recipe import Recipe
+from laser_callback.surgery.record import recorded
 
 STRATEGIES = ("delta", "delta-matrices", "laser")
 _OWN = {"module", "data", "base", "folder", "resume", "spectra", "accelerator", "precision", "progress", "strategies"}
@@ -169,9 +172,10 @@ class LaserCleanup(pl.Callback):
         check_strategy(trainer)
         if trainer.fast_dev_run:
             rank_zero_warn("LaserCleanup does nothing in a fast_dev_run: there is no model worth cleaning")
-        elif self.weights == "best" and trainer.checkpoint_callback is None:
+        elif self.weights == "best" and not keeps_best(trainer):
             raise MisconfigurationException(
-                "LaserCleanup(weights='best') needs a ModelCheckpoint: add one to the trainer, or clean weights='last'"
+                "LaserCleanup(weights='best') needs a ModelCheckpoint that keeps a best one (`save_top_k`): add one to "
+                "the trainer, or clean weights='last'"
             )
 
     @override
@@ -255,16 +259,20 @@ class LaserCleanup(pl.Callback):
                 "are not trained on"
             )
         if data is None:
-            data = trainer.val_dataloaders
-            if isinstance(data, (list, tuple)) and len(data) == 1:
-                data = data[0]
+            if trainer.val_dataloaders is None and trainer.enable_validation:  # none in the first epoch: not set up yet
+                trainer.validating = True
+                trainer.fit_loop.epoch_loop.val_loop.setup_data()
+                trainer.training = True
+            loaders = tree_leaves(trainer.val_dataloaders)  # a list or mapping of them, or one
+            if len(loaders) > 1:
+                raise MisconfigurationException(
+                    f"`trainer.fit` has {len(loaders)} validation dataloaders: give LaserCleanup one of them as `data`"
+                )
+            data = next(iter(loaders), None)
         if data is None:
             raise MisconfigurationException(
-                "LaserCleanup has no data to search on: give `trainer.fit` validation data, or LaserCleanup `data`"
-            )
-        if isinstance(data, (list, tuple)):
-            raise MisconfigurationException(
-                f"`trainer.fit` has {len(data)} validation dataloaders: give LaserCleanup one of them as `data`"
+                "LaserCleanup has no data to search on: give `trainer.fit` validation data, with "
+                "limit_val_batches above 0, or LaserCleanup `data`"
             )
         if isinstance(data, pl.LightningDataModule) and data.trainer is None:
             data.trainer = trainer  # as for the trainer's own data: a FactsDataModule takes the tokenizer from there

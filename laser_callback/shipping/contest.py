@@ -31,6 +31,7 @@ from laser_callback.search.course import Course
 from laser_callback.search.verdict import judged
 from laser_callback.shipping.gates import Gates
 from laser_callback.shipping.rivals import Rival, differs, put_in, state_of
+from laser_callback.shipping.same_outputs import short
 from laser_callback.spectra.delta import BaseWeights
 from laser_callback.stats.gates import judge_all
 from laser_callback.support.interrupts import whole
@@ -209,38 +210,42 @@ class Contest:
 
     def elsewhere(self, also: Mapping[str, Any], base: BaseWeights, chosen: LaserPlan | Rival | None) -> None:
         """Other tasks under the base, the trained model and what was confirmed."""
-        tasks = []
         cleaned: Model | None = None
         if chosen is not None:
             cleaned = partial(self.cut, chosen) if isinstance(chosen, LaserPlan) else partial(self.other, chosen)
+        tasks = []
         for name, data in {TARGET: self.confirm_data, **also}.items():
-            tuned = self.trained(data)
-            if self.key not in tuned.known:
-                self.result.notes.append(
-                    f"`also[{name!r}]` is left out: {self.key!r} is not logged there, but {', '.join(tuned.known)}"
-                )
-                continue
-            tuning = paired(self.run(partial(self.before, base), data), tuned, "fine-tuned").directed(self.better)
-            cleaning = None
-            if cleaned is not None:
-                cleaning = paired(tuned, self.run(cleaned, data), "cleaned").directed(self.better)[ARM][self.key]
-            tasks.append(OtherTask(name, tuning[ARM][self.key], cleaning, self.sign))
+            try:
+                tasks.append(self._elsewhere(name, data, partial(self.before, base), cleaned))
+            except Exception as error:  # of the user's step on other data: what decides nothing may cost nothing
+                self.result.notes.append(f"`also[{name!r}]` is left out: {short(error)}")
         self.result.others = tasks
+
+    def _elsewhere(self, name: str, data: Any, before: Model, cleaned: Model | None) -> OtherTask:
+        tuned = self.trained(data)
+        if self.key not in tuned.known:
+            raise ValueError(f"{self.key!r} is not logged there, but {', '.join(tuned.known) or 'nothing'}")
+        tuning = paired(self.run(before, data), tuned, "fine-tuned").directed(self.better)
+        cleaning = None
+        if cleaned is not None:
+            cleaning = paired(tuned, self.run(cleaned, data), "cleaned").directed(self.better)[ARM][self.key]
+        return OtherTask(name, tuning[ARM][self.key], cleaning, self.sign)
 
 
 def best_of_each_kind(candidates: Iterable[Candidate], found: LaserPlan | None) -> list[Contender]:
-    """Of the plans that raced the one of each kind that came furthest, and the one that was found."""
+    """Of the plans that raced one of each kind: the one that was found, of the others the one that came furthest.
+
+    What was found need not have the highest gain of its kind: the loss decides between near-equals.
+    """
     raced = [c for c in candidates if c.gain is not None and math.isfinite(c.gain.delta)]
-    raced.sort(key=lambda c: (-c.examples, -c.gain.delta if c.gain else 0.0))
-    best: dict[tuple[str, str], Candidate] = {}
+    raced.sort(key=lambda c: (str(c.whole) != str(found), -c.examples, -c.gain.delta if c.gain else 0.0))
+    best: dict[tuple[ContenderKind, str], Candidate] = {}
     for candidate in raced:
         kind = _kind(candidate)
         best.setdefault((kind, candidate.strategy if kind == "strategy" else ""), candidate)
-    chosen = next((c for c in raced if str(c.whole) == str(found)), None)
-    listed = {str(c.whole): c for c in [*best.values(), *([chosen] if chosen else [])]}
     return [
-        Contender(_kind(c), name, c.strategy, c.gain.delta if c.gain else None, c.examples)
-        for name, c in listed.items()
+        Contender(kind, str(c.whole), c.strategy, c.gain.delta if c.gain else None, c.examples)
+        for (kind, _), c in best.items()
     ]
 
 

@@ -31,7 +31,8 @@ from laser_callback.shipping.undo import save_undo
 from laser_callback.spectra.store import Spectra
 from laser_callback.support.files import appearing
 from laser_callback.support.pretrained import pretrained_in, save_about, save_weights
-from laser_callback.surgery.recipe import Recipe, need_recipe_ending, recorded
+from laser_callback.surgery.recipe import Recipe, need_recipe_ending
+from laser_callback.surgery.record import recorded
 
 Form = Literal["recipe", "dense", "checkpoint", "factored", "adapter", "undo"]
 

@@ -22,7 +22,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from laser_callback.passes.drops import layer_path, why_no_identity
 from laser_callback.plans.kinds import WRITES
-from laser_callback.plans.matrices import WeightMatrix, find_matrices, layer_stacks
+from laser_callback.plans.matrices import WeightMatrix, find_matrices
+from laser_callback.plans.stacks import layer_stacks
 from laser_callback.shipping.same_outputs import made_up_inputs, outputs, short, why_not_same
 from laser_callback.support.pretrained import save_dense, whole
 from laser_callback.support.suggest import clipped
@@ -37,6 +38,7 @@ _INDICES = re.compile(
 _LEADING = ("first_k_dense_replace", "max_window_layers")
 """How many layers, from the first on, are of another sort."""
 _NOT_BY_LAYER = re.compile(r"token|architectures|label|limit$")
+_OF_TRAINING = ("training", "gradient_checkpointing")
 _OF_PLACE = "relative_attention_bias"
 """What belongs to a place in the stack, and not to the layer: the first block of T5 makes the positions for all."""
 
@@ -254,6 +256,9 @@ def _round_alike(loaded: PreTrainedModel, model: PreTrainedModel, kept: Layers) 
         wanted = getattr(model.config, f"_{what}", None)
         if wanted is not None and wanted != getattr(loaded.config, f"_{what}"):
             getattr(loaded, f"set_{what}")(wanted)
+    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    for name, parameter in loaded.named_parameters():  # by which torch chooses among kernels, without gradients too
+        parameter.requires_grad_(_source(name, kept) not in frozen)
     buffers = dict(model.named_buffers())
     for name, buffer in loaded.named_buffers():  # `model.to(torch.bfloat16)` has rounded frequencies of positions, too
         if (was := buffers.get(_source(name, kept))) is not None:
@@ -278,12 +283,12 @@ def _check_settings(small: PreTrainedModel, model: PreTrainedModel, kept: Layers
 
 
 def _settings(layer: nn.Module) -> dict[str, Any]:
-    """The plain values that the modules of a layer hold, but for those of torch itself."""
+    """The plain values that the modules of a layer hold, but for switches of training."""
     return {
         f"{path}.{name}".lstrip("."): list(value) if isinstance(value, tuple) else value
         for path, module in layer.named_modules()
         for name, value in vars(module).items()
-        if not name.startswith("_") and name != "training" and _is_plain(value)
+        if not name.startswith("_") and name not in _OF_TRAINING and _is_plain(value)
     }
 
 

@@ -121,7 +121,8 @@ class Gates:
 
         Raises:
             ValueError: for a metric that does not exist, or is not an average over examples; for a gain whose better
-                direction is not known; for data that no gate names, and data whose metrics have one name.
+                direction is not known, or that the original has the best of by definition; for data that no gate
+                names, and data whose metrics have one name.
         """
         rows: list[PairedResult] = []
         self._home = {}
@@ -140,7 +141,12 @@ class Gates:
                 if reason := gate.too_few(_count(self.data[name], gate.key.removeprefix(f"{name}/"))):
                     rank_zero_warn(f"{f'`others[{name!r}]`' if name else '`data`'}: {reason}")
         not_means = {row.metric: row.note for row in rows if row.kind is None}
+        of_both = {row.metric for row in rows if row.kind == "pair"}
         for gate in self.gates:
+            if isinstance(gate, Gain) and gate.key in of_both:
+                raise ValueError(
+                    f"the gate '{gate}' can never pass: the original has the best {gate.key!r} by definition; bound it"
+                )
             if gate.key in not_means:
                 raise ValueError(f"the gate '{gate}' can never be decided: {gate.key!r} is {not_means[gate.key]}")
         used = {self._home[gate.key] for gate in self.gates}

@@ -51,9 +51,12 @@ def rivals_of(trainer: pl.Trainer, module: pl.LightningModule, source: str, own_
         own_data: whether the examples of the search are others than the validation data.
     """
     found: dict[str, Rival] = {}
+    notes: list[str] = []
     for callback in trainer.checkpoint_callbacks:
         if not isinstance(callback, ModelCheckpoint):
             continue
+        if callback.monitor is None and callback.save_top_k == -1:
+            notes.append("a ModelCheckpoint without `monitor` knows of its latest checkpoint only: no other is tried")
         sign = -1 if callback.mode == "max" else 1
         scores = callback.best_k_models
         kept = sorted(scores, key=lambda path: sign * float(scores[path]))
@@ -65,7 +68,6 @@ def rivals_of(trainer: pl.Trainer, module: pl.LightningModule, source: str, own_
                 found.setdefault(os.path.realpath(path), Rival(path, chosen))
     found.pop(os.path.realpath(source), None)
     readable = [rival for rival in found.values() if not strangers(rival.path, module, trainer.datamodule)]
-    notes = []
     if len(readable) < len(found):
         notes.append(
             f"{len(found) - len(readable)} checkpoints are not tried, since they hold objects of other classes"

@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, replace
 from functools import partial
+from itertools import accumulate, groupby
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from laser_callback.compare.measure import Lab
 from laser_callback.compare.module import LaserModule
 from laser_callback.data.example_set import fingerprints
-from laser_callback.plans.plan import LaserPlan, check_base
+from laser_callback.plans.plan import LaserPlan, check_base, check_directions
 from laser_callback.plans.reduction import Reduction
 from laser_callback.plans.short import brief
 from laser_callback.results.comparison import LaserResult
@@ -34,18 +35,48 @@ from laser_callback.support.journal import Journal, Step
 from laser_callback.support.progress import PhaseProgress
 from laser_callback.support.provenance import versions
 from laser_callback.support.reading import Seconds, typed
+from laser_callback.support.suggest import clipped
 from laser_callback.surgery.recipe import Recipe, matrix_hash
 from laser_callback.surgery.swap import reduced
 
+STAGES = 8
+"""So many stages at most, where nobody says which."""
 
-def one_by_one(plan: LaserPlan | str) -> list[LaserPlan]:
-    """Stages that add one reduction at a time, in the plan's order.
 
-    >>> [str(stage) for stage in one_by_one("27.fc_in@0.01, 11.q_proj@0.05")]
+def in_parts(plan: LaserPlan | str, most: int = STAGES) -> list[LaserPlan]:
+    """Stages that add one part of the plan at a time, in its order.
+
+    A part is one reduction. A plan of more than ``most`` reductions goes by layers: all neighbours that name the same
+    layer are one part, and if these are still more, neighbouring parts are put together, as evenly as can be. The parts
+    of a recipe are recipes.
+
+    Args:
+        plan: the last stage.
+        most: so many stages at most; each takes an evaluation.
+
+    Raises:
+        ValueError: if ``most`` is less than 1.
+
+    >>> [str(stage) for stage in in_parts("27.fc_in@0.01, 11.q_proj@0.05")]
     ['27.fc_in@0.01', '27.fc_in@0.01, 11.q_proj@0.05']
+    >>> [str(stage) for stage in in_parts("0.fc_in@0.1, 0.fc_out@0.1, 1.fc_in@0.1", most=2)]
+    ['0.fc_in@0.1, 0.fc_out@0.1', '0.fc_in@0.1, 0.fc_out@0.1, 1.fc_in@0.1']
     """
-    reductions = Recipe.of(plan).reductions
-    return [LaserPlan(reductions[: count + 1]) for count in range(len(reductions))]
+    if most < 1:
+        raise ValueError(f"`most` must be at least 1, got {most}")
+    plan = Recipe.of(plan)
+    ends = list(range(1, len(plan) + 1))
+    if len(ends) > most:
+        sizes = [len(list(of_layer)) for _, of_layer in groupby(plan, _where)]
+        ends = list(accumulate(sizes))
+    count = min(most, len(ends))
+    last = [ends[len(ends) * number // count - 1] for number in range(1, count + 1)]
+    return [*(plan.part(plan.reductions[:end]) for end in last[:-1]), plan]
+
+
+def _where(reduction: Reduction) -> tuple[Any, ...]:
+    """The layer that it names; a pattern that names none stands for itself."""
+    return reduction.stack, reduction.layer, None if reduction.layer is not None else reduction.matrix
 
 
 def in_steps(plan: LaserPlan | str, rhos: Iterable[float]) -> list[LaserPlan]:
@@ -54,7 +85,8 @@ def in_steps(plan: LaserPlan | str, rhos: Iterable[float]) -> list[LaserPlan]:
     Biases are cut in a stage that cuts their matrix to nothing, and in no stage before.
 
     Raises:
-        ValueError: if a rho is not in (0, 1), or the plan has a rule in place of a number.
+        ValueError: if a rho is not in (0, 1), or the plan has a rule in place of a number, or cuts in the metric of
+            the inputs: a recipe has no directions of another rho.
 
     >>> [str(stage) for stage in in_steps("27.fc_in@0.01, 11.q_proj@0.2", [0.1, 0.5])]
     ['27.fc_in@0.5, 11.q_proj@0.5', '27.fc_in@0.1, 11.q_proj@0.2', '27.fc_in@0.01, 11.q_proj@0.2']
@@ -66,7 +98,9 @@ def in_steps(plan: LaserPlan | str, rhos: Iterable[float]) -> list[LaserPlan]:
 
     def at(reduction: Reduction, rho: float) -> Reduction:
         if isinstance(reduction.rho, str):
-            raise ValueError(f"a plan cut in steps must have a number for each rho, got {reduction}")
+            raise ValueError(f"a plan cut in steps must have a number for each rho, got {clipped(reduction)}")
+        if reduction.needs_inputs:
+            raise ValueError(f"of {reduction} no other rho is known, so that it is not cut in steps: use `in_parts`")
         return reduction if rho <= reduction.rho else replace(reduction, rho=rho, bias="kept")
 
     stages = [LaserPlan(at(reduction, rho) for reduction in plan) for rho in rhos]
@@ -87,7 +121,7 @@ class StagedRollout:
 
     Args:
         module: a :class:`LaserModule` (without a plan), or any LightningModule with a ``validation_step``.
-        stages: the plans to go through, each whole; see :func:`one_by_one` and :func:`in_steps`. One plan is one stage.
+        stages: the plans to go through, each whole; see :func:`in_parts` and :func:`in_steps`. One plan is one stage.
         gates: what is demanded of every stage, such as ``["first_token_accuracy: gain", "perplexity <= +2 %"]``, a
             mapping, or a YAML file; see :func:`~laser_callback.shipping.read_gates`.
         data: what ``trainer.validate`` takes, with examples that the plan was not chosen by.
@@ -114,7 +148,7 @@ class StagedRollout:
         facts = FactsDataModule("facts.jsonl", module.tokenizer, text="text.txt")
         gates = ["first_token_accuracy: gain", "perplexity: ratio < 1.02", "safety/refusal_rate: delta > -0.05"]
         probes = ProbesDataModule("probes.jsonl", module.tokenizer)
-        StagedRollout(module, one_by_one(plan), gates, facts, others={"safety": probes}).run().log
+        StagedRollout(module, in_parts(plan), gates, facts, others={"safety": probes}).run().log
     """
 
     module: pl.LightningModule
@@ -160,11 +194,13 @@ class StagedRollout:
             MisconfigurationException, ValueError: if a stage does not fit the model, or a gate cannot be judged.
             FileExistsError: if the folder holds a run and ``resume`` is false.
         """
-        for plan in self.result.declared:
-            plan.resolve(self.module)
         lab = Lab(self.module, self.spectra or Spectra.default(), self.accelerator, self.precision)
         if lab.spectra.base is None:
             check_base(self.result.declared, given=False)
+        if lab.spectra.directions is None:
+            check_directions(self.result.declared)
+        for plan in self.result.declared:
+            plan.check_weights([matrix for matrix, _ in plan.resolve(lab.matrices)], lab.spectra.base)
         self._gates.prepare(lab, self.result.declared[0])
         self.result.settings = {
             "gates": [str(gate) for gate in self._gates.gates],

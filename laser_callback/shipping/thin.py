@@ -26,7 +26,8 @@ from laser_callback.plans.reduction import Reduction
 from laser_callback.spectra.spectrum import Spectrum, as_double
 from laser_callback.spectra.store import Spectra
 from laser_callback.support.interrupts import whole
-from laser_callback.surgery.recipe import Recipe, recorded
+from laser_callback.surgery.recipe import Recipe
+from laser_callback.surgery.record import recorded
 from laser_callback.surgery.swap import reduced
 
 MAX_SHARE = 0.5

@@ -18,7 +18,7 @@ from laser_callback.support.interrupts import whole
 from laser_callback.support.merging import put_effective
 from laser_callback.surgery.recipe import Recipe
 
-_TRAINING_STATE = ("callbacks", "optimizer_states", "lr_schedulers")
+_TRAINING_STATE = ("callbacks", "optimizer_states", "lr_schedulers", "current_model_state", "averaging_state")
 """Parts of a checkpoint that belong to the weights before the cut."""
 
 
@@ -40,6 +40,12 @@ def as_found(
         state.set()
         if weights is not None:
             module.load_state_dict(weights, strict=module.strict_loading)
+
+
+def keeps_best(trainer: pl.Trainer) -> bool:
+    """Whether there will be a best checkpoint."""
+    callback = trainer.checkpoint_callback
+    return callback is not None and getattr(callback, "save_top_k", 1) != 0
 
 
 def best_path(trainer: pl.Trainer) -> str:

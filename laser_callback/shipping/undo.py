@@ -28,7 +28,8 @@ from laser_callback.plans.reduction import Reduction
 from laser_callback.spectra.store import Resolved, Spectra
 from laser_callback.support.files import appearing, need_files
 from laser_callback.support.reading import parse_plain, shown
-from laser_callback.surgery.recipe import CutMatrix, Recipe, matrix_hash, recorded
+from laser_callback.surgery.recipe import CutMatrix, Recipe, matrix_hash
+from laser_callback.surgery.record import recorded
 
 _FORMAT = "laser_callback undo, zlib over byte planes"
 _LEVEL = 1  # five times as fast as the default, for a hundredth more of the size

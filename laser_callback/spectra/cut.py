@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from laser_callback.plans.matrices import WeightMatrix
-from laser_callback.plans.rank_rules import unit
-from laser_callback.plans.reduction import Reduction
-from laser_callback.spectra.spectrum import Spectrum
-from laser_callback.spectra.store import Spectra
+if TYPE_CHECKING:  # whoever reads a result needs no torch
+    from laser_callback.plans.matrices import WeightMatrix
+    from laser_callback.plans.reduction import Reduction
+    from laser_callback.spectra.spectrum import Spectrum
+    from laser_callback.spectra.store import Spectra
 
 POINTS = 160
 """At most about so many singular values are kept of each matrix."""
@@ -54,6 +55,8 @@ class CutSpectrum:
     @classmethod
     def of(cls, spectrum: Spectrum, matrix: str, reduction: Reduction) -> CutSpectrum:
         """From the whole spectrum of the matrix ``matrix``, cut as ``reduction`` says."""
+        from laser_callback.plans.rank_rules import unit
+
         values = spectrum.values.cpu().numpy()
         removed = spectrum.removed(reduction)
         squares = (values / unit(spectrum.values)) ** 2

@@ -18,7 +18,8 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from laser_callback.plans.matrices import WeightMatrix, find_matrices, known_as, plain_name, same_name
+from laser_callback.plans.matrices import WeightMatrix, find_matrices, known_as, same_name
+from laser_callback.plans.stacks import plain_name
 from laser_callback.spectra.spectrum import as_double
 from laser_callback.support.checkpoints import read_checkpoint, read_tensors
 from laser_callback.support.hashing import content_hash

@@ -311,8 +311,8 @@ class Spectra:
         """The directions that a reduction in the metric of the inputs keeps."""
         if self.directions is None:
             raise ValueError(
-                f"{brief(reduction)} cuts `{name}` in the metric of its inputs, which is not in the weights: use the "
-                "recipe that came with it, or search with the strategy 'whitened'"
+                f"{brief(reduction)} cuts `{name}` in the metric of its inputs, which is not in the weights: give the "
+                "recipe in place of the plan, the search's `result.recipe` or its file"
             )
         return self.directions.kept(name, reduction)
 

@@ -23,6 +23,9 @@ Op: TypeAlias = Literal["<=", ">="]
 ENOUGH_UNCHANGED = 59
 """If none of so many units changes, fewer than 5 % of all units do, at 95 % confidence (0.95^59 < 0.05)."""
 
+DIVERGENCES = ("kl", "answer_kl")
+"""Of these the original has 0 by definition, so that a bound on the change is one on the value."""
+
 _TEXT = re.compile(rf"\s*(\S.*?)\s*(?::\s*(ratio|delta)?\s*)?(<=?|>=?)\s*([+-]?)\s*({NUMBER})\s*(%?)\s*")
 _FORM = (
     "a constraint is `metric <= +margin` or `metric >= -margin`, such as 'perplexity <= +2 %' or 'log_loss <= +0.05', "
@@ -40,6 +43,7 @@ class Constraint:
         margin: the most (or least) that the change may be.
         relative: the margin is a fraction of the original's value (of its magnitude, so that ``<=`` bounds the metric
             from above whatever its sign); else it is in units of the metric.
+        of_value: the margin bounds the value itself, which is the change where the original has 0 by definition.
 
     Raises:
         ValueError: if a field is not as stated.
@@ -49,6 +53,7 @@ class Constraint:
     op: Op
     margin: float
     relative: bool = False
+    of_value: bool = False
 
     def __post_init__(self) -> None:
         check_key(self.key)
@@ -62,14 +67,15 @@ class Constraint:
         """Read a constraint; ``str()`` writes it. ``<`` and ``<=`` are the same: it is a bound that is compared.
 
         Raises:
-            ValueError: if the text is no constraint, or its margin has no sign and so could be meant as a value.
+            ValueError: if the text is no constraint, or its margin has no sign and so could be meant as a value, other
+                than of a divergence.
 
         >>> Constraint.parse("perplexity <= +2 %")
         Constraint(key='perplexity', op='<=', margin=0.02, relative=True)
         >>> Constraint.parse("perplexity: ratio < 1.02") == Constraint.parse("perplexity <= +2 %")
         True
-        >>> str(Constraint.parse("paraphrase_robustness: delta > -0.020"))
-        'paraphrase_robustness >= -0.02'
+        >>> str(Constraint.parse("paraphrase_robustness: delta > -0.020")), str(Constraint.parse("kl < 0.020"))
+        ('paraphrase_robustness >= -0.02', 'kl <= 0.02')
         """
         text = gate_text(text)
         match = _TEXT.fullmatch(text)
@@ -86,6 +92,8 @@ class Constraint:
             if percent or (what == "ratio" and sign):
                 raise ValueError(f"a {what} is a {'plain' if what == 'ratio' else 'signed'} number, got {text!r}")
             return cls(key, cast("Op", op), float(margin - (what == "ratio")), what == "ratio")
+        if not sign and not percent and op == "<=" and key.rpartition("/")[2] in DIVERGENCES:
+            return cls(key, "<=", float(margin), of_value=True)
         if not sign:
             raise ValueError(
                 f"the margin in {text!r} must have a sign, because it bounds the change from the original and not the "
@@ -95,7 +103,8 @@ class Constraint:
 
     def __str__(self) -> str:
         margin = Decimal(repr(self.margin)).scaleb(2 if self.relative else 0).normalize()
-        return f"{self.key} {self.op} {margin:+f}{' %' if self.relative else ''}"
+        number = f"{margin:f}" if self.of_value else f"{margin:+f}"
+        return f"{self.key} {self.op} {number}{' %' if self.relative else ''}"
 
     def too_few(self, n: int) -> str:
         """Why ``n`` independent examples of right and wrong cannot show that it holds, unless it gets better.
@@ -122,9 +131,14 @@ class Constraint:
             row: the comparison of the metric on examples that nothing was chosen by.
 
         Raises:
-            ValueError: if the row is of another metric.
+            ValueError: if the row is of another metric, or the original has more than 0 of a bound value.
         """
         check_row(self.key, row)
+        if self.of_value and row.kind != "pair" and row.original:
+            raise ValueError(
+                f"the margin in '{self}' must have a sign, because the original has {row.original:g} of {self.key!r}, "
+                f"and what is bounded is the change from it: '{self.key} <= +{self.margin:g}'"
+            )
         scale = self._scale(row)
         if not math.isfinite(scale):
             reason = f"the original's value is {row.original:g}, from which no change can be told on this scale"

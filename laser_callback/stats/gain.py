@@ -17,6 +17,7 @@ from laser_callback.stats.judgement import (
     NUMBER,
     Judgement,
     Verdict,
+    amount_text,
     check_key,
     check_row,
     extrapolate,
@@ -103,7 +104,10 @@ class Gain:
             note = f"not tested: {row.note or 'the row has no test'}"
             return Judgement(str(self), self.key, row.n, row.delta, None, "undecided", note, None, relative, row.sample)
         verdict: Verdict = "undecided"
+        best = row.upper if sign > 0 else row.lower
         note = "no gain is shown"
+        if best is not None and best * sign > 0:
+            note += f", and one above {amount_text(abs(best), relative)} is ruled out at 95 % confidence"
         if row.p <= self.alpha and row.delta * sign < 0:
             verdict, note = "fail", "it is shown to get worse"
         elif row.p <= self.alpha and prior is not None and prior.doubt:

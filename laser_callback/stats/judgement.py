@@ -61,13 +61,16 @@ class Judgement:
 
     def amount(self, value: float | None) -> str:
         """The change or the bound in words."""
-        if value is None or math.isnan(value):
-            return "-"
-        return f"{value:+.1%}" if self.relative else f"{value:+.3f}"
+        return "-" if value is None or math.isnan(value) else amount_text(value, self.relative, "+")
 
     def to_dict(self) -> dict[str, Any]:
         """All fields, ready for strict JSON: a number that is not finite becomes ``None``."""
         return plain_fields(self)
+
+
+def amount_text(value: float, relative: bool, sign: str = "") -> str:
+    """A change in units of the metric, or as a share of the original's value."""
+    return f"{value:{sign}.1%}" if relative else f"{value:{sign}.3f}"
 
 
 def gate_text(text: str) -> str:

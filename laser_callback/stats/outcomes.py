@@ -19,7 +19,7 @@ from laser_callback.stats.intervals import Floats
 ALPHA = 0.05  # level of every verdict; 1 - ALPHA is the confidence of every interval
 
 Array: TypeAlias = Any  # of NumPy, or a tensor
-Kind: TypeAlias = Literal["binary", "mean", "log_ratio"]
+Kind: TypeAlias = Literal["binary", "mean", "log_ratio", "pair"]
 Unit: TypeAlias = Literal["example", "cluster", "batch"]
 Role: TypeAlias = Literal["primary", "holm", "exploratory"]
 Test: TypeAlias = Literal[
@@ -50,6 +50,9 @@ class Outcomes:
             - ``"mean"``: any number; the metric is the (weighted) mean.
             - ``"log_ratio"``: the unit's mean negative log likelihood in nats per token, with its number of tokens as
               weight; the metric is ``exp(weighted mean)``, the perplexity, and arms are compared by their ratio.
+            - ``"pair"``: a number of both models, such as their divergence, of which the original has by definition 0
+              and the reduced model no less, or 1 and no more; the metric is the (weighted) mean. It has an interval
+              and no test.
 
     Raises:
         TypeError: if ``values`` or ``weights`` is neither an array nor a tensor.
@@ -61,8 +64,8 @@ class Outcomes:
     kind: Kind = "mean"
 
     def __post_init__(self) -> None:
-        if self.kind not in ("binary", "mean", "log_ratio"):
-            raise ValueError(f"`kind` must be 'binary', 'mean' or 'log_ratio', got {self.kind!r}")
+        if self.kind not in ("binary", "mean", "log_ratio", "pair"):
+            raise ValueError(f"`kind` must be 'binary', 'mean', 'log_ratio' or 'pair', got {self.kind!r}")
         array: Array
         for name, array in (("values", self.values), ("weights", self.weights)):
             if array is None and name == "weights":

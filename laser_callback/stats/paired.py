@@ -48,6 +48,8 @@ def compare(
       :math:`\frac{C-1}{C} \sum_c (h_c (d_c - r) / (1 - h_c))^2`, where :math:`h_c = w_c / \sum_c w_c`, and t with
       :math:`1 / \sum_c h_c^2 - 1` degrees of freedom, which are C - 1 for equal weights; "log_ratio" then maps
       estimate and interval by ``exp(.) - 1``.
+    - "pair": the interval of "mean", as far as it is on the side on which the number can be, and no test: that the
+      models differ is seen, and there is nothing that a p value could add.
 
     Clusters hold units that are not independent, such as the facts of one subject; they are then what ``n`` counts. The
     metric stays the mean over units, and "mean" has the cluster-robust test. "binary" has the exact test that exchanges
@@ -64,7 +66,7 @@ def compare(
         reduced: outcomes of the reduced model for the same units in the same order, with the same kind and weights.
         clusters: one label per unit.
         higher_is_better: direction of the metric. ``None`` means that ones are right for "binary", that lower is better
-            for "log_ratio", and that the direction is unknown for "mean".
+            for "log_ratio", that the original's is the best for "pair", and that it is unknown for "mean".
 
     Returns:
         A row of role "exploratory"; :func:`~laser_callback.stats.adjust` gives it the role in which it may claim
@@ -85,6 +87,9 @@ def compare(
         >>> row.verdict, adjust([row], primary="accuracy")[0].verdict
         ('exploratory', 'better')
     """
+    if original.kind == reduced.kind == "pair":
+        as_means = replace(original, kind="mean"), replace(reduced, kind="mean")
+        return _of_pair(compare(metric, *as_means, clusters=clusters))
     before, after, weights, labels, notes = _pairs(original, reduced, clusters)
     if not len(before):
         return _without_units(metric, original, reduced, higher_is_better)
@@ -150,6 +155,27 @@ def _tested_exactly(row: PairedResult, signs: NDArray[np.int64], labels: NDArray
             lower, upper = min(lower, 0.0), max(upper, 0.0)
         ends.append((lower, upper))
     return _with_bounds(row, ends)
+
+
+def _of_pair(row: PairedResult) -> PairedResult:
+    """The row of a number of both models: without a test, and with an interval inside of what the number can be."""
+    if not math.isfinite(row.original):  # no unit has a value
+        return replace(row, kind="pair")
+    low, high = (0.0, math.inf) if row.original == 0 else (-row.original, 0.0)
+    ends = [row.lower, row.upper, row.lower90, row.upper90]
+    lower, upper, lower90, upper90 = (None if end is None else min(max(end, low), high) for end in ends)
+    return replace(
+        row,
+        kind="pair",
+        lower=lower,
+        upper=upper,
+        lower90=lower90,
+        upper90=upper90,
+        p=None,
+        test="not tested",
+        note="; ".join(filter(None, [row.note, f"the original has {row.original:g} by definition"])),
+        higher_is_better=row.original > 0,
+    )
 
 
 def _without_units(metric: str, original: Outcomes, reduced: Outcomes, higher_is_better: bool | None) -> PairedResult:

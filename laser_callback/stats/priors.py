@@ -47,7 +47,8 @@ class PriorChecks:
         metric: of which this is said.
         n: number of examples.
         delta: the metric of the reduced minus that of the original model, over all examples.
-        constant_answer: share right of always giving each group's most common gold answer.
+        constant_answer: share right, as the metric weighs examples, of always giving each group's best gold answer: the
+            most common one, where all weigh the same.
         majority_excluded: the comparison on examples whose gold answer is not what either arm says most in the
             example's group; ``None`` if no example is left.
         matched: share of examples on which the reduced model says the gold answer, text for text.
@@ -138,7 +139,7 @@ def prior_checks(
         answers: gold answer of each of n examples.
         predictions: the original's and the reduced model's answer to each example.
         outcomes: the original's and the reduced model's, from 0 (wrong) to 1 (right). Examples absent (NaN) in either
-            arm are left out.
+            arm are left out; those with weights count by the original's.
         groups: the example's group, such as its relation; ``None`` puts all in one. So are groups of fewer than 5.
         clusters: as in :func:`~laser_callback.stats.compare`.
 
@@ -181,10 +182,12 @@ def prior_checks(
         answers, before, after = (list(map(_folded, texts)) for texts in (answers, before, after))
     groups = _pooled([""] * len(present) if groups is None else [groups[i] for i in present])
     kinds = [arm.kind for arm in outcomes]
+    weights = None if outcomes[0].weights is None else as_float64(outcomes[0].weights)[present]
     labels = None if clusters is None else [clusters[i] for i in present]
 
     def compared(name: str, kept: Any) -> PairedResult:
-        arms = (Outcomes(values[kept], kind=kind) for values, kind in zip(right, kinds, strict=True))
+        of_kept = None if weights is None else weights[kept]
+        arms = (Outcomes(values[kept], of_kept, kind) for values, kind in zip(right, kinds, strict=True))
         of_these = None if labels is None else [labels[i] for i in kept]
         return compare(name, *arms, clusters=of_these, higher_is_better=True)
 
@@ -197,19 +200,21 @@ def prior_checks(
     macro = None
     if frequent:
         # The mean over answers of their accuracies is a mean over units, each with weight 1 / count of its answer.
-        weights = np.array([1 / frequent[answer] if answer in frequent else 0.0 for answer in answers])
-        one, two = (float(np.average(values, weights=weights)) for values in right)
+        evened = np.array([1 / frequent[answer] if answer in frequent else 0.0 for answer in answers])
+        one, two = (float(np.average(values, weights=evened)) for values in right)
         macro = MacroAccuracy(one, two, two - one, len(frequent), sum(frequent.values()))
 
     matched, chance, chance_p = _against_chance(answers, after, groups, labels)
     change = right[1] - right[0]
-    by: dict[str, Sequence[Hashable]] = {"answer": list(zip(groups, answers, strict=True)), "group": groups}
+    by: dict[str, Sequence[Hashable]] = {"answer": list(zip(groups, answers, strict=True))}
+    if any(groups):  # of unnamed ones there is nothing to generalise to
+        by["group"] = groups
     predicted = dict(zip(("original", "reduced"), map(Counter, (before, after)), strict=True))
     return PriorChecks(
         metric=metric,
         n=len(answers),
-        delta=float(np.mean(right[1]) - np.mean(right[0])),
-        constant_answer=constant_share(answers, groups),
+        delta=float(np.average(right[1], weights=weights) - np.average(right[0], weights=weights)),
+        constant_answer=constant_share(answers, groups, weights),
         majority_excluded=compared(f"{metric} without the answers said most", kept) if kept else None,
         matched=matched,
         chance=chance,
@@ -221,9 +226,19 @@ def prior_checks(
     )
 
 
-def constant_share(answers: Sequence[str], groups: Sequence[str]) -> float:
-    """The share right of always giving each group's most common gold answer; groups of fewer than 5 are one."""
-    return sum(max(counts.values()) for counts in _count(_pooled(groups), answers).values()) / len(answers)
+def constant_share(answers: Sequence[str], groups: Sequence[str], weights: Any = None) -> float:
+    """The share right of always giving each group's best answer; groups of fewer than 5 are one.
+
+    Args:
+        answers: of n examples, the right ones.
+        groups: their groups.
+        weights: what they count, shape (n,); ``None`` counts all the same.
+    """
+    counted: Sequence[float] = [1] * len(answers) if weights is None else weights.tolist()
+    held: defaultdict[str, defaultdict[str, float]] = defaultdict(lambda: defaultdict(float))
+    for group, answer, weight in zip(_pooled(groups), answers, counted, strict=True):
+        held[group][answer] += weight
+    return sum(max(of_group.values()) for of_group in held.values()) / sum(counted)
 
 
 def _against_chance(

@@ -8,8 +8,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Generator
 
-import torch
-
 from laser_callback.support.interrupts import whole
 
 
@@ -25,6 +23,8 @@ def ignoring(*messages: str) -> Generator[None, None, None]:
 @whole
 def with_gradients(mode: bool) -> Generator[None, None, None]:
     """Within: gradients are recorded, or not."""
+    import torch
+
     with torch.set_grad_enabled(mode):
         yield
 
@@ -32,5 +32,7 @@ def with_gradients(mode: bool) -> Generator[None, None, None]:
 @whole
 def with_inference(mode: bool) -> Generator[None, None, None]:
     """Within: new tensors belong to inference mode, or are ordinary ones."""
+    import torch
+
     with torch.inference_mode(mode):
         yield

@@ -51,8 +51,10 @@ class Front:
 
     def __init__(self, passes: Sequence[Recorded]) -> None:
         self._arms = [list(layers) for one in passes for layers in one.layers.values()]
+        self._stacks = passes[0].stacks
         self._held = passes[0].held
         self.trouble = ""
+        self._stack: set[nn.Module] = set()
         self._order: list[nn.Module] = []  # as they are called
         self._entries: dict[nn.Module, int] = {}  # of the cache
         self._own: dict[nn.Module, Held] = {}
@@ -75,17 +77,23 @@ class Front:
     def _see(
         self, layer: nn.Module, reason: str, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        if self.trouble:
+        if not self._order:  # what another stack is given may come from behind a cut in this one
+            stack = next(stack for stack in self._stacks if layer in stack)
+            self._arms = [[one for one in layers if one in stack] for layers in self._arms]
+            self._stack = set(stack)
+        if self.trouble or layer not in self._stack:
             return forward(*args, **kwargs)
         first = not self._order or layer is self._order[0]
         self._calls += first
         if self._calls > 1 and layer not in self._own:
             self.trouble = "its layers are not called in the same way for each token"
-        ends = layer in self._last.values()
+        ends = layer in self._outputs
         if self._calls > 1 and not first and not ends:
             return forward(*args, **kwargs)
-        leaves, _, _ = flatten((args, kwargs))
+        leaves, _, containers = flatten((args, kwargs))
         hidden = next((leaf for leaf in leaves if isinstance(leaf, Tensor)), None)
+        if len(containers) > 1:  # than its keywords
+            reason = reason or "it is given a container, which it may fill"
         if first and hidden is not None:
             self._inputs.append(hidden.detach().clone())
         if self._calls == 1:
@@ -148,7 +156,7 @@ class Front:
             arm: that runs, with its weights in place.
             head: parameters that nothing but the output reads, by ``id``.
         """
-        called = [layer for layer in self._order if layer in arm.layers]
+        called = [layer for layer in self._order if layer in arm.layers]  # of one stack, from its first layer on
         reason = self.trouble
         if not reason and arm.outside - head:
             reason = "what is cut is read ahead of the layers, too"

@@ -22,7 +22,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from laser_callback.plans.matrices import WeightMatrix, layer_stacks
+from laser_callback.plans.matrices import WeightMatrix
+from laser_callback.plans.stacks import layer_stacks
 from laser_callback.support.interrupts import whole
 from laser_callback.surgery.held import Held
 from laser_callback.surgery.interception import Forward, Watch, paused
@@ -84,11 +85,13 @@ class Recorded:
 
     Attributes:
         layers: by arm those in front of its first cut.
+        stacks: the stacks that they are in.
         kept: to be filled; freed with the record.
         held: what layers hold, as it was last seen.
     """
 
     layers: Mapping[str, Sequence[nn.Module]]
+    stacks: Sequence[Sequence[nn.Module]]
     held: dict[nn.Module, Held]
     kept: dict[Hashable, Any] = field(default_factory=dict)
 
@@ -151,6 +154,7 @@ class LayerReplay:
     def __init__(self, model: nn.Module, cuts: Mapping[str, Sequence[WeightMatrix]]) -> None:
         self.reports = {arm: ReplayReport() for arm in cuts}
         stacks = layer_stacks(model)
+        self._stacks = list(stacks.values())
         self._layers = {arm: _layers_before(stacks, matrices) for arm, matrices in cuts.items()}
         inside = {id(p) for layers in stacks.values() for layer in layers for p in layer.parameters()}
         self._outside = {
@@ -178,7 +182,7 @@ class LayerReplay:
         """
         self._calls, self._kept = {}, {}
         recorder = _Recorder(self._held, watch=self._watch is not False)
-        here = Recorded(self._layers, self._held)
+        here = Recorded(self._layers, self._stacks, self._held)
         _recorded.append(here)
         try:
             with Watch([layer for layers in self._layers.values() for layer in layers], recorder.see):

@@ -25,6 +25,7 @@ from laser_callback.plans.short import brief
 from laser_callback.spectra.store import SIDE_BY_SIDE, Spectra
 from laser_callback.support.interrupts import catch_up, closed, opened, undisturbed
 from laser_callback.support.settings import with_gradients, with_inference
+from laser_callback.surgery.recipe import Recipe
 
 
 @dataclass(eq=False)
@@ -86,7 +87,8 @@ class reduced(AbstractContextManager["reduced"]):  # noqa: N801 - reads as a ver
 
     Args:
         model: any module, or the matrices that :func:`find_matrices` has found in it.
-        plan: a :class:`LaserPlan`, or anything that :meth:`LaserPlan.of` takes.
+        plan: a :class:`LaserPlan`, or anything that :meth:`LaserPlan.of` takes. A recipe is only for
+            the weights that it was made for: the first entry holds them to its hashes.
         spectra: where factorisations are looked up and kept, for those who cut the same matrices again and again.
 
     Attributes:
@@ -94,7 +96,8 @@ class reduced(AbstractContextManager["reduced"]):  # noqa: N801 - reads as a ver
         is_suspended: whether a signal handler is running, for which the original weights are back.
 
     Raises:
-        ValueError: if the plan does not fit the model, or weights are not finite. The model is then untouched.
+        ValueError: if the plan does not fit the model, weights are not finite, or not those of a recipe. The model is
+            then untouched.
         TypeError: if a planned weight is packed, sharded, complex or without storage.
 
     Example:
@@ -115,7 +118,7 @@ class reduced(AbstractContextManager["reduced"]):  # noqa: N801 - reads as a ver
         plan: LaserPlan | str | Mapping[str, Any],
         spectra: Spectra | None = None,
     ) -> None:
-        self.plan = LaserPlan.of(plan)
+        self.plan = Recipe.of(plan)
         self._spectra = spectra
         self.matrices: list[tuple[WeightMatrix, Reduction]] = self.plan.resolve(model)
         self._cuts: list[_Cut] | None = None
@@ -127,6 +130,7 @@ class reduced(AbstractContextManager["reduced"]):  # noqa: N801 - reads as a ver
         if self._cuts is None:
             with with_gradients(False):
                 spectra = (self._spectra or Spectra()).bringing(self.plan.directions)
+                self.plan.check_weights([matrix for matrix, _ in self.matrices], spectra.base)
                 self._cuts = _reduced_parameters(self.matrices, spectra)
         return [tensor for _, tensor, _ in self._cuts]
 

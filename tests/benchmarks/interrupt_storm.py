@@ -47,7 +47,7 @@ from laser_callback.shipping.thin import factored
 from laser_callback.spectra.store import Spectra
 from laser_callback.support import interrupts
 from laser_callback.surgery import interception, swap
-from laser_callback.surgery.recipe import recorded
+from laser_callback.surgery.record import recorded
 from laser_callback.surgery.replay import LayerReplay
 
 PLAN = "1.mlp@0.2"

@@ -7,7 +7,7 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
-from brute_force import BASE, CHOICES, PARAPHRASES, assert_close, brute_force, text_perplexity
+from brute_force import BASE, CHOICES, OF_BOTH, OF_TEXT, PARAPHRASES, assert_close, brute_force, text_perplexity
 from fact_rows import SAYS, facts, run
 from language_models import CAUSAL, masked_lm
 from tiny import SENTENCES, tiny_causal_lm, tiny_tokenizer
@@ -34,11 +34,13 @@ def test_keys_follow_the_data(trainer, tmp_path, paraphrases, choices, text):
         module, datamodule=FactsDataModule(facts(paraphrases, choices), module.tokenizer, **data), verbose=False
     )
     names = BASE + CHOICES * choices + PARAPHRASES * paraphrases + ["perplexity"] * text
+    of_both = OF_BOTH + OF_TEXT * text
     expected = {f"{prefix}{name}" for name in names for prefix in ("", "laser/", "laser/delta/")}
+    expected |= {f"laser/{name}" for name in of_both}
     for logged in results:  # one dictionary for each dataloader, all keys in both and without suffixes
         assert set(logged) == expected
         assert not [key for key, value in logged.items() if value != value]
-    assert [row.metric for row in module.result["laser"].rows] == names
+    assert [row.metric for row in module.result["laser"].rows] == names + of_both
 
 
 def test_no_plan_is_a_plain_evaluation(trainer):
@@ -228,7 +230,8 @@ def test_text_alone(trainer, tmp_path):
     module = LaserModule(tiny_causal_lm(), tiny_tokenizer(), plan=PLAN, report=False, primary="perplexity")
     windows = TextWindows(tmp_path / "text.txt", module.tokenizer, window=37)
     (logged,) = trainer().validate(module, DataLoader(windows, 3, collate_fn=windows.collate), verbose=False)
-    assert set(logged) == {"perplexity", "laser/perplexity", "laser/delta/perplexity"}
+    expected = {"perplexity", "laser/perplexity", "laser/delta/perplexity", "laser/kl", "laser/top1_agreement"}
+    assert set(logged) == expected
 
 
 def test_outcomes_agree_with_what_is_logged(trainer):

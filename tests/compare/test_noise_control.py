@@ -131,7 +131,7 @@ def noisy(module: pl.LightningModule, data: Any = None, plan: str = PLAN, **opti
 
 
 def outcomes(result: LaserResult, arm: str, metric: str) -> Tensor:
-    return torch.cat([batch.outcomes[arm][metric].values for batch in result.examples.batches]).double()
+    return torch.cat([torch.as_tensor(b.outcomes[arm][metric].values) for b in result.examples.batches]).double()
 
 
 def passes(result: LaserResult, metric: str) -> Tensor:
@@ -269,17 +269,19 @@ class Planted(pl.LightningModule):
         return {"acc": right}
 
 
-def planted(moved: bool) -> tuple[LaserResult, ArmResult]:
+def planted(moved: bool, monkeypatch: pytest.MonkeyPatch) -> tuple[LaserResult, ArmResult, PairedResult]:
+    """A comparison whose cut gains accuracy, with its noise, and the cut's accuracy beside that of the noise."""
+    monkeypatch.setattr("laser_callback.compare.run.control_plans", without_random)
     x = torch.randn(240, 16, generator=torch.Generator().manual_seed(1))
-    return noisy(Planted(moved), DataLoader(x, 40), "/layers.0.0/@k1", primary="acc")
+    result, noise = noisy(Planted(moved), DataLoader(x, 40), "/layers.0.0/@k1", primary="acc")
+    assert result["laser"]["acc"].verdict == "better"
+    row = noise.ahead_in("acc")
+    assert row is not None
+    return result, noise, row
 
 
 def test_a_cut_that_is_better_than_noise_is_said_to_be(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("laser_callback.compare.run.control_plans", without_random)
-    result, noise = planted(moved=False)
-    row = noise.ahead_in("acc")
-    assert row is not None
-    assert result["laser"]["acc"].verdict == "better"
+    result, noise, row = planted(False, monkeypatch)
     assert result["laser"]["acc"].reduced == 1
     assert row.lower is not None
     assert 0 < row.lower < row.delta == pytest.approx(1 - noise["acc"].reduced)
@@ -291,11 +293,7 @@ def test_a_cut_that_is_better_than_noise_is_said_to_be(monkeypatch: pytest.Monke
 
 
 def test_a_cut_that_gains_no_more_than_noise_is_not_said_to_be_better(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("laser_callback.compare.run.control_plans", without_random)
-    result, noise = planted(moved=True)
-    row = noise.ahead_in("acc")
-    assert row is not None
-    assert result["laser"]["acc"].verdict == "better"
+    result, noise, row = planted(True, monkeypatch)
     assert noise["acc"].delta == result["laser"]["acc"].delta == 0.875
     assert (row.delta, row.p) == (0, 1)
     assert verdict(result, "laser").endswith("noise of the same size +87.5% (the cut is not shown to be better)")

@@ -20,8 +20,7 @@ from laser_callback.spectra.store import Spectra
     ("accelerator", "told"), [("cpu", ("cpu", 1)), ("cuda", ("cuda", 1)), ("cuda:1", ("cuda", [1]))]
 )
 def test_one_device_which_may_be_named(monkeypatch, accelerator, told):
-    connector = SimpleNamespace(teardown=lambda: None)
-    monkeypatch.setattr(pl, "Trainer", lambda **told: SimpleNamespace(options=told, _signal_connector=connector))
+    monkeypatch.setattr(pl, "Trainer", lambda **told: SimpleNamespace(options=told))
     with quiet_trainer(accelerator, precision="16-mixed", logger=True) as made:
         options = made.options
         assert (options["accelerator"], options["devices"]) == told
@@ -56,6 +55,37 @@ def test_ctrl_c_is_ctrl_c_and_can_be_struck_again():
     with pytest.raises(SystemExit) as caught, quiet_trainer("cpu") as trainer:
         trainer.validate(Exits(), verbose=False)
     assert caught.value.code == 7
+
+
+class Stop(KeyboardInterrupt):
+    """What a handler of somebody else's raises."""
+
+
+class Terminated(BoringModel):
+    def __init__(self, batch):
+        super().__init__()
+        self.batch = batch
+
+    def validation_step(self, batch, batch_idx):
+        if batch_idx == self.batch:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return super().validation_step(batch, batch_idx)
+
+
+@pytest.mark.parametrize("batch", [0, 63])
+def test_sigterm_does_what_it_does_outside(batch):
+    """Lightning would go on after the last batch, and exit with 0 after any other."""
+
+    def stop(number, frame):
+        raise Stop
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        with pytest.raises(Stop), quiet_trainer("cpu") as trainer:
+            trainer.validate(Terminated(batch), verbose=False)
+        assert signal.getsignal(signal.SIGTERM) is stop
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 class Ends(BoringModel):

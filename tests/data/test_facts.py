@@ -13,12 +13,19 @@ from pathlib import Path
 
 import pytest
 
-from laser_callback.data.facts import Fact, read_facts, sample_facts, split_facts
+from laser_callback.data.facts import Fact, Neighbour, read_facts, sample_facts, split_facts
 
 FACTS = [
     Fact("fr", "The capital of France is", "Paris", ("France's capital city is", "The city is"), ("Rome", "Paris")),
     Fact("jp", "The currency of Japan is the", "yen", subject="Japan", group="P38"),
-    Fact("br", 'In "Brazil", people speak', "Portuguese today", ("People in Brazil speak",), group="P37"),
+    Fact(
+        "br",
+        'In "Brazil", people speak',
+        "Portuguese today",
+        ("People in Brazil speak",),
+        group="P37",
+        neighbours=(Neighbour("In Chile, people speak", "Spanish"), Neighbour("In Japan, people speak", "Japanese")),
+    ),
 ]
 SHARED = Path(__file__).parents[3] / "shared" / "data"
 
@@ -33,7 +40,7 @@ def test_all_formats_give_the_same_facts(tmp_path):
         writer = csv.DictWriter(file, list(records[0]))
         writer.writeheader()
         for record in records:
-            lists = {name: json.dumps(record[name]) for name in ("paraphrases", "choices", "answers")}
+            lists = {name: json.dumps(record[name]) for name in ("paraphrases", "choices", "answers", "neighbours")}
             writer.writerow(record | lists)
     assert read_facts(tmp_path / "f.jsonl") == read_facts(tmp_path / "f.csv") == FACTS
 
@@ -79,6 +86,20 @@ GOOD = '{"id": "x", "prompt": "p", "answer": "a"}'
         (
             '{"prompt": "p", "answer": "a", "choices": ["a", "\\udfff"]}',
             "`choices` must be text in Unicode",
+        ),
+        ('{"prompt": "p", "answer": "a", "neighbours": "q"}', "`neighbours` must be a list of prompts with answers"),
+        ('{"prompt": "p", "answer": "a", "neighbours": ["q"]}', "`neighbours`, number 1: it must be an object"),
+        (
+            '{"prompt": "p", "answer": "a", "neighbours": [{"prompt": "q", "answer": "b"}, {"prompt": "q"}]}',
+            "`neighbours`, number 2: `answer` is missing; it has ['prompt']",
+        ),
+        (
+            '{"prompt": "p", "answer": "a", "neighbours": [{"prompt": "q ", "answer": "b"}]}',
+            "`neighbours`, number 1: `prompt` must be text that does not end in a space",
+        ),
+        (
+            '{"prompt": "p", "answer": "a", "neighbours": [{"prompt": "q", "answer": 3}]}',
+            "`neighbours`, number 1: `answer` must be a string, got 3",
         ),
         ("[1]", "a row must be an object"),
         (GOOD, "`id` must be unique, got 'x' as in line 1"),

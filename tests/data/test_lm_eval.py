@@ -18,6 +18,8 @@ from laser_callback.data.facts import Fact
 from laser_callback.data.lm_eval.choices import ACC
 from laser_callback.data.lm_eval.reading import read_lm_eval
 from laser_callback.data.row_scores import Role
+from laser_callback.finished import compare_runs
+from laser_callback.finished.reading import read_run
 
 PLACES = ["France", "Italy", "Japan", "Brazil", "Australia", "Rome", "Paris", "Canberra"]
 CHOICES = ["Rome", "the capital city of Australia", "Paris and Canberra", "yen"]
@@ -222,3 +224,50 @@ def test_search_and_gate(write, tmp_path, monkeypatch, capsys):
     assert ACC in json.dumps(stage)
     assert main(["search", "--judge", source, "--facts", "facts.jsonl", *options]) == 2
     assert "without `--facts`" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_logs_of_its_evaluator_are_read_as_its_results(write, tmp_path):
+    """Every metric that it reports, from the samples that it writes."""
+    from lm_eval import simple_evaluate
+    from lm_eval.loggers import EvaluationTracker
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
+    def metrics(*names):
+        return {"metric_list": [{"metric": name} for name in names]}
+
+    of_rows = {"rows": [row | {"answer": "yen", "text": row["question"]} for row in ROWS]}
+    regexes = {"strict": "(yen)", "first": r"(\w+)"}
+    take_first = {"function": "take_first"}
+    filters = [
+        {"name": name, "filter": [{"function": "regex", "regex_pattern": pattern}, take_first]}
+        for name, pattern in regexes.items()
+    ]
+    generated = {"output_type": "generate_until", "doc_to_target": "{{answer}}", "doc_to_choice": None}
+    generated |= {"generation_kwargs": {"until": ["\n"], "max_gen_toks": 4}, "filter_list": filters}
+    rolling = {"output_type": "loglikelihood_rolling", "doc_to_text": "", "doc_to_target": "{{text}}"}
+    rolling |= {"doc_to_choice": None}
+    write(**of_rows, **metrics("acc", "acc_norm"))
+    write(**of_rows, task="sums", **generated, **metrics("exact_match"))
+    write(**of_rows, task="text", **rolling, **metrics("word_perplexity", "byte_perplexity", "bits_per_byte"))
+    tasks = ["places", "sums", "text"]
+    manager = TaskManager(include_path=str(tmp_path), include_defaults=False)
+    model = HFLM(pretrained=tiny_causal_lm(), tokenizer=tiny_tokenizer(), batch_size=4)
+    found = simple_evaluate(model, tasks=tasks, task_manager=manager, bootstrap_iters=0)
+    samples = found.pop("samples")
+    tracker = EvaluationTracker(output_path=str(tmp_path / "out"))
+    tracker.general_config_tracker.log_experiment_args("hf", "pretrained=me/tiny", None, None, False)
+    tracker.save_results_aggregated(results=found, samples=samples)
+    for task in tasks:
+        tracker.save_results_samples(task_name=task, samples=samples[task])
+
+    run = read_run(tmp_path / "out", "a")
+    assert (run.name, sorted(run.tasks)) == ("me/tiny", tasks)
+    for task in tasks:
+        arm = compare_runs(run, run, tasks=[task])["laser"]
+        reported = {name.removesuffix(",none"): value for name, value in found["results"][task].items() if "," in name}
+        reported = {name: value for name, value in reported.items() if "_stderr" not in name}
+        assert {row.metric: row.original for row in arm.rows} == pytest.approx(reported, rel=1e-12)
+    assert set(compare_runs(run, run, tasks=["places"])["laser"].prior_checks) == {"acc", "acc_norm"}
+    assert run.tasks["text"].higher_is_better["bits_per_byte"] is False

@@ -398,6 +398,9 @@ def test_rolling_rows_have_their_weights(write):
     assert (rows["byte_perplexity"].n, rows["perplexity"].n) == (len(PAGES) - 1, len(PAGES) - 1)
     assert rows["word_perplexity"].higher_is_better is False
     assert rows["bits_per_byte"].kind == "mean"
+    assert (rows["kl"].original, rows["kl"].n) == (0, len(PAGES) - 1)
+    assert 0 < rows["kl"].reduced < 20
+    assert 0 < rows["top1_agreement"].reduced < 1
     ratio = math.log2(rows["byte_perplexity"].reduced / rows["byte_perplexity"].original)
     assert rows["bits_per_byte"].delta == pytest.approx(ratio, rel=1e-9)
 
@@ -409,7 +412,7 @@ def test_a_part_of_a_batch_of_documents_is_the_batch_of_these(write):
     alone = documents.collate([documents[i] for i in some])
     assert (part["id"], part["weights"].keys()) == (alone["id"], alone["weights"].keys())
     with torch.inference_mode():
-        one, other = (module._documents_step(batch, count=False) for batch in (part, alone))
+        one, other = (module._text_step(batch, count=False) for batch in (part, alone))
     for name in ("perplexity", "word_perplexity", "bits_per_byte"):
         torch.testing.assert_close(one[name].values, other[name].values)
         torch.testing.assert_close(one[name].weights, other[name].weights)

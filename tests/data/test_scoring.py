@@ -10,12 +10,12 @@ import torch
 from torchmetrics.text import Perplexity as ReferencePerplexity
 
 from laser_callback.data.row_scores import AnswerScores, Role, score_rows
-from laser_callback.data.scoring import METRICS, Perplexity, text_nll
+from laser_callback.data.scoring import METRICS, Perplexity, target_nll, windows_of
 
 VOCAB = 40
 
 
-def random_batch(seed, facts=23, dtype=torch.float32, paraphrases=True):
+def random_batch(seed, facts=23, dtype=torch.float32, paraphrases=True, neighbours=True):
     """Chunks of (logits, targets, target_mask) in random row order, as a collator could give them, and their batch."""
     g = torch.Generator().manual_seed(seed)
     draw = lambda high: int(torch.randint(high, (), generator=g))  # noqa: E731
@@ -24,8 +24,9 @@ def random_batch(seed, facts=23, dtype=torch.float32, paraphrases=True):
         n_paraphrases, n_choices = draw(4) * paraphrases, draw(2) * (1 + draw(3))
         gold = torch.randint(VOCAB, (1 + draw(3),), generator=g)
         roles = [Role.PROMPT] + [Role.PARAPHRASE] * n_paraphrases + [Role.CHOICE] * n_choices
+        roles += [Role.NEIGHBOUR] * draw(3) * neighbours
         for role in roles:
-            target = torch.randint(VOCAB, (1 + draw(3),), generator=g) if role == Role.CHOICE else gold
+            target = torch.randint(VOCAB, (1 + draw(3),), generator=g) if role >= Role.CHOICE else gold
             logits = torch.randn(len(target), VOCAB, generator=g)
             logits[torch.arange(len(target)), target] += 2
             rows.append((fact, role, (logits * 2).round(decimals=1).to(dtype), target))  # rounded: ties occur
@@ -61,8 +62,9 @@ def brute_force(rows, facts):
             return ranks, sum(nll) / len(nll), logits[0].index(max(logits[0])), sum(nll), soft_error
 
         (prompt,) = [measure(row) for row in mine if row[1] == Role.PROMPT]
-        prompts = [measure(row) for row in mine if row[1] != Role.CHOICE]
+        prompts = [measure(row) for row in mine if row[1] in (Role.PROMPT, Role.PARAPHRASE)]
         choices = [measure(row) for row in mine if row[1] == Role.CHOICE]
+        neighbours = [measure(row) for row in mine if row[1] == Role.NEIGHBOUR]
         right = [ranks[0] == 0 for ranks, *_ in prompts]
         out["first_token_accuracy"][fact] = [prompt[0][0] == 0]
         out["answer_accuracy"][fact] = [not any(prompt[0])]
@@ -75,6 +77,7 @@ def brute_force(rows, facts):
         out["paraphrase_accuracy"][fact] = right
         out["paraphrase_robustness"][fact] = [all(right)] if len(right) > 1 else []
         out["paraphrase_consistency"][fact] = [a[2] == b[2] for a, b in combinations(prompts, 2)]
+        out["neighbour_accuracy"][fact] = [ranks[0] == 0 for ranks, *_ in neighbours]
     return out
 
 
@@ -115,7 +118,7 @@ def test_a_soft_error_that_is_no_number_stays_one():
 
 
 def test_two_ranks_merge_to_the_whole():
-    parts = [scored(*random_batch(seed, paraphrases=seed == 2)[1:]) for seed in (1, 2)]
+    parts = [scored(*random_batch(seed, paraphrases=seed == 2, neighbours=seed == 2)[1:]) for seed in (1, 2)]
     for name, cls in METRICS.items():
         whole, ranks = cls(), [cls(), cls()]
         for rank, part in zip(ranks, parts, strict=True):
@@ -128,12 +131,12 @@ def test_two_ranks_merge_to_the_whole():
 
 
 def test_metrics_without_their_data_say_so():
-    _, chunks, batch = random_batch(3, paraphrases=False)
+    _, chunks, batch = random_batch(3, paraphrases=False, neighbours=False)
     scores = scored(chunks, batch)
     for name, cls in METRICS.items():
         metric = cls()
         metric.update(scores)
-        assert metric.has_data == (not name.startswith("paraphrase")), name
+        assert metric.has_data == (not name.startswith(("paraphrase", "neighbour"))), name
     assert METRICS["paraphrase_robustness"]().has_data is False
 
 
@@ -174,7 +177,8 @@ def test_perplexity_equals_torchmetrics(dtype):
     mask = (torch.arange(9) < torch.tensor([9, 7, 1, 2, 9])[:, None]).long()
     metric, reference = Perplexity(), ReferencePerplexity(ignore_index=-100)
     for part in (slice(0, 2), slice(2, 5)):
-        metric.update(*text_nll(logits[part], ids[part], mask[part]))
+        part_of = windows_of({"input_ids": ids[part], "attention_mask": mask[part]})
+        metric.update(*target_nll(logits[part], part_of["targets"]))
     reference.update(logits[:, :-1].float(), ids.where(mask.bool(), -100)[:, 1:])
     assert metric.compute().item() == pytest.approx(reference.compute().item(), rel=1e-5)
     assert metric.count == 8 + 6 + 0 + 1 + 8

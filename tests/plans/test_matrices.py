@@ -16,9 +16,10 @@ from torch import nn
 
 from laser_callback.compare.controls import random_plan, zeroed_plan
 from laser_callback.plans.kinds import _FAMILIES, KINDS
-from laser_callback.plans.matrices import find_matrices, layer_stacks
+from laser_callback.plans.matrices import find_matrices
 from laser_callback.plans.plan import LaserPlan
 from laser_callback.plans.reduction import Reduction
+from laser_callback.plans.stacks import layer_stacks
 from laser_callback.plans.target import targets
 from laser_callback.plans.uncut import not_cut
 from laser_callback.surgery.swap import reduced

@@ -185,6 +185,10 @@ def test_a_threshold_against_all_orders():
         ("0:bias=cut,norm=whole", "keeps nothing, rho 0, got norm whole"),
         ("0.1:metric=inputs,of=entries", "metric='inputs' goes with of='rank', blocks=1"),
         ("0.1:metric=inputs,blocks=2", "metric='inputs' goes with of='rank', blocks=1"),
+        (
+            "k2:metric=inputs,cut=delta",
+            "metric='inputs' goes with cut='weight': nothing finds the directions of a diff",
+        ),
         ("entropy:of=reference", "keeps the head at a numeric rho and drops the rest, .*, got rho entropy"),
         *(
             (f"0.1:of=reference,{option}", f"as the paper's code does, got {option.partition('=')[0]}")

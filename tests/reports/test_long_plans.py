@@ -32,7 +32,8 @@ from laser_callback.results import (
     Stage,
     Trade,
 )
-from laser_callback.surgery.recipe import Recipe, apply
+from laser_callback.surgery.recipe import Recipe
+from laser_callback.surgery.record import apply
 
 PLACES = "places-" + "+".join(map(str, range(1, 200, 3)))
 MANY = LaserPlan.parse(", ".join(f"{layer}.fc_out@{PLACES}:keep=tail" for layer in range(200)))
@@ -87,6 +88,19 @@ def test_the_terminal_says_who_proposed_what(search):
     assert "places(9)" not in plain(searched(), 80)
     assert "nothing of drop raced: the screen expected less of these" in told
     assert "strategies: " not in plain(searched(), 80)  # of one strategy there is nothing to say
+
+
+def test_a_strategy_of_a_long_name_leaves_room_for_plans():
+    search = long_search()
+    for candidate in search.candidates:
+        if candidate.strategy == "components":
+            candidate.strategy = "mine-of-whom-much-is-to-be-told-by-its-name"
+    table = plain(search, 80).partition("strategies: ")[2]
+    assert max(map(len, table.splitlines())) <= 80
+    assert "mine-of-...its-name" in table
+    assert "best of these" in table.replace("\n", " ")
+    assert "0.fc_out@places(67)" in table
+    assert " plan " in table
 
 
 def test_a_comparison_has_no_long_plan(search):

@@ -68,7 +68,11 @@ def full(layers: int = 4) -> SearchResult:
         "it is right more often",
         OBJECTIVE,
         candidates,
-        [Trade(plan, 0.05, 0.013, True, True), Trade("0.q_proj@0.1", 0.02, -0.004), Trade("1.k_proj@0", 0.01, None)],
+        [
+            Trade(plan, 0.05, 0.013, True, True, 0.0123),
+            Trade("0.q_proj@0.1", 0.02, -0.004),
+            Trade("1.k_proj@0", 0.01, None),
+        ],
         confirmed(plan),
         None,
         [
@@ -109,8 +113,8 @@ def test_sections_in_order_with_numbers_and_units():
         r"✓ 3.fc_out@0.1 +1 +-0.23 +300 \+5.0 \[ ?\+0.4, +\+9.6\] -0.81 \[-0.92, -0.70\]",
         r"· 3.fc_out@0.005 +2 .* \+4.0 ",
         "4 more are in the JSON file",
-        r"● +3.fc_out@0.1 +\+5.0 +\+1.3 +→ confirm",
-        r"○ +0.q_proj@0.1 +\+2.0 +-0.4",
+        r"● +3.fc_out@0.1 +\+5.0 +\+1.3 +0.0123 +→ confirm",
+        r"○ +0.q_proj@0.1 +\+2.0 +-0.4 +-",
         r"screen +24.8 s +100 +300",
         r"total +1 h 02 min +9,700 +2,100",
         "guard 200",

@@ -52,8 +52,8 @@ def loss(kind: str, shift: float) -> PairedResult:
         ),
         (
             claimed(right(3, 3, 100)),
-            "no change of acc is shown on 100 examples (p = 1): it may have fallen by up to 6.6 or risen by up to 6.6 "
-            "points, and by no more at 95 % confidence",
+            "no change of acc is shown on 100 examples (p = 1): a gain above 6.6 and a fall above 6.6 points are ruled "
+            "out at 95 % confidence",
         ),
         (
             right(3, 3, 100),
@@ -93,10 +93,25 @@ def test_a_loss_that_is_not_shown_by_an_interval_that_is_not_adjusted() -> None:
 def test_ends_at_zero() -> None:
     """Five of six fixed, none broken: p is .0625, and the interval begins at 0."""
     assert finding(claimed(right(5, 0, 6))) == (
-        "no change of acc is shown on 6 examples (p = .0625): it may be as it was, or have risen by up to 99.1 points, "
-        "and by no more at 95 % confidence"
+        "no change of acc is shown on 6 examples (p = .0625): a gain above 99.1 points and any fall are ruled out at "
+        "95 % confidence"
     )
-    assert "have fallen by up to 99.1 points, and" in finding(claimed(right(0, 5, 6)))
+    assert ": any gain and a fall above 99.1 points are ruled out" in finding(claimed(right(0, 5, 6)))
+
+
+@pytest.mark.parametrize(
+    ("better", "told"),
+    [
+        (True, "a gain above 0.02 and a fall above 0.01 are ruled out at 95 % confidence"),
+        (False, "a gain above 0.01 and a rise above 0.02 are ruled out at 95 % confidence"),
+        (None, "a fall above 0.01 and a rise above 0.02 are ruled out at 95 % confidence"),
+    ],
+)
+def test_what_is_ruled_out_is_a_gain_where_the_better_direction_is_known(better: bool | None, told: str) -> None:
+    row = replace(claimed(loss("mean", 0.0)), p=0.4, lower=-0.01, upper=0.02, higher_is_better=better)
+    assert finding(row).endswith(told)
+    ratio = replace(claimed(loss("log_ratio", 0.0)), p=0.4, lower=-0.01, upper=0.02)
+    assert finding(ratio).endswith("a gain above 1.0 and a rise above 2.0 % are ruled out at 95 % confidence")
 
 
 @pytest.mark.parametrize("kind", ["mean", "log_ratio"])

@@ -19,7 +19,7 @@ from laser_callback.reports.search_text import pictured
 from laser_callback.results.candidates import Estimate
 from laser_callback.results.comparison import LaserResult
 from laser_callback.results.flips import claim_row, flip_metric, flips, label_counts
-from laser_callback.results.search import SearchResult, Trade
+from laser_callback.results.search import SearchResult, Trade, mark_efficient
 from laser_callback.spectra.cut import POINTS, CutSpectrum, cut_spectra
 from laser_callback.spectra.spectrum import Spectrum
 from laser_callback.spectra.store import Spectra
@@ -211,6 +211,19 @@ def test_a_picture_leaves_out_what_would_flatten_it():
     assert [trade.plan for trade in pictured(trades)] == ["near", "chosen"]
     assert [trade.plan for trade in pictured(trades[2:3])] == ["ruinous"]
     assert pictured([]) == []
+
+
+def test_the_best_by_gain_perplexity_and_divergence_are_marked():
+    trades = [
+        Trade("most gain", 0.05, 0.1, kl=0.2),
+        Trade("near", 0.04, 0.0, kl=0.1),
+        Trade("nearer", 0.04, 0.01, kl=0.05),
+        Trade("beaten", 0.03, 0.01, kl=0.05),
+        Trade("beaten in all", 0.03, 0.2, kl=0.3),
+        Trade("unknown", 0.09, None),
+    ]
+    mark_efficient(trades)
+    assert [trade.plan for trade in trades if trade.efficient] == ["most gain", "near", "nearer"]
 
 
 # ---- files -----------------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ import pytest
 import torch
 import transformers as hf
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from recall import SEARCH
+from recall import SEARCH, Recall
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 from weights import same, weights
@@ -327,6 +327,21 @@ def test_what_chance_has_chosen_has_no_good_score() -> None:
     assert len(removed) > 30
 
 
+def test_few_batches_say_what_they_promise_and_of_no_error() -> None:
+    """Of one batch there are no others to choose by; of fewer than five the error is not known."""
+    module = Last(language_model())
+    strategy = STRATEGIES["components"]()
+    whole = context_of(module, strategy)
+    for batches in (1, 3):
+        views = {v: {name: t[:batches] for name, t in of.items()} for v, of in whole.sensitivities.views.items()}
+        context = replace(whole, sensitivities=Sensitivities(whole.sensitivities.weights[:batches], views))
+        removed = [c for c in strategy.propose(context) if c.score is not None]
+        assert removed
+        assert {c.error for c in removed} == {0.0}
+        if batches == 1:
+            assert [c.score for c in removed] == pytest.approx([context.estimate(c.plan)[0] for c in removed])
+
+
 def test_moments_are_those_of_what_goes_in() -> None:
     module = Last(language_model()).eval()
     matrices = [matrix_named(module, "layers.1.mlp.down_proj"), matrix_named(module, "layers.0.self_attn.q_proj")]
@@ -426,6 +441,44 @@ def test_layers_with_a_norm_behind_the_sum_are_refused_or_left_out(recall: Any) 
     with pytest.warns(UserWarning, match=f"without the strategy 'drop': {reason}"):
         result = LaserSearch(module, tokens(200), **{**SEARCH, "candidates": 2}).run()
     assert {candidate.strategy for candidate in result.candidates} == {"laser", "components"}
+
+
+def test_a_step_that_fails_without_layers_is_searched_without_drops(recall: Any) -> None:
+    class Demanding(Recall):
+        def validation_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
+            if not any(bool(p.any()) for name, p in self.named_parameters() if "down_proj" in name):
+                raise ValueError("where are the layers?")
+            return super().validation_step(batch, batch_idx)
+
+    module, loader = recall
+    module = Demanding(module.model).eval()
+    reason = r"the step fails where no layer writes anything: where are the layers\?"
+    with pytest.warns(UserWarning, match=f"without the strategy 'drop': {reason}"):
+        result = LaserSearch(module, loader, **{**SEARCH, "candidates": 4, "controls": False}).run()
+    assert {c.strategy for c in result.candidates} == {"laser", "components"}
+    with pytest.raises(MisconfigurationException, match=f"'drop' has nothing to propose: {reason}"):
+        LaserSearch(module, loader, **{**SEARCH, "strategies": "drop"}).run()
+
+
+def test_a_layer_that_cannot_be_left_out_is_no_neighbour_either() -> None:
+    torch.manual_seed(0)
+    layers = [nn.TransformerEncoderLayer(16, 2, 24, 0.0, batch_first=True, norm_first=i != 1) for i in range(3)]
+    module = Last(nn.ModuleDict({"layers": nn.ModuleList(layers)})).eval()
+    data = torch.randn(5, 2, 4, 16)
+
+    def run() -> None:
+        for layer in layers:
+            layer(data[0])
+
+    strategy = STRATEGIES["drop"]()
+    lab = Lab(module, Spectra(), "cpu")
+    context = Context(module, lab.matrices, targets(module), RHOS, "", 0, lab.spectra, run)
+    proposed = list(strategy.propose(context))
+    assert {c.layer for c in proposed} == {0, 2}
+    around = [
+        c for leader in proposed for closest in (False, True) for c in strategy.neighbours(leader, context, closest)
+    ]
+    assert {c.layer for c in around} == {0, 2}
 
 
 def test_by_default_cuts_directions_and_drops_and_with_a_base_the_change(recall: Any) -> None:

@@ -43,6 +43,21 @@ class Together:
         ]
 
 
+@dataclass
+class Only:
+    """One matrix at a few rhos."""
+
+    where: str
+    name = "only"
+    needs = frozenset()
+
+    def propose(self, context: Any) -> Any:
+        return [context.candidate(self, f"{self.where}@{rho}") for rho in (0.1, 0.3, 0.5, 0.7)]
+
+    def neighbours(self, leader: Candidate, context: Any, closest: bool) -> Any:
+        return []
+
+
 @pytest.fixture
 def searched(recall, tmp_path):
     module, loader = recall
@@ -96,6 +111,15 @@ def test_one_backward_pass_serves_all_and_what_is_in_place_is_left_alone(searche
         names = [matrix.name for matrix, _ in candidate.whole.resolve(module)]
         assert len(set(names)) == len(names)
         assert str(candidate.whole).endswith(str(candidate.plan))
+
+
+def test_composing_ends_where_nothing_is_left_to_cut(searched):
+    module, loader, options = searched
+    own = {**options, "strategies": [Only("1.v_proj")], "within": "1.v_proj", "max_reductions": 3}
+    result = LaserSearch(module, loader, **own).run()
+    assert {c.base for c in result.candidates} == {""}
+    assert result.found is not None
+    assert result.confirmed is not None
 
 
 def test_exhaustive_runs_all_that_is_proposed(searched):

@@ -216,6 +216,9 @@ def facts(count: int = 120) -> list[dict]:
     ]
 
 
+BOUNDS = ["perplexity <= +5 %", "paraphrase_robustness >= -0.02"]  # the default
+
+
 def facts_data(module: LaserModule, **options: Any) -> FactsDataModule:
     return FactsDataModule(facts(), module.tokenizer, batch_size=16, **options)
 
@@ -223,21 +226,46 @@ def facts_data(module: LaserModule, **options: Any) -> FactsDataModule:
 @pytest.fixture
 def text(tmp_path):
     path = tmp_path / "text.txt"
-    path.write_text("The capital of France is Paris and the currency of Japan is the yen. " * 400)
+    path.write_text(
+        " ".join(f"The capital of {WORDS[i % 13]} is {WORDS[i % 15]}, number {i} of 400." for i in range(400))
+    )
     return path
 
 
 @pytest.mark.slow
 def test_facts_have_an_objective_constraints_and_a_trade_off(text):
     module = LaserModule(tiny_causal_lm(), tiny_tokenizer())
-    result = LaserSearch(module, facts_data(module, text=text), candidates=8, controls=False, **QUIET).run()
+    options = {"candidates": 8, "controls": False, "constraints": [*BOUNDS, "kl <= 30", "top1_agreement >= -1"]}
+    result = LaserSearch(module, facts_data(module, text=text), **options, **QUIET).run()
     assert result.objective == ("first_token_accuracy", "paraphrase_robustness")
     assert any(c.loss is not None for c in result.candidates if c.examples)
     assert all(trade.fluency is not None for trade in result.trades)
+    assert all(0 <= trade.kl < 30 for trade in result.trades)
     assert any(trade.efficient for trade in result.trades)
     if result.found is not None:
-        assert {j.gate for j in result.judgements} == {"perplexity <= +5 %", "paraphrase_robustness >= -0.02"}
+        assert [j.gate for j in result.judgements] == options["constraints"]
+        assert [j.verdict for j in result.judgements[2:]] == ["pass", "pass"], result.judgements
         assert result.plan is None or all(j.verdict == "pass" for j in result.judgements)
+
+
+@pytest.mark.slow
+def test_finalists_that_diverge_too_far_are_rejected_in_the_race(text):
+    module = LaserModule(tiny_causal_lm(), tiny_tokenizer())
+    options = {"candidates": 4, "strategies": "laser", "rhos": (0.01,), "within": "0.mlp", "controls": False}
+    for bounds in (["kl <= 0.00001"], ["answer_kl <= 0.00001"]):
+        result = LaserSearch(module, facts_data(module, text=text), **options, constraints=bounds, **QUIET).run()
+        assert result.found is None
+        assert result.reason == "every finalist breaks a constraint in the race"
+        assert {c.reason for c in result.candidates if c.status == "rejected"} == {
+            f"breaks {bounds[0]} on the race examples"
+        }
+
+
+@pytest.mark.parametrize("name", ["objective", "loss"])
+def test_a_number_of_both_models_is_no_objective(name):
+    module = LaserModule(tiny_causal_lm(), tiny_tokenizer())
+    with pytest.raises(MisconfigurationException, match=f"`{name}` must be a metric of one model.*`constraints`"):
+        LaserSearch(module, facts_data(module), **{name: "answer_kl"}, candidates=4, **QUIET).run()
 
 
 @pytest.mark.slow

@@ -12,6 +12,8 @@ from laser_callback.data.datamodule import TextWindows
 
 BASE = ["first_token_accuracy", "answer_accuracy", "top5_accuracy", "top10_accuracy", "log_loss", "soft_error"]
 CHOICES = ["choice_accuracy", "summed_choice_accuracy"]
+OF_BOTH, OF_TEXT = ["answer_kl", "answer_top1_agreement"], ["kl", "top1_agreement"]
+"""Numbers of both models, which stand beside the metrics of facts and of text where these are compared."""
 PARAPHRASES = ["paraphrase_accuracy", "paraphrase_robustness", "paraphrase_consistency"]
 
 

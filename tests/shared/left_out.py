@@ -15,7 +15,7 @@ from families import FAMILIES, make, run
 from transformers import PreTrainedModel
 
 from laser_callback.passes.drops import droppable
-from laser_callback.plans.matrices import layer_stacks
+from laser_callback.plans.stacks import layer_stacks
 from laser_callback.shipping.export import save_reduced
 
 PAGE = Path(__file__).parents[2] / "docs" / "coverage.md"

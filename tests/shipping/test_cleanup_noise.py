@@ -13,6 +13,7 @@ import torch
 from noisy import AIM, Noisy, accuracy, examples, loader, pretrained, saved, tune
 from rich.console import Console
 from tiny import tiny_causal_lm, tiny_tokenizer
+from torch.utils.data import TensorDataset
 
 from laser_callback import FactsDataModule, LaserCleanup, LaserModule, find_matrices
 from laser_callback.reports.gate_terminal import print_cleanup
@@ -128,6 +129,26 @@ def test_the_default_strategies_race_joint_rules_first_when_time_is_short(tmp_pa
     assert proposed == {"delta", "delta-matrices", "laser"}
     first = [c for c in result.search.candidates if c.examples][:3]
     assert [c.strategy for c in first] == ["delta"] * 3
+
+
+def test_other_tasks_that_fail_cost_nothing(tmp_path):
+    """Labels that the head does not have, and no example at all: both are named, and all else is there."""
+    base = pretrained()
+    unknown = TensorDataset(torch.zeros(20, 3, 48), torch.full((20,), 9))
+    none = TensorDataset(torch.zeros(0, 3, 48), torch.zeros(0, dtype=torch.long))
+    also = {"unknown": loader(unknown), "none": loader(none), "near": loader(examples(100, 5, shift=0.1))}
+    own = {"strategies": "delta", "weights": "last", "folder": tmp_path, "candidates": 4, "controls": False}
+    cleanup = LaserCleanup(base=base, also=also, **own, **AIM)
+    tune(tmp_path, copy.deepcopy(base), examples(400, 2, 0.3), cleanup, enable_checkpointing=False)
+    result = cleanup.result
+    assert result.plan is not None
+    assert result.checkpoint.is_file()
+    assert [task.name for task in result.others] == ["target", "near"]
+    assert result.notes == [
+        "`also['unknown']` is left out: Target 9 is out of bounds",
+        "`also['none']` is left out: 'val_acc' is not logged there, but nothing",
+    ]
+    assert all(note in shown(result).replace("\n", " ") for note in result.notes)
 
 
 class Adapted(Noisy):

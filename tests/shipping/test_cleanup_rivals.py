@@ -10,19 +10,24 @@ import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
+from candidates import proposed
 from classifier import PLAN, Classifier
+from lightning.pytorch import callbacks
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from noisy import AIM, Noisy, accuracy, examples, loader, pretrained, saved, tune
 
 from laser_callback import LaserCleanup, LaserPlan
 from laser_callback.compare.alone import paired
 from laser_callback.compare.measure import Lab
+from laser_callback.results.candidates import Estimate
 from laser_callback.results.comparison import ArmResult, LaserResult
 from laser_callback.results.examples import PairedExamples
 from laser_callback.results.other_tasks import TARGET, OtherTask, four_parts
 from laser_callback.results.search import SearchResult
 from laser_callback.search.verdict import decide
 from laser_callback.shipping import Gates
+from laser_callback.shipping.contest import best_of_each_kind
 from laser_callback.shipping.rivals import MOST, put_in, rivals_of
 from laser_callback.spectra import BaseWeights, Spectra
 from laser_callback.stats import Outcomes, compare
@@ -153,6 +158,89 @@ def test_the_checkpoints_that_are_tried(tmp_path):
     assert not any(rival.chosen for rival in rivals_of(trainer, module, few.best_model_path, own_data=False)[0])
 
 
+def test_a_checkpoint_callback_that_does_not_know_what_it_kept_is_named(tmp_path):
+    *_, result, _ = noisy_cleanup(tmp_path, saved=saved(tmp_path, monitor=None))
+    assert result.source.endswith("epoch=2.ckpt")
+    assert not [row for row in result.contenders if row.kind == "checkpoint"]
+    assert result.notes == [
+        "a ModelCheckpoint without `monitor` knows of its latest checkpoint only: no other is tried"
+    ]
+
+
+def test_without_a_best_checkpoint_there_is_no_training(tmp_path):
+    points = saved(tmp_path, save_top_k=0)
+    with pytest.raises(MisconfigurationException, match=r"needs a ModelCheckpoint that keeps a best one"):
+        tune(tmp_path, pretrained(), examples(100, 2), points, LaserCleanup(strategies="laser", **AIM))
+
+
+@pytest.mark.skipif(not hasattr(callbacks, "EMAWeightAveraging"), reason="Lightning before 2.6 has none")
+def test_of_averaged_weights_the_average_is_cleaned_and_nothing_else_kept(tmp_path):
+    base, points = pretrained(), saved(tmp_path)
+    cleanup = LaserCleanup(base=base, strategies="delta", candidates=6, controls=False, **AIM)
+    averaging = callbacks.EMAWeightAveraging(decay=0.5)
+    tune(tmp_path, copy.deepcopy(base), examples(400, 2, 0.3), points, averaging, cleanup)
+    result = cleanup.result
+    assert result.plan is not None
+    was, now = (torch.load(path, weights_only=True) for path in (result.source, result.checkpoint))
+    assert "current_model_state" in was
+    assert not {"current_model_state", "averaging_state", "optimizer_states"} & now.keys()
+    assert torch.equal(
+        was["state_dict"]["encoder.layers.0.norm1.weight"], now["state_dict"]["encoder.layers.0.norm1.weight"]
+    )
+    cleaned = Noisy()
+    cleaned.load_state_dict(now["state_dict"])
+    assert accuracy(cleaned, examples(1000, 4)) == pytest.approx(result.confirmed["laser"]["val_acc"].reduced, abs=0.08)
+
+
+class OfTwo(Noisy):
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
+        return super().validation_step(batch, batch_idx)
+
+
+@pytest.mark.parametrize("several", [list, lambda loaders: dict(zip("ab", loaders, strict=True))])
+def test_of_several_validation_loaders_one_must_be_given(several, tmp_path):
+    loaders = several([loader(examples(60, 3)), loader(examples(60, 4))])
+    cleanup = LaserCleanup(weights="last", strategies="laser", **AIM)
+    options = {"max_epochs": 1, "logger": False, "enable_progress_bar": False, "enable_checkpointing": False}
+    trainer = pl.Trainer(default_root_dir=tmp_path, accelerator="cpu", callbacks=[cleanup], **options)
+    with pytest.raises(MisconfigurationException, match="has 2 validation dataloaders: give LaserCleanup one of them"):
+        trainer.fit(OfTwo(), loader(examples(60, 2)), loaders)
+
+
+@pytest.mark.parametrize("weights", ["last", "best"])
+def test_validation_in_some_epochs_only_and_no_sanity_check(tmp_path, weights):
+    """Ahead of the first epoch, which is not validated, Lightning has not set the validation data up."""
+    cleanup = LaserCleanup(folder=tmp_path, weights=weights, **ONE_CUT, **AIM)
+    tune(tmp_path, pretrained(), examples(100, 2), saved(tmp_path), cleanup, max_epochs=4, check_val_every_n_epoch=2)
+    result = cleanup.result
+    assert result.search.objective == ("val_acc",)
+    assert result.search.sets["race"] == 180
+    epochs = {str(tmp_path / "saved" / f"epoch={epoch}.ckpt") for epoch in (1, 3)}
+    rivals = {row.name for row in result.contenders if row.kind == "checkpoint"}
+    assert rivals == epochs - {result.source} if weights == "best" else rivals <= epochs
+    assert rivals
+
+
+def test_each_kind_of_cut_has_one_row_and_what_was_found_is_that_of_its_kind():
+    raced = [  # plan, strategy, race examples, gain
+        ("*.all@k1:cut=delta", "delta", 300, 0.05),
+        ("*.all@k2:cut=delta", "delta", 300, 0.04),  # within a standard error of the first, and of a lower loss
+        ("*.all@0:scale=0.5,cut=delta", "delta", 300, 0.03),
+        ("*.all@0:scale=0.25,cut=delta", "delta", 100, 0.09),
+        ("0-1.fc_in@0.1", "own", 300, 0.01),
+        ("0-1.fc_out@0.1", "other", 100, 0.02),
+    ]
+    candidates = [proposed(plan, strategy, examples=n, gain=Estimate(gain)) for plan, strategy, n, gain in raced]
+    rows = best_of_each_kind(candidates, candidates[1].plan)
+    assert [(row.kind, row.name) for row in rows] == [
+        ("joint rule", "*.all@k2:cut=delta"),
+        ("WiSE-FT", "*.all@0:scale=0.5,cut=delta"),
+        ("strategy", "0-1.fc_in@0.1"),
+        ("strategy", "0-1.fc_out@0.1"),  # of another one
+    ]
+    assert best_of_each_kind(candidates, None)[0].name == "*.all@k1:cut=delta"
+
+
 def test_put_in_puts_back_after_an_exception():
     module, other = pretrained(), Noisy(seed=1)
     before = copy.deepcopy(module.state_dict())
@@ -242,12 +330,16 @@ def test_four_parts():
     assert four_parts([task("same", right(50), right(50), None)]).healed is None
 
 
-def classified(gold: list[str], before: list[str], after: list[str]) -> SearchResult:
-    """A confirmed plan by what two models say."""
-    steps = [
-        {"acc": torch.tensor([a == b for a, b in zip(gold, said, strict=True)]), "answer": gold, "prediction": said}
-        for said in (before, after)
-    ]
+def classified(
+    gold: list[str], before: list[str], after: list[str], weights: dict[str, float] | None = None
+) -> SearchResult:
+    """A confirmed plan by what two models say; each class may have a weight."""
+    steps = []
+    for said in (before, after):
+        acc: Any = torch.tensor([a == b for a, b in zip(gold, said, strict=True)])
+        if weights is not None:
+            acc = Outcomes(acc.float(), torch.tensor([weights[a] for a in gold]))
+        steps.append({"acc": acc, "answer": gold, "prediction": said})
     found = PairedExamples()
     found.add({"original": steps[0], "laser": steps[1]}, torch.empty(len(gold)), None)
     logged = found.returned("original")
@@ -269,6 +361,30 @@ def test_below_the_most_common_answer_no_classifier_is_recommended(of_facts):
     assert (result.plan is not None) == of_facts
     assert ("always given, would be right more often (80.0%)" in result.reason) != of_facts
     assert bool(result.warnings) == of_facts
+
+
+def test_what_is_always_given_counts_as_the_metric_weighs_it():
+    """Where all classes count the same together, the most common answer, always given, has a third and not 80 %."""
+    gold, weights = ["a"] * 160 + ["b"] * 20 + ["c"] * 20, {"a": 1.0, "b": 8.0, "c": 8.0}
+    before = ["x"] * 100 + ["a"] * 60 + ["x"] * 40
+    after = ["x"] * 100 + ["a"] * 60 + ["b"] * 20 + ["c"] * 20
+    result = classified(gold, before, after, weights)
+    checks, row = result.confirmed["laser"].prior_checks["acc"], result.confirmed["laser"]["acc"]
+    assert checks.is_of_labels
+    assert checks.constant_answer == pytest.approx(1 / 3)
+    assert checks.delta == pytest.approx(row.delta) == pytest.approx(320 / 480)
+    decide(result, 1, of_facts=False)
+    assert result.plan is not None
+
+
+def test_to_say_the_heavier_class_always_is_no_gain_by_its_weight():
+    """Fewer answers are right, and by their weights more: that is a shift to another answer, too."""
+    gold = ["a"] * 160 + ["b"] * 40
+    result = classified(gold, ["a"] * 200, ["b"] * 200, {"a": 1.0, "b": 8.0})
+    assert result.confirmed["laser"]["acc"].delta > 0.3
+    decide(result, 1, of_facts=False)
+    assert result.plan is None
+    assert "text for text" in result.reason or "exchanged at random" in result.reason
 
 
 def test_answers_that_do_not_repeat_are_no_labels():

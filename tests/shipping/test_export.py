@@ -33,7 +33,8 @@ from laser_callback.shipping.undo import restore
 from laser_callback.spectra.store import Spectra
 from laser_callback.support.files import appearing
 from laser_callback.support.pretrained import load_pretrained
-from laser_callback.surgery.recipe import Recipe, apply
+from laser_callback.surgery.recipe import Recipe
+from laser_callback.surgery.record import apply
 from laser_callback.surgery.swap import reduced
 
 

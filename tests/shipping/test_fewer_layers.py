@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from versions import EXACT
 from weights import Snapshot
 
-from laser_callback.plans.matrices import layer_stacks
+from laser_callback.plans.stacks import layer_stacks
 from laser_callback.shipping.export import save_reduced
 from laser_callback.shipping.fewer_layers import CannotLeaveOutError, _check_settings, dropped_layers
 from laser_callback.shipping.undo import restore
@@ -289,6 +289,19 @@ def test_a_model_in_training_stays_in_training_and_no_random_number_is_drawn(tmp
     assert save_reduced(original, "1.writes@0", tmp_path / "new").left_out
     assert [module.training for module in original.modules()] == modes
     assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("as_trained", ["frozen", "partly frozen", "checkpointing"])
+def test_what_training_has_switched_is_no_reason(as_trained, tmp_path):
+    original = model("LlamaForCausalLM", GROUPED)
+    if as_trained == "checkpointing":
+        original.gradient_checkpointing_enable()
+    for parameter in {"frozen": original, "partly frozen": original.model.layers[4]}.get(
+        as_trained, nn.Module()
+    ).parameters():
+        parameter.requires_grad_(False)
+    recipe, text = exported(original, "1.writes@0", tmp_path / "new")
+    assert (recipe.left_out, text) == ({"model.layers": [1]}, "")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])

@@ -19,7 +19,7 @@ from weights import same, weights
 from laser_callback import FactsDataModule, LaserModule, LaserPlan, ProbesDataModule, StagedRollout, reduced
 from laser_callback.cli.commands import main
 from laser_callback.shipping.gates import read_gates
-from laser_callback.shipping.rollout import in_steps, one_by_one
+from laser_callback.shipping.rollout import in_steps
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("own_cache")]
 GAIN = "val_acc: gain"
@@ -173,22 +173,6 @@ def test_gains_may_be_demanded_of_the_last_stage_only(recall, heals, planted):
     stopped = StagedRollout(module, [breaks(heals), heals], [GAIN, GUARD], loader, gain_at="last", **QUIET).run()
     assert [stage.outcome for stage in stopped.stages] == ["went back"]
     assert stopped.plan is None
-
-
-def test_stages_of_a_plan():
-    plan = "1.fc_in@0.01, 0.q_proj@0.2:keep=tail"
-    assert [len(stage) for stage in one_by_one(plan)] == [1, 2]
-    deeper = in_steps(plan, [0.05, 0.5, 0.2, 0.001])
-    assert [str(stage) for stage in deeper[:2]] == [
-        "1.fc_in@0.5, 0.q_proj@0.5:keep=tail",
-        "1.fc_in@0.2, 0.q_proj@0.2:keep=tail",
-    ]
-    assert deeper[-1] == LaserPlan.parse(plan)
-    assert len(deeper) == 4  # 0.001 is below every rho of the plan: it would be the plan itself
-    with pytest.raises(ValueError, match="must have a number for each rho"):
-        in_steps("1.fc_in@entropy", [0.5])
-    with pytest.raises(ValueError, match="`rhos` must be between 0 and 1"):
-        in_steps(plan, [1.0])
 
 
 # ---- what can be wrong is said before the work -----------------------------------------------------------------------
@@ -355,15 +339,22 @@ PROBES = [{"prompt": f"The capital of {i}", "should": "answer" if i >= 5 else "r
 def test_each_gate_has_its_data(tmp_path):
     module = LaserModule(tiny_causal_lm(), tiny_tokenizer())
     (tmp_path / "text.txt").write_text("The capital of France is Paris and the currency of Japan is the yen. " * 100)
-    data = FactsDataModule(facts(), module.tokenizer, text=tmp_path / "text.txt")
+    near = [{"prompt": "The yen is the currency of", "answer": "Japan"}]
+    rows = [fact | {"neighbours": near} for fact in facts()]
+    data = FactsDataModule(rows, module.tokenizer, text=tmp_path / "text.txt")
     others = {
         "trivia": FactsDataModule(facts(24), module.tokenizer),
         "safety": ProbesDataModule(PROBES, module.tokenizer, max_new_tokens=2, batch_size=3),
     }
+    with pytest.raises(ValueError, match="'kl: gain' can never pass: the original has the best 'kl' by definition"):
+        StagedRollout(module, "3.mlp@0.3", ["kl: gain"], data, **QUIET).run()
     gates = {
         "log_loss": "gain",
         "perplexity": "ratio < 1e9",
         "paraphrase_accuracy": "delta > -0.5",
+        "kl": "< 1e9",
+        "top1_agreement": "delta > -1",
+        "neighbour_accuracy": "delta > -1",
         "trivia/log_loss": "delta < 1e9",
         "safety/answer_rate": "delta > -0.5",
     }
@@ -373,6 +364,9 @@ def test_each_gate_has_its_data(tmp_path):
         "log_loss": 60,
         "perplexity": verdict.results[""]["laser"]["perplexity"].n,
         "paraphrase_accuracy": 60,
+        "kl": verdict.results[""]["laser"]["perplexity"].n,
+        "top1_agreement": verdict.results[""]["laser"]["perplexity"].n,
+        "neighbour_accuracy": 60,
         "trivia/log_loss": 24,
         "safety/answer_rate": 5,
     }
@@ -380,7 +374,7 @@ def test_each_gate_has_its_data(tmp_path):
     assert set(verdict.results[""].controls["laser"]) == {"zeroed", "random", "noise"}
     assert verdict.results["trivia"].controls == {}
     loss = verdict.results["trivia"]["laser"]["log_loss"]
-    assert verdict.judgements[3].change == loss.delta
+    assert next(j for j in verdict.judgements if j.key == "trivia/log_loss").change == loss.delta
     assert verdict.results["trivia"]["laser"]["log_loss"].original != verdict.results[""]["laser"]["log_loss"].original
 
 

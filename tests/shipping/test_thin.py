@@ -19,7 +19,7 @@ from laser_callback.shipping.factored_file import WEIGHTS, load_factored
 from laser_callback.shipping.thin import FactoredLinear, factored, make_room, thin_factors
 from laser_callback.spectra.spectrum import Spectrum
 from laser_callback.spectra.store import Spectra
-from laser_callback.surgery.recipe import apply
+from laser_callback.surgery.record import apply
 from laser_callback.surgery.swap import reduced
 
 

@@ -18,7 +18,7 @@ from weights import same, weights
 
 from laser_callback.plans.plan import LaserPlan
 from laser_callback.shipping.undo import restore, save_undo
-from laser_callback.surgery.recipe import apply
+from laser_callback.surgery.record import apply
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])

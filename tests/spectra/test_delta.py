@@ -42,7 +42,8 @@ from laser_callback.search.sensitivities import View
 from laser_callback.spectra.delta import BaseWeights
 from laser_callback.spectra.store import Spectra
 from laser_callback.support.merging import merged, put_effective
-from laser_callback.surgery.recipe import Recipe, apply
+from laser_callback.surgery.recipe import Recipe
+from laser_callback.surgery.record import apply
 
 peft = pytest.importorskip("peft")
 pytestmark = pytest.mark.usefixtures("own_cache")

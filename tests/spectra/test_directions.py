@@ -89,7 +89,7 @@ def test_a_recipe_brings_them_along(tmp_path) -> None:
 
 
 def test_without_them_it_says_where_they_come_from() -> None:
-    with pytest.raises(ValueError, match="use the recipe that came with it"):
+    with pytest.raises(ValueError, match="give the recipe in place of the plan"):
         reduced(a_model(), "0.fc_in@0.4:metric=inputs").prepare()
     model = a_model()
     with pytest.raises(ValueError, match=r"nothing is known of the inputs of `layers\.0\.fc2`"):

@@ -21,7 +21,8 @@ from laser_callback.shipping.thin import factored
 from laser_callback.spectra.cut import cut_spectra
 from laser_callback.spectra.delta import BaseWeights
 from laser_callback.spectra.store import Spectra
-from laser_callback.surgery.recipe import Recipe, apply
+from laser_callback.surgery.recipe import Recipe
+from laser_callback.surgery.record import apply
 
 SHAPES = [(20, 12), (12, 20), (15, 15)]
 

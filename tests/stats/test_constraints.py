@@ -59,6 +59,22 @@ def test_text_is_read_and_written(text: str, fields: tuple):
     assert Constraint.parse(str(constraint)) == constraint
 
 
+def test_a_divergence_is_bounded_without_a_sign():
+    bound = Constraint.parse("safety/kl < 0.020")
+    assert bound == Constraint("safety/kl", "<=", 0.02, of_value=True)
+    assert str(bound) == "safety/kl <= 0.02"
+    assert Constraint.parse(str(bound)) == bound
+    assert Constraint.parse("answer_kl <= +0.02") == Constraint("answer_kl", "<=", 0.02)
+    for text in ("kl >= 0.02", "kl <= 2 %", "val_kl <= 0.02"):
+        with pytest.raises(ValueError, match="must have a sign"):
+            Constraint.parse(text)
+    # A loss of one's own that has this name is another thing: of it the change is bounded.
+    before, after = pair(100, 0.0, 0.1)
+    with pytest.raises(ValueError, match=r"must have a sign, because the original has .*'kl <= \+0.02'"):
+        Constraint.parse("kl <= 0.02").judge(row(before, after, "kl"))
+    assert Constraint.parse("kl <= +0.5").judge(row(before, after, "kl")).verdict == "pass"
+
+
 def test_any_margin_survives_its_text():
     for margin in [*np.random.default_rng(0).normal(0, 1, 200).tolist(), 1e-20, -123456789.123, 0.029, 1e300]:
         for relative in (False, True):

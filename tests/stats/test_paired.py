@@ -399,3 +399,37 @@ def test_scores_in_steps_have_a_continuity_correction():
     for ends, level in (((row.lower, row.upper), 0.95), ((row.lower90, row.upper90), 0.9)):
         low, high = student.confidence_interval(level)
         assert ends == pytest.approx((low - 1 / 120, high + 1 / 120))
+
+
+@pytest.mark.parametrize("best", [0.0, 1.0])
+@pytest.mark.parametrize("weighted", [True, False])
+@pytest.mark.parametrize("clustered", [True, False])
+def test_a_number_of_both_models_has_the_interval_of_a_mean_and_no_test(best, weighted, clustered):
+    rng = np.random.default_rng(0)
+    away = rng.gamma(0.3, 0.1, 24)
+    before, after = np.full(24, best), np.abs(best - np.minimum(away, 1))
+    weights = rng.integers(1, 9, 24).astype(float) if weighted else None
+    clusters = [i // 3 for i in range(24)] if clustered else None
+    rows = [
+        compare("x", *(Outcomes(values, weights, kind) for values in (before, after)), clusters=clusters)
+        for kind in ("pair", "mean")
+    ]
+    for row in rows[:1]:
+        assert (row.p, row.test, row.verdict, row.fixed) == (None, "not tested", "not tested", None)
+        assert row.higher_is_better == bool(best)
+        assert (row.n, row.original, row.reduced, row.delta) == (rows[1].n, best, rows[1].reduced, rows[1].delta)
+        assert f"the original has {best:g} by definition" in row.note
+    for name in ("lower", "upper", "lower90", "upper90"):
+        end = getattr(rows[1], name)
+        possible = max(end, 0) if best == 0 else min(max(end, -1), 0)
+        assert getattr(rows[0], name) == pytest.approx(possible)
+
+
+def test_a_number_of_both_models_may_be_absent_infinite_or_the_same():
+    same = compare("kl", Outcomes(np.zeros(9), kind="pair"), Outcomes(np.zeros(9), kind="pair"))
+    assert (same.delta, same.higher_is_better) == (0, False)
+    assert same.upper >= same.lower >= 0
+    none = compare("kl", Outcomes(np.full(3, np.nan), kind="pair"), Outcomes(np.full(3, np.nan), kind="pair"))
+    assert (none.kind, none.n, none.lower) == ("pair", 0, None)
+    far = compare("kl", Outcomes(np.zeros(3), kind="pair"), Outcomes(np.array([0, np.inf, 1]), kind="pair"))
+    assert (far.reduced, far.lower) == (math.inf, None)

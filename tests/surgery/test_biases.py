@@ -17,14 +17,15 @@ from trainers import quiet_trainer
 from weights import Snapshot, same, weights
 
 from laser_callback import LaserCallback, find_matrices, save_reduced
-from laser_callback.plans.matrices import layer_stacks
 from laser_callback.plans.plan import LaserPlan
+from laser_callback.plans.stacks import layer_stacks
 from laser_callback.shipping.factored_file import load_factored
 from laser_callback.shipping.thin import factored
 from laser_callback.shipping.undo import restore, save_undo
 from laser_callback.spectra.delta import BaseWeights
 from laser_callback.spectra.store import Spectra
-from laser_callback.surgery.recipe import Recipe, apply, recorded
+from laser_callback.surgery.recipe import Recipe
+from laser_callback.surgery.record import apply, recorded
 from laser_callback.surgery.swap import reduced
 
 peft = pytest.importorskip("peft")

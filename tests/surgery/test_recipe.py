@@ -12,7 +12,8 @@ from tiny import tiny_causal_lm
 from weights import same, weights
 
 from laser_callback.plans.plan import LaserPlan
-from laser_callback.surgery.recipe import Recipe, apply, matrix_hash, matrix_sketch
+from laser_callback.surgery.recipe import Recipe, matrix_hash, matrix_sketch
+from laser_callback.surgery.record import apply
 from laser_callback.surgery.swap import reduced
 
 # ---- applying --------------------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from typing_extensions import override
 
 from laser_callback.data.encoding import pad, pad_token_id
 from laser_callback.data.lm_eval.source import Source, ask, built, tell
-from laser_callback.data.scoring import IGNORED
+from laser_callback.data.scoring import IGNORED, OF_TEXT
 
 TOKENS = 4096
 """The most tokens of several windows that go through a model together."""
@@ -79,7 +79,7 @@ class TaskDocuments(Dataset[Document]):
     @property
     def metrics(self) -> tuple[str, ...]:
         """What is measured on them."""
-        return ("perplexity", *self.documents[0].weights)
+        return (*OF_TEXT, *self.documents[0].weights)
 
     def __len__(self) -> int:
         return len(self.documents)

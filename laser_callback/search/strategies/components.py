@@ -15,7 +15,7 @@ from laser_callback.plans.rank_rules import listed_places, places_rule
 from laser_callback.plans.reduction import Reduction
 from laser_callback.results.candidates import Candidate
 from laser_callback.search.sensitivities import View
-from laser_callback.search.strategies.base import Context, Need
+from laser_callback.search.strategies.base import ENOUGH_BATCHES, Context, Need
 from laser_callback.search.strategies.joint import each
 
 SHARE = 0.2
@@ -106,16 +106,20 @@ class Components:
 
         The directions of the largest sensitivities are those that chance has made large, too: by the batches that have
         chosen them they promise more than they keep, and would crowd all other candidates out of the race. So each
-        batch is asked about those that the others would choose.
+        batch is asked about those that the others would choose. Of a single batch there are no others, and all that is
+        known is what it promises.
         """
         known, view = context.sensitivities, View(self.cut)
+        if known.batches == 1:
+            return known.mean_and_error([-float(known.views[view][matrix.name][0].topk(count).values.sum())])
         changes = []
         for batch in range(known.batches):
             others = known.mean(view, matrix.name, without=batch)
             assert others is not None
             order = others.argsort(descending=True, stable=True)[:count]
             changes.append(-float(known.views[view][matrix.name][batch, order].sum()))
-        return known.mean_and_error(changes)
+        mean, error = known.mean_and_error(changes)
+        return mean, error if known.batches >= ENOUGH_BATCHES else 0.0  # as in `Context.estimate`
 
     def _scaled(self, address: Mapping[str, Any], places: Sequence[int], scale: float) -> Reduction:
         rule = places_rule(places)

