@@ -26,7 +26,7 @@ from laser_callback.cli.mistakes import told_plainly
 from laser_callback.cli.options import COMMON_OPTIONS, PlainHelp
 from laser_callback.compare.callback import LaserCallback
 from laser_callback.data.datamodule import FactsDataModule
-from laser_callback.data.lm_eval import is_lm_eval
+from laser_callback.data.lm_eval.source import is_lm_eval
 from laser_callback.shipping.cleanup import LaserCleanup
 from laser_callback.support.checkpoints import need_checkpoint
 from laser_callback.support.files import need_files

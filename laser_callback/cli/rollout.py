@@ -11,7 +11,7 @@ from laser_callback.cli.command import Answer, Exit
 from laser_callback.cli.subject import facts_for, subject
 from laser_callback.compare.module import LaserModule
 from laser_callback.data.generation import Generation
-from laser_callback.data.lm_eval import file_of
+from laser_callback.data.lm_eval.source import file_of
 from laser_callback.data.probes import ProbesDataModule
 from laser_callback.plans.plan import LaserPlan, check_base, check_directions
 from laser_callback.reports.gate_terminal import print_rollout

@@ -12,7 +12,7 @@ from laser_callback.cli.command import Answer, Exit, notes
 from laser_callback.cli.report import read_examples
 from laser_callback.cli.subject import subject
 from laser_callback.data.generation import Generation
-from laser_callback.data.lm_eval import ACC, is_lm_eval
+from laser_callback.data.lm_eval.source import is_lm_eval
 from laser_callback.plans.target import RHOS
 from laser_callback.reports.page import save_page
 from laser_callback.reports.search_terminal import print_search
@@ -66,8 +66,9 @@ def search(
     Args:
         model: folder or hub name of a Hugging Face language model; goes with facts or judge.
         facts: a JSONL, CSV or Parquet file of {id, prompt, answer, paraphrases?, choices?, subject?, group?}.
-        judge: instead of facts, lm_eval:TASK, a multiple-choice task of lm-evaluation-harness (its name, or a YAML
-            file), whose acc is then the objective; e.g. "lm_eval:arc_easy?num_fewshot=5&include_path=my_tasks".
+        judge: instead of facts, lm_eval:TASK, a task of lm-evaluation-harness (its name, or a YAML file) that is
+            multiple choice or lets answers be written; the objective is then its metric; e.g. "lm_eval:gsm8k" or
+            "lm_eval:arc_easy?num_fewshot=5&include_path=my_tasks".
         text: a UTF-8 text file; perplexity on it must hold.
         module: instead of a model, a LightningModule class of your own; goes with data.
         data: a LightningDataModule class whose validation dataloader is split into the search's sets.
@@ -115,7 +116,7 @@ def search(
     if judge is not None:
         if facts is not None or not is_lm_eval(judge):
             raise ValueError(f"`--judge` must be lm_eval:TASK, without `--facts`, got {judge!r} and facts {facts}")
-        facts, objective = Path(judge), [ACC] if objective is None else objective
+        facts = Path(judge)
     options: dict[str, Any] = {"limit": limit, "batch_size": batch_size, "seed": seed, "chat": chat, "system": system}
     options["generation"] = generation
     need_writable({"facts": facts, "text": text}, output=output, html=html, plan=plan)

@@ -10,7 +10,7 @@ import lightning.pytorch as pl
 from laser_callback.compare.module import LaserModule
 from laser_callback.data.datamodule import FactsDataModule
 from laser_callback.data.generation import Generation
-from laser_callback.data.lm_eval import file_of
+from laser_callback.data.lm_eval.source import file_of
 from laser_callback.support.files import need_files
 
 
@@ -32,7 +32,7 @@ def subject(
 ) -> tuple[pl.LightningModule, pl.LightningDataModule]:
     """What the options of a command ask for; files are looked for before a model is loaded."""
     if model is not None and facts is not None and module is None and data is None:
-        need_files(facts=file_of(facts), text=text)
+        need_files(facts=file_of(facts), text=file_of(text))
         language_model = LaserModule(model, allow_missing=allow_missing)
         options: dict[str, Any] = {"limit": limit, "batch_size": batch_size, "seed": seed, "chat": chat}
         options |= {"system": system, "generation": generation}
@@ -67,6 +67,7 @@ def facts_for(
         seed=seed,
         batch_size=batch_size,
         masked=module.masked,
+        max_length=module.context,
         chat=chat,
         system=system,
         generation=generation,

@@ -30,7 +30,7 @@ _One = tuple[float, float | None, Kind, Hashable]
 _Seen = dict[str, dict[str, dict[Hashable, _One]]]
 """Arm -> metric -> value, weight, kind and cluster of each example that the arm has seen, by dataloader and id."""
 
-_OF_ROWS = ("chunks", "row_fact", "row_role")  # of a batch of facts: what is per row, not per fact
+_OF_ROWS = ("chunks", "row_fact", "row_role", "windows", "weights")  # what is per row, or holds what is per example
 
 
 def arm_of(example_id: Hashable, fraction: float, seed: int) -> str:
@@ -139,16 +139,19 @@ def part_of(batch: Mapping[str, Any], positions: Sequence[int]) -> dict[str, Any
 
     Args:
         batch: as the collators of this package make it: what is a tensor or list has an entry per example, and in a
-            batch of facts rows belong to facts.
+            batch of facts rows belong to facts, and windows to documents.
         positions: which examples, in ascending order.
     """
     part = {name: _taken(value, positions) for name, value in batch.items() if name not in _OF_ROWS}
+    places = {position: i for i, position in enumerate(positions)}
+
+    def of_rows(owner: Tensor) -> tuple[Tensor, Tensor]:
+        """Which rows are kept, by the examples that own them, and whose these are in the part."""
+        numbers = torch.tensor([places.get(one, -1) for one in owner.tolist()], device=owner.device)
+        return numbers >= 0, numbers[numbers >= 0]
+
     if "chunks" in batch:
-        device = batch["row_fact"].device
-        number = torch.full((len(batch["id"]),), -1, device=device)
-        number[torch.tensor(positions, device=device)] = torch.arange(len(positions), device=device)
-        kept = number[batch["row_fact"]] >= 0
-        part["row_fact"] = number[batch["row_fact"]][kept]
+        kept, part["row_fact"] = of_rows(batch["row_fact"])
         part["row_role"] = batch["row_role"][kept]
         masks = kept.split([len(chunk["input_ids"]) for chunk in batch["chunks"]])
         part["chunks"] = [
@@ -156,6 +159,13 @@ def part_of(batch: Mapping[str, Any], positions: Sequence[int]) -> dict[str, Any
             for chunk, mask in zip(batch["chunks"], masks, strict=True)
             if bool(mask.any())
         ]
+    if "windows" in batch:
+        part["weights"] = {name: _taken(value, positions) for name, value in batch["weights"].items()}
+        part["windows"] = []
+        for rows in batch["windows"]:
+            kept, owner = of_rows(rows["owner"])
+            if bool(kept.any()):
+                part["windows"].append({name: value[kept] for name, value in rows.items()} | {"owner": owner})
     if batch.get("asked"):  # of what is to be written the prompts are per fact, and the settings are not
         asked = batch["asked"].items()
         part["asked"] = {

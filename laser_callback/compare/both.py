@@ -155,19 +155,31 @@ def _tell(name: str, values: Tensor, owner: Tensor, examples: int) -> None:
 # ---- of a LaserModule ------------------------------------------------------------------------------------------------
 
 
-def tell_of_text(logits: Tensor, attention_mask: Tensor) -> None:
-    """Tell ``kl`` and ``top1_agreement`` of running text, over the tokens that its perplexity is of.
+class TextOfBoth:
+    """Numbers of both models on one batch of running text, whose parts come one after the other."""
 
-    Args:
-        logits: (R, T, V).
-        attention_mask: (R, T), nonzero at tokens, which are padded on the right.
-    """
-    if not is_compared():
-        return
-    predicted = attention_mask[:, 1:].bool()
-    owner = predicted.nonzero()[:, 0]
-    for name, values in zip(("kl", "top1_agreement"), divergence(logits[:, :-1], predicted), strict=True):
-        _tell(name, values, owner, len(logits))
+    def __init__(self) -> None:
+        self._owners: list[Tensor] = []
+        self._found: list[tuple[Tensor, Tensor]] = []
+
+    def add(self, logits: Tensor, predicted: Tensor, owner: Tensor) -> None:
+        """Add rows.
+
+        Args:
+            logits: (R, T, V).
+            predicted: (R, T) bool, true where they predict a token that the perplexity is of.
+            owner: (R,) int64, the example of each row.
+        """
+        if is_compared():
+            self._owners.append(owner[predicted.nonzero()[:, 0]])
+            self._found.append(divergence(logits, predicted))
+
+    def tell(self, examples: int) -> None:
+        """Tell ``kl`` and ``top1_agreement`` of so many examples."""
+        if self._found:
+            owner = torch.cat(self._owners)
+            for name, parts in zip(("kl", "top1_agreement"), zip(*self._found, strict=True), strict=True):
+                _tell(name, torch.cat(parts), owner, examples)
 
 
 class AnswersOfBoth:

@@ -7,6 +7,7 @@ is also an ordinary module that trains on the facts' answers.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Any, cast
 
@@ -18,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from typing_extensions import override
 
 from laser_callback.compare.ab_test import ABTest
-from laser_callback.compare.both import AnswersOfBoth, tell_of_text
+from laser_callback.compare.both import AnswersOfBoth, TextOfBoth
 from laser_callback.compare.callback import LaserCallback
 from laser_callback.compare.language_model import (
     context_length,
@@ -32,9 +33,19 @@ from laser_callback.compare.language_model import (
 from laser_callback.compare.trainer import check_strategy
 from laser_callback.compare.writing import write
 from laser_callback.data import probes
-from laser_callback.data.generation import EXACT_MATCH, ExactMatch
+from laser_callback.data.generation import EXACT_MATCH, ExactMatch, WrittenError
 from laser_callback.data.row_scores import AnswerScores, Role, RowScores, score_rows
-from laser_callback.data.scoring import METRICS, AnswerMetric, Perplexity, UnitMean, rows_said, text_nll
+from laser_callback.data.scoring import (
+    IGNORED,
+    METRICS,
+    AnswerMetric,
+    BitsPerByte,
+    Perplexity,
+    UnitMean,
+    rows_said,
+    target_nll,
+    windows_of,
+)
 from laser_callback.plans.plan import LaserPlan
 from laser_callback.reports.terminal import print_ab
 from laser_callback.results.ab_test import ABResult
@@ -65,17 +76,18 @@ class LaserModule(pl.LightningModule):
 
     Logs the metrics of ``METRICS``, ``perplexity`` of running text, and
     ``refusal_rate`` and ``answer_rate`` of refusal probes, each only where its data is there, and returns their
-    per-example values from its steps. Where the data lets answers be written (``generation``) it logs ``exact_match``
-    and, of what should be written, ``log_loss``; each example's ``continuation`` is returned. A comparison has numbers
-    of both models beside them: ``kl`` and ``top1_agreement`` of text, ``answer_kl`` and ``answer_top1_agreement`` of
-    facts, ``neighbour_agreement``.
+    per-example values from its steps. Where the data lets answers be written (``generation``) it logs ``exact_match``,
+    or what a task of ``lm_eval`` judges by, and, of what should be written, ``log_loss``; each example's
+    ``continuation`` is returned. A comparison has numbers of both models beside them: ``kl`` and ``top1_agreement`` of
+    text, ``answer_kl`` and ``answer_top1_agreement`` of facts, ``neighbour_agreement``.
 
     Args:
         model: a transformers model, or its folder or hub name.
         tokenizer: the model's tokenizer; by default the one in the model's folder.
         plan: what to cut (see :class:`LaserCallback`); ``None`` for a plain evaluation. A ``LaserCallback`` among the
             trainer's callbacks takes precedence.
-        primary: the metric that carries the claim; where answers are written, by default ``exact_match``.
+        primary: the metric that carries the claim; where answers are written, by default ``exact_match``, or the first
+            one of a task of ``lm_eval``.
         controls: also run the controls of each plan, as in :class:`LaserCallback`.
         report: see :class:`LaserCallback`.
         learning_rate: of AdamW in ``fit``.
@@ -140,8 +152,9 @@ class LaserModule(pl.LightningModule):
     @property
     def claim(self) -> str | None:
         """The metric that carries the claim on the data of the trainer."""
-        writes = getattr(getattr(self._trainer, "datamodule", None), "generation", None) is not None
-        return EXACT_MATCH if writes and self.primary == PRIMARY else self.primary
+        data: Any = getattr(self._trainer, "datamodule", None)
+        writes = getattr(data, "generation", None) is not None
+        return data.metric if writes and self.primary == PRIMARY else self.primary
 
     @property
     def result(self) -> LaserResult:
@@ -251,7 +264,7 @@ class LaserModule(pl.LightningModule):
             with metric.sync_context():
                 has_data = metric.has_data
             if has_data:
-                self.log(name, metric)
+                self.log(name, metric, metric_attribute=f"metrics.{name}")
 
     @override
     def on_test_epoch_end(self) -> None:
@@ -293,17 +306,26 @@ class LaserModule(pl.LightningModule):
         owner = torch.arange(len(batch["id"]))
         refuse_too_long(self.context, [asked["attention_mask"]], owner, batch["id"], asked["max_new_tokens"])
         written = write(self.model, self.tokenizer, asked)
-        judged = asked["judged"](written.texts, batch)
-        right = torch.tensor([each.right for each in judged], dtype=torch.float64, device=self.device)
-        if count:
-            cast("ExactMatch", self.metrics[EXACT_MATCH]).update(right)
-        return {
-            EXACT_MATCH: Outcomes(right, kind="binary"),
+        found: dict[str, Any] = {
             "near_ties": written.near_ties.double(),  # no outcome that is claimed
             "continuation": written.texts,
-            f"answer/{EXACT_MATCH}": [each.answer for each in judged],
-            f"prediction/{EXACT_MATCH}": [each.said for each in judged],
         }
+        for name, judged, binary, higher_is_better in asked["judged"](written.texts, batch):
+            right = torch.tensor([each.right for each in judged], dtype=torch.float64, device=self.device)
+            metric = self._metric(name, ExactMatch if higher_is_better else WrittenError)
+            if count:
+                cast("ExactMatch", metric).update(right)
+            found[name] = Outcomes(right, kind="binary" if binary else "mean")
+            if binary:
+                found[f"answer/{name}"] = [each.answer for each in judged]
+                found[f"prediction/{name}"] = [each.said for each in judged]
+        return found
+
+    def _metric(self, name: str, kind: type[UnitMean]) -> UnitMean:
+        """A metric of the data's own, made when it is first seen."""
+        if name not in self.metrics:
+            self.metrics[name] = kind().to(self.device)
+        return cast("UnitMean", self.metrics[name])
 
     def _said(self, scores: AnswerScores, batch: dict[str, Any]) -> dict[str, Any]:
         """What the prior checks look at: right answers and what the model says, as each metric has it."""
@@ -338,13 +360,25 @@ class LaserModule(pl.LightningModule):
             raise MisconfigurationException(
                 "perplexity is defined for causal models; leave out `text` for a masked one"
             )
-        refuse_too_long(self.context, [batch["attention_mask"]], torch.arange(len(batch["id"])), batch["id"])
-        logits = logits_of(self.model, batch["input_ids"], batch["attention_mask"])
-        nll, tokens = text_nll(logits, batch["input_ids"], batch["attention_mask"])
-        tell_of_text(logits, batch["attention_mask"])
-        if count:
-            cast("Perplexity", self.metrics["perplexity"]).update(nll, tokens)
-        return {"id": batch["id"], "perplexity": Outcomes(nll.double() / tokens, tokens, "log_ratio")}
+        windows, counted = batch["windows"] if "windows" in batch else [windows_of(batch)], batch.get("weights", {})
+        totals, both = torch.zeros(2, len(batch["id"]), dtype=torch.float64, device=self.device), TextOfBoth()
+        for part in windows:
+            ids, mask, targets, owner = (part[name] for name in ("input_ids", "attention_mask", "targets", "owner"))
+            refuse_too_long(self.context, [mask], owner, batch["id"])
+            logits = logits_of(self.model, ids, mask)
+            totals = totals.index_add(1, owner, torch.stack(target_nll(logits, targets)).double())
+            both.add(logits, targets != IGNORED, owner)
+        both.tell(len(batch["id"]))
+        nll, tokens = totals
+        outcomes = {}
+        for name, units in {"perplexity": tokens, **counted}.items():  # words and bytes are of a task of lm_eval
+            bits = name == "bits_per_byte"
+            values = (nll / units / (math.log(2) if bits else 1)).where(units > 0, math.nan)  # of an empty text
+            outcomes[name] = Outcomes(values, units, "mean" if bits else "log_ratio")
+            metric = self._metric(name, BitsPerByte if bits else Perplexity)
+            if count:
+                cast("Perplexity", metric).update(nll, units)
+        return {"id": batch["id"], **outcomes}
 
     def _probes_step(self, batch: dict[str, Any], count: bool = True) -> dict[str, Any]:
         owner, new = torch.arange(len(batch["id"])), batch["rule"]["max_new_tokens"]
@@ -387,6 +421,7 @@ class _OwnCallback(LaserCallback):
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if pl_module is self._module and stage != "predict":
+            self.primary = self._module.claim  # what it is judged by, data may know only now
             super().setup(trainer, pl_module, stage)
 
     @override

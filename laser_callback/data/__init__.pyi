@@ -15,7 +15,11 @@ from .facts import split_facts as split_facts
 from .generation import ExactMatch as ExactMatch
 from .generation import Generation as Generation
 from .generation import Judged as Judged
-from .lm_eval import read_lm_eval as read_lm_eval
+from .generation import Scored as Scored
+from .lm_eval.answers import TaskAnswers as TaskAnswers
+from .lm_eval.documents import TaskDocuments as TaskDocuments
+from .lm_eval.reading import TaskFacts as TaskFacts
+from .lm_eval.reading import read_lm_eval as read_lm_eval
 from .probes import Probe as Probe
 from .probes import ProbeRate as ProbeRate
 from .probes import ProbesDataModule as ProbesDataModule

@@ -6,6 +6,7 @@ facts and windows to a Trainer, as ``encoding.py`` packs them.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -30,7 +31,11 @@ from laser_callback.data.encoding import (
 )
 from laser_callback.data.facts import DEFAULT_SIZES, Fact, records_of, sample_facts, split_facts
 from laser_callback.data.generation import EXACT_MATCH, Generation
-from laser_callback.data.lm_eval import is_lm_eval, read_lm_eval
+from laser_callback.data.lm_eval.answers import TaskAnswers
+from laser_callback.data.lm_eval.documents import TaskDocuments
+from laser_callback.data.lm_eval.reading import read_lm_eval
+from laser_callback.data.lm_eval.source import context_of, is_lm_eval
+from laser_callback.data.scoring import OF_TEXT
 from laser_callback.support.pretrained import load_tokenizer
 from laser_callback.support.reading import read_text
 
@@ -52,6 +57,9 @@ class TextWindows(Dataset[dict[str, Any]]):
             text is too short to predict any token.
         FileNotFoundError: if there is no such file.
     """
+
+    metrics = OF_TEXT
+    """What is measured on them."""
 
     def __init__(self, path: str | Path, tokenizer: PreTrainedTokenizerBase, *, window: int = 256) -> None:
         leading, _ = special_tokens(tokenizer)
@@ -95,7 +103,8 @@ class FactsDataModule(LightningDataModule):
         path: a ``.jsonl``, ``.csv`` or ``.parquet`` file (see :func:`~laser_callback.data.read_facts`), facts or
             records themselves, or ``lm_eval:TASK`` (see :func:`~laser_callback.data.read_lm_eval`).
         tokenizer: a tokenizer, or the folder or hub name of one; by default that of the ``LaserModule`` in the trainer.
-        text: a UTF-8 text file for perplexity (causal models only), or windows of one's own making.
+        text: a UTF-8 text file for perplexity (causal models only), ``lm_eval:TASK`` for a task such as wikitext, or
+            windows or documents of one's own making.
         split: name of one of ``sizes``.
         sizes: the sets (see :func:`~laser_callback.data.split_facts`); by default
             ``DEFAULT_SIZES``.
@@ -111,7 +120,8 @@ class FactsDataModule(LightningDataModule):
         generation: let the model write its answers, and judge these; paraphrases and choices are then not asked.
 
     Attributes:
-        metric: what a search of these facts improves by default; ``None`` leaves that to the search.
+        metric: what a search of these facts improves by default; ``None`` leaves that to the search. Of a task of
+            ``lm_eval`` it is known after ``setup``, and so is ``generation``.
 
     Raises:
         ValueError: in ``__init__`` if ``split`` is no set; in ``setup`` for bad data, as the functions named above.
@@ -124,7 +134,7 @@ class FactsDataModule(LightningDataModule):
         path: str | Path | Sequence[Fact | Mapping[str, Any]],
         tokenizer: PreTrainedTokenizerBase | str | Path | None = None,
         *,
-        text: str | Path | TextWindows | None = None,
+        text: str | Path | TextWindows | TaskDocuments | None = None,
         split: str | None = None,
         sizes: Mapping[str, int | float] | None = None,
         seed: int = 0,
@@ -141,6 +151,11 @@ class FactsDataModule(LightningDataModule):
         super().__init__()
         self.generation, self.metric = generation, self.metric if generation is None else EXACT_MATCH
         self.sizes = DEFAULT_SIZES if sizes is None else sizes
+        if generation is not None and is_lm_eval(path):
+            raise ValueError(
+                f"`generation` must be None for a task of lm_eval, which says how answers are written, got "
+                f"{generation}; ?max_gen_toks=64 behind the task lets less be written."
+            )
         if split is not None and split not in self.sizes:
             raise ValueError(f"`split` must be one of {sorted(self.sizes)}, got {split!r}.")
         if batch_size < 1:
@@ -162,26 +177,43 @@ class FactsDataModule(LightningDataModule):
             raise ValueError(f"`text` must be None for a masked model, which has no perplexity, got {self.text!r}.")
         if is_lm_eval(self.path) and masked:
             raise ValueError(f"`path` must be facts for a masked model, which lm_eval does not score, got {self.path}.")
-        facts = read_lm_eval(str(self.path)) if is_lm_eval(self.path) else records_of(self.path, Fact)
+        chat, system, limit = self.chat, self.system, self.max_length
+        if is_lm_eval(self.path):
+            read = read_lm_eval(str(self.path), tokenizer, chat=chat, system=system)
+            facts, self.metric, self.generation = read
+            if self.generation is not None:  # lm_eval has put the prompts into the template, and asks the model alone
+                chat, system = False, None
+                limit = sys.maxsize  # prompts that are too long are cut below
+        else:
+            facts = records_of(self.path, Fact)
         if self.split is not None:
             facts = split_facts(facts, self.sizes, self.seed)[self.split]
         if self.limit is not None:
             facts = sample_facts(facts, self.limit, self.seed)
         self.collate = FactCollator(pad_token_id(tokenizer), self.rows_per_forward, self.generation)
-        if isinstance(self.text, (str, Path)):
+        if is_lm_eval(self.text):
+            context = self.max_length or self._context() or context_of(tokenizer)
+            self.text = TaskDocuments(str(self.text), tokenizer, context)
+        elif isinstance(self.text, (str, Path)):
             self.text = TextWindows(self.text, tokenizer)
         self.encoded = encode_facts(
             facts,
             tokenizer,
             masked=masked,
-            max_length=self.max_length,
-            chat=self.chat,
-            system=self.system,
+            max_length=limit,
+            chat=chat,
+            system=system,
             generation=self.generation,
         )
-        self.check_context(getattr(self.trainer and self.trainer.lightning_module, "context", None))
+        if isinstance(self.generation, TaskAnswers):
+            limit = self.max_length or self._context() or context_of(tokenizer)
+            self.encoded = self.generation.fitted(self.encoded, limit)
+        self.check_context(self._context())
         if self.generation is None and (warning := shared_first_token(self.encoded, tokenizer)):
             rank_zero_warn(warning)
+
+    def _context(self) -> int | None:
+        return getattr(self.trainer and self.trainer.lightning_module, "context", None)
 
     def check_context(self, context: int | None) -> None:
         """Refuse prompts that a model with a context of so many tokens has no room to answer.
@@ -222,7 +254,7 @@ class FactsDataModule(LightningDataModule):
     @override
     def val_dataloader(self) -> DataLoader[Any] | list[DataLoader[Any]]:
         """The facts in file order, or ``[facts, text]``."""
-        if not isinstance(self.text, TextWindows):
+        if not isinstance(self.text, (TextWindows, TaskDocuments)):
             return self._facts()
         # By name: Lightning cannot rebuild, for `predict`, a dataloader made by position.
         size, collate = max(1, self.batch_size // 4), self.text.collate

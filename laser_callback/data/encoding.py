@@ -118,13 +118,15 @@ def encode_facts(
     limit = tokenizer.model_max_length if max_length is None else max_length
     leading, trailing = special_tokens(tokenizer)
     prompts = dict.fromkeys(prompt for fact in facts for prompt, _, _ in _asked(fact))
-    starts = _before_answers(tokenizer, prompts, system) if chat else {text: (text, " ") for text in prompts}
+    written = {fact.prompt: generation.before(fact) for fact in facts} if generation is not None and not chat else {}
+    starts = {text: _start("".join(written.get(text, (text, " ")))) for text in prompts}
+    starts = _before_answers(tokenizer, prompts, system) if chat else starts
     rows_of = _asked if generation is None else _written
     asked = [(prompt, answer) for fact in facts for prompt, answer, _ in rows_of(fact)]
     wholes = {pair: "".join((*starts[pair[0]], pair[1])) for pair in asked}
     stopped = [f"{whole}." for whole in wholes.values()] if masked else []
     # What a model is to continue is a prompt without a space behind it, or the template as it is.
-    continued = {text: "".join(start) if chat else text for text, start in starts.items()}
+    continued = {text: "".join(start) if chat else written.get(text, (text, " "))[0] for text, start in starts.items()}
     texts = [*(text for text, _ in starts.values()), *wholes.values(), *stopped, *continued.values(), "."]
     tokens = tokenize(tokenizer, texts)
 
@@ -312,9 +314,12 @@ def _before_answers(
     blank = reply[: len(reply) - len(reply.lstrip())]
     starts = {}
     for prompt in prompts:
-        text = chat_text(tokenizer, prompt, system) + blank
-        starts[prompt] = text.removesuffix(" "), " " if text.endswith(" ") else ""
+        starts[prompt] = _start(chat_text(tokenizer, prompt, system) + blank)
     return starts
+
+
+def _start(text: str) -> tuple[str, str]:
+    return text.removesuffix(" "), " " if text.endswith(" ") else ""
 
 
 def _shorten(text: str) -> str:

@@ -34,13 +34,29 @@ class Judged(NamedTuple):
     Attributes:
         said: the answer in it, in its normal form; of a right one that of the fact, however it was put. Empty if it
             holds none.
-        right: whether it is one that is accepted.
+        right: whether it is one that is accepted; of a score that is no share of right answers, its value.
         answer: the fact's own answer, in its normal form.
     """
 
     said: str
-    right: bool
+    right: float
     answer: str
+
+
+class Scored(NamedTuple):
+    """The continuations of a batch by one metric.
+
+    Attributes:
+        metric: its name.
+        judged: each of them.
+        binary: whether each is right or wrong.
+        higher_is_better: whether more is better.
+    """
+
+    metric: str
+    judged: list[Judged]
+    binary: bool = True
+    higher_is_better: bool = True
 
 
 def ended(text: str, stop: Sequence[str]) -> str:
@@ -142,9 +158,14 @@ class Generation:
         right = bool(said) and said in answers
         return Judged(answers[0] if right else said, right, answers[0])
 
-    def judged(self, continuations: Sequence[str], batch: Mapping[str, Any]) -> list[Judged]:
-        """:meth:`judge` for a batch of facts, whose ``accepted`` are a list for each."""
-        return [self.judge(text, answers) for text, answers in zip(continuations, batch["accepted"], strict=True)]
+    def judged(self, continuations: Sequence[str], batch: Mapping[str, Any]) -> list[Scored]:
+        """By each metric, :meth:`judge` for a batch of facts, whose ``accepted`` are a list for each."""
+        pairs = zip(continuations, batch["accepted"], strict=True)
+        return [Scored(EXACT_MATCH, [self.judge(text, answers) for text, answers in pairs])]
+
+    def before(self, fact: Fact) -> tuple[str, str]:
+        """What the model is to continue, and what stands between that and what should be written."""
+        return fact.prompt, " "
 
     def check(self, fact: Fact) -> None:
         """Refuse a fact whose own answer would never be judged right.
@@ -179,8 +200,14 @@ def _is_currency(char: str) -> bool:
 
 
 class ExactMatch(UnitMean):
-    """Share of facts to which an accepted answer is written."""
+    """Share of facts to which an accepted answer is written, or the mean of another score of what is written."""
 
     def update(self, right: Tensor) -> None:
-        """Add facts: (F,) 1 for a right answer and 0 for a wrong one."""
-        self.add(right, right.new_ones(right.shape))
+        """Add facts: (F,) 1 for a right answer and 0 for a wrong one; NaN for what has no score."""
+        self.add(right.nan_to_num(), ~right.isnan())
+
+
+class WrittenError(ExactMatch):
+    """The mean of a score of what is written, the lower the better."""
+
+    higher_is_better = False

@@ -33,6 +33,7 @@ model prefers.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -315,23 +316,41 @@ def rows_said(scores: AnswerScores) -> dict[str, Tensor]:
 
 # ------------------------------------------------------------------------------------------ perplexity
 
+FLUENCY = "perplexity"
+"""The metric of running text."""
+OF_TEXT = (FLUENCY, "kl", "top1_agreement")
+"""All metrics of running text: the last two are of both models."""
+IGNORED = -100
+"""The target where nothing is predicted."""
 
-def text_nll(logits: Tensor, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
+
+def windows_of(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A batch of rows of running text, each an example, as one part of :meth:`TaskDocuments.collate`.
+
+    Args:
+        batch: ``input_ids``, (R, T) int64, padded on the right, the first token of a row being context only; and
+            ``attention_mask``, (R, T), nonzero at tokens.
+    """
+    ids, mask = batch["input_ids"], batch["attention_mask"]
+    targets = F.pad(ids[:, 1:].where(mask[:, 1:].bool(), IGNORED), (0, 1), value=IGNORED)
+    owner = torch.arange(len(ids), device=ids.device)
+    return {"input_ids": ids, "attention_mask": mask, "targets": targets, "owner": owner}
+
+
+def target_nll(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """Negative log likelihood of running text under a causal model.
 
     Args:
-        logits: (R, T, V), any float dtype; those at t predict the token at t + 1.
-        input_ids: (R, T) int64, padded on the right. The first token of a row is context only.
-        attention_mask: (R, T), nonzero at tokens.
+        logits: (R, T, V), any float dtype.
+        targets: (R, T) int64, what they predict; :data:`IGNORED` where that is nothing.
 
     Returns:
-        The sum over each row's predicted tokens in nats, (R,) float32, and their number, (R,) int64.
+        The sum over each row's targets in nats, (R,) float32, and their number, (R,) int64.
     """
-    predicted = attention_mask[:, 1:].bool()
     # Row by row: a float32 copy of all logits at once would be the largest tensor of the whole evaluation.
-    rows = zip(logits[:, :-1], input_ids[:, 1:], strict=True)
-    nll = torch.stack([F.cross_entropy(row.float(), ids, reduction="none") for row, ids in rows])
-    return nll.where(predicted, 0).sum(1), predicted.sum(1)
+    rows = zip(logits, targets, strict=True)
+    nll = torch.stack([F.cross_entropy(row.float(), ids, reduction="none", ignore_index=IGNORED) for row, ids in rows])
+    return nll.sum(1), (targets != IGNORED).sum(1)
 
 
 class Perplexity(UnitMean):
@@ -352,3 +371,11 @@ class Perplexity(UnitMean):
     @override
     def compute(self) -> Tensor:
         return super().compute().exp()
+
+
+class BitsPerByte(Perplexity):
+    """Mean negative log likelihood per byte in bits, over all bytes of all documents, counted as tokens are."""
+
+    @override
+    def compute(self) -> Tensor:
+        return super().compute().log2()

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import replace
 from itertools import combinations
-from typing import Any
+from typing import Any, cast
 
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -20,6 +20,7 @@ from laser_callback.data.datamodule import FactsDataModule, TextWindows
 from laser_callback.data.encoding import EncodedFact
 from laser_callback.data.example_set import ExampleSet, Loader, indivisible, kept_whole, taken_apart
 from laser_callback.data.facts import DEFAULT_SIZES, deal, draw, subject_key
+from laser_callback.data.lm_eval.documents import TaskDocuments
 from laser_callback.data.row_scores import Role
 from laser_callback.stats.priors import constant_share
 
@@ -197,6 +198,12 @@ class ExampleSets:
             raise ValueError(f"`name` must be 'race' or 'guard', got {name!r}; no other set has text.")
         return self._texts.get(name)
 
+    @property
+    def text_metrics(self) -> Sequence[str]:
+        """What is measured on running text; empty if the data has none."""
+        text = self._texts.get("guard")
+        return () if text is None else cast("Subset[Any]", text.dataset).dataset.metrics  # type: ignore[attr-defined]
+
     def _set(self, name: str) -> ExampleSet:
         if name not in self._sets:
             raise ValueError(f"`name` must be one of {', '.join(self.sizes)}, got {name!r}.")
@@ -330,7 +337,7 @@ def _texts(data: Any, most: int) -> dict[str, Loader]:
     Neighbours tell of the same things: no two of them are on two sides, and what is in the middle is in neither.
     """
     windows = data.text if isinstance(data, FactsDataModule) else None
-    if not isinstance(windows, TextWindows):
+    if not isinstance(windows, (TextWindows, TaskDocuments)):
         return {}
     if most < 2 or len(windows) < 5:
         raise ValueError(

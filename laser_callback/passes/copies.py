@@ -341,7 +341,8 @@ def _is_dataclass(value: Any) -> bool:
 
 def is_record(value: Any) -> bool:
     """Whether ``value`` is an object that holds plain values and nothing else, such as a hand-written meter."""
-    if isinstance(value, (type, nn.Module, Dataset, DataLoader, Sampler, *PLAIN)) or not hasattr(value, "__dict__"):
+    callables = (type, FunctionType, MethodType, nn.Module)
+    if isinstance(value, (*callables, Dataset, DataLoader, Sampler, *PLAIN)) or not hasattr(value, "__dict__"):
         return False
     return bool(vars(value)) and all(isinstance(item, PLAIN) or is_record(item) for item in vars(value).values())
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 
 from laser_callback.compare.measure import Table
+from laser_callback.data.scoring import FLUENCY, OF_TEXT
 from laser_callback.plans.plan import LaserPlan
 from laser_callback.plans.short import brief
 from laser_callback.results.candidates import Candidate
@@ -21,7 +22,6 @@ from laser_callback.search.proposals import Proposals, views_for
 from laser_callback.search.race import Rung, choose, schedule
 from laser_callback.search.refine import NEAR, Refinement
 from laser_callback.search.screen import LossFn
-from laser_callback.search.setup import FLUENCY, OF_TEXT
 from laser_callback.search.steps import Steps
 from laser_callback.search.strategies.base import Context, Strategy
 from laser_callback.search.tables import from_original, keeps, row_of, rows_of

@@ -15,16 +15,12 @@ from torch import Tensor
 
 from laser_callback.compare.module import LaserModule
 from laser_callback.data.encoding import EncodedFact
+from laser_callback.data.scoring import FLUENCY, OF_TEXT
 from laser_callback.data.sets import ExampleSets
 from laser_callback.results.examples import Logged
 from laser_callback.search.race import Objective
 from laser_callback.search.strategies.base import Strategy
 from laser_callback.stats.constraint import Constraint
-
-FLUENCY = "perplexity"
-"""The metric of running text."""
-OF_TEXT = (FLUENCY, "kl", "top1_agreement")
-"""All metrics of running text: the last two are of both models."""
 
 _ROBUSTNESS = "paraphrase_robustness"
 _OF_FIRST_TOKEN = frozenset({"first_token_accuracy", "paraphrase_accuracy", _ROBUSTNESS})
@@ -123,14 +119,13 @@ def constraints_of(
     constraints = [Constraint.parse(text) for text in texts]
     for constraint in constraints:
         key = constraint.key
+        if key in sets.text_metrics and key not in logged:
+            continue
         if key in OF_TEXT and key not in logged:
-            if not has_text:
-                raise MisconfigurationException(
-                    f"the constraint '{constraint}' needs running text: give the data `text=`"
-                )
-        elif key not in logged:
+            raise MisconfigurationException(f"the constraint '{constraint}' needs running text: give the data `text=`")
+        if key not in logged:
             raise MisconfigurationException(f"the constraint '{constraint}' needs {key!r}; logged are {_names(logged)}")
-        elif not has_guard:
+        if not has_guard:
             raise MisconfigurationException(
                 f"the constraint '{constraint}' is judged on the guard set, and there is none: give it a size"
             )

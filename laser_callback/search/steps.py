@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, Subset
 
 from laser_callback.compare.controls import control_plans
 from laser_callback.compare.measure import Lab, Table
+from laser_callback.data.scoring import OF_TEXT
 from laser_callback.data.sets import ExampleSets
 from laser_callback.plans.plan import LaserPlan
 from laser_callback.plans.short import brief
@@ -34,7 +35,6 @@ from laser_callback.search.proposals import checked
 from laser_callback.search.race import Objective, Rung, choose, improved, order
 from laser_callback.search.screen import LossFn, sense
 from laser_callback.search.sensitivities import Sensitivities, Views
-from laser_callback.search.setup import OF_TEXT
 from laser_callback.search.strategies.base import ENOUGH_BATCHES, Context, Strategy
 from laser_callback.search.tables import joined, to_step, to_table, twins_of
 from laser_callback.spectra.directions import InputDirections

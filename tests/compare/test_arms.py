@@ -43,6 +43,9 @@ class Plain:
     def __init__(self) -> None:
         self.x = [torch.zeros(2)]
 
+    def judge(self) -> None:
+        """What a decorator may mark."""
+
 
 class Graph:
     def __init__(self, x: Tensor) -> None:
@@ -157,6 +160,10 @@ def test_records_are_objects_of_plain_values_only() -> None:
     assert is_record(Plain())
     for value in (with_a_model, empty, Plain, nn.Linear(1, 1), TensorDataset(torch.zeros(1)), "text", [1], random):
         assert not is_record(value)
+    function = with_a_model.judge.__func__
+    function.marked = True  # as decorators mark what they decorate
+    assert not is_record(function)
+    assert copy_data({"judge": with_a_model.judge})["judge"] == with_a_model.judge
 
 
 # ---- the module's state ----------------------------------------------------------------------------------------------

@@ -33,7 +33,8 @@ def rows(model: Any, n: int = 11) -> list[dict[str, Any]]:
     def said() -> list[str]:
         with torch.inference_mode():
             written = writing.write(model, tiny_tokenizer(), batch["asked"])
-        return [one.said for one in batch["asked"]["judged"](written.texts, batch)]
+        (scored,) = batch["asked"]["judged"](written.texts, batch)
+        return [one.said for one in scored.judged]
 
     before = said()
     with reduced(model, PLAN):

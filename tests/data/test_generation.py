@@ -10,6 +10,7 @@ from tiny import tiny_tokenizer
 from laser_callback import FactsDataModule
 from laser_callback.data import Fact, Generation, encode_facts
 from laser_callback.data.encoding import FactCollator
+from laser_callback.data.generation import EXACT_MATCH
 
 
 @pytest.mark.parametrize(
@@ -140,7 +141,9 @@ def test_rows_and_batches():
     assert (asked["max_new_tokens"], asked["stop"]) == (9, ["\n"])
     assert asked["attention_mask"].sum(1).tolist() == [len(item.asked) for item in encoded]
     assert asked["attention_mask"][:, -1].all()  # padded on the left
-    assert [one.right for one in asked["judged"](["#### five", "#### 7"], batch)] == [False, True]
+    (scored,) = asked["judged"](["#### five", "#### 7"], batch)
+    assert scored[::2] == (EXACT_MATCH, True)
+    assert [one.right for one in scored.judged] == [False, True]
     assert FactCollator(2, generation=generation, writes=False)(encoded)["asked"] == {}
     assert "asked" not in FactCollator(2)(encoded)
 

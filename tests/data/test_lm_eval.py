@@ -15,7 +15,8 @@ from trainers import quiet_trainer
 from laser_callback import FactsDataModule, LaserModule
 from laser_callback.cli.commands import main
 from laser_callback.data.facts import Fact
-from laser_callback.data.lm_eval import ACC, read_lm_eval
+from laser_callback.data.lm_eval.choices import ACC
+from laser_callback.data.lm_eval.reading import read_lm_eval
 from laser_callback.data.row_scores import Role
 from laser_callback.finished import compare_runs
 from laser_callback.finished.reading import read_run
@@ -112,25 +113,26 @@ def test_acc_is_that_of_lm_eval_to_the_example(write, tmp_path, bos, shots):
 
 def test_facts_of_a_task(write):
     with pytest.warns(UserWarning, match="lm_eval:places: 24 documents of the validation split, 0 examples"):
-        facts = read_lm_eval(write())
+        facts, metric, generation = read_lm_eval(write())
+    assert (metric, generation) == (ACC, None)
     assert facts[5].id == "places-5"
     assert facts[5].prompt == "Question: capital of Rome 5\nAnswer:"
     assert (facts[5].choices, facts[5].answer) == (tuple(ROWS[5]["choices"]), ROWS[5]["choices"][ROWS[5]["label"]])
     assert {fact.group for fact in facts} == {"places"}
-    assert [fact.subject for fact in read_lm_eval(write() + "&num_fewshot=1")] == [fact.prompt for fact in facts]
+    assert [fact.subject for fact in read_lm_eval(write() + "&num_fewshot=1").facts] == [fact.prompt for fact in facts]
 
 
 def test_the_test_split_comes_first_as_in_lm_eval(write):
     with pytest.warns(UserWarning, match="3 documents of the test split"):
-        assert len(read_lm_eval(write(test_split="test"))) == 3
+        assert len(read_lm_eval(write(test_split="test")).facts) == 3
 
 
 def test_a_yaml_file_and_a_group(write, tmp_path):
     write()
     write(task="others", rows=ROWS[:4])
-    assert len(read_lm_eval(f"lm_eval:{tmp_path / 'others.yaml'}?include_path={tmp_path}")) == 4
+    assert len(read_lm_eval(f"lm_eval:{tmp_path / 'others.yaml'}?include_path={tmp_path}").facts) == 4
     (tmp_path / "both.yaml").write_text(yaml.safe_dump({"group": "both", "task": ["places", "others"]}))
-    groups = [fact.group for fact in read_lm_eval(f"lm_eval:both?include_path={tmp_path}")]
+    groups = [fact.group for fact in read_lm_eval(f"lm_eval:both?include_path={tmp_path}").facts]
     assert (groups.count("places"), groups.count("others")) == (24, 4)
 
 
@@ -140,7 +142,8 @@ LETTERS = {"doc_to_choice": ["A", "B", "C", "D"]}
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"output_type": "generate_until", "doc_to_target": "question"}, "is of the type generate_until"),
+        ({"output_type": "loglikelihood", "doc_to_target": "question"}, "is of the type loglikelihood"),
+        ({"output_type": "loglikelihood_rolling", "doc_to_target": "question"}, "as `text` those with .*rolling"),
         ({"doc_to_text": "label", "doc_to_target": "question"}, "has a prompt for each choice"),
         ({"doc_to_target": "[0, 1]"}, "has several right answers"),
         ({"metric_list": [{"metric": "acc_norm", "aggregation": "mean", "higher_is_better": True}]}, "no metric acc"),
@@ -157,6 +160,11 @@ def test_what_is_no_fact_is_refused(write, changes, message):
         read_lm_eval(write(**changes) + "&num_fewshot=1")
 
 
+def test_options_of_what_is_written_are_refused(write):
+    with pytest.raises(ValueError, match="`max_gen_toks` is for tasks of the type generate_until"):
+        read_lm_eval(write() + "&max_gen_toks=5")
+
+
 def test_a_label_out_of_range_is_refused(write):
     with pytest.raises(ValueError, match=r"document 1: the right answer must be one of .*got -1"):
         read_lm_eval(write(rows=[ROWS[0], ROWS[1] | {"label": -1}]))
@@ -167,9 +175,11 @@ def test_a_label_out_of_range_is_refused(write):
     [
         # It reads the harness's own tasks, all of them.
         pytest.param("lm_eval:no_such_task?include_path=.", "got 'no_such_task'", marks=pytest.mark.slow),
-        ("lm_eval:places?shots=5", r"options are num_fewshot, include_path.*\['shots'\]"),
+        ("lm_eval:places?shots=5", r"options are num_fewshot, include_path, max_gen_toks.*\['shots'\]"),
         ("lm_eval:places?5", "options are"),
-        ("lm_eval:places?num_fewshot=few", "whole number, got 'few'"),
+        ("lm_eval:places?num_fewshot=few", "whole number, at least 0, got 'few'"),
+        ("lm_eval:places?max_gen_toks=0", "`max_gen_toks` must be a whole number, at least 1, got '0'"),
+        ("lm_eval:places?fewshot_as_multiturn=1", "must be true or false, got '1'"),
     ],
 )
 def test_mistakes_in_the_source(write, source, message):

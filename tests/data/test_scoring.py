@@ -10,7 +10,7 @@ import torch
 from torchmetrics.text import Perplexity as ReferencePerplexity
 
 from laser_callback.data.row_scores import AnswerScores, Role, score_rows
-from laser_callback.data.scoring import METRICS, Perplexity, text_nll
+from laser_callback.data.scoring import METRICS, Perplexity, target_nll, windows_of
 
 VOCAB = 40
 
@@ -177,7 +177,8 @@ def test_perplexity_equals_torchmetrics(dtype):
     mask = (torch.arange(9) < torch.tensor([9, 7, 1, 2, 9])[:, None]).long()
     metric, reference = Perplexity(), ReferencePerplexity(ignore_index=-100)
     for part in (slice(0, 2), slice(2, 5)):
-        metric.update(*text_nll(logits[part], ids[part], mask[part]))
+        part_of = windows_of({"input_ids": ids[part], "attention_mask": mask[part]})
+        metric.update(*target_nll(logits[part], part_of["targets"]))
     reference.update(logits[:, :-1].float(), ids.where(mask.bool(), -100)[:, 1:])
     assert metric.compute().item() == pytest.approx(reference.compute().item(), rel=1e-5)
     assert metric.count == 8 + 6 + 0 + 1 + 8

@@ -28,7 +28,8 @@ def data(model: Any, n: int = 160) -> FactsDataModule:
     (batch,) = asked.val_dataloader()
     with torch.inference_mode(), reduced(model, BETTER):
         texts = writing.write(model, TOKENIZER, batch["asked"]).texts
-    for row, one in zip(rows, batch["asked"]["judged"](texts, batch), strict=True):
+    (scored,) = batch["asked"]["judged"](texts, batch)
+    for row, one in zip(rows, scored.judged, strict=True):
         row["answer"] = one.said or "none"
     return FactsDataModule(rows, TOKENIZER, generation=GENERATION, batch_size=40)
 
