@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from finished_logs import lm_eval_folder, sample, write_lines
+from rich import get_console
 
 from laser_callback.cli.commands import main
 from laser_callback.results import LaserResult
@@ -29,7 +30,7 @@ def logs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
 
 
 def test_the_report_names_the_runs(logs, capsys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "120")
+    monkeypatch.setattr(get_console(), "_width", 120)
     assert main(["compare", logs["a"], logs["b"], "--tasks", "coins", "--noise", logs["c"]]) == 0
     out = " ".join(capsys.readouterr().out.split())
     assert "with me/b in place of me/a, acc rises from 33.3% to 71.4% on 84 examples (p" in out
