@@ -16,6 +16,7 @@ from .generation import ExactMatch as ExactMatch
 from .generation import Generation as Generation
 from .generation import Judged as Judged
 from .generation import Scored as Scored
+from .lm_eval.answers import Score as Score
 from .lm_eval.answers import TaskAnswers as TaskAnswers
 from .lm_eval.documents import TaskDocuments as TaskDocuments
 from .lm_eval.reading import TaskFacts as TaskFacts
