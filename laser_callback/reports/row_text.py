@@ -147,7 +147,7 @@ def prior_text(row: PairedResult, checks: PriorChecks, names: tuple[str, str] = 
     p = row.p_adjusted if row.role == "holm" else row.p
     if p is None or p > ALPHA:
         return "no gain is shown, so that there is none to explain"
-    return in_names(checks.doubt, names) or "the gain holds outside of the answers said most"
+    return in_names(checks.doubt, names) or f"the gain holds {checks.where}"
 
 
 def _ruled_out(row: PairedResult, lower: float, upper: float) -> str:

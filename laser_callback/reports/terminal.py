@@ -274,7 +274,7 @@ def _prior_lines(row: PairedResult, checks: PriorChecks, names: tuple[str, str])
     rest, macro = checks.majority_excluded, checks.macro
     if rest is not None:
         interval = f" [{interval_text(rest)}], n = {rest.n}"
-        parts.append(f"without the answers said most {percent(rest.original)} to {percent(rest.reduced)}{interval}")
+        parts.append(f"{checks.where} {percent(rest.original)} to {percent(rest.reduced)}{interval}")
     if macro is not None:
         parts.append(f"macro over {macro.answers} answers {percent(macro.original)} to {percent(macro.reduced)}")
     for arm, top in checks.top_predictions.items():

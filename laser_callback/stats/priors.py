@@ -12,14 +12,14 @@ from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Hashable, Sequence
+from collections.abc import Collection, Hashable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 from scipy import stats
 
-from laser_callback.stats.intervals import design_effect_of
+from laser_callback.stats.intervals import Floats, design_effect_of
 from laser_callback.stats.outcomes import ALPHA, Outcomes, PairedResult, as_float64
 from laser_callback.stats.paired import compare, numbered
 
@@ -50,7 +50,9 @@ class PriorChecks:
         constant_answer: share right, as the metric weighs examples, of always giving each group's best gold answer: the
             most common one, where all weigh the same.
         majority_excluded: the comparison on examples whose gold answer is not what either arm says most in the
-            example's group; ``None`` if no example is left.
+            example's group; ``None`` if no example is left. Of a group that would be left with a single answer, as one
+            of two classes is, all examples take part, and its answers count the same: the mean of the answers'
+            accuracies is no higher for a model that says one of them more often, whatever it is asked.
         matched: share of examples on which the reduced model says the gold answer, text for text.
         chance: that share if its answers were exchanged at random within each group.
         chance_p: one-sided p value of "it says the gold answer no more often than that".
@@ -59,6 +61,7 @@ class PriorChecks:
         top_predictions: the five most frequent predictions of each arm with their counts, by "original" and "reduced".
         worth: as how many independent units the changes count if examples of one gold answer ("answer") or of one group
             ("group") change together; what is generalised to is then other answers, or other groups.
+        evened: whether there is a group in which the answers count the same.
     """
 
     metric: str
@@ -73,6 +76,7 @@ class PriorChecks:
     entropy: dict[str, float]
     top_predictions: dict[str, list[tuple[str, int]]]
     worth: dict[str, float]
+    evened: bool = False
 
     def __post_init__(self) -> None:
         if set(self.entropy) != set(self.top_predictions):
@@ -84,8 +88,13 @@ class PriorChecks:
         return self.macro is not None and self.macro.n >= 0.9 * self.n
 
     @property
+    def where(self) -> str:
+        """Where a gain has to be shown, too."""
+        return _where(self.evened)
+
+    @property
     def prior_shift(self) -> bool:
-        """Whether there is a gain, but none shown outside of the answers said most."""
+        """Whether there is a gain, but none shown :attr:`where` no answer is favoured."""
         rest = self.majority_excluded
         return self.delta > 0 and not (rest is not None and rest.p is not None and rest.p <= ALPHA and rest.delta > 0)
 
@@ -112,7 +121,7 @@ class PriorChecks:
                 f"the reduced model is not shown to be right more often ({self.matched:.1%}) than its own answers, "
                 f"exchanged at random ({self.chance:.1%}): what changed may be the form of its answers"
             )
-        return "no gain is shown outside of the answers said most" if self.prior_shift else ""
+        return f"no gain is shown {self.where}" if self.prior_shift else ""
 
     def to_dict(self) -> dict[str, Any]:
         """All fields, ready for strict JSON."""
@@ -185,23 +194,26 @@ def prior_checks(
     weights = None if outcomes[0].weights is None else as_float64(outcomes[0].weights)[present]
     labels = None if clusters is None else [clusters[i] for i in present]
 
-    def compared(name: str, kept: Any) -> PairedResult:
-        of_kept = None if weights is None else weights[kept]
-        arms = (Outcomes(values[kept], of_kept, kind) for values, kind in zip(right, kinds, strict=True))
-        of_these = None if labels is None else [labels[i] for i in kept]
-        return compare(name, *arms, clusters=of_these, higher_is_better=True)
-
     gold = _count(groups, answers)
     said = [_count(groups, texts) for texts in (before, after)]
     excluded = {group: {_said_most(counts[group]) for counts in said} for group in gold}
-    kept = [i for i, (answer, group) in enumerate(zip(answers, groups, strict=True)) if answer not in excluded[group]]
+    evened = {group for group, counts in gold.items() if _is_closed(counts, excluded[group])}
+    shares = _shares(answers, groups, weights, gold, excluded, evened)
+    kept = np.flatnonzero(shares)
+
+    def compared(name: str) -> PairedResult:
+        of_kept = None if weights is None and not evened else shares[kept]
+        # A share of right answers that count differently is no count of right answers.
+        arms = (Outcomes(v[kept], of_kept, "mean" if evened else kind) for v, kind in zip(right, kinds, strict=True))
+        of_these = None if labels is None else [labels[i] for i in kept]
+        return compare(name, *arms, clusters=of_these, higher_is_better=True)
 
     frequent = {answer: count for answer, count in Counter(answers).items() if count >= MACRO_MIN_UNITS}
     macro = None
     if frequent:
         # The mean over answers of their accuracies is a mean over units, each with weight 1 / count of its answer.
-        evened = np.array([1 / frequent[answer] if answer in frequent else 0.0 for answer in answers])
-        one, two = (float(np.average(values, weights=evened)) for values in right)
+        alike = np.array([1 / frequent[answer] if answer in frequent else 0.0 for answer in answers])
+        one, two = (float(np.average(values, weights=alike)) for values in right)
         macro = MacroAccuracy(one, two, two - one, len(frequent), sum(frequent.values()))
 
     matched, chance, chance_p = _against_chance(answers, after, groups, labels)
@@ -215,7 +227,7 @@ def prior_checks(
         n=len(answers),
         delta=float(np.average(right[1], weights=weights) - np.average(right[0], weights=weights)),
         constant_answer=constant_share(answers, groups, weights),
-        majority_excluded=compared(f"{metric} without the answers said most", kept) if kept else None,
+        majority_excluded=compared(f"{metric} {_where(bool(evened))}") if kept.size else None,
         matched=matched,
         chance=chance,
         chance_p=chance_p,
@@ -223,7 +235,40 @@ def prior_checks(
         entropy={arm: float(stats.entropy(list(count.values()))) for arm, count in predicted.items()},
         top_predictions={arm: _most_common(count, 5) for arm, count in predicted.items()},
         worth={name: len(answers) / design_effect_of(change, numbered(labels)) for name, labels in by.items()},
+        evened=bool(evened),
     )
+
+
+def _where(evened: bool) -> str:
+    return "where each right answer counts the same" if evened else "outside of the answers said most"
+
+
+def _is_closed(answers: Counter[str], excluded: set[str | None]) -> bool:
+    """Whether a group is left with one of its answers, or none, without these; and all of them are frequent."""
+    return len(answers) > 1 >= len(answers.keys() - excluded) and min(answers.values()) >= MACRO_MIN_UNITS
+
+
+def _shares(
+    answers: Sequence[str],
+    groups: Sequence[str],
+    weights: Any,
+    gold: Mapping[str, Counter[str]],
+    excluded: Mapping[str, set[str | None]],
+    evened: Collection[str],
+) -> Floats:
+    """What each example counts where no answer is favoured: 0 where it is left out; in sum, what its group weighs."""
+    shares = np.ones(len(answers)) if weights is None else weights.astype(np.float64)
+    totals: defaultdict[Hashable, float] = defaultdict(float)
+    for answer, group, share in zip(answers, groups, shares.tolist(), strict=True):
+        totals[group] += share
+        totals[group, answer] += share
+    for i, (answer, group) in enumerate(zip(answers, groups, strict=True)):
+        if group in evened:
+            own = totals[group, answer]
+            shares[i] *= totals[group] / (len(gold[group]) * own) if own else 0.0
+        elif answer in excluded[group]:
+            shares[i] = 0.0
+    return shares
 
 
 def constant_share(answers: Sequence[str], groups: Sequence[str], weights: Any = None) -> float:
