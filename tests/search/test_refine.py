@@ -78,7 +78,7 @@ def test_the_leading_matrices_find_their_best_rhos_and_the_others_stay():
         return {a: {k: Values(v.values[part], v.weights[part]) for k, v in row.items()} for a, row in whole.items()}
 
     class Sets:
-        def loader(self, name: str, positions: range) -> range:
+        def loader(self, name: str, positions: range, *, writes: bool = True) -> range:
             return positions
 
     none = cast("Any", None)
