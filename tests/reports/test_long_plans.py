@@ -209,6 +209,11 @@ def test_the_model_card():
         ),
         ("*.all@k2:cut=delta", "it cuts what fine-tuning has changed, and nothing else"),
         (
+            "*.all@0:scale=0.4,cut=delta",
+            "it keeps 0.4 of what fine-tuning has changed: weight interpolation with the base (WiSE-FT)",
+        ),
+        ("*.all@0:cut=delta", "it cuts what fine-tuning has changed, and nothing else"),
+        (
             "3.fc_in@0.1, 2.fc_in@k2:cut=delta",
             "it cuts what fine-tuning has changed, and other weights themselves",
         ),
