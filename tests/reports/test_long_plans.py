@@ -86,7 +86,7 @@ def test_the_terminal_says_who_proposed_what(search):
     told = " ".join(text.split())
     assert "places(9): nine single directions of a matrix; plans in full are in the JSON file" in told
     assert "places(9)" not in plain(searched(), 80)
-    assert "nothing of drop raced: the screen expected less of these" in told
+    assert "nothing of drop raced: others were ahead of these in the order of the race" in told
     assert "strategies: " not in plain(searched(), 80)  # of one strategy there is nothing to say
 
 
