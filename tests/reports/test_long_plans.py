@@ -199,6 +199,24 @@ def test_the_model_card():
 
 
 @pytest.mark.parametrize(
+    ("text", "done"),
+    [
+        ("1.fc_in@0.1, 1.q_proj@k2", "were replaced by low-rank approximations ("),
+        ("4.writes@0", "were set to zero ("),
+        ("4.writes@0, 1.fc_in@0.1", "were set to zero or replaced by low-rank approximations ("),
+        ("*.all@0:scale=0.8", "were multiplied by 0.8 ("),
+        ("1.fc_in@0.1:keep=tail", "were changed in some of their directions ("),
+        ("1.fc_in@0.1:of=entries", "were cut by the size of their entries ("),
+    ],
+)
+def test_the_model_card_says_what_was_done(text, done):
+    card = str(model_card(Recipe(LaserPlan.parse(text), []), title="t", usage="u", library="l"))
+    assert done in card
+    words = in_words(LaserPlan.parse(text))
+    assert (f"In words: {words}." in card) == bool(words)
+
+
+@pytest.mark.parametrize(
     ("text", "words"),
     [
         ("27.fc_in@0.01, 3.fc_out@0", ""),
