@@ -1,15 +1,16 @@
 """Three controls beside every cut: is it this matrix, is it its rank, or does any change of this size do the same?
 
-If zeroing the matrices (rho = 0) helps as much as truncating them, the gain is not in what was kept. If cutting other
-matrices at the same rho helps as much, it is not in where the cut was made. If Gaussian noise of the same size helps as
-much, it is not in the singular directions: random changes of weights can raise accuracy, too (arXiv 2603.12228).
+If zeroing the matrices (rho = 0) helps as much as truncating them, the gain is not in what was kept; a plan that
+zeroes them itself, such as a dropped layer, has no such control. If cutting other matrices at the same rho helps as
+much, it is not in where the cut was made. If Gaussian noise of the same size helps as much, it is not in the singular
+directions: random changes of weights can raise accuracy, too (arXiv 2603.12228).
 """
 
 from __future__ import annotations
 
 import random
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 from torch import nn
@@ -18,6 +19,7 @@ from laser_callback.plans.matrices import WeightMatrix, find_matrices
 from laser_callback.plans.plan import LaserPlan
 from laser_callback.plans.rank_rules import listed_places, mean_rank, places_rule
 from laser_callback.plans.reduction import Reduction
+from laser_callback.plans.short import brief
 from laser_callback.plans.target import by_name
 from laser_callback.spectra.delta import BaseWeights
 
@@ -33,7 +35,7 @@ def control_plans(model: nn.Module, plan: LaserPlan, seed: int, base: BaseWeight
     """The plans of all controls by the names of their passes: ``zeroed``, ``random``, ``noise 1`` to ``noise 3``.
 
     The random one is, if the difference to a ``base`` is cut, among the matrices that differ from it; it is missing
-    where the plan leaves too few others.
+    where the plan leaves too few others. The zeroed one is missing where it would be the plan itself.
     """
     among = base.changed if base is not None and plan.cuts_delta else lambda matrix: True
     try:
@@ -42,7 +44,23 @@ def control_plans(model: nn.Module, plan: LaserPlan, seed: int, base: BaseWeight
         others = {}
     # As a plan's text takes them: from 0 on, of at most nine digits.
     noises = {f"noise {number}": noise_plan(plan, (NOISES * seed + number) % 10**9) for number in range(1, NOISES + 1)}
-    return {"zeroed": zeroed_plan(plan), **others, **noises}
+    zeroed = {} if all(map(_is_zero, plan)) else {"zeroed": zeroed_plan(plan)}
+    return {**zeroed, **others, **noises}
+
+
+def why_missing(plan: LaserPlan, controls: Mapping[str, LaserPlan]) -> dict[str, str]:
+    """Of the controls that a plan does not have, by what they are called in a report, why."""
+    reasons = {
+        "zeroed": "the plan itself sets its matrices to zero",
+        "random": "the plan leaves too few other matrices",
+    }
+    return {f"{control} control of {brief(plan)}": why for control, why in reasons.items() if control not in controls}
+
+
+def _is_zero(reduction: Reduction) -> bool:
+    """Whether nothing is left of what it cuts."""
+    keeps_none = reduction.rho in (0, "k0") and reduction.keep == "head" and reduction.band == 1
+    return keeps_none and reduction.scale == 0 and reduction.noise is None
 
 
 def zeroed_plan(plan: LaserPlan) -> LaserPlan:

@@ -22,7 +22,7 @@ from torchmetrics import MetricCollection
 
 from laser_callback.compare import arms
 from laser_callback.compare.both import Both, beside
-from laser_callback.compare.controls import control_plans
+from laser_callback.compare.controls import control_plans, why_missing
 from laser_callback.compare.options import RunOptions, warn_early, warn_if_absent
 from laser_callback.compare.published import published
 from laser_callback.compare.reduced_arm import ReducedArm
@@ -60,7 +60,7 @@ class ComparisonRun:
         self._spectra = options.spectra or Spectra()
         self._start = Start(module, arms.around(trainer), options.isolate, options.skip_isolation)
         self._windows = Windows(self._start, arms.others_write(trainer, module))
-        self._alone: list[LaserPlan] = []  # plans that leave no other matrix for a control
+        self._no_control: dict[str, str] = {}  # and why
         self._reductions = [
             ReducedArm(
                 name,
@@ -118,8 +118,7 @@ class ComparisonRun:
         yield "", plan
         if self.options.controls:
             controls = control_plans(self.module, plan, self.options.seed, self._spectra.base)
-            if "random" not in controls:
-                self._alone.append(plan)
+            self._no_control |= why_missing(plan, controls)
             yield from controls.items()
 
     def _begin_arms(self) -> None:
@@ -420,7 +419,7 @@ class ComparisonRun:
             )
         plans = {r.name: results[r.key] for r in self._reductions if not r.control}
         broken = [r for r in self._reductions if r.key in self._broken]
-        reasons |= {f"random control of {plan}": "the plan leaves too few other matrices" for plan in self._alone}
+        reasons |= self._no_control
         reasons |= {f"{r.control} control of {r.name}": self._broken[r.key] for r in broken}
         passes: dict[str, dict[str, dict[str, ArmResult]]] = {}  # by plan, control and key
         for r in self._reductions:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -48,7 +48,7 @@ def compare_runs(
         other: what is compared.
         tasks: what to compare; by default all tasks that both have.
         metric: of one task the metric that carries the claim, by default none: all share their level. Of several the
-            metric of each, by default its first.
+            metric of each, by default its first; the others are named in ``not_compared``.
         weights: of the tasks in their mean: by their numbers of examples, or all the same.
         again: another run of ``one``: what it answers otherwise, it does by arithmetic alone.
 
@@ -61,12 +61,20 @@ def compare_runs(
     several = len(pairs) > 1
     runs = {ORIGINAL: one, ARM: other} | ({} if again is None else {AGAIN: again})
     better: dict[str, bool | None] = {}
+    left: dict[tuple[str, str], list[str]] = {}
     for pair in pairs:
-        pair.choose(metric, several)
-        better |= {pair.key(name): pair.before.higher_is_better.get(name) for name in pair.metrics}
+        if others := pair.choose(metric, several):
+            left.setdefault((", ".join(others), pair.metrics[0]), []).append(pair.task)
+        better |= {pair.key(name): pair.better(name) for name in pair.metrics}
+    if metric is None:
+        why = "of several tasks one metric each is compared, here"
+        told |= {
+            f"{others} of {', '.join(of)}": f"{why} {taken}; `metric` chooses" for (others, taken), of in left.items()
+        }
     kind = _kind_of_mean(pairs, better, weights) if several else None
     if several:
         better[MEAN] = better[pairs[0].key(pairs[0].metrics[0])]
+    is_share = several and all(pair.kind(pair.metrics[0]) == "binary" for pair in pairs)
     examples = PairedExamples()
     for pair in pairs:
         logs = {arm: run.tasks.get(pair.task, LoggedTask({})) for arm, run in runs.items()}
@@ -79,7 +87,8 @@ def compare_runs(
 
     def against(arm: str, name: str) -> ArmResult:
         both = known(ORIGINAL), known(arm)
-        return ArmResult(name, examples.rows(arm, *both), examples.priors(arm, *both), "off", 0.0, 0.0)
+        found = ArmResult(name, examples.rows(arm, *both), examples.priors(arm, *both), "off", 0.0, 0.0)
+        return _with_share(found) if is_share else found
 
     primary = MEAN if several else metric
     found = against(ARM, names[1])
@@ -148,14 +157,22 @@ class _Pairs:
         """A metric's row."""
         return f"{self.task}/{metric}" if self.several else metric
 
-    def choose(self, metric: str | None, several: bool) -> None:
-        """Of several tasks keep one metric of each."""
+    def choose(self, metric: str | None, several: bool) -> list[str]:
+        """Of several tasks keep one metric of each. Returns the others."""
         self.several = several
         if metric is not None and metric not in self.metrics:
             of = f" of the task {self.task}" if several else ""
             raise ValueError(f"`metric` must be one{of}, {', '.join(self.metrics)}, got {metric!r}")
-        if several:
-            self.metrics = [metric or self.metrics[0]]
+        if not several:
+            return []
+        chosen = metric or self.metrics[0]
+        others = [name for name in self.metrics if name != chosen]
+        self.metrics = [chosen]
+        return others
+
+    def better(self, metric: str) -> bool | None:
+        """Its better direction, as the log says it; ones are right."""
+        return self.before.higher_is_better.get(metric, True if self.kind(metric) == "binary" else None)
 
     def kind(self, metric: str) -> Kind:
         """Right or wrong is what is 0 or 1 in both runs."""
@@ -249,6 +266,15 @@ def _pairs(task: str, one: FinishedRun, other: FinishedRun, names: tuple[str, st
     return found
 
 
+def _with_share(arm: ArmResult) -> ArmResult:
+    """With the mean of what is right and wrong as the share that it is, weighted or not."""
+    rows = [replace(row, kind="binary") if row.metric == MEAN else row for row in arm.rows]
+    checks = dict(arm.prior_checks)
+    if MEAN in checks and (rest := checks[MEAN].majority_excluded) is not None:
+        checks[MEAN] = replace(checks[MEAN], majority_excluded=replace(rest, kind="binary"))
+    return replace(arm, rows=rows, prior_checks=checks)
+
+
 def _kind_of_mean(pairs: Sequence[_Pairs], better: Mapping[str, bool | None], weights: Weights) -> Kind:
     """Of the mean over several tasks; with weights it is one of numbers, whatever they are.
 
@@ -257,7 +283,7 @@ def _kind_of_mean(pairs: Sequence[_Pairs], better: Mapping[str, bool | None], we
     """
     metrics = {pair.task: pair.metrics[0] for pair in pairs}
     kinds = {pair.kind(pair.metrics[0]) for pair in pairs}
-    ways = {True if pair.kind(m := pair.metrics[0]) == "binary" else better[pair.key(m)] for pair in pairs}
+    ways = {better[pair.key(pair.metrics[0])] for pair in pairs}
     one_scale = len(set(metrics.values())) == 1 or all(pair.inside(pair.metrics[0]) for pair in pairs)
     if ("log_ratio" in kinds and len(kinds) > 1) or len(ways) > 1 or not one_scale:
         listed = ", ".join(f"{metric} of {task}" for task, metric in metrics.items())

@@ -19,13 +19,23 @@ def in_words(plan: LaserPlan) -> str:
     >>> in_words(LaserPlan.parse("3.fc_in@places-0-4+9:keep=tail"))
     'it takes out 6 directions, chosen one by one, of 1 matrix'
     >>> in_words(LaserPlan.parse("*.all@0:cut=delta,scale=0.5"))
-    'it cuts what fine-tuning has changed, and nothing else'
+    'it keeps 0.5 of what fine-tuning has changed: weight interpolation with the base (WiSE-FT)'
     """
     parts = [*_drops(plan), *_directions(plan)]
-    if plan.cuts_delta:
+    share = _interpolates(plan)
+    if share:
+        wise = "weight interpolation with the base (WiSE-FT)"
+        parts.append(f"keeps {share:g} of what fine-tuning has changed: {wise}")
+    elif plan.cuts_delta:
         rest = ", and nothing else" if all(r.cut == "delta" for r in plan) else ", and other weights themselves"
         parts.append(f"cuts what fine-tuning has changed{rest}")
     return f"it {'; it '.join(parts)}" if parts else ""
+
+
+def _interpolates(plan: LaserPlan) -> float:
+    """The one factor that all that it cuts of a difference is made smaller by; else 0."""
+    shares = {r.scale if r.is_scaling and r.cut == "delta" and r.noise is None else 0.0 for r in plan}
+    return shares.pop() if len(shares) == 1 else 0.0
 
 
 def _drops(plan: LaserPlan) -> Iterator[str]:

@@ -10,6 +10,9 @@ from rich.table import Table
 from rich.text import Text
 
 from laser_callback.plans.short import brief
+from laser_callback.plans.words import in_words
+from laser_callback.reports.row_text import change_text, percent, value_text
+from laser_callback.reports.search_text import GainText
 from laser_callback.reports.terminal import WIDE, indent, show
 from laser_callback.results.cleanup import CleanupResult
 from laser_callback.results.other_tasks import OtherTask, four_parts
@@ -77,26 +80,28 @@ _KINDS = {"joint rule": "one rule for all", "single": "one matrix"}
 def print_cleanup(result: CleanupResult, console: Console | None = None) -> None:
     """Print the verdict, and what was held against what, where :func:`~laser_callback.reports.show` does."""
     classes = any(row.said_most is not None for row in result.contenders)
+    share = classes or GainText(result.search.objective).scale == 100
     columns = ["race", "n", "confirm", *["says most", "balanced"] * classes]
     table = Table("", "what", box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
     for column in columns:
         table.add_column(column, justify="right", no_wrap=True)
     for row in result.contenders:
-        told = [_number(row.said_most), _number(row.balanced)] * classes
+        told = [_number(row.said_most, True), _number(row.balanced, True)] * classes
         name = Path(row.name).name if row.kind in ("checkpoint", "as trained") else brief(row.name)
         style = "bold" if row.confirmed else ""
-        gain = "" if row.gain is None else f"{row.gain:+.4g}"
         table.add_row(
             _KINDS.get(row.kind, row.strategy if row.kind == "strategy" else row.kind),
             Text(name, overflow="fold"),
-            gain,
+            _number(row.gain, share, "+"),
             f"{row.examples:,}" if row.gain is not None else "",
-            _number(row.value) + ("" if row.confirmed or row.kind == "as trained" else "*"),
+            _number(row.value, share) + ("" if row.confirmed or row.kind == "as trained" else "*"),
             *told,
             style=style,
         )
+    words = "" if result.plan is None else in_words(result.plan)
     parts: list[RenderableType] = [
         Text(result.verdict, style="bold green" if result.checkpoint else "bold yellow"),
+        *[Text(f"what the plan does: {words}", style="dim")] * bool(words),
         Text(),
         table,
         Text("race: change of the objective on n examples; the loss decides between near-equals", style="dim"),
@@ -104,13 +109,14 @@ def print_cleanup(result: CleanupResult, console: Console | None = None) -> None
     ]
     if result.others:
         parts += [Text(), *_other_tasks(result.others)]
-    lines = [*result.notes, f"cleaned: {result.source}", f"report: {result.report}"]
-    lines += [] if result.checkpoint is None else [f"checkpoint: {result.checkpoint}"]
+    lines = [*result.notes, f"searched: {result.source}", f"report: {result.report}"]
+    if result.checkpoint is not None:
+        lines.append(f"{'another epoch' if result.plan is None else 'cleaned'}: {result.checkpoint}")
     show(Group(*parts, Text(), *(Text(line, style="dim") for line in lines)), console=console)
 
 
-def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.4g}"
+def _number(value: float | None, share: bool, sign: str = "") -> str:
+    return "" if value is None else percent(value, sign) if share else f"{value:{sign}.4g}"
 
 
 def _other_tasks(tasks: Sequence[OtherTask]) -> list[RenderableType]:
@@ -120,9 +126,9 @@ def _other_tasks(tasks: Sequence[OtherTask]) -> list[RenderableType]:
     for task in tasks:
         row, cells = task.cleaning, ["", ""]
         if row is not None:
-            ends = "" if row.lower is None or row.upper is None else f" [{row.lower:+.3g}, {row.upper:+.3g}]"
-            cells = [f"{row.reduced:.4g}", f"{row.delta:+.3g}{ends}"]
-        table.add_row(Text(task.name), f"{task.tuning.original:.4g}", f"{task.tuning.reduced:.4g}", *cells, task.effect)
+            cells = [value_text(row, row.reduced), change_text(row)]
+        before, tuned = (value_text(task.tuning, value) for value in (task.tuning.original, task.tuning.reduced))
+        table.add_row(Text(task.name), before, tuned, *cells, task.effect)
     parts = four_parts(tasks)
     said = [
         f"healed {parts.healed:.0%} of what {len(parts.damaged)} damaged lost" if parts.healed is not None else "",

@@ -11,12 +11,16 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
+from laser_callback.plans.rank_rules import listed_places
+from laser_callback.plans.reduction import Reduction
 from laser_callback.plans.short import brief
+from laser_callback.plans.words import in_words
 from laser_callback.reports.row_text import (
     ahead_text,
     cell_text,
     change_text,
     interval_text,
+    is_adjusted,
     p_text,
     value_text,
 )
@@ -86,6 +90,9 @@ def model_card(
         cell=cell_text,
         code=_code,
         brief=brief,
+        done=" or ".join(dict.fromkeys(map(_done, recipe))),
+        words=in_words(recipe),
+        is_adjusted=is_adjusted,
         ahead=ahead_text,
         change=change_text,
         interval=interval_text,
@@ -93,6 +100,18 @@ def model_card(
         value=value_text,
         is_left_out=lambda name: name.startswith(gone),
     )
+
+
+def _done(r: Reduction) -> str:
+    """What a reduction does to its matrices, behind "were"."""
+    if r.noise is not None:
+        return "changed by noise"
+    if r.is_scaling:
+        return f"multiplied by {r.scale:g}" if r.scale else "set to zero"
+    if r.of == "entries":
+        return "cut by the size of their entries"
+    plain = r.keep == "head" and r.scale == 0 and r.band == 1 and listed_places(r.rho) is None
+    return "replaced by low-rank approximations" if plain else "changed in some of their directions"
 
 
 @dataclass(frozen=True)

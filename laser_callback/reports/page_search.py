@@ -40,8 +40,8 @@ def search_context(result: SearchResult) -> dict[str, Any]:
     shades, drawn = shading(result), panels(result)
     tell = Teller(result)
     confirmed = result.confirmed
-    settings = dict(flat({"examples": result.sets, **result.settings}))
-    provenance = {} if confirmed is None else dict(flat(confirmed.provenance))
+    found = {} if confirmed is None else confirmed.provenance
+    settings = {name: value for name, value in result.settings.items() if value is not None or name not in found}
     return {
         "steps": bases(result.candidates),
         "shades": shades,
@@ -52,7 +52,7 @@ def search_context(result: SearchResult) -> dict[str, Any]:
         "off_the_map": _off_the_map(result),
         "race": _race(result),
         "trades": _trades(result),
-        "provenance": list((provenance | settings).items()),
+        "provenance": list(flat({**found, "examples": result.sets, **settings})),
     }
 
 

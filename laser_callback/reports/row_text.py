@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterable
 
 from laser_callback.plans.short import brief
 from laser_callback.results.comparison import ORIGINAL_AND_REDUCED, ArmResult, LaserResult
@@ -76,6 +77,11 @@ def p_text(row: PairedResult) -> str:
     return "<.0001" if p < 1e-4 else f"{p:.4f}".lstrip("0") if p < 1 else "1"
 
 
+def is_adjusted(rows: Iterable[PairedResult]) -> bool:
+    """Whether several rows share a level, so that their p is Holm's; of one it is its own."""
+    return sum(row.role == "holm" for row in rows) > 1
+
+
 def cell_text(text: object) -> str:
     """Text for a cell of a table in Markdown, from which no markup is read."""
     return " ".join(str(text).translate({ord(mark): f"&#{ord(mark)};" for mark in r"\`*{}[]<>|#&"}).split())
@@ -97,7 +103,7 @@ def finding(row: PairedResult) -> str:
     if row.verdict == "exploratory":
         return f"{row.metric} goes from {values} on {row.sample}: {change_text(row)}, of which nothing is claimed"
     p = f"p {p_text(row)}" if p_text(row).startswith("<") else f"p = {p_text(row)}"
-    p += " after Holm" * (row.role == "holm")
+    p += " after Holm" * (row.role == "holm" and row.p_adjusted != row.p)
     if row.verdict == "no difference shown":
         return f"no change of {row.metric} is shown on {row.sample} ({p}): {_ruled_out(row, row.lower, row.upper)}"
     way = "rises" if row.delta > 0 else "falls"

@@ -29,6 +29,7 @@ from laser_callback.reports.search_text import (
     change_unit,
     kl_texts,
     merit,
+    not_raced,
     off_the_map,
     score_name,
     seconds_text,
@@ -156,9 +157,7 @@ def _strategies(result: SearchResult, wide: bool) -> list[RenderableType]:
     for of, cell in zip(found, gains, strict=True):
         best = Text("-", style="dim") if of.best is None else _plan(of.best.plan)
         table.add_row(_named(of.name), f"{of.proposed:,}", f"{of.raced:,}", best, cell)
-    idle = [of.name for of in found if not of.raced]
-    why = "the screen expected less of these, or they are cuts that another has proposed"
-    notes = [_dim(f"nothing of {', '.join(idle)} raced: {why}")] if idle else []
+    notes = map(_dim, not_raced(result))
     return [_heading("strategies", "who proposed what, and how it did in the race"), table, *notes]
 
 

@@ -91,6 +91,23 @@ def by_strategy(result: SearchResult) -> list[OfStrategy]:
     return [OfStrategy(name, len(groups[name]), len(run), next(iter(run), None)) for name, run in raced.items()]
 
 
+def not_raced(result: SearchResult) -> list[str]:
+    """Of which strategies nothing has raced, and why: a line for each reason."""
+    raced = {candidate.strategy for candidate in result.candidates if candidate.examples}
+    idle: dict[str, list[str]] = {}
+    for candidate in result.candidates:
+        if candidate.strategy not in raced:
+            why = candidate.reason or "others were ahead of these in the order of the race"
+            if why.startswith("the same cut as"):
+                why = "they are cuts that another has proposed"
+            of = idle.setdefault(candidate.strategy, [])
+            of += [why] * (why not in of)
+    by_reasons: dict[str, list[str]] = {}
+    for strategy, reasons in idle.items():
+        by_reasons.setdefault("; or ".join(reasons), []).append(strategy)
+    return [f"nothing of {', '.join(strategies)} raced: {why}" for why, strategies in by_reasons.items()]
+
+
 def off_the_map(result: SearchResult) -> list[Candidate]:
     """Candidates of the first step that have no place in a map of layers, kinds and rhos, the best first."""
     found = [candidate for candidate in result.candidates if not candidate.base and candidate.rho is None]

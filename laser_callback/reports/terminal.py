@@ -24,6 +24,7 @@ from laser_callback.reports.row_text import (
     heads,
     in_names,
     interval_text,
+    is_adjusted,
     noise_text,
     p_text,
     percent,
@@ -160,8 +161,11 @@ def print_ab(result: ABResult, console: Console | None = None) -> None:
     title = Text.assemble("A/B, original against reduced, ", (brief(result.plan), "bold cyan"), f": {counts}")
     clustered = any(row.test == "cluster-robust t" for row in result.rows)
     tests = "Fisher's exact, Welch's or cluster-robust" if clustered else "Fisher's exact or Welch's"
-    legend = f"n: of the original/reduced model; p: {tests} test, Holm-adjusted"
-    legend += " but for the metric with the star" * any(row.role == "primary" for row in result.rows)
+    legend = f"n: of the original/reduced model; p: {tests} test"
+    if is_adjusted(result.rows):
+        legend += ", Holm-adjusted" + " but for the metric with the star" * any(
+            r.role == "primary" for r in result.rows
+        )
     rows = sorted(result.rows, key=lambda row: row.role != "primary")
     told = [Text(_ab_finding(row), style=_STYLES.get(row.verdict, "bold")) for row in rows if row.p is not None][:1]
     show(*told, title, table, Text(f"{legend}; intervals are not adjusted", style="dim"), console=console)
@@ -227,13 +231,13 @@ def _legend(result: LaserResult) -> str:
     if result.is_one_look_of_several:
         return "neither p nor the intervals are adjusted; delta = reduced - original"
     delta = f"delta = {result.names[1]} - {result.names[0]}"
-    if result.primary is None:
-        return f"p is Holm-adjusted, the intervals are not; {delta}"
-    several = " (Holm-adjusted over the plans)" if len(result.arms) > 1 else ""
-    return (
-        f"* {result.primary} was declared beforehand and carries the claim{several}; "
-        f"p of the others is Holm-adjusted, the intervals are not; {delta}"
-    )
+    others = [row for arm in result.arms.values() for row in arm.rows if row.metric != result.primary]
+    told = [f"p{' of the others' * (result.primary is not None)} is Holm-adjusted, the intervals are not"]
+    told = [*told * is_adjusted(others), delta]
+    if result.primary is not None:
+        several = " (Holm-adjusted over the plans)" if len(result.arms) > 1 else ""
+        told.insert(0, f"* {result.primary} was declared beforehand and carries the claim{several}")
+    return "; ".join(told)
 
 
 def _lines(arm: ArmResult, result: LaserResult, name: str) -> list[RenderableType]:
@@ -247,6 +251,7 @@ def _lines(arm: ArmResult, result: LaserResult, name: str) -> list[RenderableTyp
     ]
     if checks := arm.prior(metric):
         lines += _prior_lines(arm[checks.metric], checks, result.names)
+    lines += _doubts(arm, checks, result.names)
     if noise := noise_text(result, name):
         lines.append(indent(Text(noise)))
     for kind, control in result.controls.get(name, {}).items():
@@ -257,6 +262,15 @@ def _lines(arm: ArmResult, result: LaserResult, name: str) -> list[RenderableTyp
                 told += f"; {ahead_text(ahead)}: {change_text(ahead)}"
             lines.append(indent(Text(f"control, {control_text(kind, control)}{of}: {told}")))
     return lines
+
+
+def _doubts(arm: ArmResult, told: PriorChecks | None, names: tuple[str, str]) -> list[RenderableType]:
+    """Why gains are in doubt whose prior check is not shown."""
+    doubts: dict[str, list[str]] = {}
+    for row in arm.rows:
+        if row.doubt and row.verdict in ("in doubt", "higher", "lower") and (told is None or row.metric != told.metric):
+            doubts.setdefault(in_names(row.doubt, names), []).append(row.metric)
+    return [indent(Text(f"in doubt, {', '.join(metrics)}: {why}")) for why, metrics in doubts.items()]
 
 
 def _prior_lines(row: PairedResult, checks: PriorChecks, names: tuple[str, str]) -> list[RenderableType]:

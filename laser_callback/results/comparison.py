@@ -89,9 +89,9 @@ class LaserResult:
 
     Attributes:
         arms: by plan name; a single plan has the name ``"laser"``. ``result["a"]["accuracy"].p`` is a p value.
-        controls: for each plan, by ``"zeroed"`` (the same matrices at rho = 0), ``"random"`` (other matrices at the
-            same rho) and ``"noise"`` (the same matrices with noise of the size of what is removed, the mean of its
-            ``passes``), where controls were asked for.
+        controls: for each plan, by ``"zeroed"`` (the same matrices at rho = 0, where the plan is not that itself),
+            ``"random"`` (other matrices at the same rho) and ``"noise"`` (the same matrices with noise of the size of
+            what is removed, the mean of its ``passes``), where controls were asked for.
         primary: the metric that carries the claim, if one was declared and logged.
         original_seconds: time of the original's passes.
         not_compared: metrics of the original without a counterpart, and why.

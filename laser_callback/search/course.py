@@ -111,6 +111,7 @@ class Course:
         refine = None if self.paper else Refinement(self.steps, proposals)
         table: Table = {}
         finalists: list[Candidate] = []
+        places = 0
         for round_ in range(ROUNDS if self.screened else 1):
             step = f"{number}" if round_ == 0 else f"{number}.{round_ + 1}"
             # What a round before raced, near its leaders too, is out.
@@ -121,6 +122,11 @@ class Course:
                 if number == 1 and not proposals.ranked:
                     self.result.reason = self._why_none()
                 break
+            if round_ > 0:
+                self.steps.progress.say(
+                    f"race again: {self.result.reason}, so that the next candidates have their turn"
+                )
+            places += len(racers)
             all_on_all = [Rung(len(positions), FINALISTS)]
             rungs = schedule(len(positions), len(racers), FINALISTS) if self.screened else all_on_all
             if self.steps.by_loss and len(rungs) == 1:  # the objective is for the finalists
@@ -130,6 +136,7 @@ class Course:
             finalists = self._fluent(step, finalists, table)
             if finalists:
                 break
+        proposals.say_who_was_first(places)
         return table, finalists
 
     def _why_none(self) -> str:

@@ -36,6 +36,7 @@ class Proposals:
 
     Attributes:
         ranked: each cut that may race once, in the order in which they do.
+        first: the strategies whose candidates come ahead of all others.
     """
 
     def __init__(
@@ -54,8 +55,8 @@ class Proposals:
         self._in_place = {matrix.name for matrix, _ in context.resolve(base)} if base else set()
         self._known: dict[Hashable, Candidate] = {}
         racing = list(filter(self._may_race, candidates))
-        first = [name for name, strategy in self._strategies.items() if getattr(strategy, "races_first", False)]
-        for candidate in racing if in_order else in_turns(racing, self._strategies, first):
+        self.first = [name for name, strategy in self._strategies.items() if getattr(strategy, "races_first", False)]
+        for candidate in racing if in_order else in_turns(racing, self._strategies, self.first):
             same = self._known.setdefault(cut_by(context.resolve(candidate.plan)), candidate)
             if same is not candidate:
                 candidate.reason = f"the same cut as {brief(same.plan)} of {same.strategy}"
@@ -74,6 +75,17 @@ class Proposals:
             if not known.examples and self._may_race(known):
                 found[id(known)] = known
         return list(found.values())
+
+    def say_who_was_first(self, places: int) -> None:
+        """Where strategies that race first have taken all the places, the reason of those that have not raced."""
+        raced = {candidate.strategy for candidate in self.ranked if candidate.examples}
+        if not raced or not raced <= {*self.first}:
+            return
+        who = " and ".join(name for name in self.first if name in raced)
+        taken = f"took all {places:,} places" if places > 1 else "took the one place"
+        for candidate in self.ranked:
+            if not candidate.examples:
+                candidate.reason = f"{who} came first, ahead of all others, and {taken}"
 
     def _may_race(self, candidate: Candidate) -> bool:
         if any(matrix.name in self._in_place for matrix, _ in self._context.resolve(candidate.plan)):

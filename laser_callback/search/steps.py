@@ -170,7 +170,7 @@ class Steps:
     def measure(self, name: str, phase: str, plans: Iterable[LaserPlan], loader: DataLoader[Any]) -> Table:
         """Values of all keys for the base and for each plan added to it."""
         by_text = {str(plan): plan for plan in plans}
-        what = f"{phase}: {len(by_text)} candidates on {_length(loader)} examples"
+        what = f"{phase}: {len(by_text)} candidate{'s' * (len(by_text) != 1)} on {_length(loader)} examples"
         return self._measure(name, phase, what, by_text, loader, self.keys, self.base)
 
     def fluency(self, step: str, plans: Sequence[LaserPlan], loader: DataLoader[Any]) -> Table:

@@ -76,7 +76,7 @@ class LaserCleanup(pl.Callback):
         base: what the model was fine-tuned from, as :class:`~laser_callback.spectra.BaseWeights` takes it. For a model
             with LoRA by default the weights under it.
         strategies: what proposes cuts, as :class:`LaserSearch` takes it. ``"delta"`` cuts the whole change of
-            fine-tuning by one rule: a handful of candidates, which need no gradient. ``"delta-matrices"`` cuts the
+            fine-tuning by one rule: up to 19 candidates, which need no gradient. ``"delta-matrices"`` cuts the
             change of one matrix, ``"laser"`` the weights of one, which needs no base. Embeddings, heads and biases stay
             as fine-tuned; ``"delta-all"`` includes those that the base has, too.
         gates: further demands, with data of their own, that what is confirmed must meet.

@@ -91,7 +91,10 @@ class PhaseProgress:
         """Show this above the bars of the phases to come, in place of what was there; only in a terminal."""
         self._above = above
 
+    def say(self, text: str) -> None:
+        """A line between two phases."""
+        if self._enabled:
+            self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+
     def _done(self, description: str, begin: float) -> None:
-        self._console.print(
-            f"{description}  {time.perf_counter() - begin:.1f} s", markup=False, highlight=False, soft_wrap=True
-        )
+        self.say(f"{description}  {time.perf_counter() - begin:.1f} s")

@@ -193,7 +193,7 @@ def quality(folder: Path, only: str, seed: int, paraphrases: bool, reductions: i
             first, loss = arm["first_token_accuracy"], arm["log_loss"]
             checks = arm.prior_checks["first_token_accuracy"]
             rest = checks.majority_excluded
-            zeroed = result.confirmed.controls["laser"]["zeroed"]["first_token_accuracy"]
+            zeroed = result.confirmed.controls["laser"].get("zeroed")
             cells += [
                 str(first.n),
                 brief(result.found),
@@ -202,7 +202,7 @@ def quality(folder: Path, only: str, seed: int, paraphrases: bool, reductions: i
                 f"{loss.original:.2f} -> {loss.reduced:.2f}",
                 (f"{rest.original:.1%} -> {rest.reduced:.1%}" if rest else "none left")
                 + (" (flagged)" if checks.doubt else ""),
-                f"{zeroed.reduced:.1%}",
+                "itself" if zeroed is None else f"{zeroed['first_token_accuracy'].reduced:.1%}",
                 against(module, sets, result.found, PROTOTYPE[name]) if name in PROTOTYPE else "",
             ]
         print(f"| {' | '.join(cells)} |", flush=True)

@@ -19,7 +19,7 @@ from toy import CLASSES, PLAN, Toy, evaluate, make_data, oracle
 from trainers import quiet_trainer
 
 from laser_callback import BaseWeights, LaserCallback, LaserPlan, Spectra, reduced
-from laser_callback.compare import noise_plan
+from laser_callback.compare import noise_plan, zeroed_plan
 from laser_callback.compare.controls import control_plans
 from laser_callback.reports.row_text import ahead_text, verdict
 from laser_callback.reports.terminal import plain
@@ -96,6 +96,28 @@ def test_its_seeds_follow_the_seed_and_are_part_of_a_plan(seed: int) -> None:
     assert all(LaserPlan.parse(str(plan)) == plan for plan in noises)
     others = control_plans(Toy(), LaserPlan.parse(PLAN), seed + 1, None)
     assert not {str(plan) for plan in noises} & {str(plan) for plan in others.values()}
+
+
+@pytest.mark.parametrize("cut", ["1.writes@0", "1.fc_in@k0, 1.fc_out@0:bias=cut", "1.fc_in@0:of=entries"])
+def test_a_plan_that_zeroes_its_matrices_is_no_control_of_itself(cut: str) -> None:
+    module, plan = Toy(), LaserPlan.parse(cut)
+    own, zeroed = (moved(module, one) for one in (plan, zeroed_plan(plan)))
+    assert all(torch.equal(own[name], zeroed[name]) for name in own)
+    assert "zeroed" not in control_plans(module, plan, 0, None)
+
+
+@pytest.mark.parametrize("cut", ["1.writes@0:scale=0.5", "1.writes@0, 1.q_proj@0.1", "1.fc_in@0:keep=tail"])
+def test_a_plan_that_leaves_something_has_its_matrices_zeroed(cut: str) -> None:
+    assert "zeroed" in control_plans(Toy(), LaserPlan.parse(cut), 0, None)
+
+
+def test_the_report_says_that_a_dropped_layer_has_no_zeroed_control(trainer: Any) -> None:
+    callback = LaserCallback("1.writes@0", controls=True, report=False)
+    evaluate(trainer, Toy(), callback)
+    result = callback.result
+    assert list(result.controls["laser"]) == ["random", "noise"]
+    assert "zeroed control of 1.writes@0 (the plan itself sets its matrices to zero)" in plain(result)
+    assert "same matrix zeroed" not in plain(result)
 
 
 # ---- the mean of the passes ------------------------------------------------------------------------------------------

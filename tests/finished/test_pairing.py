@@ -12,6 +12,7 @@ from finished_logs import sample
 from laser_callback.finished.eval_logs import read_samples
 from laser_callback.finished.logged import FinishedRun, LoggedExample, LoggedTask
 from laser_callback.finished.pairing import MEAN, compare_runs
+from laser_callback.reports.row_text import value_text, verdict
 from laser_callback.results import LaserResult
 from laser_callback.stats import Outcomes, compare, judge_all, parse_gate
 
@@ -90,12 +91,38 @@ def test_tasks_that_weigh_the_same():
     changes = [values(b).mean() - values(a).mean() for a, b in zip(before, after, strict=True)]
     assert row.delta == pytest.approx(np.mean(changes))
     assert (row.test, row.role, row.n) == ("cluster-robust t", "primary", N + 40)
+    assert (row.verdict, row.higher_is_better, value_text(row, row.reduced)) == ("better", True, f"{row.reduced:.1%}")
+    assert " points at 95 % confidence" in verdict(result, "laser")
     for logged in (*before, *after):
         for example in logged.examples.values():
             example.cluster = f"{int(example.id) // 4}"  # a subject is in both tasks
     clustered = compare_runs(one, two, weights="equal")["laser"][MEAN]
     assert (clustered.n, clustered.examples) == (N // 4, N + 40)
     assert clustered.delta == pytest.approx(row.delta)
+
+
+def test_a_mean_of_shares_that_are_better_low_is_better_low():
+    low = {"higher_is_better": {"acc": False}}
+    before, after = (task(0, 0.4, **low), task(2, 0.4, **low)), (task(1, 0.7, **low), task(3, 0.7, **low))
+    one, two = (run(name, x=of[0], y=of[1]) for name, of in (("one", before), ("two", after)))
+    for weights in ("size", "equal"):
+        assert {row.verdict for row in compare_runs(one, two, weights=weights)["laser"].rows} == {"worse"}
+
+
+def test_of_several_tasks_the_other_metrics_are_named():
+    def of(seed: int) -> LoggedTask:
+        found = task(seed, 0.5)
+        for example in found.examples.values():
+            example.outcomes |= {"f1": 0.5, "score": 0.25}
+        return found
+
+    one, two = run("one", x=of(0), y=of(1), z=task(4, 0.5)), run("two", x=of(2), y=of(3), z=task(5, 0.5))
+    result = compare_runs(one, two)
+    assert [row.metric for row in result["laser"].rows] == [MEAN, "x/acc", "y/acc", "z/acc"]
+    assert result.not_compared == {
+        "f1, score of x, y": "of several tasks one metric each is compared, here acc; `metric` chooses"
+    }
+    assert not compare_runs(one, two, metric="acc").not_compared
 
 
 def test_the_mean_of_fixed_tasks_keeps_its_level():

@@ -86,7 +86,7 @@ def test_the_terminal_says_who_proposed_what(search):
     told = " ".join(text.split())
     assert "places(9): nine single directions of a matrix; plans in full are in the JSON file" in told
     assert "places(9)" not in plain(searched(), 80)
-    assert "nothing of drop raced: the screen expected less of these" in told
+    assert "nothing of drop raced: others were ahead of these in the order of the race" in told
     assert "strategies: " not in plain(searched(), 80)  # of one strategy there is nothing to say
 
 
@@ -199,6 +199,24 @@ def test_the_model_card():
 
 
 @pytest.mark.parametrize(
+    ("text", "done"),
+    [
+        ("1.fc_in@0.1, 1.q_proj@k2", "were replaced by low-rank approximations ("),
+        ("4.writes@0", "were set to zero ("),
+        ("4.writes@0, 1.fc_in@0.1", "were set to zero or replaced by low-rank approximations ("),
+        ("*.all@0:scale=0.8", "were multiplied by 0.8 ("),
+        ("1.fc_in@0.1:keep=tail", "were changed in some of their directions ("),
+        ("1.fc_in@0.1:of=entries", "were cut by the size of their entries ("),
+    ],
+)
+def test_the_model_card_says_what_was_done(text, done):
+    card = str(model_card(Recipe(LaserPlan.parse(text), []), title="t", usage="u", library="l"))
+    assert done in card
+    words = in_words(LaserPlan.parse(text))
+    assert (f"In words: {words}." in card) == bool(words)
+
+
+@pytest.mark.parametrize(
     ("text", "words"),
     [
         ("27.fc_in@0.01, 3.fc_out@0", ""),
@@ -208,6 +226,11 @@ def test_the_model_card():
             "it drops layer 12 and the MLP of layer 14 (all that they write is cut to zero)",
         ),
         ("*.all@k2:cut=delta", "it cuts what fine-tuning has changed, and nothing else"),
+        (
+            "*.all@0:scale=0.4,cut=delta",
+            "it keeps 0.4 of what fine-tuning has changed: weight interpolation with the base (WiSE-FT)",
+        ),
+        ("*.all@0:cut=delta", "it cuts what fine-tuning has changed, and nothing else"),
         (
             "3.fc_in@0.1, 2.fc_in@k2:cut=delta",
             "it cuts what fine-tuning has changed, and other weights themselves",

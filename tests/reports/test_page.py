@@ -19,6 +19,7 @@ from laser_callback.reports.drawing import labels, styled
 from laser_callback.reports.page import page as page_of
 from laser_callback.reports.page import save_page
 from laser_callback.reports.page_columns import code, flip_columns, foreign
+from laser_callback.reports.page_search import search_context
 from laser_callback.reports.pictures import one
 from laser_callback.reports.row_text import ahead_text, delta_text, interval_text, p_text
 from laser_callback.reports.svg import inline
@@ -160,6 +161,14 @@ def test_every_number_of_the_result_is_there(pages, result):
     assert "noise of the same size, 3 seeds" in page.text("th")
     assert {"fixed", "broken"} <= set(cells)
     assert result.provenance["versions"]["torch"] in " ".join(page.text("dd"))
+
+
+def test_a_setting_that_was_left_open_is_what_it_came_to():
+    search = searched(compared(PLAN))
+    search.confirmed.provenance |= {"precision": "32-true"}
+    search.settings |= {"precision": None, "minutes": None}
+    told = dict(search_context(search)["provenance"])
+    assert (told["precision"], told["minutes"]) == ("32-true", "none")
 
 
 def test_the_verdict_comes_first(pages):

@@ -80,6 +80,8 @@ def test_units_and_scales() -> None:
         "perplexity rises from 4.48 to 4.95 on 40 examples (p <.0001), by at least 10.3 and at most 10.8 %"
     )
     assert "after Holm" in finding(replace(right(30, 5, 400), role="holm", p_adjusted=0.001))
+    alone = right(30, 5, 400)
+    assert "after Holm" not in finding(replace(alone, role="holm", p_adjusted=alone.p))
 
 
 def test_a_loss_that_is_not_shown_by_an_interval_that_is_not_adjusted() -> None:

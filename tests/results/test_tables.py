@@ -126,6 +126,33 @@ def test_the_report_says_what_is_adjusted(primary):
     assert "Holm-adjusted, the intervals are not" in " ".join(plain(result(primary), 80).split())
 
 
+def test_one_row_is_not_adjusted():
+    one = arm({"acc": BETTER})
+    adjust_together([one], None)
+    assert "Holm" not in plain(replace(result(None), arms={"laser": one}, controls={}), 80)
+
+
+def test_the_terminal_says_of_each_metric_why_it_is_in_doubt():
+    shown = result("acc")
+    ((name, arm),) = list(shown.arms.items())[:1]
+    rows = [
+        replace(
+            row,
+            role="primary" if row.metric == "acc" else "holm",
+            p=0.001,
+            p_adjusted=0.001,
+            test="paired t",
+            delta=0.1,
+            higher_is_better=True,
+            doubt=f"the form of {row.metric}",
+        )
+        for row in arm.rows
+    ]
+    told = plain(replace(shown, arms={name: replace(arm, rows=rows)}, controls={}), 4000)
+    for row in rows[1:]:
+        assert f"in doubt, {row.metric}: the form of {row.metric}" in told
+
+
 def test_answers_are_quoted():
     """An answer may be a quotation mark, or only a space."""
     assert [quoted(text) for text in ('"', " the", "'", " ")] == ["'\"'", "'the'", '"\'"', "' '"]

@@ -22,6 +22,7 @@ from laser_callback import FactsDataModule, LaserModule, LaserSearch, reduced
 from laser_callback.compare.measure import Lab, Table, Values
 from laser_callback.plans.plan import LaserPlan
 from laser_callback.plans.target import targets
+from laser_callback.reports.search_terminal import plain
 from laser_callback.results.candidates import Estimate
 from laser_callback.results.examples import ORIGINAL
 from laser_callback.search.budget import Budget, OutOfTimeError, passes_of
@@ -198,6 +199,19 @@ def test_what_enters_late_is_in_the_budget():
         Budget(alone, time.perf_counter(), 60.0).affordable(steps, "1", ranked, 200, 6, 20)
     without = passes_of(steps, ranked, 200, 6, 0, 2)
     assert alone - without == 5 * steps.sets.sizes["confirm"]
+
+
+def test_what_comes_first_may_take_all_places_and_a_race_that_goes_on_says_why(recall, capsys):
+    module, loader = recall
+    base = {name: 0.9 * parameter.detach() for name, parameter in module.named_parameters()}
+    own = {**SEARCH, "candidates": 4, "progress": True, "strategies": ["delta", "laser"], "rhos": (0.1,)}
+    result = LaserSearch(module, loader, base=base, **own, constraints=["val_loss <= -50"]).run()
+    told = capsys.readouterr().err
+    assert told.count("race again: every finalist breaks a constraint in the race, so that the next candidates") == 2
+    assert "refine: 1 candidates" not in told
+    why = "delta came first, ahead of all others, and took all 12 places"
+    assert {c.reason for c in result.candidates if c.strategy == "laser"} == {why}
+    assert f"nothing of laser raced: {why}" in plain(result, 200)
 
 
 def test_a_plan_that_leaves_no_other_matrix_has_the_other_controls(recall):

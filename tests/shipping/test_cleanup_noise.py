@@ -80,6 +80,9 @@ def test_the_table_tells_the_confirmed_from_the_rest(noisy_run):
     assert all(word in text for word in ("says most", "balanced", "* exploratory"))
     (line,) = [line for line in text.splitlines() if str(result.plan) in line and "cleaned by" not in line]
     assert "*" not in line.replace(str(result.plan), "")
+    assert line.count("%") == 4  # a share in every column of the table, as in the sentence
+    assert f"searched: {result.source}\n" in text
+    assert f"\ncleaned: {result.checkpoint}\n" in text
     report = json.loads(result.report.read_text())
     assert report["contenders"][0]["kind"] == "as trained"
     assert [row["confirmed"] for row in report["contenders"]].count(True) == 1
@@ -116,7 +119,10 @@ def test_clean_labels_leave_nothing_to_gain(tmp_path):
     assert cleanup.result.checkpoint is cleanup.result.plan is None
     assert cleanup.result.verdict.startswith("keep the model as trained: ")
     assert not list(tmp_path.glob("*.ckpt"))
-    assert "keep the model" in shown(cleanup.result)
+    text = shown(cleanup.result)
+    assert "keep the model" in text
+    assert "searched: last\n" in text
+    assert "cleaned:" not in text
 
 
 def test_the_default_strategies_race_joint_rules_first_when_time_is_short(tmp_path):

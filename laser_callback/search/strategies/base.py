@@ -103,8 +103,8 @@ class Strategy(Protocol):
     them too, of their differences to the base. Two more methods are asked if there are any: ``views(context)`` returns
     the matrices of which it wants each :class:`~laser_callback.search.View` instead, and
     ``refusal(context)``, before the work, why there is nothing to propose for this model, or an empty text.
-    An attribute ``races_first``, if true, says that its candidates are a handful: they race in their order, ahead of
-    all others.
+    An attribute ``races_first``, if true, says that its candidates are few: they race in their order, ahead of all
+    others.
 
     Attributes:
         name: letters, digits and hyphens; each of its candidates has it.

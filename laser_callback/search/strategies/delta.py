@@ -45,7 +45,7 @@ class Delta:
     - a rule of thumb: Gavish and Donoho's threshold (DG-Hard, arXiv 2605.20296), the Marchenko-Pastur edge, a share of
       the energy. Of a LoRA difference the first two keep everything, since most of its singular values are 0.
 
-    They are a handful, and not scored: a first-order estimate says nothing about so large a change. All of them race.
+    They are up to 19, and not scored: a first-order estimate says nothing about so large a change. They race first.
 
     Args:
         besides: also what is changed besides the targets: embeddings, the head if the base has one, and biases. Without
