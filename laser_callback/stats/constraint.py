@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from decimal import Decimal
 from typing import Literal, TypeAlias, cast
 
@@ -53,7 +53,7 @@ class Constraint:
     op: Op
     margin: float
     relative: bool = False
-    of_value: bool = False
+    of_value: bool = field(default=False, repr=False)
 
     def __post_init__(self) -> None:
         check_key(self.key)

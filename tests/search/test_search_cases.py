@@ -74,7 +74,7 @@ def test_without_a_loss_the_same_right_answers_make_no_twins(loss):
         return {arm: {"right": ones, "loss": ones} for arm in [ORIGINAL, *map(str, plans)]}
 
     none = cast("Any", None)
-    sets = cast("Any", SimpleNamespace(loader=lambda *_: None))
+    sets = cast("Any", SimpleNamespace(loader=lambda *_, **__: None))
     objective = Objective(("right",), (1,), loss)
     steps = Steps(none, sets, none, PhaseProgress(False), objective, objective.measured)
     steps.measure = measure  # type: ignore[method-assign, assignment]
