@@ -21,9 +21,9 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 
 MOST = 15
 """So many tokens are proposed for a row at most."""
-CALL = 25
-"""A call is taken to cost as much as so many tokens do in it, beside those that it has. SmolLM2-135M on one core: about
-50, on a GPU more. Too few loses less than too many."""
+CALL = 40
+"""A call costs as much as so many tokens in it do, beside those that it has. SmolLM2-135M on one core: about 50; on a
+GPU more. Half or twice as many change little."""
 
 _SAME = (3, 2, 1)  # so many of the latest tokens are looked up: the most that are found
 _MEMORY = 0.8  # what the share of right proposals keeps of itself with each
@@ -33,14 +33,14 @@ Call = Callable[[Tensor, Tensor, DynamicCache, Tensor, Tensor], Iterable[tuple[i
 """Reads ids (R, T) behind a cache, with the mask of both; tells at places (P,), (P,) of them the token that comes next
 and whether it is a near tie."""
 Places = dict[tuple[int, ...], tuple[list[int], int]]
-"""Of a few tokens, behind which text they stood last, and where: texts that share it are looked up in one another."""
+"""Of a few tokens that have stood in some texts the last place, what followed: in which text, and where."""
 
 
 class Text:
     """Tokens, and what they may go on with.
 
     Args:
-        places: of these and other tokens; filled.
+        places: of these and other texts' tokens, filled as they grow; all propose from it.
         tokens: that are there.
     """
 

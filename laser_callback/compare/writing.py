@@ -4,7 +4,7 @@ Contract: a model writes here what its ``generate`` writes. In a reduced pass of
 continuation of the same prompts is at hand. The reduced model reads it in a few calls, each of many tokens, and where
 the token that it would write is another it goes on from there: speculative decoding with the original as the draft
 (Leviathan, Kalman and Matias, arXiv 2211.17192, for greedy decoding). Layers in front of its first cut are not computed
-for what it reads so (:mod:`laser_callback.surgery.front`). Behind such a token it reads several of a call, too, where
+for what it reads so (:mod:`laser_callback.surgery.front`). Behind that token, too, it reads several in a call, where
 what it writes has stood before (:mod:`laser_callback.compare.lookup`).
 
 Logits that are computed for many tokens at once differ in their rounding from those of one token, as they do between
@@ -335,8 +335,8 @@ class _Reduced:
         self._tokens = [list(row) for row in draft.written.tokens]
         self._ties = torch.zeros(len(self._tokens), dtype=torch.int64)
         self._seen: Places = {}
-        for mask, row in zip(asked["attention_mask"], self._sequences, strict=True):
-            Text(self._seen, row[int((mask == 0).sum()) :].tolist())  # that of the original
+        for number, tokens in enumerate(self._tokens):
+            Text(self._seen, self._prompt(number) + tokens)  # the original's
         self._told = LOGITS_BYTES // (4 * model.config.get_text_config().vocab_size)  # for logits of one call
 
     def write(self) -> tuple[Written, int, int]:
@@ -378,17 +378,19 @@ class _Reduced:
                 taken -= int(lengths[number]) - same
                 self._tokens[number] = [*self._tokens[number][:same], int(told[i, first[i]])]
                 if not self._ends.ended(self._tokens[number]):
-                    begin = int((self._mask[number] == 0).sum())
-                    read = slice(begin, width + same)
+                    read = slice(width - len(self._prompt(number)), width + same)
                     states = [(k[i, :, read].clone(), v[i, :, read].clone()) for k, v in _states(cache)]
-                    prompt = self._sequences[number, begin:width].tolist()
-                    text = Text(self._seen, prompt + self._tokens[number])
+                    text = Text(self._seen, self._prompt(number) + self._tokens[number])
                     others.append(Row(number, self._tokens[number], text, states))
             on = (~differs.any(1) & (lengths[rows] > agreed)).nonzero()[:, 0]
             if len(on) < len(rows):
                 cache.batch_select_indices(on.to(self._sequences.device))
                 rows = rows[on]
         return others, taken
+
+    def _prompt(self, number: int) -> list[int]:
+        found: list[int] = self._asked["input_ids"][number][self._asked["attention_mask"][number].bool()].tolist()
+        return found
 
     def _read(self, rows: Tensor, start: int, stop: int, cache: DynamicCache, which: Tensor, columns: Tensor) -> Tensor:
         """Logits (P, V), float32, at some places of these rows' tokens from ``start`` to ``stop``."""

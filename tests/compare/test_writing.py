@@ -284,17 +284,28 @@ def test_what_repeats_takes_few_calls():
     assert drafts.written < 2 * drafts.proposed
 
 
-def test_no_position_is_beyond_the_context():
-    """Rows part at different places, and the longest ends with the last position that there is."""
+def test_no_position_is_beyond_the_context(monkeypatch):
+    """The longest row ends with the last position that there is, when much is still proposed for the others."""
     prompts = asked(30)
-    positions = prompts["input_ids"].shape[1] + 30 - 1
-    model = build(
-        GPT2LMHeadModel,
-        GPT2Config(vocab_size=SMALL["vocab_size"], n_embd=32, n_layer=2, n_head=4, n_positions=positions),
+    length = prompts["input_ids"].shape[1]
+    config = GPT2Config(
+        vocab_size=SMALL["vocab_size"], n_embd=32, n_layer=2, n_head=4, n_positions=length + 30 - 1, bos_token_id=0
     )
+    model = build(GPT2LMHeadModel, config)
+    expected = alone(model, "1.mlp@0.9", prompts)
+    longest = prompts["input_ids"][-1].tolist() + expected[-1]
+
+    def ahead(text: lookup.Text, most: int) -> list[int]:
+        there = text._tokens
+        right = longest[len(there) : len(there) + most]
+        return right if there[:length] == longest[:length] else [3] * most
+
+    monkeypatch.setattr(lookup.Text, "ahead", ahead)
+    monkeypatch.setattr(lookup, "_worth", lambda proposed: max(there for _, there in proposed))
     _, written, report = in_both(model, "1.mlp@0.9", prompts)
-    assert written.tokens == alone(model, "1.mlp@0.9", prompts)
-    assert report.further["written"].proposed > 0
+    assert written.tokens == expected
+    assert {len(row) for row in expected} == {30}
+    assert report.further["written"].proposed > 20
 
 
 def test_what_texts_go_on_with():
