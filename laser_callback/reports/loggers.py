@@ -20,6 +20,7 @@ from laser_callback.reports.pictures import figures, save_figures
 from laser_callback.reports.row_text import cell_text
 from laser_callback.results.candidates import to_rows
 from laser_callback.results.comparison import LaserResult
+from laser_callback.results.flips import Parted, flip_metric, flips, parted
 from laser_callback.results.search import SearchResult
 from laser_callback.support.files import write_atomically
 
@@ -36,8 +37,8 @@ def publish(
 ) -> None:
     """Send tables and pictures of ``result`` to ``loggers``, on the first rank.
 
-    TensorBoard gets the tables as text, with plans in short; a CSVLogger's folder gets a CSV file per table and a PNG
-    file per picture.
+    TensorBoard gets the tables as text, with plans in short, and a mark on the first word that only one model has
+    written; a CSVLogger's folder gets a CSV file per table and a PNG file per picture.
 
     Args:
         result: of a comparison or a search.
@@ -54,7 +55,8 @@ def publish(
                 logger.experiment.add_figure(f"{prefix}/{name}", figure, step, close=False)
         elif isinstance(logger, WandbLogger):
             for name, table in found.items():
-                logger.log_table(f"{prefix}/{name}", list(table[0]), [list(row.values()) for row in table], step=step)
+                rows = [[_plain(cell) for cell in row.values()] for row in table]
+                logger.log_table(f"{prefix}/{name}", list(table[0]), rows, step=step)
             for name, figure in figures(result).items():
                 logger.log_image(f"{prefix}/pictures/{name}", [figure], step=step)
         elif isinstance(logger, CSVLogger):
@@ -68,9 +70,13 @@ def publish(
 
 
 def tables(result: LaserResult | SearchResult) -> dict[str, Table]:
-    """Flat tables by name, none of them empty: ``comparison``, and of a search also ``candidates``."""
+    """Flat tables by name, none of them empty.
+
+    These are ``comparison``; ``written``, the examples fixed and broken, where answers were written; and of a search
+    also ``candidates``.
+    """
     compared = result.confirmed if isinstance(result, SearchResult) else result
-    found = {"comparison": [] if compared is None else _comparison(compared)}
+    found = {} if compared is None else {"comparison": _comparison(compared), "written": _written(compared)}
     if isinstance(result, SearchResult):
         found["candidates"] = to_rows(result.candidates)
     return {name: table for name, table in found.items() if table}
@@ -90,11 +96,26 @@ def _comparison(result: LaserResult) -> Table:
     return table
 
 
+def _written(result: LaserResult) -> Table:
+    """One row per plan, and example that it has fixed or broken, with what both models have written."""
+    table: Table = []
+    examples = result.examples.to_rows()
+    for name in result.arms:
+        row = flip_metric(result, name)
+        for flip in [] if row is None else flips(examples, name, row):
+            if flip.written_before:
+                own = {"name": name, "outcome": "fixed" if flip.fixed else "broken"}
+                own |= {"id": flip.id, "prompt": flip.prompt, "answer": flip.answer}
+                wrote = zip(("original", "reduced"), parted(flip.written_before, flip.written_after), strict=True)
+                table.append(own | dict(wrote))
+    return table
+
+
 def _csv(table: Table) -> str:
     text = io.StringIO()
     writer = csv.DictWriter(text, list(table[0]))
     writer.writeheader()
-    writer.writerows(table)
+    writer.writerows({column: _plain(cell) for column, cell in row.items()} for row in table)
     return text.getvalue()
 
 
@@ -103,7 +124,16 @@ def _markdown(table: Table) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
+def _plain(cell: Any) -> Any:
+    return "".join(cell) if isinstance(cell, Parted) else cell
+
+
 def _text(column: str, cell: Any) -> str:
+    if isinstance(cell, Parted):
+        word = cell.other.lstrip()
+        space = cell.other.removesuffix(word)
+        marked = cell_text(f"{cell.same}{space}\0{word or '(end)'}\1{cell.rest}")
+        return marked.replace("\0", "<strong>").replace("\1", "</strong>")
     if column in ("plan", "base") and cell:
         return cell_text(brief(cell))
     return cell_text("" if cell is None else f"{cell:.6g}" if isinstance(cell, float) else cell)

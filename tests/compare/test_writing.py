@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import random
 from typing import Any
 
 import pytest
@@ -12,16 +13,20 @@ from tiny import SENTENCES, tiny_causal_lm, tiny_tokenizer
 from transformers import (
     BloomConfig,
     BloomForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
     MambaConfig,
     MambaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
 )
 
 from laser_callback import reduced
-from laser_callback.compare import writing
+from laser_callback.compare import lookup, writing
 from laser_callback.data.encoding import pad
 from laser_callback.surgery.replay import LayerReplay
 
@@ -214,9 +219,122 @@ def test_near_ties_are_counted():
     assert original.near_ties.sum() > 0
     assert written.near_ties.sum() > 0
     assert f"; {written.near_ties.sum()} near ties" in str(report)
-    logits = torch.tensor([[1.0, 5.0, 5.0], [1.0, 5.0, 5.0 + 1e-6], [1.0, 5.0, 5.1]])
-    assert writing.near_ties(model, logits).tolist() == [True, True, False]
-    assert writing.near_ties(model.to(torch.bfloat16), logits).tolist() == [True, True, True]
+    logits = torch.tensor([[1.0, 5.0, 5.0], [1.0, 5.0, 5.0 + 1e-6], [1.0, 5.0, 5.1], [-1e6, 5.1, 5.0]])
+    before = logits.clone()
+    assert [found.tolist() for found in writing.greedy(model, logits)] == [[1, 2, 2, 1], [True, True, False, True]]
+    assert torch.equal(logits, before)
+    assert writing.greedy(model.to(torch.bfloat16), logits)[1].all()
+
+
+# ---- several tokens to a call ----------------------------------------------------------------------------------------
+
+POSITIONS = {  # given positions, and some that the model has from the mask
+    **{name: KINDS[name] for name in ("llama", "gpt2", "bloom")},
+    "opt": lambda: build(
+        OPTForCausalLM,
+        OPTConfig(
+            vocab_size=SMALL["vocab_size"], hidden_size=32, num_hidden_layers=2, num_attention_heads=4, ffn_dim=64
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize("share", [0.0, 0.6, 0.9, 1.0])
+@pytest.mark.parametrize("name", POSITIONS)
+def test_whatever_is_proposed(name, share, monkeypatch):
+    """Proposed is what the row will write, but that a share of the tokens is another."""
+    model, prompts, draw = POSITIONS[name](), asked(40, stop=("ai",)), random.Random(0)
+    plan = f"{model.config.num_hidden_layers - 1}.mlp@0.7"
+    expected = alone(model, plan, prompts)
+    masks = prompts["attention_mask"].bool()
+    rows = [row[mask].tolist() for row, mask in zip(prompts["input_ids"], masks, strict=True)]
+    whole = [row + new for row, new in zip(rows, expected, strict=True)]
+
+    def ahead(text: lookup.Text, most: int) -> list[int]:
+        there = text._tokens
+        (row, *_) = (row for row in whole if row[: len(there)] == there)
+        right = row[len(there) : len(there) + draw.randint(0, most)]
+        return [token if draw.random() < share else abs(token - 1) for token in right]
+
+    monkeypatch.setattr(lookup.Text, "ahead", ahead)
+    monkeypatch.setattr(lookup, "_worth", lambda proposed: max(there for _, there in proposed))
+    _, written, report = in_both(model, plan, prompts)
+    assert written.tokens == expected
+    assert not written.near_ties.any()
+    drafts = report.further["written"]
+    assert not drafts.alone
+    assert drafts.proposed < drafts.written
+    assert (drafts.proposed > 0) == (share > 0)
+
+
+def test_what_repeats_takes_few_calls():
+    model, prompts, calls = tiny_causal_lm(), asked(60), []
+    replay = LayerReplay(model, {"a": [matrix for matrix, _ in reduced(model, "*.all@0").matrices]})
+    with torch.inference_mode():
+        with replay.record():
+            writing.write(model, TOKENIZER, prompts)
+        model.lm_head.register_forward_hook(lambda *_: calls.append(1))
+        with reduced(model, "*.all@0"), replay.replay("a"):
+            written = writing.write(model, TOKENIZER, prompts)
+    few = len(calls)
+    assert written.tokens == alone(model, "*.all@0", prompts)
+    assert max(map(len, written.tokens)) == 60 > 2 * few
+    drafts = replay.reports["a"].further["written"]
+    assert str(drafts).endswith(f" and {drafts.written} written, {drafts.proposed} of them as proposed")
+    assert drafts.written < 2 * drafts.proposed
+
+
+def test_no_position_is_beyond_the_context(monkeypatch):
+    """The longest row ends with the last position that there is, when much is still proposed for the others."""
+    prompts = asked(30)
+    length = prompts["input_ids"].shape[1]
+    config = GPT2Config(
+        vocab_size=SMALL["vocab_size"], n_embd=32, n_layer=2, n_head=4, n_positions=length + 30 - 1, bos_token_id=0
+    )
+    model = build(GPT2LMHeadModel, config)
+    expected = alone(model, "1.mlp@0.9", prompts)
+    longest = prompts["input_ids"][-1].tolist() + expected[-1]
+
+    def ahead(text: lookup.Text, most: int) -> list[int]:
+        there = text._tokens
+        right = longest[len(there) : len(there) + most]
+        return right if there[:length] == longest[:length] else [3] * most
+
+    monkeypatch.setattr(lookup.Text, "ahead", ahead)
+    monkeypatch.setattr(lookup, "_worth", lambda proposed: max(there for _, there in proposed))
+    _, written, report = in_both(model, "1.mlp@0.9", prompts)
+    assert written.tokens == expected
+    assert {len(row) for row in expected} == {30}
+    assert report.further["written"].proposed > 20
+
+
+def test_what_texts_go_on_with():
+    places: lookup.Places = {}
+    lookup.Text(places, [5, 6, 7, 8, 9])
+    text = lookup.Text(places, [1, 2, 6, 7])
+    assert text.ahead(2) == [8, 9]
+    assert text.ahead(4) == [8, 9, 8, 9]  # at its end a text is taken to go on as from there
+    assert text.ahead(0) == []
+    assert text.right == 0.5
+    text.ahead(2)
+    text.append(8)
+    assert text.right == pytest.approx(0.6)
+    text.append(3)
+    assert text.right == pytest.approx(0.48)
+    text.append(4)  # of which nothing was said
+    assert text.right == pytest.approx(0.48)
+    assert text.ahead(3) == []
+    text.append(1)
+    assert text.ahead(3) == [2, 6, 7]
+    other = lookup.Text(places, [8, 3])
+    assert other.ahead(2) == [4, 1]  # the later place
+
+
+def test_what_a_call_should_read():
+    assert lookup._worth([(0.0, 9)] * 4) == 0
+    assert lookup._worth([(1.0, 9)] * 4) == 9
+    assert lookup._worth([(1.0, 0)] * 4) == 0
+    assert lookup._worth([(0.9, 15)]) > lookup._worth([(0.9, 15)] * 16) > lookup._worth([(0.3, 15)] * 16)
 
 
 # ---- when the layers in front of the cut are computed ----------------------------------------------------------------

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from typing import Any
 
 import pytest
 import torch
 import yaml
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from tiny import SENTENCES, tiny_causal_lm, tiny_tokenizer
 
 from laser_callback import FactsDataModule, LaserCallback, LaserModule, reduced
 from laser_callback.compare import writing
 from laser_callback.data import Generation
 from laser_callback.reports import save_page
+from laser_callback.reports.loggers import publish
 from laser_callback.reports.terminal import plain
 from laser_callback.results.flips import flips
 
@@ -129,6 +132,21 @@ def test_what_is_kept_of_each_example(trainer, model, tmp_path):
     page = (tmp_path / "page.html").read_text()
     assert "reduced wrote" in page
     assert page.count("<mark>") == 2 * len(found)
+
+
+def test_loggers_get_what_both_wrote(trainer, model, tmp_path):
+    module, _ = compared(trainer, model, plan=PLAN, report=False)
+    result = module.result
+    found = flips(result.examples.to_rows(), "laser", result["laser"]["exact_match"])
+    publish(result, [CSVLogger(tmp_path, "", ""), board := TensorBoardLogger(tmp_path, "", "")])
+    with (tmp_path / "laser-0" / "written.csv").open(newline="") as file:
+        rows = [*csv.DictReader(file)]
+    assert [(row["id"], row["outcome"] == "fixed") for row in rows] == [(flip.id, flip.fixed) for flip in found]
+    for row, flip in zip(rows, found, strict=True):
+        assert (row["original"], row["reduced"]) == (flip.written_before, flip.written_after)
+    board.experiment.flush()
+    (file,) = tmp_path.glob("events*")
+    assert file.read_bytes().count(b"<strong>") == 2 * len(found) > 0
 
 
 def test_predict_and_another_primary(trainer, model):
