@@ -27,7 +27,7 @@ from laser_callback.reports.search_text import (
     with_strategy,
 )
 from laser_callback.reports.svg import inline
-from laser_callback.results.candidates import Estimate, bases, ranks
+from laser_callback.results.candidates import Candidate, Estimate, bases, ranks
 from laser_callback.results.search import SearchResult
 from laser_callback.support.plain_json import finite
 
@@ -102,13 +102,12 @@ def _off_the_map(result: SearchResult) -> dict[str, Any] | None:
         return None
     shown = found[:RACERS]
     first = sum(not candidate.base for candidate in result.candidates)
-    columns: Columns = {"plan": [in_short(candidate.plan) for candidate in shown]}
+    columns = _plans(shown)
     if with_strategy(result):
         columns["strategy"] = [code(candidate.strategy) for candidate in shown]
     if any(finite(candidate.score) is not None for candidate in found):
         columns["screen"] = aligned([finite(candidate.score) for candidate in shown])
     columns["n"] = [f"{candidate.examples:,}" if candidate.examples else "-" for candidate in shown]
-    columns["outcome"] = [f"{c.status}: {c.reason}" if c.reason else c.status for c in shown]
     told = f"{len(found):,} of {first:,} candidates have no place in a map: {OFF_THE_MAP}"
     caption = f"What has no place in a map{f', the best {len(shown)}' if len(found) > len(shown) else ''}"
     return {"told": told, "caption": caption, "columns": columns}
@@ -121,7 +120,7 @@ def _race(result: SearchResult) -> dict[str, Any] | None:
         return None
     gain, place, steps = GainText.of(result), ranks(result.candidates), bases(result.candidates)
     shown = run[:RACERS]
-    columns: Columns = {"plan": [in_short(candidate.plan) for candidate in shown]}
+    columns = _plans(shown)
     if with_strategy(result):
         columns["strategy"] = [code(candidate.strategy) for candidate in shown]
     if len(steps) > 1:
@@ -134,10 +133,17 @@ def _race(result: SearchResult) -> dict[str, Any] | None:
     columns[f"gain [95 % interval]{unit}"] = _estimates([c.gain for c in shown], gain.scale, gain.decimals)
     if any(candidate.loss for candidate in shown):
         columns[f"loss [95 % interval], {change_unit(result)}"] = _estimates([c.loss for c in shown], 1, None)
-    columns["outcome"] = [f"{c.status}: {c.reason}" if c.reason else c.status for c in shown]
     caption = f"{len(run):,} of {len(result.candidates):,} candidates were run"
     caption += f", the best {len(shown)}" if len(run) > len(shown) else ""
     return {"caption": caption, "columns": columns, "gain": gain.told}
+
+
+def _plans(shown: Sequence[Candidate]) -> Columns:
+    """The columns of a table of candidates that a reader must see: each plan, and beside it what became of it."""
+    return {
+        "plan": [in_short(candidate.plan) for candidate in shown],
+        "outcome": [f"{c.status}: {c.reason}" if c.reason else c.status for c in shown],
+    }
 
 
 def _trades(result: SearchResult) -> dict[str, Any]:
