@@ -13,12 +13,14 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from laser_callback.plans.short import brief
 from laser_callback.reports.row_text import (
+    NO_INTERVAL,
     ahead_text,
     cell_text,
     change_text,
     interval_text,
     p_text,
     value_text,
+    without_variance,
 )
 from laser_callback.results.comparison import LaserResult
 from laser_callback.stats.judgement import Judgement
@@ -91,6 +93,7 @@ def model_card(
         interval=interval_text,
         p=p_text,
         value=value_text,
+        no_interval=NO_INTERVAL if arm is not None and any(map(without_variance, arm.rows)) else "",
         is_left_out=lambda name: name.startswith(gone),
     )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import sys
+from collections.abc import Iterator
 from contextlib import nullcontext
 from itertools import groupby
 from pathlib import Path
@@ -16,6 +17,7 @@ from rich.text import Text
 
 from laser_callback.plans.short import brief
 from laser_callback.reports.row_text import (
+    NO_INTERVAL,
     ahead_text,
     change_text,
     control_text,
@@ -30,6 +32,7 @@ from laser_callback.reports.row_text import (
     prior_text,
     value_text,
     verdict,
+    without_variance,
 )
 from laser_callback.reports.svg import printable
 from laser_callback.results.ab_test import ABResult
@@ -177,6 +180,8 @@ def _ab_finding(row: UnpairedResult) -> str:
 def footnotes(result: LaserResult) -> list[str]:
     """What a reader of the tables must know: which p carries the claim, and what was left out."""
     lines = [_legend(result)]
+    if any(map(without_variance, _shown_rows(result))):
+        lines.append(NO_INTERVAL)
     if result.is_one_look_of_several:
         lines.append(
             "exploratory: each validation of `fit` is another look, and p is not corrected for their number; what is "
@@ -188,6 +193,13 @@ def footnotes(result: LaserResult) -> list[str]:
     if result.examples.duplicates:
         lines.append(f"{result.examples.duplicates} duplicates of the distributed sampler removed")
     return lines
+
+
+def _shown_rows(result: LaserResult) -> Iterator[PairedResult]:
+    """The rows of whose changes the tables and the lines below them tell."""
+    for arm in (*result.arms.values(), *(arm for of in result.controls.values() for arm in of.values())):
+        yield from (*arm.rows, *arm.ahead)
+        yield from (rest for checks in arm.prior_checks.values() if (rest := checks.majority_excluded) is not None)
 
 
 def _title(result: LaserResult, name: str) -> Text:
