@@ -53,9 +53,9 @@ def code(text: str) -> Markup:
     return Markup("<code>{}</code>").format(printable(text))
 
 
-def in_short(plan: object) -> Markup:
-    """A plan in its short form, which unfolds to all of it."""
-    short = brief(plan)
+def in_short(plan: object, short: str | None = None) -> Markup:
+    """A plan in its short form, or as it is told apart from others, which unfolds to all of it."""
+    short = brief(plan) if short is None else short
     if short == str(plan):
         return code(short)
     whole = printable(plan).replace(", ", ",\n")

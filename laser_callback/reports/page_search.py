@@ -7,11 +7,12 @@ from typing import Any
 
 from markupsafe import Markup
 
+from laser_callback.plans.short import told_apart
 from laser_callback.plans.words import in_words
-from laser_callback.reports.drawing import heat_map
+from laser_callback.reports.drawing import heat_map, trade_off
 from laser_callback.reports.page_columns import Columns, code, flat, foreign, in_short, with_interval
 from laser_callback.reports.panels import Panel, Shading, panels, shading
-from laser_callback.reports.pictures import one, trades
+from laser_callback.reports.pictures import one, trade_offs
 from laser_callback.reports.search_text import (
     OFF_THE_MAP,
     GainText,
@@ -21,9 +22,9 @@ from laser_callback.reports.search_text import (
     change_unit,
     kl_texts,
     merit,
+    numbered,
     off_the_map,
-    pictured,
-    trade_order,
+    unbeaten_text,
     with_strategy,
 )
 from laser_callback.reports.svg import inline
@@ -140,30 +141,40 @@ def _race(result: SearchResult) -> dict[str, Any] | None:
 
 def _plans(shown: Sequence[Candidate]) -> Columns:
     """The columns of a table of candidates that a reader must see: each plan, and beside it what became of it."""
+    plans = [candidate.plan for candidate in shown]
     return {
-        "plan": [in_short(candidate.plan) for candidate in shown],
+        "plan": list(map(in_short, plans, told_apart(plans))),
         "outcome": [f"{c.status}: {c.reason}" if c.reason else c.status for c in shown],
     }
 
 
-def _trades(result: SearchResult) -> dict[str, Any]:
-    """The finalists' gain against their fluency: a picture where fluency was measured, and a table."""
-    gain, listed = GainText.of(result), sorted(result.trades, key=trade_order)
+def _trades(result: SearchResult) -> dict[str, Any] | None:
+    """The finalists' gain against their fluency: pictures and a table; ``None`` where fluency was not measured."""
+    listed, drawn = numbered(result.trades), trade_offs(result)
+    if not drawn:
+        return None
+    gain, trades = GainText.of(result), list(listed.values())
     by_plan = {str(candidate.whole): candidate.gain for candidate in result.candidates if not candidate.base}
-    estimates = [by_plan.get(trade.plan) or Estimate(trade.gain) for trade in listed]
-    marks = [["no other is better in both"] * t.efficient + ["went to confirmation"] * t.chosen for t in listed]
-    shown, figure = pictured(listed), trades(result)
-    diverged = kl_texts(listed)
-    title = f"gain against fluency, {len(shown)} points"
+    estimates = [by_plan.get(trade.plan) or Estimate(trade.gain) for trade in trades]
+    marks = [["unbeaten"] * t.efficient + ["went to confirmation"] * t.chosen for t in trades]
+    plans = [trade.plan for trade in trades]
+    diverged = kl_texts(trades)
     return {
-        "picture": None if figure is None else inline(figure, title),
-        "left_out": len(shown) < len(listed),
+        "pictures": [
+            inline(one(5, 3.6, trade_off, what), f"gain against {what.fluency}, {len(what.trades)} points")
+            for what in drawn
+        ],
+        "unbeaten": unbeaten_text(trades),
+        "left_out": len(drawn[0].trades) < len(trades),
         "columns": {
-            "plan": [in_short(trade.plan) for trade in listed],
+            "plan": [
+                Markup("{}. {}").format(number, in_short(plan, short))
+                for number, plan, short in zip(listed, plans, told_apart(plans), strict=True)
+            ],
             f"gain [95 % interval]{f', {gain.unit}' if gain.unit else ''}": _estimates(
                 estimates, gain.scale, gain.decimals
             ),
-            "perplexity, % change": aligned([None if t.fluency is None else 100 * t.fluency for t in listed], 1),
+            "perplexity, % change": aligned([None if t.fluency is None else 100 * t.fluency for t in trades], 1),
             **({"kl, nats per token": diverged} if any(cell != "-" for cell in diverged) else {}),
             "": [", ".join(of_trade) for of_trade in marks],
         },

@@ -12,11 +12,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from laser_callback.plans.short import brief
+from laser_callback.plans.short import brief, told_apart
 from laser_callback.reports import drawing
 from laser_callback.reports.panels import STEPS, panels, shading
 from laser_callback.reports.row_text import is_share
-from laser_callback.reports.search_text import GainText, Teller, pictured
+from laser_callback.reports.search_text import GainText, Teller, numbered, pictured
 from laser_callback.reports.svg import SHADES, printable, standalone
 from laser_callback.results.comparison import LaserResult
 from laser_callback.results.flips import Row, label_counts
@@ -50,7 +50,7 @@ def figures(result: Result, examples: Sequence[Row] | None = None) -> dict[str, 
     drawn: dict[str, Figure | None] = {}
     with drawing.styled():
         if search is not None:
-            drawn |= {"map": _map(search), "trades": trades(search)}
+            drawn |= {"map": _map(search), "trades": _trades(search)}
         if compared is not None:
             rows = compared.examples.to_rows() if examples is None else examples
             drawn |= {
@@ -190,17 +190,29 @@ def _map(result: SearchResult) -> Figure | None:
     return figure
 
 
-def trades(result: SearchResult) -> Figure | None:
-    """The finalists' gain against their fluency, by perplexity and divergence; ``None`` where it was not measured."""
-    shown = pictured(result.trades)
-    if not shown:
-        return None
+def trade_offs(result: SearchResult) -> list[drawing.TradeOff]:
+    """The finalists' gain against their perplexity, and their divergence; of these what was measured."""
+    shown = pictured(numbered(result.trades))
     gains = {str(candidate.whole): candidate.gain for candidate in result.candidates if not candidate.base}
-    diverged = [trade for trade in shown if finite(trade.kl) is not None]
-    panels = [(shown, False), *([(diverged, True)] if diverged else [])]
-    figure = new_figure(6 * len(panels), 4.2)
-    for axis, (drawn, by_kl) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
-        drawing.trade_off(axis, drawn, gains, GainText.of(result), by_kl)
+    diverged = {number: trade for number, trade in shown.items() if finite(trade.kl) is not None}
+    drawn = [
+        drawing.TradeOff(of, gains, GainText.of(result), by_kl) for of, by_kl in ((shown, False), (diverged, True))
+    ]
+    return [what for what in drawn if what.trades]
+
+
+def _trades(result: SearchResult) -> Figure | None:
+    """All of :func:`trade_offs`, with the plans' names below."""
+    drawn = trade_offs(result)
+    if not drawn:
+        return None
+    named = drawn[0].trades
+    plans = told_apart([trade.plan for trade in named.values()])
+    figure = new_figure(6 * len(drawn), 4.2 + 0.15 * len(named))
+    for axis, what in zip(figure.subplots(1, len(drawn), squeeze=False)[0], drawn, strict=True):
+        drawing.trade_off(axis, what)
+    lines = [f"{number}. {printable(plan)}" for number, plan in zip(named, plans, strict=True)]
+    figure.supxlabel("\n".join(lines), x=0.01, ha="left", fontsize=8)
     return figure
 
 

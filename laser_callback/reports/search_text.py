@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -173,14 +173,25 @@ def trade_order(trade: Trade) -> tuple[float, float, str]:
     return math.inf if gain is None else -gain, math.inf if fluency is None else fluency, trade.plan
 
 
-def pictured(trades: Sequence[Trade]) -> list[Trade]:
-    """The trades that share a picture, in order: those far worse than all that one would choose would flatten it."""
-    known = [trade for trade in trades if finite(trade.gain) is not None and finite(trade.fluency) is not None]
-    choice = [trade for trade in known if trade.efficient or trade.chosen] or known
+def numbered(trades: Sequence[Trade]) -> dict[int, Trade]:
+    """The trades in order, with the numbers that a picture has for them."""
+    return dict(enumerate(sorted(trades, key=trade_order), 1))
+
+
+def pictured(trades: Mapping[int, Trade]) -> dict[int, Trade]:
+    """Those of :func:`numbered` that share a picture: what is far worse than all that one would choose flattens it."""
+    known = {i: t for i, t in trades.items() if finite(t.gain) is not None and finite(t.fluency) is not None}
+    choice = [trade for trade in known.values() if trade.efficient or trade.chosen] or list(known.values())
     worst = 3 * max((abs(trade.fluency or 0) for trade in choice), default=0.0)
     least = -3 * max((abs(trade.gain) for trade in choice), default=0.0)
-    near = (trade for trade in known if (trade.fluency or 0) <= worst and trade.gain >= least)
-    return sorted(near, key=trade_order)
+    return {i: trade for i, trade in known.items() if (trade.fluency or 0) <= worst and trade.gain >= least}
+
+
+def unbeaten_text(trades: Sequence[Trade]) -> str:
+    """What :attr:`Trade.efficient` says, by what was measured."""
+    if any(finite(trade.kl) is not None for trade in trades):
+        return "no other finalist is better in gain, perplexity or kl and at least as good in the rest"
+    return "no other finalist is better in gain or perplexity and at least as good in the other"
 
 
 def kl_texts(trades: Sequence[Trade]) -> list[str]:
