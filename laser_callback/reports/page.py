@@ -33,6 +33,7 @@ from laser_callback.reports.row_text import (
     noise_text,
     percent,
     prior_text,
+    shown_priors,
     value_text,
     verdict,
 )
@@ -198,6 +199,7 @@ def _templates() -> jinja2.Environment:
         "needs_recipe": _needs_recipe,
         "noise_text": noise_text,
         "prior_text": prior_text,
+        "shown_priors": shown_priors,
         "spectrum_pictures": spectrum_pictures,
         "zip": zip,
         **{name: getattr(page_columns, name) for name in page_columns.FOR_TEMPLATES},

@@ -149,6 +149,13 @@ def noise_text(result: LaserResult, name: str) -> str:
     return f"by arithmetic alone {of}, and {row.fixed + row.broken:,} differ in {reduced}"
 
 
+def shown_priors(arm: ArmResult, metric: str | None) -> list[PriorChecks]:
+    """The prior checks that are shown: those of ``metric``, or else the first, and of each gain that they doubt."""
+    shown = [checks] if (checks := arm.prior(metric)) else []
+    in_doubt = [row.metric for row in arm.rows if row.verdict == "in doubt" and row.metric in arm.prior_checks]
+    return shown + [arm.prior_checks[name] for name in in_doubt if name not in [checks.metric for checks in shown]]
+
+
 def prior_text(row: PairedResult, checks: PriorChecks, names: tuple[str, str] = ORIGINAL_AND_REDUCED) -> str:
     """What the prior check of a row's metric says: something only where a gain is shown."""
     if checks.delta <= 0:

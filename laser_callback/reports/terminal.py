@@ -30,6 +30,7 @@ from laser_callback.reports.row_text import (
     p_text,
     percent,
     prior_text,
+    shown_priors,
     value_text,
     verdict,
     without_variance,
@@ -257,7 +258,7 @@ def _lines(arm: ArmResult, result: LaserResult, name: str) -> list[RenderableTyp
     lines: list[RenderableType] = [
         indent(Text(f"{', '.join(metrics)}: {note}", style="dim")) for note, metrics in notes.items()
     ]
-    if checks := arm.prior(metric):
+    for checks in shown_priors(arm, metric):
         lines += _prior_lines(arm[checks.metric], checks, result.names)
     if noise := noise_text(result, name):
         lines.append(indent(Text(noise)))

@@ -18,7 +18,7 @@ from classifier import HOSTILE, LABELS, PLAN, RIGHT_TO_LEFT, Classifier, compare
 from laser_callback.reports.drawing import labels, styled
 from laser_callback.reports.page import page as page_of
 from laser_callback.reports.page import save_page
-from laser_callback.reports.page_columns import code, flip_columns, foreign
+from laser_callback.reports.page_columns import code, flip_tables, foreign
 from laser_callback.reports.pictures import one
 from laser_callback.reports.row_text import ahead_text, delta_text, interval_text, p_text
 from laser_callback.reports.svg import inline
@@ -130,8 +130,8 @@ def test_examples_without_a_name_are_counted_and_not_listed(result):
     named = result.examples.to_rows()
     arms = ("original", "laser")
     nameless = [{arm: {k: v for k, v in row[arm].items() if k != "prediction"} for arm in arms} for row in named]
-    assert len(flip_columns(result, "laser", named)["columns"]) > 1
-    assert list(flip_columns(result, "laser", nameless)["columns"]) == ["outcome"]
+    assert len(flip_tables(result, "laser", named)[0]["columns"]) > 1
+    assert list(flip_tables(result, "laser", nameless)[0]["columns"]) == ["outcome"]
     page = Page.of(page_of(result, nameless))
     assert not [table for table in page.all("table") if table.get("id")]
     assert "id" in page.text("code")
