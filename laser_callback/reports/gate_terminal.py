@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
 from laser_callback.plans.short import brief
+from laser_callback.reports.search_text import CONTENDERS_LEGEND, contender_kind, contender_name, four_parts_text
 from laser_callback.reports.terminal import WIDE, indent, show
 from laser_callback.results.cleanup import CleanupResult
 from laser_callback.results.other_tasks import OtherTask, four_parts
@@ -71,9 +71,6 @@ def print_rollout(result: RolloutResult, console: Console | None = None) -> None
     console.print(Group(*parts))
 
 
-_KINDS = {"joint rule": "one rule for all", "single": "one matrix"}
-
-
 def print_cleanup(result: CleanupResult, console: Console | None = None) -> None:
     """Print the verdict, and what was held against what, where :func:`~laser_callback.reports.show` does."""
     classes = any(row.said_most is not None for row in result.contenders)
@@ -83,12 +80,11 @@ def print_cleanup(result: CleanupResult, console: Console | None = None) -> None
         table.add_column(column, justify="right", no_wrap=True)
     for row in result.contenders:
         told = [_number(row.said_most), _number(row.balanced)] * classes
-        name = Path(row.name).name if row.kind in ("checkpoint", "as trained") else brief(row.name)
         style = "bold" if row.confirmed else ""
         gain = "" if row.gain is None else f"{row.gain:+.4g}"
         table.add_row(
-            _KINDS.get(row.kind, row.strategy if row.kind == "strategy" else row.kind),
-            Text(name, overflow="fold"),
+            contender_kind(row),
+            Text(contender_name(row), overflow="fold"),
             gain,
             f"{row.examples:,}" if row.gain is not None else "",
             _number(row.value) + ("" if row.confirmed or row.kind == "as trained" else "*"),
@@ -99,12 +95,13 @@ def print_cleanup(result: CleanupResult, console: Console | None = None) -> None
         Text(result.verdict, style="bold green" if result.checkpoint else "bold yellow"),
         Text(),
         table,
-        Text("race: change of the objective on n examples; the loss decides between near-equals", style="dim"),
+        Text(CONTENDERS_LEGEND, style="dim"),
         Text("* exploratory: nothing is claimed of it, nothing was chosen by it; bold: confirmed", style="dim"),
     ]
     if result.others:
         parts += [Text(), *_other_tasks(result.others)]
-    lines = [*result.notes, f"cleaned: {result.source}", f"report: {result.report}"]
+    lines = [*result.notes, f"cleaned: {result.source}"]
+    lines += [] if result.report is None else [f"report: {result.report}"]
     lines += [] if result.checkpoint is None else [f"checkpoint: {result.checkpoint}"]
     show(Group(*parts, Text(), *(Text(line, style="dim") for line in lines)), console=console)
 
@@ -123,11 +120,4 @@ def _other_tasks(tasks: Sequence[OtherTask]) -> list[RenderableType]:
             ends = "" if row.lower is None or row.upper is None else f" [{row.lower:+.3g}, {row.upper:+.3g}]"
             cells = [f"{row.reduced:.4g}", f"{row.delta:+.3g}{ends}"]
         table.add_row(Text(task.name), f"{task.tuning.original:.4g}", f"{task.tuning.reduced:.4g}", *cells, task.effect)
-    parts = four_parts(tasks)
-    said = [
-        f"healed {parts.healed:.0%} of what {len(parts.damaged)} damaged lost" if parts.healed is not None else "",
-        f"kept {parts.kept:.0%} of what {len(parts.improved)} improved gained" if parts.kept is not None else "",
-        f"harmed {len(parts.harmed)} of {len(parts.unchanged)} unchanged" if parts.unchanged else "",
-        f"target: {parts.retained:.0%} retained" if parts.retained is not None else "",
-    ]
-    return [table, Text("; ".join(filter(None, said)), style="bold")]
+    return [table, Text(four_parts_text(four_parts(tasks)), style="bold")]

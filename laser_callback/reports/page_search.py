@@ -1,4 +1,4 @@
-"""What the page of a search shows of the way to its plan: map, race, gain against fluency."""
+"""What the pages of a search and a cleanup show of the way to a plan: contenders, map, race, gain against fluency."""
 
 from __future__ import annotations
 
@@ -10,16 +10,20 @@ from markupsafe import Markup
 from laser_callback.plans.short import told_apart
 from laser_callback.plans.words import in_words
 from laser_callback.reports.drawing import heat_map, trade_off
-from laser_callback.reports.page_columns import Columns, code, flat, foreign, in_short, with_interval
+from laser_callback.reports.page_columns import Columns, change, code, flat, foreign, in_short, with_interval
 from laser_callback.reports.panels import Panel, Shading, panels, shading
 from laser_callback.reports.pictures import one, trade_offs
 from laser_callback.reports.search_text import (
+    CONTENDERS_LEGEND,
     OFF_THE_MAP,
     GainText,
     Teller,
     aligned,
     by_strategy,
     change_unit,
+    contender_kind,
+    contender_name,
+    four_parts_text,
     kl_texts,
     merit,
     numbered,
@@ -29,6 +33,8 @@ from laser_callback.reports.search_text import (
 )
 from laser_callback.reports.svg import inline
 from laser_callback.results.candidates import Candidate, Estimate, bases, ranks
+from laser_callback.results.cleanup import CleanupResult
+from laser_callback.results.comparison import LaserResult
 from laser_callback.results.search import SearchResult
 from laser_callback.support.plain_json import finite
 
@@ -36,14 +42,27 @@ RACERS = 12
 """So many rows has the table of the race."""
 
 
-def search_context(result: SearchResult) -> dict[str, Any]:
-    """Everything that the template shows beside the result itself."""
+def context_of(result: SearchResult | CleanupResult) -> tuple[str, dict[str, Any]]:
+    """The template of the page, and everything that it shows."""
+    if isinstance(result, SearchResult):
+        return "search.html", _of_search(result, result.confirmed)
+    files = {"cleaned": result.source, "checkpoint": result.checkpoint, "report": result.report}
+    return "cleanup.html", _of_search(result.search, result.confirmed) | {
+        "cleanup": result,
+        "contenders": _contenders(result),
+        "others": _others(result),
+        "files": [(name, str(file)) for name, file in files.items() if file is not None],
+    }
+
+
+def _of_search(result: SearchResult, confirmed: LaserResult | None) -> dict[str, Any]:
     shades, drawn = shading(result), panels(result)
     tell = Teller(result)
-    confirmed = result.confirmed
     settings = dict(flat({"examples": result.sets, **result.settings}))
     provenance = {} if confirmed is None else dict(flat(confirmed.provenance))
     return {
+        "result": result,
+        "confirmed": confirmed,
         "steps": bases(result.candidates),
         "shades": shades,
         "panels": [] if shades is None else [_picture(panel, shades, tell) for panel in drawn],
@@ -137,6 +156,51 @@ def _race(result: SearchResult) -> dict[str, Any] | None:
     caption = f"{len(run):,} of {len(result.candidates):,} candidates were run"
     caption += f", the best {len(shown)}" if len(run) > len(shown) else ""
     return {"caption": caption, "columns": columns, "gain": gain.told}
+
+
+def _contenders(result: CleanupResult) -> dict[str, Any]:
+    """What a cleanup held against the model as trained."""
+    rows = result.contenders
+    numbers: Columns = {
+        "race": ["" if row.gain is None else f"{row.gain:+.4g}" for row in rows],
+        "n": ["" if row.gain is None else f"{row.examples:,}" for row in rows],
+        "confirm": [
+            _number(row.value) + ("" if row.confirmed or row.kind == "as trained" else "*" * (row.value is not None))
+            for row in rows
+        ],
+    }
+    if any(row.said_most is not None for row in rows):
+        numbers["says most"] = [_number(row.said_most) for row in rows]
+        numbers["balanced"] = [_number(row.balanced) for row in rows]
+    plans = {"as trained", "checkpoint"}
+    columns: Columns = {
+        "contender": [contender_kind(row) for row in rows],
+        "what": [foreign(contender_name(row)) if row.kind in plans else in_short(row.name) for row in rows],
+        **numbers,
+        "outcome": ["went to confirmation" if row.confirmed else "" for row in rows],
+    }
+    objective = next(iter(result.search.objective), "the objective")
+    return {"columns": columns, "numbers": [*numbers], "told": CONTENDERS_LEGEND, "objective": objective}
+
+
+def _others(result: CleanupResult) -> dict[str, Any] | None:
+    """What fine-tuning and the cleanup did to other tasks; ``None`` without any."""
+    if result.four_parts is None:
+        return None
+    cleaned = [task.cleaning for task in result.others]
+    columns: Columns = {
+        "task": [foreign(task.name) for task in result.others],
+        "base": [_number(task.tuning.original) for task in result.others],
+        "fine-tuned": [_number(task.tuning.reduced) for task in result.others],
+        "cleaned": ["" if row is None else _number(row.reduced) for row in cleaned],
+        "cleaned - fine-tuned [95 % interval]": ["" if row is None else change(row) for row in cleaned],
+        "by fine-tuning": [task.effect for task in result.others],
+    }
+    return {"told": four_parts_text(result.four_parts), "columns": columns}
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.4g}"
 
 
 def _plans(shown: Sequence[Candidate]) -> Columns:

@@ -27,9 +27,10 @@ from laser_callback.support.plain_json import finite
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+    from laser_callback.results.cleanup import CleanupResult
     from laser_callback.results.search import SearchResult  # which needs torch
 
-Result: TypeAlias = "LaserResult | SearchResult"
+Result: TypeAlias = "LaserResult | SearchResult | CleanupResult"
 
 SPECTRA = 12
 """At most so many spectra are drawn."""
@@ -38,15 +39,14 @@ LABELS = 12
 
 
 def figures(result: Result, examples: Sequence[Row] | None = None) -> dict[str, Figure]:
-    """The pictures of a result by name: ``comparison``, ``spectra``, ``labels``; of a search also ``map``, ``trades``.
+    """The pictures of a result by name: ``comparison``, ``spectra``, ``labels``; of a search and a cleanup also ``map``, ``trades``.
 
     Args:
         result: what to draw.
         examples: per-example outcomes, as in the lines that :meth:`PairedExamples.write` writes; by default those that
             the result holds.
     """
-    search = None if isinstance(result, LaserResult) else result
-    compared = result if isinstance(result, LaserResult) else result.confirmed
+    search, compared = _parts(result)
     drawn: dict[str, Figure | None] = {}
     with drawing.styled():
         if search is not None:
@@ -59,6 +59,15 @@ def figures(result: Result, examples: Sequence[Row] | None = None) -> dict[str, 
                 "labels": _labels(compared, rows),
             }
     return {name: figure for name, figure in drawn.items() if figure is not None}
+
+
+def _parts(result: Result) -> tuple[SearchResult | None, LaserResult | None]:
+    """The search, and the comparison that claims something."""
+    if isinstance(result, LaserResult):
+        return None, result
+    from laser_callback.results.cleanup import CleanupResult
+
+    return (result.search if isinstance(result, CleanupResult) else result), result.confirmed
 
 
 def save_figures(

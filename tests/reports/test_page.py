@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from classifier import HOSTILE, LABELS, PLAN, RIGHT_TO_LEFT, Classifier, compared, searched
+from classifier import HOSTILE, LABELS, PLAN, RIGHT_TO_LEFT, Classifier, cleaned, compared, searched
 
 from laser_callback.reports.drawing import labels, styled
 from laser_callback.reports.page import page as page_of
@@ -74,10 +74,11 @@ def pages(result):
         "several": page_of(several),
         "search": page_of(searched(result)),
         "nothing": page_of(searched()),
+        "cleanup": page_of(cleaned(result)),
     }
 
 
-@pytest.fixture(params=["one", "several", "search", "nothing"])
+@pytest.fixture(params=["one", "several", "search", "nothing", "cleanup"])
 def source(request, pages):
     return pages[request.param]
 
