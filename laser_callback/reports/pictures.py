@@ -39,7 +39,7 @@ LABELS = 12
 
 
 def figures(result: Result, examples: Sequence[Row] | None = None) -> dict[str, Figure]:
-    """The pictures of a result by name: ``comparison``, ``spectra``, ``labels``; of a search and a cleanup also ``map``, ``trades``.
+    """The pictures of a result by name: ``comparison``, ``spectra``, ``labels``; of a search ``map``, ``trades``.
 
     Args:
         result: what to draw.

@@ -7,13 +7,13 @@ import hashlib
 import re
 import shutil
 import subprocess
-from dataclasses import dataclass, field, replace
-from html.parser import HTMLParser
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from classifier import HOSTILE, LABELS, PLAN, RIGHT_TO_LEFT, Classifier, cleaned, compared, searched
+from html_page import Page
 
 from laser_callback.reports.drawing import labels, styled
 from laser_callback.reports.page import page as page_of
@@ -27,43 +27,6 @@ from laser_callback.results.comparison import ArmResult, LaserResult
 from laser_callback.results.examples import PairedExamples
 from laser_callback.results.flips import LabelCount, flip_metric, flips
 from laser_callback.stats.outcomes import PairedResult
-
-VOID = {"meta", "input"}
-
-
-@dataclass
-class Page(HTMLParser):
-    """The elements of a page with their attributes, and the text in each; refuses what does not nest."""
-
-    elements: list[tuple[str, dict[str, str | None]]] = field(default_factory=list)
-    texts: list[tuple[str, str]] = field(default_factory=list)
-    open: list[str] = field(default_factory=list)
-
-    @classmethod
-    def of(cls, source: str) -> Page:
-        page = cls()
-        HTMLParser.__init__(page)
-        page.feed(source)
-        page.close()
-        assert page.open == []
-        return page
-
-    def handle_starttag(self, name, attributes):
-        self.elements.append((name, dict(attributes)))
-        if name not in VOID:
-            self.open.append(name)
-
-    def handle_endtag(self, name):
-        assert self.open.pop() == name
-
-    def handle_data(self, text):
-        self.texts.append((self.open[-1] if self.open else "", text))
-
-    def all(self, name: str) -> list[dict[str, str | None]]:
-        return [attributes for element, attributes in self.elements if element == name]
-
-    def text(self, *names: str) -> list[str]:
-        return [text for name, text in self.texts if name in names]
 
 
 @pytest.fixture(scope="module")

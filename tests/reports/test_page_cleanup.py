@@ -6,7 +6,7 @@ import re
 
 import pytest
 from classifier import cleaned
-from test_page import Page
+from html_page import Page
 
 from laser_callback.cli.commands import main
 from laser_callback.reports import save_page

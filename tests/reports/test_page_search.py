@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from classifier import searched
-from test_page import Page
+from html_page import Page
 
 from laser_callback.reports.page import page as page_of
 from laser_callback.results.search import Trade
