@@ -1,4 +1,4 @@
-"""``laser-callback report``: a finished comparison or search once more, in the terminal, as a page or as pictures."""
+"""``laser-callback report``: a finished comparison, search or cleanup once more: terminal, page or pictures."""
 
 from __future__ import annotations
 
@@ -12,11 +12,13 @@ from typing import Any, Literal
 from laser_callback.cli.command import Answer
 from laser_callback.finished.pairing import compare_runs
 from laser_callback.finished.reading import read_run, run_of_rows
+from laser_callback.reports.gate_terminal import print_cleanup
 from laser_callback.reports.page import save_page
-from laser_callback.reports.pictures import save_figures
+from laser_callback.reports.pictures import Result, save_figures
 from laser_callback.reports.row_text import verdict
 from laser_callback.reports.search_terminal import print_search
 from laser_callback.reports.terminal import print_report
+from laser_callback.results.cleanup import CleanupResult
 from laser_callback.results.comparison import LaserResult
 from laser_callback.results.search import SearchResult, result_of
 from laser_callback.support.files import need_files, need_writable, need_writable_folder
@@ -31,10 +33,10 @@ def report(
     examples: Path | None = None,
     noise: Path | None = None,
 ) -> Answer:
-    """Show the result of a comparison or a search: in the terminal, or as a page or pictures where these are asked for.
+    """Show the result of a comparison, a search or a cleanup: in the terminal, or if asked for as a page or pictures.
 
     Args:
-        result: the JSON file that the comparison or the search has written.
+        result: the JSON file that the comparison, the search or the cleanup has written.
         html: where to write a page, one file that loads nothing.
         pictures: a folder for pictures.
         format: of the pictures.
@@ -59,16 +61,18 @@ def report(
     for path in written:
         print(f"written: {path}")
     if not written:
-        if isinstance(found, SearchResult):
+        if isinstance(found, CleanupResult):
+            print_cleanup(found)
+            if found.confirmed is not None:
+                print_report(found.confirmed)
+        elif isinstance(found, SearchResult):
             print_search(found)
         else:
             print_report(found)
     return Answer({"verdict": _verdicts(found), "written": [str(path) for path in written]})
 
 
-def _with_noise(
-    found: LaserResult | SearchResult, rows: Sequence[Mapping[str, Any]], result: Path, noise: Path
-) -> LaserResult | SearchResult:
+def _with_noise(found: Result, rows: Sequence[Mapping[str, Any]], result: Path, noise: Path) -> Result:
     """The result with what its original answers otherwise in another run of it."""
     compared = found if isinstance(found, LaserResult) else found.confirmed
     if compared is None or not rows:
@@ -79,13 +83,18 @@ def _with_noise(
     return compared if isinstance(found, LaserResult) else replace(found, confirmed=compared)
 
 
-def read_result(path: Path) -> LaserResult | SearchResult:
+def read_result(path: Path) -> Result:
     """The result in a JSON file.
 
     Raises:
         ValueError: if the file holds something else.
     """
-    return read_plain(path, "result", result_of)
+
+    def made(data: Any) -> Result:
+        cleaned = isinstance(data, Mapping) and "contenders" in data
+        return replace(CleanupResult.from_dict(data), report=path) if cleaned else result_of(data)
+
+    return read_plain(path, "result", made)
 
 
 def read_examples(path: Path, must_exist: bool) -> list[dict[str, Any]]:
@@ -99,7 +108,7 @@ def read_examples(path: Path, must_exist: bool) -> list[dict[str, Any]]:
     return []
 
 
-def _verdicts(found: LaserResult | SearchResult) -> str:
-    if isinstance(found, SearchResult):
-        return found.verdict
-    return ". ".join(verdict(found, name) for name in found.arms)
+def _verdicts(found: Result) -> str:
+    if isinstance(found, LaserResult):
+        return ". ".join(verdict(found, name) for name in found.arms)
+    return found.verdict

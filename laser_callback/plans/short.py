@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping, Sequence
 
 from laser_callback.support.suggest import clipped
 
@@ -36,6 +37,38 @@ def brief(plan: object) -> str:
         count += 1
     more = len(reductions) - count
     return f"{', '.join(reductions[:count])}{f', and {more:,} more' if more else ''}"
+
+
+def told_apart(plans: Sequence[object]) -> list[str]:
+    """:func:`brief` of each plan; where different plans are the same in short, with what tells them apart, or a number.
+
+    >>> told_apart([", ".join(f"{layer}.fc_in@0.01" for layer in range(last)) for last in (9, 10)])[1]
+    '0.fc_in@0.01, 1.fc_in@0.01, 2.fc_in@0.01, 3.fc_in@0.01, and 6 more'
+    >>> many = ", ".join(f"{layer}.fc_in@0.01" for layer in range(9))
+    >>> told_apart([f"{many}, 9.fc_in@{rho}" for rho in (0.1, 0.2)])[1]
+    '0.fc_in@0.01, 1.fc_in@0.01, 2.fc_in@0.01, 3.fc_in@0.01, and 6 more, with 9.fc_in@0.2'
+    """
+    wholes = [str(plan) for plan in plans]
+    shorts = dict(zip(wholes, map(brief, plans), strict=True))
+    for alike in _alike(shorts):
+        parts = {whole: whole.split(", ") for whole in alike}
+        common = set.intersection(*map(set, parts.values()))
+        for whole, reductions in parts.items():
+            own = [reduction for reduction in reductions if reduction not in common]
+            if common and own:
+                shorts[whole] += f", with {brief(', '.join(own))}"
+    for alike in _alike(shorts):
+        for number, whole in enumerate(alike, 1):
+            shorts[whole] += f" ({number})"
+    return [shorts[whole] for whole in wholes]
+
+
+def _alike(shorts: Mapping[str, str]) -> list[list[str]]:
+    """The plans that are the same in short as another."""
+    by_short: dict[str, list[str]] = {}
+    for whole, short in shorts.items():
+        by_short.setdefault(short, []).append(whole)
+    return [alike for alike in by_short.values() if len(alike) > 1]
 
 
 def _counted(match: re.Match[str]) -> str:

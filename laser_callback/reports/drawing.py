@@ -7,11 +7,12 @@ was drawn, within :func:`styled`.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from laser_callback.plans.short import brief
+from laser_callback.plans.short import told_apart
 from laser_callback.reports.panels import STEPS, Panel, Shading
 from laser_callback.reports.row_text import percent
 from laser_callback.reports.search_text import GainText, short_rho
@@ -164,47 +165,63 @@ def heat_map(axis: Axes, panel: Panel, shading: Shading, tell: Callable[[Candida
     axis.spines[:].set_visible(False)
 
 
-def trade_off(
-    axis: Axes, trades: Sequence[Trade], gains: dict[str, Estimate | None], gain: GainText, by_kl: bool = False
-) -> None:
-    """The finalists' gain, with its interval, against their fluency; filled is what no other beats in both.
+@dataclass(frozen=True)
+class TradeOff:
+    """The finalists' gain against their fluency, as one picture.
 
-    Args:
-        axis: where to draw.
-        trades: what is drawn.
+    Attributes:
+        trades: by the numbers that stand beside them.
         gains: by plan, for the intervals.
         gain: what it is of.
         by_kl: fluency is the divergence, and not the change of the perplexity.
     """
-    points = [
-        ((trade.kl if by_kl else 100 * (trade.fluency or 0.0)) or 0.0, gain.scale * trade.gain) for trade in trades
-    ]
-    for trade, (x, y) in zip(trades, points, strict=True):
-        estimate = gains.get(trade.plan)
+
+    trades: Mapping[int, Trade]
+    gains: Mapping[str, Estimate | None]
+    gain: GainText
+    by_kl: bool
+
+    @property
+    def fluency(self) -> str:
+        """What fluency is here, with its unit."""
+        return "kl, nats per token" if self.by_kl else "perplexity, % change"
+
+
+def trade_off(axis: Axes, what: TradeOff) -> None:
+    """A numbered point for each trade; filled is what no other beats, large what was chosen."""
+    gain, trades, points = what.gain, list(what.trades.values()), []
+    for trade, plan in zip(trades, told_apart([trade.plan for trade in trades]), strict=True):
+        x = (trade.kl if what.by_kl else 100 * (trade.fluency or 0.0)) or 0.0
+        y = gain.scale * trade.gain
+        points.append((x, y))
+        estimate = what.gains.get(trade.plan)
         if estimate is not None and estimate.lower is not None and estimate.upper is not None:
             axis.plot([x, x], [gain.scale * estimate.lower, gain.scale * estimate.upper], color=DIM, linewidth=1)
-        fill = SHADES[0] if trade.chosen else SHADES[2] if trade.efficient else PAPER
-        (point,) = axis.plot([x], [y], "o", color=fill, markeredgecolor=INK, markersize=8 if trade.chosen else 6)
-        fluency = f"kl {x:.3g}" if by_kl else f"perplexity {x:+.1f} %"
-        told(point, f"{brief(trade.plan)}: gain {y:+.3g} {gain.unit}, {fluency}")
+        fill = SHADES[2] if trade.efficient else PAPER
+        (point,) = axis.plot([x], [y], "o", color=fill, markeredgecolor=INK, markersize=9 if trade.chosen else 6)
+        fluency = f"kl {x:.3g}" if what.by_kl else f"perplexity {x:+.1f} %"
+        told(point, f"{plan}: gain {y:+.3g} {gain.unit}, {fluency}")
     axis.axhline(0, color=DIM, linewidth=0.8)
     axis.axvline(0, color=DIM, linewidth=0.8)
     axis.margins(0.12)
-    named = [(*xy, brief(t.plan)) for t, xy in zip(trades, points, strict=True) if t.efficient or t.chosen]
-    _label_apart(axis, named)
-    axis.set_xlabel("kl, nats per token" if by_kl else "perplexity, % change")
+    _number(axis, dict(zip(what.trades, points, strict=True)))
+    axis.set_xlabel(what.fluency)
     axis.set_ylabel(f"gain{f', {gain.unit}' if gain.unit else ''} [95 % interval]")
 
 
-def _label_apart(axis: Axes, points: Sequence[tuple[float, float, str]]) -> None:
-    """Write beside each point its label, those on one side of the picture a line apart at least."""
+def _number(axis: Axes, points: Mapping[int, tuple[float, float]]) -> None:
+    """Write beside each point its number; points that nearly meet share a place for theirs."""
     (low, high), (bottom, top) = axis.get_xlim(), axis.get_ylim()
-    lowest = {"left": math.inf, "right": math.inf}
-    for x, y, text in sorted(points, key=lambda point: -point[1]):
-        side = "right" if x > low + 0.6 * (high - low) else "left"
-        lowest[side] = min(y, lowest[side] - 0.06 * (top - bottom))
-        offset = (-6 if side == "right" else 6, 4)
-        axis.annotate(_short(text, 30), (x, lowest[side]), offset, textcoords="offset points", ha=side, fontsize=8)
+    together: list[tuple[float, float, list[int]]] = []
+    for number, (x, y) in sorted(points.items(), key=lambda point: point[1]):
+        if together and x - together[-1][0] < 0.05 * (high - low) and abs(y - together[-1][1]) < 0.07 * (top - bottom):
+            together[-1] = (x, y, [*together[-1][2], number])
+        else:
+            together.append((x, y, [number]))
+    paper: Any = {"facecolor": PAPER, "edgecolor": "none", "pad": 0.5}
+    for x, y, numbers in together:
+        text = ", ".join(map(str, sorted(numbers)))
+        axis.annotate(text, (x, y), (6, 5), textcoords="offset points", bbox=paper)
 
 
 # ---- details ---------------------------------------------------------------------------------------------------------

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
@@ -12,7 +11,13 @@ from rich.text import Text
 from laser_callback.plans.short import brief
 from laser_callback.plans.words import in_words
 from laser_callback.reports.row_text import change_text, percent, value_text
-from laser_callback.reports.search_text import GainText
+from laser_callback.reports.search_text import (
+    CONTENDERS_LEGEND,
+    GainText,
+    contender_kind,
+    contender_name,
+    four_parts_text,
+)
 from laser_callback.reports.terminal import WIDE, indent, show
 from laser_callback.results.cleanup import CleanupResult
 from laser_callback.results.other_tasks import OtherTask, four_parts
@@ -74,9 +79,6 @@ def print_rollout(result: RolloutResult, console: Console | None = None) -> None
     console.print(Group(*parts))
 
 
-_KINDS = {"joint rule": "one rule for all", "single": "one matrix"}
-
-
 def print_cleanup(result: CleanupResult, console: Console | None = None) -> None:
     """Print the verdict, and what was held against what, where :func:`~laser_callback.reports.show` does."""
     classes = any(row.said_most is not None for row in result.contenders)
@@ -87,11 +89,10 @@ def print_cleanup(result: CleanupResult, console: Console | None = None) -> None
         table.add_column(column, justify="right", no_wrap=True)
     for row in result.contenders:
         told = [_number(row.said_most, True), _number(row.balanced, True)] * classes
-        name = Path(row.name).name if row.kind in ("checkpoint", "as trained") else brief(row.name)
         style = "bold" if row.confirmed else ""
         table.add_row(
-            _KINDS.get(row.kind, row.strategy if row.kind == "strategy" else row.kind),
-            Text(name, overflow="fold"),
+            contender_kind(row),
+            Text(contender_name(row), overflow="fold"),
             _number(row.gain, share, "+"),
             f"{row.examples:,}" if row.gain is not None else "",
             _number(row.value, share) + ("" if row.confirmed or row.kind == "as trained" else "*"),
@@ -104,12 +105,13 @@ def print_cleanup(result: CleanupResult, console: Console | None = None) -> None
         *[Text(f"what the plan does: {words}", style="dim")] * bool(words),
         Text(),
         table,
-        Text("race: change of the objective on n examples; the loss decides between near-equals", style="dim"),
+        Text(CONTENDERS_LEGEND, style="dim"),
         Text("* exploratory: nothing is claimed of it, nothing was chosen by it; bold: confirmed", style="dim"),
     ]
     if result.others:
         parts += [Text(), *_other_tasks(result.others)]
-    lines = [*result.notes, f"searched: {result.source}", f"report: {result.report}"]
+    lines = [*result.notes, f"searched: {result.source}"]
+    lines += [] if result.report is None else [f"report: {result.report}"]
     if result.checkpoint is not None:
         lines.append(f"{'another epoch' if result.plan is None else 'cleaned'}: {result.checkpoint}")
     show(Group(*parts, Text(), *(Text(line, style="dim") for line in lines)), console=console)
@@ -129,11 +131,4 @@ def _other_tasks(tasks: Sequence[OtherTask]) -> list[RenderableType]:
             cells = [value_text(row, row.reduced), change_text(row)]
         before, tuned = (value_text(task.tuning, value) for value in (task.tuning.original, task.tuning.reduced))
         table.add_row(Text(task.name), before, tuned, *cells, task.effect)
-    parts = four_parts(tasks)
-    said = [
-        f"healed {parts.healed:.0%} of what {len(parts.damaged)} damaged lost" if parts.healed is not None else "",
-        f"kept {parts.kept:.0%} of what {len(parts.improved)} improved gained" if parts.kept is not None else "",
-        f"harmed {len(parts.harmed)} of {len(parts.unchanged)} unchanged" if parts.unchanged else "",
-        f"target: {parts.retained:.0%} retained" if parts.retained is not None else "",
-    ]
-    return [table, Text("; ".join(filter(None, said)), style="bold")]
+    return [table, Text(four_parts_text(four_parts(tasks)), style="bold")]

@@ -16,6 +16,7 @@ from laser_callback.plans.reduction import Reduction
 from laser_callback.plans.short import brief
 from laser_callback.plans.words import in_words
 from laser_callback.reports.row_text import (
+    NO_INTERVAL,
     ahead_text,
     cell_text,
     change_text,
@@ -23,6 +24,7 @@ from laser_callback.reports.row_text import (
     is_adjusted,
     p_text,
     value_text,
+    without_variance,
 )
 from laser_callback.results.comparison import LaserResult
 from laser_callback.stats.judgement import Judgement
@@ -98,6 +100,7 @@ def model_card(
         interval=interval_text,
         p=p_text,
         value=value_text,
+        no_interval=NO_INTERVAL if arm is not None and any(map(without_variance, arm.rows)) else "",
         is_left_out=lambda name: name.startswith(gone),
     )
 

@@ -1,4 +1,4 @@
-"""One page about a comparison or a search: the verdict first, then the evidence, then the way to it.
+"""One page about a comparison, a search or a cleanup: the verdict first, then the evidence, then the way to it.
 
 Contract: a page is one file that loads nothing, from the network or elsewhere; it reads well on paper, on a phone, in
 the dark and without its script, which only filters examples and reads out the map. Its content policy allows the page's
@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jinja2
 from markupsafe import Markup
@@ -24,7 +24,7 @@ from laser_callback.plans.short import brief
 from laser_callback.reports import page_columns, terminal
 from laser_callback.reports.drawing import kept_text, labels, spectrum, styled, visible
 from laser_callback.reports.page_columns import code, foreign
-from laser_callback.reports.pictures import LABELS, SPECTRA, one
+from laser_callback.reports.pictures import LABELS, SPECTRA, Result, one
 from laser_callback.reports.row_text import (
     delta_text,
     heads,
@@ -33,6 +33,7 @@ from laser_callback.reports.row_text import (
     noise_text,
     percent,
     prior_text,
+    shown_priors,
     value_text,
     verdict,
 )
@@ -43,15 +44,12 @@ from laser_callback.spectra.cut import CutSpectrum
 from laser_callback.stats.outcomes import PairedResult, Verdict
 from laser_callback.support.files import write_atomically
 
-if TYPE_CHECKING:
-    from laser_callback.results.search import SearchResult
 
-
-def save_page(result: LaserResult | SearchResult, path: str | Path, examples: Sequence[Row] | None = None) -> None:
+def save_page(result: Result, path: str | Path, examples: Sequence[Row] | None = None) -> None:
     """Write a page that shows everything, in one file that loads nothing.
 
     Args:
-        result: of a comparison or a search.
+        result: of a comparison, a search or a cleanup.
         path: of the file, replaced atomically.
         examples: per-example outcomes, as in the lines that :meth:`PairedExamples.write` writes; by default those that
             the result holds.
@@ -59,7 +57,7 @@ def save_page(result: LaserResult | SearchResult, path: str | Path, examples: Se
     write_atomically(Path(path), page(result, examples))
 
 
-def page(result: LaserResult | SearchResult, examples: Sequence[Row] | None = None) -> str:
+def page(result: Result, examples: Sequence[Row] | None = None) -> str:
     """The text of what :func:`save_page` writes."""
     compared = result if isinstance(result, LaserResult) else result.confirmed
     if examples is None:
@@ -68,13 +66,13 @@ def page(result: LaserResult | SearchResult, examples: Sequence[Row] | None = No
         if isinstance(result, LaserResult):
             name, own = "comparison.html", _comparison_context(result)
         else:
-            from laser_callback.reports.page_search import search_context  # searches need torch, comparisons do not
+            from laser_callback.reports.page_search import context_of  # searches need torch, comparisons do not
 
-            name, own = "search.html", search_context(result)
+            name, own = context_of(result)
         text = (
             _templates()
             .get_template(name)
-            .render(result=result, examples=examples, style=_resource("page.css"), script=_resource("page.js"), **own)
+            .render(examples=examples, style=_resource("page.css"), script=_resource("page.js"), **own)
         )
     return f"{text}\n"
 
@@ -91,7 +89,7 @@ def _comparison_context(result: LaserResult) -> dict[str, Any]:
     ]
     passes = [(f"passes, {name}", told) for name, told in times]
     return {
-        "claims": claims,
+        "result": result,
         "verdicts": [verdict(result, name) for name in result.arms],
         "headline": _headline(result, claims),
         "provenance": [*page_columns.flat(result.provenance), *([] if result.is_of_runs else passes)],
@@ -198,6 +196,7 @@ def _templates() -> jinja2.Environment:
         "needs_recipe": _needs_recipe,
         "noise_text": noise_text,
         "prior_text": prior_text,
+        "shown_priors": shown_priors,
         "spectrum_pictures": spectrum_pictures,
         "zip": zip,
         **{name: getattr(page_columns, name) for name in page_columns.FOR_TEMPLATES},

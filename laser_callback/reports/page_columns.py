@@ -21,7 +21,7 @@ from laser_callback.reports.row_text import (
 from laser_callback.reports.search_text import seconds_text
 from laser_callback.reports.svg import printable
 from laser_callback.results.comparison import LaserResult
-from laser_callback.results.flips import Parted, Row, claim_row, flip_metric, flips, parted
+from laser_callback.results.flips import Flip, Parted, Row, claim_row, flip_metrics, flips, parted
 from laser_callback.stats.judgement import Judgement
 from laser_callback.stats.outcomes import PairedResult
 
@@ -35,7 +35,7 @@ FOR_TEMPLATES = (
     "comparison_columns",
     "constraint_columns",
     "control_columns",
-    "flip_columns",
+    "flip_tables",
     "phase_columns",
 )
 EXAMPLES = 1000
@@ -53,9 +53,9 @@ def code(text: str) -> Markup:
     return Markup("<code>{}</code>").format(printable(text))
 
 
-def in_short(plan: object) -> Markup:
-    """A plan in its short form, which unfolds to all of it."""
-    short = brief(plan)
+def in_short(plan: object, short: str | None = None) -> Markup:
+    """A plan in its short form, or as it is told apart from others, which unfolds to all of it."""
+    short = brief(plan) if short is None else short
     if short == str(plan):
         return code(short)
     whole = printable(plan).replace(", ", ",\n")
@@ -123,16 +123,21 @@ def control_columns(result: LaserResult, name: str) -> Columns:
     )
 
 
-def flip_columns(result: LaserResult, name: str, examples: Sequence[Row]) -> dict[str, Any] | None:
-    """The examples fixed and broken, with a caption; ``None`` if there are none to show."""
-    row = flip_metric(result, name)
-    found = flips(examples, name, row) if row is not None else []
-    if row is None or not found:
-        return None
-    fixed = sum(flip.fixed for flip in found)
-    shown = found[:EXAMPLES]
+def flip_tables(result: LaserResult, name: str, examples: Sequence[Row]) -> list[dict[str, Any]]:
+    """The examples fixed and broken, a table with a caption for each task that has some."""
+    tables = []
+    for row in flip_metrics(result, name, examples):
+        if found := flips(examples, name, row):
+            fixed = sum(flip.fixed for flip in found)
+            caption = f"By {row.metric}: {fixed:,} fixed, {len(found) - fixed:,} broken"
+            columns = _flip_columns(found[:EXAMPLES], heads(result.names))
+            tables.append({"caption": caption, "columns": columns, "more": len(found) > EXAMPLES})
+    return tables
+
+
+def _flip_columns(shown: Sequence[Flip], names: tuple[str, str]) -> Columns:
     columns: Columns = {"outcome": [verdict("fixed" if flip.fixed else "broken") for flip in shown]}
-    original, reduced = heads(result.names)
+    original, reduced = names
     said = {"answer": "right answer", "before": f"{original} said", "after": f"{reduced} said"}
     for field, head in {"prompt": "prompt", **said, "group": "group", "id": "id"}.items():
         texts = [getattr(flip, field) for flip in shown]
@@ -142,8 +147,7 @@ def flip_columns(result: LaserResult, name: str, examples: Sequence[Row]) -> dic
         pairs = [parted(flip.written_before, flip.written_after) for flip in shown]
         for side, who in enumerate(("original", "reduced")):
             columns[f"{who} wrote"] = [_marked(pair[side]) for pair in pairs]
-    caption = f"By {row.metric}: {fixed:,} fixed, {len(found) - fixed:,} broken"
-    return {"caption": caption, "columns": columns, "more": len(found) > EXAMPLES}
+    return columns
 
 
 def _marked(text: Parted) -> Markup:

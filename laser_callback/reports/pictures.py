@@ -12,11 +12,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from laser_callback.plans.short import brief
+from laser_callback.plans.short import brief, told_apart
 from laser_callback.reports import drawing
 from laser_callback.reports.panels import STEPS, panels, shading
 from laser_callback.reports.row_text import is_share
-from laser_callback.reports.search_text import GainText, Teller, pictured
+from laser_callback.reports.search_text import GainText, Teller, numbered, pictured
 from laser_callback.reports.svg import SHADES, printable, standalone
 from laser_callback.results.comparison import LaserResult
 from laser_callback.results.flips import Row, label_counts
@@ -27,9 +27,10 @@ from laser_callback.support.plain_json import finite
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+    from laser_callback.results.cleanup import CleanupResult
     from laser_callback.results.search import SearchResult  # which needs torch
 
-Result: TypeAlias = "LaserResult | SearchResult"
+Result: TypeAlias = "LaserResult | SearchResult | CleanupResult"
 
 SPECTRA = 12
 """At most so many spectra are drawn."""
@@ -38,19 +39,18 @@ LABELS = 12
 
 
 def figures(result: Result, examples: Sequence[Row] | None = None) -> dict[str, Figure]:
-    """The pictures of a result by name: ``comparison``, ``spectra``, ``labels``; of a search also ``map``, ``trades``.
+    """The pictures of a result by name: ``comparison``, ``spectra``, ``labels``; of a search ``map``, ``trades``.
 
     Args:
         result: what to draw.
         examples: per-example outcomes, as in the lines that :meth:`PairedExamples.write` writes; by default those that
             the result holds.
     """
-    search = None if isinstance(result, LaserResult) else result
-    compared = result if isinstance(result, LaserResult) else result.confirmed
+    search, compared = _parts(result)
     drawn: dict[str, Figure | None] = {}
     with drawing.styled():
         if search is not None:
-            drawn |= {"map": _map(search), "trades": trades(search)}
+            drawn |= {"map": _map(search), "trades": _trades(search)}
         if compared is not None:
             rows = compared.examples.to_rows() if examples is None else examples
             drawn |= {
@@ -59,6 +59,15 @@ def figures(result: Result, examples: Sequence[Row] | None = None) -> dict[str, 
                 "labels": _labels(compared, rows),
             }
     return {name: figure for name, figure in drawn.items() if figure is not None}
+
+
+def _parts(result: Result) -> tuple[SearchResult | None, LaserResult | None]:
+    """The search, and the comparison that claims something."""
+    if isinstance(result, LaserResult):
+        return None, result
+    from laser_callback.results.cleanup import CleanupResult
+
+    return (result.search if isinstance(result, CleanupResult) else result), result.confirmed
 
 
 def save_figures(
@@ -190,17 +199,29 @@ def _map(result: SearchResult) -> Figure | None:
     return figure
 
 
-def trades(result: SearchResult) -> Figure | None:
-    """The finalists' gain against their fluency, by perplexity and divergence; ``None`` where it was not measured."""
-    shown = pictured(result.trades)
-    if not shown:
-        return None
+def trade_offs(result: SearchResult) -> list[drawing.TradeOff]:
+    """The finalists' gain against their perplexity, and their divergence; of these what was measured."""
+    shown = pictured(numbered(result.trades))
     gains = {str(candidate.whole): candidate.gain for candidate in result.candidates if not candidate.base}
-    diverged = [trade for trade in shown if finite(trade.kl) is not None]
-    panels = [(shown, False), *([(diverged, True)] if diverged else [])]
-    figure = new_figure(6 * len(panels), 4.2)
-    for axis, (drawn, by_kl) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
-        drawing.trade_off(axis, drawn, gains, GainText.of(result), by_kl)
+    diverged = {number: trade for number, trade in shown.items() if finite(trade.kl) is not None}
+    drawn = [
+        drawing.TradeOff(of, gains, GainText.of(result), by_kl) for of, by_kl in ((shown, False), (diverged, True))
+    ]
+    return [what for what in drawn if what.trades]
+
+
+def _trades(result: SearchResult) -> Figure | None:
+    """All of :func:`trade_offs`, with the plans' names below."""
+    drawn = trade_offs(result)
+    if not drawn:
+        return None
+    named = drawn[0].trades
+    plans = told_apart([trade.plan for trade in named.values()])
+    figure = new_figure(6 * len(drawn), 4.2 + 0.15 * len(named))
+    for axis, what in zip(figure.subplots(1, len(drawn), squeeze=False)[0], drawn, strict=True):
+        drawing.trade_off(axis, what)
+    lines = [f"{number}. {printable(plan)}" for number, plan in zip(named, plans, strict=True)]
+    figure.supxlabel("\n".join(lines), x=0.01, ha="left", fontsize=8)
     return figure
 
 

@@ -23,6 +23,8 @@ _SAID = {"zeroed": "the same matrix zeroed", "random": "a random matrix at the s
 _ROLES = re.compile(r"\b(?:the )?(original|reduced)(?: model)?\b")
 SHARES = ("accuracy", "exact_match", "robustness", "consistency", "agreement")
 """A mean from 0 to 1 whose name holds one of these is a share, shown in percent."""
+NO_INTERVAL = "interval -: the same on every unit, which rules out nothing about others"
+"""What the ``-`` of :func:`interval_text` means."""
 
 
 def is_share(row: PairedResult) -> bool:
@@ -54,14 +56,21 @@ def delta_text(row: PairedResult, value: float) -> str:
 
 
 def interval_text(row: PairedResult) -> str:
-    """The ends of the 95 % interval of the change; nothing if it was not tested."""
+    """The ends of the 95 % interval of the change; nothing if it was not tested, ``-`` if no unit has changed."""
     if row.lower is None or row.upper is None:
         return ""
+    if without_variance(row):
+        return "-"
     if is_share(row) or row.kind == "log_ratio":
         ends = _hundredths(row.lower, "+"), _hundredths(row.upper, "+")
     else:
         ends = f"{row.lower:+.2g}", f"{row.upper:+.2g}"
     return ", ".join(map(_signed, ends))
+
+
+def without_variance(row: PairedResult) -> bool:
+    """Whether a mean is the same on every unit: its interval is a point, which is no certainty about other units."""
+    return row.lower is not None and row.lower == row.upper
 
 
 def _signed(number: str) -> str:
@@ -146,6 +155,13 @@ def noise_text(result: LaserResult, name: str) -> str:
     return f"by arithmetic alone {of}, and {row.fixed + row.broken:,} differ in {reduced}"
 
 
+def shown_priors(arm: ArmResult, metric: str | None) -> list[PriorChecks]:
+    """The prior checks that are shown: those of ``metric``, or else the first, and of each gain that they doubt."""
+    shown = [checks] if (checks := arm.prior(metric)) else []
+    in_doubt = [row.metric for row in arm.rows if row.verdict == "in doubt" and row.metric in arm.prior_checks]
+    return shown + [arm.prior_checks[name] for name in in_doubt if name not in [checks.metric for checks in shown]]
+
+
 def prior_text(row: PairedResult, checks: PriorChecks, names: tuple[str, str] = ORIGINAL_AND_REDUCED) -> str:
     """What the prior check of a row's metric says: something only where a gain is shown."""
     if checks.delta <= 0:
@@ -160,7 +176,7 @@ def _ruled_out(row: PairedResult, lower: float, upper: float) -> str:
     """What is ruled out where no change is shown: a change beyond the ends of the interval."""
     if not lower <= 0 <= upper:
         return f"its own interval, which is not adjusted, is [{interval_text(row)}]"
-    if lower == upper:
+    if without_variance(row):
         return "it is the same on every one of them, which rules out nothing about others"
     ends = {"fall" if row.higher_is_better is not False else "gain": -lower}
     ends["rise" if row.higher_is_better is not True else "gain"] = upper

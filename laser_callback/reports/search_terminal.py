@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from laser_callback.plans.plan import LaserPlan
-from laser_callback.plans.short import brief
+from laser_callback.plans.short import brief, told_apart
 from laser_callback.plans.words import in_words
 from laser_callback.reports import terminal as report
 from laser_callback.reports.gate_terminal import judgement_table
@@ -34,6 +34,7 @@ from laser_callback.reports.search_text import (
     score_name,
     seconds_text,
     trade_order,
+    unbeaten_text,
     with_strategy,
 )
 from laser_callback.results.candidates import Candidate, Estimate, bases, ranks
@@ -155,7 +156,7 @@ def _strategies(result: SearchResult, wide: bool) -> list[RenderableType]:
     table = _table(*titles, right=right, gap=2 if wide else 1)
     gains = _estimates([of.gain for of in found], gain.scale, +1, gain.decimals)
     for of, cell in zip(found, gains, strict=True):
-        best = Text("-", style="dim") if of.best is None else _plan(of.best.plan)
+        best = Text("-", style="dim") if of.best is None else _plan(brief(of.best.plan))
         table.add_row(_named(of.name), f"{of.proposed:,}", f"{of.raced:,}", best, cell)
     notes = map(_dim, not_raced(result))
     return [_heading("strategies", "who proposed what, and how it did in the race"), table, *notes]
@@ -174,7 +175,7 @@ def _race(result: SearchResult, wide: bool) -> list[RenderableType]:
     best = run[:_TOP]
     columns: list[tuple[str, list[Text]]] = [
         ("", [Text(_MARKS[c.status], style="bold green" if c.status == "chosen" else "dim") for c in best]),
-        ("plan", [_plan(c.plan) for c in best]),
+        ("plan", list(map(_plan, told_apart([c.plan for c in best])))),
     ]
     several = with_strategy(result)
     in_full = wide or not several  # 80 columns have no room for who proposed it and for all numbers
@@ -221,7 +222,7 @@ def leaders(candidates: Sequence[Candidate], keys: Sequence[str], loss: str | No
     gain = GainText(keys)
     titles = ("best so far", "n", f"gain [95 %]\n{gain.unit}", f"{loss} change [95 %]")
     cells = [
-        [_plan(candidate.plan) for candidate in best],
+        list(map(_plan, told_apart([candidate.plan for candidate in best]))),
         [Text(f"{candidate.examples:,}") for candidate in best],
         _estimates([candidate.gain for candidate in best], gain.scale, +1, gain.decimals),
         *([_estimates([candidate.loss for candidate in best], 1, -1)] if loss else []),
@@ -269,10 +270,11 @@ def _trades(trades: Sequence[Trade], gain: GainText) -> list[RenderableType]:
     table = _table("", "plan", *numbers, "", right=numbers)
     gains = aligned([gain.scale * trade.gain for trade in shown], gain.decimals)
     fluency = aligned([None if trade.fluency is None else 100 * trade.fluency for trade in shown], 1)
-    for trade, *cells in zip(shown, gains, fluency, diverged, strict=True):
+    plans = told_apart([trade.plan for trade in shown])
+    for trade, plan, *cells in zip(shown, plans, gains, fluency, diverged, strict=True):
         mark = Text("●" if trade.efficient else "○", style="green" if trade.efficient else "dim")
-        table.add_row(mark, _plan(trade.plan), *cells[: len(numbers)], "→ confirm" * trade.chosen)
-    legend = "● no other finalist has both more gain and better fluency; → confirm: went to confirmation"
+        table.add_row(mark, _plan(plan), *cells[: len(numbers)], "→ confirm" * trade.chosen)
+    legend = f"● {unbeaten_text(trades)}; → confirm: went to confirmation"
     more = f"; {len(trades) - _TOP:,} more are in the JSON file" if len(trades) > _TOP else ""
     return [_heading("gain against fluency", "finalists on race examples"), table, _dim(legend + more)]
 
@@ -323,8 +325,8 @@ def _heading(title: str, rest: str) -> Text:
     return Text.assemble((title, "bold"), f": {rest}" if rest else "")
 
 
-def _plan(plan: object) -> Text:
-    return Text(brief(plan), style="cyan", overflow="fold")
+def _plan(short: str) -> Text:
+    return Text(short, style="cyan", overflow="fold")
 
 
 def _dim(text: str) -> Text:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from laser_callback.plans.short import brief
@@ -13,6 +14,8 @@ from laser_callback.support.plain_json import finite
 
 if TYPE_CHECKING:  # the page of a comparison needs no torch, as searches do
     from laser_callback.results.candidates import Candidate, Estimate
+    from laser_callback.results.cleanup import Contender
+    from laser_callback.results.other_tasks import FourParts
     from laser_callback.results.search import SearchResult, Trade
 
 _OWN_UNIT = "units of the loss"  # that the user's step returns
@@ -190,19 +193,55 @@ def trade_order(trade: Trade) -> tuple[float, float, str]:
     return math.inf if gain is None else -gain, math.inf if fluency is None else fluency, trade.plan
 
 
-def pictured(trades: Sequence[Trade]) -> list[Trade]:
-    """The trades that share a picture, in order: those far worse than all that one would choose would flatten it."""
-    known = [trade for trade in trades if finite(trade.gain) is not None and finite(trade.fluency) is not None]
-    choice = [trade for trade in known if trade.efficient or trade.chosen] or known
+def numbered(trades: Sequence[Trade]) -> dict[int, Trade]:
+    """The trades in order, with the numbers that a picture has for them."""
+    return dict(enumerate(sorted(trades, key=trade_order), 1))
+
+
+def pictured(trades: Mapping[int, Trade]) -> dict[int, Trade]:
+    """Those of :func:`numbered` that share a picture: what is far worse than all that one would choose flattens it."""
+    known = {i: t for i, t in trades.items() if finite(t.gain) is not None and finite(t.fluency) is not None}
+    choice = [trade for trade in known.values() if trade.efficient or trade.chosen] or list(known.values())
     worst = 3 * max((abs(trade.fluency or 0) for trade in choice), default=0.0)
     least = -3 * max((abs(trade.gain) for trade in choice), default=0.0)
-    near = (trade for trade in known if (trade.fluency or 0) <= worst and trade.gain >= least)
-    return sorted(near, key=trade_order)
+    return {i: trade for i, trade in known.items() if (trade.fluency or 0) <= worst and trade.gain >= least}
+
+
+def unbeaten_text(trades: Sequence[Trade]) -> str:
+    """What :attr:`Trade.efficient` says, by what was measured."""
+    if any(finite(trade.kl) is not None for trade in trades):
+        return "no other finalist is better in gain, perplexity or kl and at least as good in the rest"
+    return "no other finalist is better in gain or perplexity and at least as good in the other"
 
 
 def kl_texts(trades: Sequence[Trade]) -> list[str]:
     """The divergence of each; ``-`` where it was not measured."""
     return ["-" if finite(trade.kl) is None else f"{trade.kl:.3g}" for trade in trades]
+
+
+_KINDS = {"joint rule": "one rule for all", "single": "one matrix"}
+CONTENDERS_LEGEND = "race: change of the objective on n examples; the loss decides between near-equals"
+
+
+def contender_kind(row: Contender) -> str:
+    """What a contender of a cleanup is, in a list of them."""
+    return _KINDS.get(row.kind, row.strategy if row.kind == "strategy" else row.kind)
+
+
+def contender_name(row: Contender) -> str:
+    """Its plan in short, or the file of its checkpoint."""
+    return Path(row.name).name if row.kind in ("checkpoint", "as trained") else brief(row.name)
+
+
+def four_parts_text(parts: FourParts) -> str:
+    """What a cleanup did to the other tasks and the target, in a sentence without its full stop."""
+    said = [
+        f"healed {parts.healed:.0%} of what {len(parts.damaged)} damaged lost" if parts.healed is not None else "",
+        f"kept {parts.kept:.0%} of what {len(parts.improved)} improved gained" if parts.kept is not None else "",
+        f"harmed {len(parts.harmed)} of {len(parts.unchanged)} unchanged" if parts.unchanged else "",
+        f"target: {parts.retained:.0%} retained" if parts.retained is not None else "",
+    ]
+    return "; ".join(filter(None, said))
 
 
 def seconds_text(seconds: float) -> str:

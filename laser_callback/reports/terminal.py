@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import sys
+from collections.abc import Collection, Iterator
 from contextlib import nullcontext
 from itertools import groupby
 from pathlib import Path
@@ -16,6 +17,7 @@ from rich.text import Text
 
 from laser_callback.plans.short import brief
 from laser_callback.reports.row_text import (
+    NO_INTERVAL,
     ahead_text,
     change_text,
     control_text,
@@ -29,8 +31,10 @@ from laser_callback.reports.row_text import (
     p_text,
     percent,
     prior_text,
+    shown_priors,
     value_text,
     verdict,
+    without_variance,
 )
 from laser_callback.reports.svg import printable
 from laser_callback.results.ab_test import ABResult
@@ -181,6 +185,8 @@ def _ab_finding(row: UnpairedResult) -> str:
 def footnotes(result: LaserResult) -> list[str]:
     """What a reader of the tables must know: which p carries the claim, and what was left out."""
     lines = [_legend(result)]
+    if any(map(without_variance, _shown_rows(result))):
+        lines.append(NO_INTERVAL)
     if result.is_one_look_of_several:
         lines.append(
             "exploratory: each validation of `fit` is another look, and p is not corrected for their number; what is "
@@ -192,6 +198,13 @@ def footnotes(result: LaserResult) -> list[str]:
     if result.examples.duplicates:
         lines.append(f"{result.examples.duplicates} duplicates of the distributed sampler removed")
     return lines
+
+
+def _shown_rows(result: LaserResult) -> Iterator[PairedResult]:
+    """The rows of whose changes the tables and the lines below them tell."""
+    for arm in (*result.arms.values(), *(arm for of in result.controls.values() for arm in of.values())):
+        yield from (*arm.rows, *arm.ahead)
+        yield from (rest for checks in arm.prior_checks.values() if (rest := checks.majority_excluded) is not None)
 
 
 def _title(result: LaserResult, name: str) -> Text:
@@ -249,9 +262,10 @@ def _lines(arm: ArmResult, result: LaserResult, name: str) -> list[RenderableTyp
     lines: list[RenderableType] = [
         indent(Text(f"{', '.join(metrics)}: {note}", style="dim")) for note, metrics in notes.items()
     ]
-    if checks := arm.prior(metric):
+    shown = shown_priors(arm, metric)
+    for checks in shown:
         lines += _prior_lines(arm[checks.metric], checks, result.names)
-    lines += _doubts(arm, checks, result.names)
+    lines += _doubts(arm, {checks.metric for checks in shown}, result.names)
     if noise := noise_text(result, name):
         lines.append(indent(Text(noise)))
     for kind, control in result.controls.get(name, {}).items():
@@ -264,11 +278,11 @@ def _lines(arm: ArmResult, result: LaserResult, name: str) -> list[RenderableTyp
     return lines
 
 
-def _doubts(arm: ArmResult, told: PriorChecks | None, names: tuple[str, str]) -> list[RenderableType]:
+def _doubts(arm: ArmResult, told: Collection[str], names: tuple[str, str]) -> list[RenderableType]:
     """Why gains are in doubt whose prior check is not shown."""
     doubts: dict[str, list[str]] = {}
     for row in arm.rows:
-        if row.doubt and row.verdict in ("in doubt", "higher", "lower") and (told is None or row.metric != told.metric):
+        if row.doubt and row.verdict in ("in doubt", "higher", "lower") and row.metric not in told:
             doubts.setdefault(in_names(row.doubt, names), []).append(row.metric)
     return [indent(Text(f"in doubt, {', '.join(metrics)}: {why}")) for why, metrics in doubts.items()]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -11,10 +11,11 @@ from laser_callback.plans.plan import LaserPlan
 from laser_callback.plans.short import brief
 from laser_callback.results.comparison import LaserResult
 from laser_callback.results.gates import GateVerdict
-from laser_callback.results.other_tasks import OtherTask, four_parts
+from laser_callback.results.other_tasks import FourParts, OtherTask, four_parts
 from laser_callback.results.search import SearchResult
 from laser_callback.stats.judgement import Judgement
 from laser_callback.support.plain_json import plain
+from laser_callback.support.reading import built, read_plain, typed
 from laser_callback.surgery.recipe import Recipe
 
 ContenderKind = Literal["as trained", "checkpoint", "WiSE-FT", "joint rule", "single", "strategy"]
@@ -98,6 +99,11 @@ class CleanupResult:
             return f"use the checkpoint {self.checkpoint}: {self.reason}"
         return f"keep the model as trained: {self.reason}"
 
+    @property
+    def four_parts(self) -> FourParts | None:
+        """What it did to the other tasks; ``None`` without any."""
+        return four_parts(self.others) if self.others else None
+
     def to_dict(self) -> dict[str, Any]:
         """Ready for strict JSON: a number that is not finite becomes ``None``."""
         data = {
@@ -111,9 +117,28 @@ class CleanupResult:
             "judgements": [judgement.to_dict() for judgement in self.judgements],
             "gates": None if self.gates is None else self.gates.to_dict(),
             "others": [task.to_dict() for task in self.others],
-            "four_parts": asdict(four_parts(self.others)) if self.others else None,
+            "four_parts": None if self.four_parts is None else asdict(self.four_parts),
             "notes": self.notes,
+            "reason": self.reason,
             "recipe": None if self.recipe is None else self.recipe.to_dict(),
             "search": self.search.to_dict(),
         }
         return plain(data)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> CleanupResult:
+        """The inverse of :meth:`to_dict`: all numbers, and no examples.
+
+        Raises:
+            ValueError: naming the place of what is missing, unknown or of another type.
+        """
+        fields = typed(dict[str, Any], data)
+        checkpoint = typed(str | None, fields.pop("checkpoint", None))
+        return built(cls, fields, checkpoint=None if checkpoint is None else Path(checkpoint))
+
+    @classmethod
+    def from_json(cls, path: str | Path) -> CleanupResult:
+        """Read the report of a cleanup; see :meth:`from_dict`."""
+        result: CleanupResult = read_plain(path, "path", cls.from_dict)
+        result.report = Path(path)
+        return result

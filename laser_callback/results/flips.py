@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -96,9 +96,28 @@ def flip_metric(result: LaserResult, name: str) -> PairedResult | None:
     return claim if claim in counted else next(iter(counted), None)
 
 
+def flip_metrics(result: LaserResult, name: str, rows: Sequence[Row]) -> list[PairedResult]:
+    """The rows whose flips are shown: :func:`flip_metric`, and for each task of other examples the first that counts.
+
+    Metrics of the same examples, as those of one task, are one look at them.
+    """
+    first = flip_metric(result, name)
+    if first is None:
+        return []
+    found: list[PairedResult] = []
+    seen: set[int] = set()
+    for row in (first, *(row for row in result[name].rows if row.fixed is not None)):
+        metric = _returned_as(row)
+        here = {i for i, example in enumerate(rows) if _outcome(example, ORIGINAL, metric) is not None}
+        if here and not here & seen:
+            found.append(row)
+            seen |= here
+    return found
+
+
 def flips(rows: Iterable[Row], arm: str, row: PairedResult) -> list[Flip]:
     """The examples fixed and broken by ``arm`` as ``row`` counts them; fixed first, else in the order of ``rows``."""
-    metric = row.metric.partition("/dataloader_idx_")[0]  # the step returns it without
+    metric = _returned_as(row)
     found = []
     for example in rows:
         before, after = (_outcome(example, name, metric) for name in (ORIGINAL, arm))
@@ -114,6 +133,11 @@ def flips(rows: Iterable[Row], arm: str, row: PairedResult) -> list[Flip]:
         said |= dict(zip(("written_before", "written_after"), written, strict=True))
         found.append(Flip((after > before) == (row.higher_is_better is not False), **described, **said))
     return sorted(found, key=lambda flip: not flip.fixed)
+
+
+def _returned_as(row: PairedResult) -> str:
+    """The name under which the step returns a metric: without the dataloader's number."""
+    return row.metric.partition("/dataloader_idx_")[0]
 
 
 def _outcome(example: Row, arm: str, metric: str) -> float | None:

@@ -46,6 +46,7 @@ class GateVerdict:
             "plan": None if self.plan is None else str(self.plan),
             "accepted": self.accepted,
             "reason": self.reason,
+            "failure": self.failure,
             "judgements": [judgement.to_dict() for judgement in self.judgements],
             "results": {name: result.to_dict() for name, result in self.results.items()},
         }

@@ -39,9 +39,15 @@ class OtherTask:
         return "unchanged" if not shown else "improved" if shown > 0 else "damaged"
 
     def to_dict(self) -> dict[str, Any]:
-        """Ready for JSON."""
+        """Ready for JSON; ``effect`` follows from the rest."""
         cleaning = None if self.cleaning is None else self.cleaning.to_dict()
-        return {"name": self.name, "effect": self.effect, "tuning": self.tuning.to_dict(), "cleaning": cleaning}
+        return {
+            "name": self.name,
+            "effect": self.effect,
+            "tuning": self.tuning.to_dict(),
+            "cleaning": cleaning,
+            "sign": self.sign,
+        }
 
 
 @dataclass(frozen=True)

@@ -43,7 +43,7 @@ class Trade:
         plan: the finalist's whole plan, as text.
         gain: change of the objective, in the direction that is better.
         fluency: relative change of the perplexity, 0.02 is 2 % more; ``None`` where it was not measured.
-        efficient: no other finalist has both more gain and better fluency, by perplexity and ``kl``.
+        efficient: no other finalist is better in gain, perplexity or ``kl`` and at least as good in the rest.
         chosen: this one went to confirmation.
         kl: divergence from the original in nats per token of text; ``None`` where it was not measured.
     """

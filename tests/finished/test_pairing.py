@@ -12,7 +12,10 @@ from finished_logs import sample
 from laser_callback.finished.eval_logs import read_samples
 from laser_callback.finished.logged import FinishedRun, LoggedExample, LoggedTask
 from laser_callback.finished.pairing import MEAN, compare_runs
+from laser_callback.reports.page import page
+from laser_callback.reports.page_columns import flip_tables
 from laser_callback.reports.row_text import value_text, verdict
+from laser_callback.reports.terminal import plain
 from laser_callback.results import LaserResult
 from laser_callback.stats import Outcomes, compare, judge_all, parse_gate
 
@@ -208,3 +211,32 @@ def logged(metric: str = "acc", value: float = 1.0, **changes) -> LoggedTask:
 def test_what_cannot_be_compared(one, two, options, words):
     with pytest.raises(ValueError, match=re.escape(words)):
         compare_runs(run("one", **one), run("two", **(two or one)), **options)
+
+
+@pytest.mark.parametrize("weights", ["equal", "size"])
+def test_the_page_has_the_flips_of_every_task(weights):
+    before, after = (task(0, 0.4), task(2, 0.5, 40)), (task(1, 0.6), task(3, 0.6, 40))
+    one, two = (run(name, x=of[0], y=of[1]) for name, of in (("one", before), ("two", after)))
+    result = compare_runs(one, two, weights=weights)
+    tables = flip_tables(result, "laser", result.examples.to_rows())
+    counted = [row for row in result["laser"].rows if row.fixed is not None]
+    shown = [row for row in counted if (row.metric == MEAN) == (weights == "size")]
+    assert [t["caption"] for t in tables] == [f"By {r.metric}: {r.fixed} fixed, {r.broken} broken" for r in shown]
+    text = page(result)
+    assert text.count('<form class="filter"') == len(shown)
+    assert text.count("<details><summary>By y/acc: ") == (weights == "equal")
+
+
+def test_the_prior_check_of_every_gain_in_doubt_is_shown():
+    before, after = task(0, 0.4), task(1, 0.6)
+    for i, examples in enumerate(zip(before.examples.values(), after.examples.values(), strict=True)):
+        answer = "yes" if i % 5 else "no"
+        for example, said in zip(examples, ("no", "yes"), strict=True):  # each run says one answer to everything
+            example.outcomes["acc"] = float(said == answer)
+            example.answers["acc"], example.predictions["acc"] = answer, said
+    result = compare_runs(*(run(name, x=of, y=of) for name, of in (("one", before), ("two", after))))
+    shown = page(result)
+    for name in ("x/acc", "y/acc"):
+        assert result["laser"][name].verdict == "in doubt"
+        assert shown.count(f"Is the change of {name} only a shift of what is said?") == 1
+        assert plain(result).count(f"prior check of {name}: ") == 1

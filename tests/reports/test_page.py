@@ -7,19 +7,19 @@ import hashlib
 import re
 import shutil
 import subprocess
-from dataclasses import dataclass, field, replace
-from html.parser import HTMLParser
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from classifier import HOSTILE, LABELS, PLAN, RIGHT_TO_LEFT, Classifier, compared, searched
+from classifier import HOSTILE, LABELS, PLAN, RIGHT_TO_LEFT, Classifier, cleaned, compared, searched
+from html_page import Page
 
 from laser_callback.reports.drawing import labels, styled
 from laser_callback.reports.page import page as page_of
 from laser_callback.reports.page import save_page
-from laser_callback.reports.page_columns import code, flip_columns, foreign
-from laser_callback.reports.page_search import search_context
+from laser_callback.reports.page_columns import code, flip_tables, foreign
+from laser_callback.reports.page_search import context_of
 from laser_callback.reports.pictures import one
 from laser_callback.reports.row_text import ahead_text, delta_text, interval_text, p_text
 from laser_callback.reports.svg import inline
@@ -28,43 +28,6 @@ from laser_callback.results.comparison import ArmResult, LaserResult
 from laser_callback.results.examples import PairedExamples
 from laser_callback.results.flips import LabelCount, flip_metric, flips
 from laser_callback.stats.outcomes import PairedResult
-
-VOID = {"meta", "input"}
-
-
-@dataclass
-class Page(HTMLParser):
-    """The elements of a page with their attributes, and the text in each; refuses what does not nest."""
-
-    elements: list[tuple[str, dict[str, str | None]]] = field(default_factory=list)
-    texts: list[tuple[str, str]] = field(default_factory=list)
-    open: list[str] = field(default_factory=list)
-
-    @classmethod
-    def of(cls, source: str) -> Page:
-        page = cls()
-        HTMLParser.__init__(page)
-        page.feed(source)
-        page.close()
-        assert page.open == []
-        return page
-
-    def handle_starttag(self, name, attributes):
-        self.elements.append((name, dict(attributes)))
-        if name not in VOID:
-            self.open.append(name)
-
-    def handle_endtag(self, name):
-        assert self.open.pop() == name
-
-    def handle_data(self, text):
-        self.texts.append((self.open[-1] if self.open else "", text))
-
-    def all(self, name: str) -> list[dict[str, str | None]]:
-        return [attributes for element, attributes in self.elements if element == name]
-
-    def text(self, *names: str) -> list[str]:
-        return [text for name, text in self.texts if name in names]
 
 
 @pytest.fixture(scope="module")
@@ -75,10 +38,11 @@ def pages(result):
         "several": page_of(several),
         "search": page_of(searched(result)),
         "nothing": page_of(searched()),
+        "cleanup": page_of(cleaned(result)),
     }
 
 
-@pytest.fixture(params=["one", "several", "search", "nothing"])
+@pytest.fixture(params=["one", "several", "search", "nothing", "cleanup"])
 def source(request, pages):
     return pages[request.param]
 
@@ -131,8 +95,8 @@ def test_examples_without_a_name_are_counted_and_not_listed(result):
     named = result.examples.to_rows()
     arms = ("original", "laser")
     nameless = [{arm: {k: v for k, v in row[arm].items() if k != "prediction"} for arm in arms} for row in named]
-    assert len(flip_columns(result, "laser", named)["columns"]) > 1
-    assert list(flip_columns(result, "laser", nameless)["columns"]) == ["outcome"]
+    assert len(flip_tables(result, "laser", named)[0]["columns"]) > 1
+    assert list(flip_tables(result, "laser", nameless)[0]["columns"]) == ["outcome"]
     page = Page.of(page_of(result, nameless))
     assert not [table for table in page.all("table") if table.get("id")]
     assert "id" in page.text("code")
@@ -167,7 +131,7 @@ def test_a_setting_that_was_left_open_is_what_it_came_to():
     search = searched(compared(PLAN))
     search.confirmed.provenance |= {"precision": "32-true"}
     search.settings |= {"precision": None, "minutes": None}
-    told = dict(search_context(search)["provenance"])
+    told = dict(context_of(search)[1]["provenance"])
     assert (told["precision"], told["minutes"]) == ("32-true", "none")
 
 

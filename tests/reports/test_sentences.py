@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from laser_callback.reports.row_text import ahead_text, change_text, finding, prior_text, verdict
-from laser_callback.reports.terminal import plain, print_ab
+from laser_callback.reports.row_text import NO_INTERVAL, ahead_text, change_text, finding, prior_text, verdict
+from laser_callback.reports.terminal import footnotes, plain, print_ab
 from laser_callback.results.ab_test import ABResult
 from laser_callback.results.comparison import ArmResult, LaserResult
 from laser_callback.results.examples import PairedExamples
@@ -119,8 +119,16 @@ def test_what_is_ruled_out_is_a_gain_where_the_better_direction_is_known(better:
 @pytest.mark.parametrize("kind", ["mean", "log_ratio"])
 def test_nothing_is_ruled_out_by_two_units_that_are_the_same(kind: str) -> None:
     arm = Outcomes(np.array([1.0, 2.0]), np.ones(2) if kind == "log_ratio" else None, kind)
-    told = finding(claimed(compare("loss", arm, arm, higher_is_better=False)))
-    assert told.endswith("(p = 1): it is the same on every one of them, which rules out nothing about others")
+    row = claimed(compare("loss", arm, arm, higher_is_better=False))
+    assert finding(row).endswith("(p = 1): it is the same on every one of them, which rules out nothing about others")
+    assert change_text(row) in ("0 [-]", "0.0% [-]")
+    result = LaserResult(
+        {"laser": ArmResult("1.mlp@0.1", [row], {}, "off", 0.0, 0.0)}, {}, None, 0.0, {}, PairedExamples()
+    )
+    assert footnotes(result).count(NO_INTERVAL) == 1
+    assert " [-] " in plain(result, 80)
+    changed = ArmResult("1.mlp@0.1", [replace(row, upper=0.1)], {}, "off", 0.0, 0.0)
+    assert NO_INTERVAL not in footnotes(replace(result, arms={"laser": changed}))
 
 
 def test_an_interval_that_holds_zero_is_no_least_change() -> None:

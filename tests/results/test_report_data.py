@@ -15,7 +15,7 @@ from laser_callback import LaserPlan, find_matrices
 from laser_callback.plans.reduction import Reduction
 from laser_callback.reports.page import spectrum_pictures
 from laser_callback.reports.panels import STEPS, panels, shading
-from laser_callback.reports.search_text import pictured
+from laser_callback.reports.search_text import numbered, pictured
 from laser_callback.results.candidates import Estimate
 from laser_callback.results.comparison import LaserResult
 from laser_callback.results.flips import claim_row, flip_metric, flips, label_counts
@@ -208,9 +208,9 @@ def test_a_picture_leaves_out_what_would_flatten_it():
         Trade("unknown", 0.04, None),
         Trade("no number", math.nan, 0.1),
     ]
-    assert [trade.plan for trade in pictured(trades)] == ["near", "chosen"]
-    assert [trade.plan for trade in pictured(trades[2:3])] == ["ruinous"]
-    assert pictured([]) == []
+    assert {i: trade.plan for i, trade in pictured(numbered(trades)).items()} == {2: "near", 3: "chosen"}
+    assert [trade.plan for trade in pictured(numbered(trades[2:3])).values()] == ["ruinous"]
+    assert pictured(numbered([])) == {}
 
 
 def test_the_best_by_gain_perplexity_and_divergence_are_marked():

@@ -9,7 +9,7 @@ import pytest
 import torch
 from paired import bools, log, pair, together
 
-from laser_callback.reports.page_columns import flip_columns
+from laser_callback.reports.page_columns import flip_tables
 from laser_callback.results.comparison import ArmResult, LaserResult, adjust_together
 from laser_callback.results.examples import PairedExamples
 from laser_callback.stats.gain import Gain
@@ -110,5 +110,5 @@ def test_a_declared_direction_goes_to_every_row(higher: bool) -> None:
     row = result["laser"]["error"]
     assert row == result.controls["laser"]["zeroed"]["error"]
     assert (row.verdict, row.fixed, row.broken) == (("worse", 0, 20) if higher else ("better", 20, 0))
-    assert f"{row.fixed} fixed, {row.broken} broken" in flip_columns(result, "laser", examples)["caption"]
+    assert f"{row.fixed} fixed, {row.broken} broken" in flip_tables(result, "laser", examples)[0]["caption"]
     assert json.dumps(result.to_dict(), allow_nan=False)

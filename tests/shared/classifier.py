@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -13,9 +14,13 @@ from trainers import quiet_trainer
 
 from laser_callback import LaserCallback, reduced
 from laser_callback.results.candidates import Estimate
+from laser_callback.results.cleanup import CleanupResult, Contender
 from laser_callback.results.comparison import LaserResult
+from laser_callback.results.gates import GateVerdict
+from laser_callback.results.other_tasks import TARGET, OtherTask
 from laser_callback.results.search import Phase, SearchResult, Trade
 from laser_callback.stats.judgement import Judgement
+from laser_callback.stats.outcomes import PairedResult
 
 PLAN = "1.mlp@0.1, 0.q_proj@0.25"
 LABELS = ["</script>", "<b>", "$x^2$ & more", "الرياض", " ", "'\"`"]
@@ -102,4 +107,37 @@ def searched(confirmed: LaserResult | None = None) -> SearchResult:
         {"screen": 100, "race": 300, "confirm": 400, "guard": 200},
         {"strategies": ["laser"], "loss": "log_loss", "versions": {"torch": "2"}, "rhos": [0.0, 0.1, 0.5]},
         [f"few examples {HOSTILE}"],
+    )
+
+
+def cleaned(confirmed: LaserResult | None = None) -> CleanupResult:
+    """A cleanup with contenders of all kinds, gates, and what it did to a damaged task and the target."""
+    search = searched()
+    found = str(search.found)
+
+    def row(metric: str, before: float, after: float, p: float) -> PairedResult:
+        ends = (after - before - 0.1, after - before + 0.1)
+        return PairedResult(metric, "binary", 80, before, after, after - before, *ends, *ends, p, test="exact McNemar")
+
+    return CleanupResult(
+        "saved/epoch=1<b>.ckpt",
+        search,
+        [
+            Contender("as trained", "saved/epoch=1<b>.ckpt", value=0.8, said_most=0.5, balanced=0.75),
+            Contender("strategy", found, "laser", 0.05, 100, 0.9, 0.4, 0.85, confirmed=True),
+            Contender("WiSE-FT", "*.all@0:scale=0.4,cut=delta", "delta", 0.02, 100, 0.85),
+            Contender("checkpoint", "saved/epoch=0.ckpt", "", -0.01, 50, 0.7),
+        ],
+        found,
+        confirmed,
+        [Judgement("perplexity <= +2 %", "perplexity", 32, 0.013, 0.031, "undecided", "96 windows decide it")],
+        GateVerdict(search.found, [Judgement("acc: gain", "acc", 80, 0.1, 0.05, "pass")], {}, "out of <i>time</i>"),
+        [
+            OtherTask(TARGET, row("acc", 0.5, 0.8, 0.001), row("acc", 0.8, 0.9, 0.01), 1),
+            OtherTask("old <b>", row("acc", 0.9, 0.6, 0.001), row("acc", 0.6, 0.75, 0.02), 1),
+        ],
+        [f"a note {HOSTILE}"],
+        "it is right more often",
+        search.plan,
+        checkpoint=Path("saved/epoch=1.cleaned.ckpt"),
     )

@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader
 from torchmetrics import MeanMetric
 
 from laser_callback import FactsDataModule, LaserModule, LaserSearch
+from laser_callback.results.cleanup import CleanupResult
 from laser_callback.results.search import SearchResult
 from laser_callback.shipping.cleanup import LaserCleanup
 from laser_callback.shipping.gates import Gates
@@ -152,6 +153,7 @@ def test_what_training_has_spoilt_is_cleaned_beside_the_checkpoints(tmp_path, pl
     assert report["plan"] == report["tried"] == str(result.plan)
     assert report["confirmed"] == report["search"]["confirmed"]
     assert report["recipe"]["base"] == result.recipe.base
+    assert CleanupResult.from_json(result.report).to_dict() == report
 
 
 @pytest.mark.slow
