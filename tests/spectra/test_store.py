@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from threadpoolctl import threadpool_info
 
-from laser_callback.cli import cache as cache_cli
+from laser_callback.cli import stock
 from laser_callback.plans.matrices import find_matrices
 from laser_callback.plans.reduction import Reduction
 from laser_callback.spectra.eigen import gram_eigen
@@ -449,7 +449,7 @@ def test_bad_arguments():
 
 def test_cache_command_shows_and_clears_the_default_folder(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("LASER_CALLBACK_CACHE", str(tmp_path))
-    cache_cli.ls()
+    stock.ls()
     assert "0 spectra, 0 bytes of 8.6 GB" in capsys.readouterr().out
     for seed in range(2):
         Spectra.default().of(noise(10, 12, seed=seed))
@@ -458,11 +458,11 @@ def test_cache_command_shows_and_clears_the_default_folder(tmp_path, monkeypatch
     (fresh := folder / f".{'0' * 64}.1.{'0' * 8}.tmp").write_bytes(b"being written")
     (stale := folder / f".{'1' * 64}.1.{'0' * 8}.tmp").write_bytes(b"of a crashed process")
     os.utime(stale, (1, 1))
-    assert cache_cli.ls().data["spectra"] == 2
+    assert stock.ls().data["spectra"] == 2
     output = capsys.readouterr().out
     assert "2 spectra" in output
     assert time.strftime("%Y-%m-%d") in output
-    cache_cli.clear()
+    stock.clear()
     assert "removed 2 spectra" in capsys.readouterr().out
     assert files(folder) == sorted([folder / "model.safetensors", fresh])
 
