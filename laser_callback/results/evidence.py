@@ -48,13 +48,21 @@ def numbers_of(
         about = "; ".join(brief(arm["plan"]) for arm in comparison["arms"].values())
         raise ValueError(f"`result` must be about the plan {brief(plan)}, got one about {about}")
     name, arm = next(iter(arms.items()))
-    # The spectra are for pictures, and larger than all the rest; of controls the rows are told, and those of a mean.
+    # The spectra are for pictures, and larger than all the rest; of controls the rows are told, and how far the plan is
+    # ahead of them by the metric that is claimed.
+    claimed = comparison["primary"]
     comparison = {
         **comparison,
         "arms": {name: {**arm, "spectra": []}},
         "controls": {
             name: {
-                kind: {**one, "spectra": [], "prior_checks": {}, "passes": []}
+                kind: {
+                    **one,
+                    "spectra": [],
+                    "prior_checks": {},
+                    "passes": [],
+                    "ahead": [row for row in one["ahead"] if claimed in (None, row["metric"])],
+                }
                 for kind, one in comparison["controls"].get(name, {}).items()
             }
         },

@@ -207,20 +207,20 @@ class LaserSearch:
         probe = {"probe": LaserPlan([possible[0].at(self.rhos[0])])}
         positions = probe_positions(self.module, sets, PROBE_WRITTEN if sets.writes else PROBE)
         loader = sets.loader("race", positions)
-        begin = time.perf_counter()
         lab.measure(probe, loader, ())
-        written_seconds = time.perf_counter() - begin
         loss = self.loss or ("log_loss" if paper and isinstance(self.module, LaserModule) else None)
         objective = objective_of(self.module, self.objective, self.direction, loss, lab.logged, sets.metric)
         bounds = constraints_of(self.constraints, sets, objective, lab.logged)
         keys = tuple(dict.fromkeys([*objective.measured, *(b.key for b in bounds if b.key in lab.logged)]))
         by_loss, told = race_of(self.race, objective, writes=sets.writes, paper=paper)
-        values = lab.measure(probe, loader, keys)[ORIGINAL]
-        begin = time.perf_counter()
-        lab.measure(probe, sets.loader("race", positions, writes=not by_loss), keys)
         passes = len(positions) * (1 + lab.share(probe["probe"]))
-        pass_seconds = (time.perf_counter() - begin) / passes
-        written_seconds = written_seconds / passes if by_loss else pass_seconds
+        begin = time.perf_counter()
+        values = lab.measure(probe, loader, keys)[ORIGINAL]
+        pass_seconds = written_seconds = (time.perf_counter() - begin) / passes
+        if by_loss:  # what races is not what is written
+            begin = time.perf_counter()
+            lab.measure(probe, sets.loader("race", positions, writes=False), keys)
+            pass_seconds = (time.perf_counter() - begin) / passes
 
         found = SearchResult(
             None, None, "no candidate has run yet", objective.keys, [], sets=dict(sets.sizes), race=told
