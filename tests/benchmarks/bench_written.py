@@ -21,7 +21,7 @@ from laser_callback.data import FactsDataModule, Generation
 from laser_callback.data.demo_model import demo_model_folder
 from laser_callback.reports import print_search
 
-SHOT = "Question: Ann has 6 pens and finds 5 more. How many pens does she have?\nAnswer: 6 + 5 = 11. #### 11\n\n"
+SHOT = "Question: Ann has 6 pens and finds 5 more. How many pens does she have?\nAnswer: 6 + 5 = 11\n\n"
 STORIES = {
     "+": (
         "{name} has {a} {thing} and buys {b} more. How many {thing} does {name} have now?",
@@ -47,16 +47,16 @@ def problems(n: int, seed: int = 0) -> list[dict[str, str]]:
     draw, found = random.Random(seed), {}
     while len(found) < n:
         sign = draw.choice("+-")
-        a, b = draw.randint(3, 60), draw.randint(2, 40)
-        if sign == "-" and b >= a:
-            continue
+        a, b = draw.randint(3, 40), draw.randint(2, 20)
         story = draw.choice(STORIES[sign])
+        if (sign == "-" and b >= a) or (story, a, b) in found:
+            continue
         text = story.format(name=draw.choice(NAMES), thing=draw.choice(THINGS), a=a, b=b)
         answer = a + b if sign == "+" else a - b
         found[story, a, b] = {
             "id": f"problem {len(found)}",
             "prompt": f"{SHOT}Question: {text}\nAnswer:",
-            "rationale": f"{a} {sign} {b} = {answer}. ####",
+            "rationale": f"{a} {sign} {b} =",
             "answer": str(answer),
             "group": "sum" if sign == "+" else "difference",
         }
@@ -75,7 +75,7 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / "problems.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in problems(options.problems)), encoding="utf-8")
-    written = Generation(max_new_tokens=24, stop=("\n",), extract=r"#### (-?\d+)")
+    written = Generation(max_new_tokens=16, stop=("\n",), extract=r"= (-?\d+)")
     module = LaserModule(str(demo_model_folder(print)))
     facts = FactsDataModule(str(file), generation=written, batch_size=50)
     began = time.monotonic()
