@@ -200,9 +200,13 @@ class LaserSearch:
         self._check_needs(sets, spectra)
         lab = Lab(self.module, spectra, self.accelerator, self.precision)
         possible = lab.targets(self.within)
-        changed = spectra.base.changed if spectra.base is not None else None
-        if changed is not None and not any(changed(matrix) for target in possible for matrix in target.matrices):
-            raise ValueError(f"`base` and the module do not differ in any matrix of `within` {self.within!r}")
+        if spectra.base is not None:
+            matrices = [matrix for target in possible for matrix in target.matrices]
+            if not any(map(spectra.base.changed, [*matrices, *(m for m in lab.matrices if m.kind is None)])):
+                raise ValueError(
+                    f"`base` and the module do not differ in any matrix of `within` {self.within!r}, so there is no "
+                    "change to cut: leave out `base`, and name strategies that need none, such as 'laser'"
+                )
         # One small batch, and one candidate, show what is logged and whether it can be compared.
         probe = {"probe": LaserPlan([possible[0].at(self.rhos[0])])}
         positions = probe_positions(self.module, sets, PROBE_WRITTEN if sets.writes else PROBE)

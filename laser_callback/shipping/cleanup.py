@@ -66,6 +66,10 @@ _OWN = {"module", "data", "base", "folder", "resume", "spectra", "accelerator", 
 """Arguments of the search that are not the user's here."""
 
 
+class _Search(LaserSearch):
+    _default = STRATEGIES
+
+
 class LaserCleanup(pl.Callback):
     """Search for a cut when training has ended, and save the model that it makes if it is shown to be better.
 
@@ -75,7 +79,8 @@ class LaserCleanup(pl.Callback):
             training has chosen a checkpoint by them does no harm: it favours the model as it is.
         base: what the model was fine-tuned from, as :class:`~laser_callback.spectra.BaseWeights` takes it. For a model
             with LoRA by default the weights under it.
-        strategies: what proposes cuts, as :class:`LaserSearch` takes it. ``"delta"`` cuts the whole change of
+        strategies: what proposes cuts, as :class:`LaserSearch` takes it. By default three, of which those are left out,
+            with a warning, that have nothing to propose. ``"delta"`` cuts the whole change of
             fine-tuning by one rule: up to 19 candidates, which need no gradient. ``"delta-matrices"`` cuts the
             change of one matrix, ``"laser"`` the weights of one, which needs no base. Embeddings, heads and biases stay
             as fine-tuned; ``"delta-all"`` includes those that the base has, too.
@@ -113,7 +118,7 @@ class LaserCleanup(pl.Callback):
         data: pl.LightningDataModule | DataLoader[Any] | Mapping[str, DataLoader[Any]] | ExampleSets | None = None,
         *,
         base: BaseSource | None = None,
-        strategies: str | Sequence[str | Strategy] = STRATEGIES,
+        strategies: str | Sequence[str | Strategy] | None = None,
         gates: Gates | None = None,
         also: Mapping[str, Any] | None = None,
         weights: Literal["best", "last"] = "best",
@@ -138,7 +143,12 @@ class LaserCleanup(pl.Callback):
         if TARGET in also:
             raise ValueError(f"`also` must have other names than {TARGET!r}, which is what was fine-tuned for")
         self.strategies = strategies
-        self._needs_base = any("base" in strategy.needs for strategy in strategies_of(strategies))
+        self._needs = {
+            need
+            for strategy in strategies_of(STRATEGIES if strategies is None else strategies)
+            for need in strategy.needs
+        }
+        self._needs_base = "base" in self._needs
         if base is not None and not self._needs_base and not also:
             raise MisconfigurationException(
                 "`base` goes with `also`, or with a strategy that needs one, such as 'delta'"
@@ -190,8 +200,8 @@ class LaserCleanup(pl.Callback):
     ) -> None:
         # What the search will differentiate: the sanity check shows, ahead of hours of training, whether it is there.
         defaults = {"method": "screened", "screen_loss": None}
-        differentiates = all(self.search.get(name, default) == default for name, default in defaults.items()) and any(
-            "gradient" in strategy.needs for strategy in strategies_of(self.strategies)
+        differentiates = "gradient" in self._needs and all(
+            self.search.get(name, default) == default for name, default in defaults.items()
         )
         if trainer.sanity_checking and differentiates and self.data is None and not isinstance(pl_module, LaserModule):
             returned_loss(outputs, self.search.get("loss") or "loss")
@@ -366,7 +376,7 @@ class LaserCleanup(pl.Callback):
         assert self._sets is not None
         device = device_of(trainer)
         # All arguments that are not `self.search`, one by one: the rest is what a config file may say (jsonargparse).
-        return LaserSearch(
+        return _Search(
             module,
             self._sets,
             base=base,

@@ -77,7 +77,7 @@ def main() -> None:
     file.write_text("".join(json.dumps(row) + "\n" for row in problems(options.problems)), encoding="utf-8")
     written = Generation(max_new_tokens=16, stop=("\n",), extract=r"= (-?\d+)")
     module = LaserModule(str(demo_model_folder(print)))
-    facts = FactsDataModule(str(file), generation=written, batch_size=50)
+    facts = FactsDataModule(str(file), module.tokenizer, generation=written, batch_size=50)
     began = time.monotonic()
     found = LaserSearch(module, facts, folder=folder / "run", resume=options.resume).run()
     print_search(found)

@@ -249,6 +249,29 @@ def test_strategies_that_need_a_base_say_so_before_the_work(recall: Any) -> None
         LaserSearch(module, loader, **{**SEARCH, "strategies": ["intruders"]}).run()
 
 
+def test_where_only_the_head_was_trained_its_change_is_cut_by_who_includes_it(recall: Any) -> None:
+    module, loader = recall
+    base = copy.deepcopy(module.model)
+    head = module.model.lm_head.weight
+    own = head.detach().clone()
+    assert head is not module.model.model.embed_tokens.weight
+    try:
+        with torch.no_grad():
+            head += 0.01 * torch.randn(head.shape, generator=torch.Generator().manual_seed(0))
+        with pytest.raises(MisconfigurationException, match=r"'delta' has .*what differs is .*lm_head.*: 'delta-all'"):
+            LaserSearch(module, loader, **{**SEARCH, "strategies": "delta"}, base=base).run()
+        found = LaserSearch(module, loader, **{**SEARCH, "strategies": "delta-all"}, base=base).run()
+        plans = [candidate.plan for candidate in found.candidates]
+        assert all(head is m.parameter for plan in plans for m, _ in plan.resolve(module) if "lm_head" in m.name)
+        assert any("lm_head" in str(plan) for plan in plans)
+        by_default = {key: value for key, value in SEARCH.items() if key != "strategies"} | {"candidates": 4}
+        with pytest.warns(UserWarning, match="without the strategy 'delta'"):
+            found = LaserSearch(module, loader, **by_default, base=base).run()
+        assert {candidate.strategy for candidate in found.candidates} <= {"laser", "components", "drop"}
+    finally:
+        head.data = own
+
+
 # ---- intruders, components, whitened, blocks -------------------------------------------------------------------------
 
 

@@ -63,6 +63,12 @@ class Delta:
         """``delta``, or ``delta-all`` where embeddings and heads are included."""
         return "delta-all" if self.besides else "delta"
 
+    def refusal(self, context: Context) -> str:
+        """That fine-tuning has changed none of the matrices, where it is so; else empty."""
+        if _changed(context) or (self.besides and any(map(_base(context).changed, self._others(context)))):
+            return ""
+        return _unchanged(context)
+
     def propose(self, context: Context) -> Iterator[Candidate]:
         """All rules, the kinds of rule by turns."""
         ranks = [self._plan(context, f"k{rank}") for rank in RANKS]
@@ -101,8 +107,7 @@ class Delta:
 
     def _plan(self, context: Context, rho: float | str, **options: Any) -> LaserPlan | None:
         """All changes by one rule; ``None`` where one threshold for them has no name."""
-        base = _base(context)
-        changed = [target for target in context.targets if any(map(base.changed, target.matrices))]
+        changed = _changed(context)
         addresses = cover(changed, context.matrices)
         if mean_rank(rho) is not None and len(addresses) > 1:
             together = one_name(changed)
@@ -111,13 +116,17 @@ class Delta:
             addresses = [together]
         if not self.besides:
             return at(addresses, rho, cut="delta", **options)
-        named = {matrix.name for target in changed for matrix in target.matrices}
-        besides = (matrix for matrix in context.matrices if matrix.kind is None and matrix.name not in named)
-        others = [matrix for matrix in besides if not matrix.obstacle and base.has(matrix)]
+        others = self._others(context)
         # A bias has one direction: it goes where the whole change is made smaller, and stays where directions are cut.
         if rho == 0 and any(matrix.bias for matrix in context.matrices):
             options["bias"] = "cut"
         return at([*addresses, *map(_by_all_names, others)], rho, cut="delta", **options)
+
+    def _others(self, context: Context) -> list[WeightMatrix]:
+        """Matrices besides those of the layers, as far as the base has them."""
+        base, targets = _base(context), {matrix.name for target in _changed(context) for matrix in target.matrices}
+        besides = [m for m in context.matrices if m.kind is None and m.name not in targets]
+        return [matrix for matrix in besides if not matrix.obstacle and base.has(matrix)]
 
 
 class DeltaMatrices(Laser):
@@ -127,10 +136,13 @@ class DeltaMatrices(Laser):
     needs: frozenset[Need] = frozenset({"gradient", "base"})
     options: Mapping[str, Any] = MappingProxyType({"cut": "delta"})
 
+    def refusal(self, context: Context) -> str:
+        """That fine-tuning has changed none of the matrices, where it is so; else empty."""
+        return "" if _changed(context) else _unchanged(context)
+
     @override
     def targets(self, context: Context) -> list[Target]:
-        base = _base(context)
-        return [target for target in super().targets(context) if any(map(base.changed, target.matrices))]
+        return _changed(context, super().targets(context))
 
     @override
     def row(self, target: Target, context: Context) -> list[Candidate]:
@@ -164,6 +176,19 @@ def _most(target: Target) -> int:
 def _base(context: Context) -> BaseWeights:
     assert context.spectra.base is not None
     return context.spectra.base
+
+
+def _changed(context: Context, targets: Sequence[Target] | None = None) -> list[Target]:
+    """Those that fine-tuning has changed."""
+    base = _base(context)
+    targets = context.targets if targets is None else targets
+    return [target for target in targets if any(map(base.changed, target.matrices))]
+
+
+def _unchanged(context: Context) -> str:
+    besides = _base(context).changed_besides([m for target in context.targets for m in target.matrices])
+    there = f"; what differs is {', '.join(besides[:3])}: 'delta-all' includes embeddings and heads" if besides else ""
+    return f"the base and the module do not differ in any matrix of `within`{there}"
 
 
 def _by_turns(*lists: Sequence[LaserPlan | None]) -> Iterator[LaserPlan | None]:
