@@ -25,6 +25,7 @@ from laser_callback.cli.command import Answer, json_numbers
 from laser_callback.cli.mistakes import told_plainly
 from laser_callback.cli.options import COMMON_OPTIONS, PlainHelp
 from laser_callback.compare.callback import LaserCallback
+from laser_callback.compare.module import LaserModule
 from laser_callback.data.datamodule import FactsDataModule
 from laser_callback.data.lm_eval.source import is_lm_eval
 from laser_callback.shipping.cleanup import LaserCleanup
@@ -50,10 +51,19 @@ def fit(arguments: list[str]) -> Answer:
 
 
 class LaserBlock(LaserCallback):
-    """The ``laser:`` block: a LaserCallback whose plan may be left out where nothing is to be compared."""
+    """The ``laser:`` block: a LaserCallback whose plan may be left out where nothing is to be compared.
+
+    A LaserModule is judged by what it would be judged by with a plan of its own, unless ``primary`` says otherwise.
+    """
 
     def __init__(self, plan: str | Mapping[str, str] | None = None, **options: Any) -> None:
         super().__init__({} if plan is None else plan, **options)
+
+    @override
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if self.primary is None and isinstance(pl_module, LaserModule):
+            self.primary = pl_module.claim
+        super().setup(trainer, pl_module, stage)
 
 
 class _SaveConfig(SaveConfigCallback):

@@ -14,6 +14,7 @@ from typing import Any, cast
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from typing_extensions import override
@@ -262,7 +263,12 @@ class LaserModule(pl.LightningModule):
         """Log the metrics that have data on any rank."""
         for name, metric in cast("Iterable[tuple[str, UnitMean]]", self.metrics.items()):
             with metric.sync_context():
-                has_data = metric.has_data
+                has_data, nothing = metric.has_data, isinstance(metric, ExactMatch) and metric.says_nothing
+            if nothing:
+                rank_zero_warn(
+                    f"`{name}` judges nothing: of all that is written none holds an answer. See what is written "
+                    "(`continuation` in the examples file), and what `extract` looks for"
+                )
             if has_data:
                 self.log(name, metric, metric_attribute=f"metrics.{name}")
 
@@ -314,7 +320,7 @@ class LaserModule(pl.LightningModule):
             right = torch.tensor([each.right for each in judged], dtype=torch.float64, device=self.device)
             metric = self._metric(name, ExactMatch if higher_is_better else WrittenError)
             if count:
-                cast("ExactMatch", metric).update(right)
+                cast("ExactMatch", metric).update(right, [each.said for each in judged])
             found[name] = Outcomes(right, kind="binary" if binary else "mean")
             if binary:
                 found[f"answer/{name}"] = [each.answer for each in judged]

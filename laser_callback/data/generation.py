@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+import torch
 from torch import Tensor
 
 from laser_callback.data.scoring import UnitMean
@@ -88,7 +89,7 @@ class Generation:
 
     max_new_tokens: int = 256
     stop: Sequence[str] = ()
-    extract: str | None = None
+    extract: str = ""
     match: Literal["first", "last"] = "first"
     normalise: Sequence[str] = NORMAL_FORMS
 
@@ -105,7 +106,7 @@ class Generation:
             raise ValueError(f"`normalise` must be some of {', '.join(NORMAL_FORMS)}, got {unknown}.")
         if self.match not in ("first", "last"):
             raise ValueError(f"`match` must be 'first' or 'last', got {self.match!r}.")
-        if self.extract is not None:
+        if self.extract != "":
             try:
                 groups = re.compile(self.extract).groups
             except (re.error, TypeError) as error:
@@ -117,7 +118,7 @@ class Generation:
 
     def found(self, text: str) -> str:
         """The answer in a continuation; empty if there is none."""
-        if self.extract is None:
+        if not self.extract:
             return text
         matches = [next((group for group in m.groups() if group), "") for m in re.finditer(self.extract, text)]
         return matches[0 if self.match == "first" else -1] if matches else ""
@@ -202,9 +203,21 @@ def _is_currency(char: str) -> bool:
 class ExactMatch(UnitMean):
     """Share of facts to which an accepted answer is written, or the mean of another score of what is written."""
 
-    def update(self, right: Tensor) -> None:
-        """Add facts: (F,) 1 for a right answer and 0 for a wrong one; NaN for what has no score."""
+    said: Tensor
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.add_state("said", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+
+    def update(self, right: Tensor, said: Sequence[str]) -> None:
+        """Add facts: (F,) 1 for a right answer and 0 for a wrong one, NaN for what has no score; and what is said."""
         self.add(right.nan_to_num(), ~right.isnan())
+        self.said = self.said + sum(map(bool, said))
+
+    @property
+    def says_nothing(self) -> bool:
+        """Whether continuations were seen, and none of them holds an answer."""
+        return self.has_data and not bool(self.said)
 
 
 class WrittenError(ExactMatch):

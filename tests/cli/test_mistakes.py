@@ -11,6 +11,7 @@ from pathlib import Path
 
 import lightning.pytorch as pl
 import pytest
+import yaml
 from jsonargparse import ArgumentParser
 from safetensors.torch import load_file, save_file
 from tiny import tiny_causal_lm, tiny_tokenizer
@@ -18,11 +19,12 @@ from torch import nn, zeros
 
 from laser_callback.cli.commands import main
 from laser_callback.cli.mistakes import told_plainly
-from laser_callback.cli.options import parser_of
+from laser_callback.cli.options import call, parser_of
 from laser_callback.cli.rollout import gate, rollout
 from laser_callback.cli.search import search
 from laser_callback.data.datamodule import TextWindows
 from laser_callback.data.facts import read_facts
+from laser_callback.data.generation import Generation
 from laser_callback.plans.plan import LaserPlan
 from laser_callback.shipping.export import save_reduced
 from laser_callback.support.files import appearing
@@ -98,6 +100,22 @@ def test_one_text_stands_for_a_list_of_one():
         assert given.gates == "accuracy: gain"
     given = parser_of(rollout, "c").parse_args(["--plan", "p", "--gates", "g", "--stages", "1.mlp@0.5", "--steps", "1"])
     assert (given.stages, given.steps) == ("1.mlp@0.5", 1.0)
+
+
+@pytest.mark.parametrize("text", [r"#### (\S+)", r"Answer: (\d+)", "[a-z]: (x)", "a #(b)", "{(x)}", "- (y)"])
+def test_texts_are_taken_as_they_are(text, tmp_path):
+    seen = {}
+
+    def command(generation: Generation | None = None, system: str | None = None) -> None:
+        seen.update(extract=generation.extract, system=system)
+
+    call(command, ["--generation.extract", text, "--system", f"# {text}"], "c")
+    assert seen == {"extract": text, "system": f"# {text}"}
+    call(command, [f"--generation.extract={text}", "--generation.max_new_tokens=3"], "c")
+    assert seen == {"extract": text, "system": None}
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump({"generation": {"extract": text}, "system": f"# {text}"}))
+    call(command, ["--config", str(tmp_path / "c.yaml")], "c")
+    assert seen == {"extract": text, "system": f"# {text}"}
 
 
 def test_types_in_help_are_readable():

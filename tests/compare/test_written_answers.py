@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import warnings
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from tiny import SENTENCES, tiny_causal_lm, tiny_tokenizer
 
 from laser_callback import FactsDataModule, LaserCallback, LaserModule, reduced
+from laser_callback.cli.lightning import LaserBlock
 from laser_callback.compare import writing
 from laser_callback.data import Generation
 from laser_callback.reports import save_page
@@ -165,6 +167,23 @@ def test_a_prompt_without_room_is_refused_before_the_work(trainer, model, monkey
     data = FactsDataModule(ROWS, tokenizer, generation=Generation(max_new_tokens=505))
     with pytest.raises(ValueError, match="leave room for the prompts in the model's context of 512"):
         trainer().validate(LaserModule(model, tokenizer), data, verbose=False)
+
+
+def test_where_no_answer_is_found_that_is_said(trainer, model):
+    nothing = Generation(max_new_tokens=3, extract="#### (.+)")
+    module = LaserModule(model, tiny_tokenizer(), plan=PLAN, report=False)
+    with pytest.warns(UserWarning, match="`exact_match` judges nothing: of all that is written none holds an answer"):
+        trainer().validate(module, FactsDataModule(ROWS, module.tokenizer, generation=nothing), verbose=False)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*judges nothing")
+        compared(trainer, model, plan=PLAN, report=False)
+
+
+def test_the_block_of_yaml_is_judged_by_what_its_module_is_judged_by(trainer, model):
+    for block in (LaserBlock(PLAN, report=False), LaserBlock(PLAN, report=False, primary="log_loss")):
+        declared = block.primary
+        compared(trainer, model, block)
+        assert block.result.primary == (declared or "exact_match")
 
 
 @pytest.mark.slow
