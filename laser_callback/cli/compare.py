@@ -44,7 +44,7 @@ def compare(
     with notes():
         one, other = read_run(a, "a"), read_run(b, "b")
         again = None if noise is None else read_run(noise, "noise")
-    listed = tasks.split(",") if isinstance(tasks, str) else tasks or ()
+    listed = [task.strip() for task in tasks.split(",")] if isinstance(tasks, str) else tasks or ()
     result = compare_runs(one, other, tasks=listed, metric=metric, weights=weights, again=again)
     print_report(result)
     if html is not None:

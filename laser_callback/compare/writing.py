@@ -23,7 +23,6 @@ import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from transformers import (
-    GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
     PreTrainedModel,
@@ -126,7 +125,8 @@ class _Draft:
 def write(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, asked: Mapping[str, Any]) -> Written:
     """Continue B prompts.
 
-    Whatever else the model's own generation config asks for, such as a penalty on repetition, is kept.
+    Whatever else the model's own generation config asks for, such as a penalty on repetition, is kept; where it has
+    stop texts, continuations end at these, too.
 
     Args:
         model: a causal model.
@@ -141,6 +141,8 @@ def write(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, asked: Map
         raise MisconfigurationException(
             f"answers are written by a causal model, got {type(model).__name__}, which does not generate"
         )
+    own = getattr(model.generation_config, "stop_strings", None) or ()
+    asked = {**asked, "stop": [*asked["stop"], *([own] if isinstance(own, str) else own)]}
     passes, arm = recorded(), answered()
     if arm is not None:
         return _in_arm(model, tokenizer, asked, arm)
@@ -220,18 +222,17 @@ def _alone(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, asked: Mapping[str, Any]
 ) -> tuple[Written, Tensor, Any]:
     """What `generate` writes, the tokens with their prompts and paddings as it gives them, and its cache."""
-    config = GenerationConfig(
-        do_sample=False,
-        num_beams=1,
-        max_new_tokens=asked["max_new_tokens"],
-        pad_token_id=pad_token_id(tokenizer),
-        return_dict_in_generate=True,
-    )
     ends, close = _Ends(tokenizer, _end_tokens(model), asked), _Close(model)
     found = model.generate(
         input_ids=asked["input_ids"],
         attention_mask=asked["attention_mask"],
-        generation_config=config,
+        do_sample=False,
+        num_beams=1,
+        num_return_sequences=1,
+        max_new_tokens=asked["max_new_tokens"],
+        pad_token_id=pad_token_id(tokenizer),
+        return_dict_in_generate=True,
+        stop_strings=None,  # the model's own are among `stop`
         stopping_criteria=StoppingCriteriaList([ends]),
         logits_processor=LogitsProcessorList([close]),
     )
@@ -305,7 +306,10 @@ def greedy(model: PreTrainedModel, logits: Tensor) -> tuple[Tensor, Tensor]:
     logits = logits.detach()
     first, tokens = logits.max(-1)
     second = logits.scatter_(-1, tokens[:, None], -torch.inf).amax(-1)
-    size = torch.maximum(logits.scatter_(-1, tokens[:, None], first[:, None]).amin(-1).abs(), first.abs())
+    lowest = logits.scatter_(-1, tokens[:, None], first[:, None]).amin(-1)
+    if lowest.isinf().any():  # tokens that are ruled out say nothing of the size of the others
+        lowest = logits.masked_fill(logits.isinf(), 0.0).amin(-1)
+    size = torch.maximum(lowest.abs(), first.abs())
     units = ROUNDING if torch.finfo(dtype).bits >= 32 else ROUNDING_OF_HALF
     return tokens, first - second <= units * torch.finfo(dtype).eps * size
 

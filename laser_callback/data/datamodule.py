@@ -122,12 +122,14 @@ class FactsDataModule(LightningDataModule):
     Attributes:
         metric: what a search of these facts improves by default; ``None`` leaves that to the search. Of a task of
             ``lm_eval`` it is known after ``setup``, and so is ``generation``.
+        context: the most tokens that the model reads; by default that of the trainer's module, if it says so.
 
     Raises:
         ValueError: in ``__init__`` if ``split`` is no set; in ``setup`` for bad data, as the functions named above.
     """
 
     metric: str | None = None
+    context: int | None = None
 
     def __init__(
         self,
@@ -170,6 +172,7 @@ class FactsDataModule(LightningDataModule):
     def setup(self, stage: str | None = None) -> None:
         """Read, split, sample and tokenise, once for all stages."""
         if self.encoded:
+            self._check_context()
             return
         tokenizer = self.loaded_tokenizer()
         masked = tokenizer.mask_token_id is not None if self.masked is None else self.masked
@@ -208,19 +211,16 @@ class FactsDataModule(LightningDataModule):
         if isinstance(self.generation, TaskAnswers):
             limit = self.max_length or self._context() or context_of(tokenizer)
             self.encoded = self.generation.fitted(self.encoded, limit)
-        self.check_context(self._context())
+        self._check_context()
         if self.generation is None and (warning := shared_first_token(self.encoded, tokenizer)):
             rank_zero_warn(warning)
 
     def _context(self) -> int | None:
-        return getattr(self.trainer and self.trainer.lightning_module, "context", None)
+        return self.context or getattr(self.trainer and self.trainer.lightning_module, "context", None)
 
-    def check_context(self, context: int | None) -> None:
-        """Refuse prompts that a model with a context of so many tokens has no room to answer.
-
-        Raises:
-            ValueError: with the first one's id.
-        """
+    def _check_context(self) -> None:
+        """Refuse prompts that leave the model no room to answer."""
+        context = self._context()
         new = 0 if self.generation is None else self.generation.max_new_tokens
         long = [item for item in self.encoded if new and context is not None and len(item.asked) + new > context]
         if long:

@@ -166,7 +166,7 @@ def encode_facts(
     def ask(fact: Fact) -> tuple[int, ...]:
         if generation is None:
             return ()
-        generation.check(fact)
+        generation.check(fact, "" if chat else written[fact.prompt][1])
         prompt = tokens[continued[fact.prompt]]
         prompt = prompt if chat else with_leading(leading, prompt)
         if len(prompt) + generation.max_new_tokens > limit:

@@ -284,11 +284,19 @@ def _read_jsonl(path: Path) -> Iterator[tuple[int, str]]:
 
 
 def read_csv(path: Path) -> Iterator[tuple[int, dict[Any, Any]]]:
-    """The rows of a CSV file, each with the number of its last line; cells beyond the header are under ``None``."""
+    """The rows of a CSV file, each with the number of its last line; cells beyond the header are under ``None``.
+
+    Cells are parted by commas, or by semicolons or tabs where the header has these and no comma.
+    """
     text = read_text(path, "path")
-    reader = csv.DictReader(io.StringIO(text, newline=""))
+    header = text.partition("\n")[0]
+    delimiter = next((sign for sign in ";\t" if sign in header and "," not in header), ",")
+    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter)
     before = csv.field_size_limit(max(len(text), 1))  # by default 131,072 characters, for all readers of the process
     try:
+        names = [name for name in reader.fieldnames or () if name]
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise ValueError(f"{path}: expected a name of its own for each column, got {twice[0]!r} twice.")
         yield from [(reader.line_num, row) for row in reader]
     except csv.Error as error:
         raise ValueError(f"{path}, line {reader.line_num}: expected CSV: {error}.") from error

@@ -26,6 +26,7 @@ EXACT_MATCH = "exact_match"
 NORMAL_FORMS = ("case", "punctuation", "articles", "separators", "numbers")
 """What a normal form may leave out: see :attr:`Generation.normalise`."""
 
+_MINUS = "\\-\u2212\u2013"  # as typed, as typeset, and an en dash in its place
 _ARTICLES = re.compile(r"\b(a|an|the)\b", re.IGNORECASE)
 
 
@@ -72,11 +73,13 @@ class Generation:
     Attributes:
         max_new_tokens: the most tokens of a continuation.
         stop: texts at whose first occurrence in a continuation it ends; neither they nor what follows are judged.
-        extract: a regular expression; the answer is what its first group holds. By default all that is written.
-        match: which of several matches counts, the ``"first"`` or the ``"last"``.
-        normalise: what makes no difference: ``"case"``; ``"punctuation"``, with signs of currencies and percents;
-            English ``"articles"``; thousands ``"separators"``; how ``"numbers"`` of the same value are written. White
-            space never does, but for there being any.
+        extract: a regular expression; the answer is what the first of its groups holds that holds anything. By default
+            all that is written.
+        match: which of several matches that hold something counts, the ``"first"`` or the ``"last"``.
+        normalise: what makes no difference: ``"case"``; ``"punctuation"``, with signs of currencies and percents, and
+            what is not seen at all, such as marks of direction; English ``"articles"``; the comma ``"separators"`` of
+            thousands; how ``"numbers"`` of the same value are written, with minus signs for hyphens. Never does white
+            space, but for there being any, nor whether an accent is one character with its letter or two.
 
     Raises:
         ValueError: if an argument is not as stated, or ``extract`` is no pattern with a group.
@@ -120,8 +123,9 @@ class Generation:
         """The answer in a continuation; empty if there is none."""
         if not self.extract:
             return text
-        matches = [next((group for group in m.groups() if group), "") for m in re.finditer(self.extract, text)]
-        return matches[0 if self.match == "first" else -1] if matches else ""
+        matches = (next(filter(None, match.groups()), "") for match in re.finditer(self.extract, text))
+        held = [text for text in matches if text]
+        return held[0 if self.match == "first" else -1] if held else ""
 
     def normal(self, text: str) -> str:
         """The normal form of an answer: the same for all that :attr:`normalise` does not tell apart.
@@ -130,8 +134,11 @@ class Generation:
         ('usa at 1200.5', 'usa at 1200.5')
         """
         comma = "(?:,[0-9]{3}(?![0-9]))*" if "separators" in self.normalise else ""
-        number = rf"((?:(?<![\w.)])-)?(?:[0-9]+{comma}(?:\.[0-9]+)?|(?<!\w)\.[0-9]+))"
-        parts = re.split(number, text)
+        minus = f"[{_MINUS}]" if "numbers" in self.normalise else "-"
+        # Of 1.10.2024 each part is a number of its own, in which 10 and 1 differ.
+        whole = rf"(?<![0-9]\.)[0-9]+{comma}\.[0-9]+(?!\.?[0-9])|[0-9]+{comma}"
+        number = rf"((?:(?<![\w.)]){minus})?(?:{whole}|(?<!\w)\.[0-9]+))"
+        parts = re.split(number, unicodedata.normalize("NFC", text))
         # Numbers stand at the odd places: of them nothing is taken that alters their value.
         texts = [self._value(part) if i % 2 else self._words(part) for i, part in enumerate(parts)]
         for i in range(2, len(parts) - 1, 2):  # what parts two numbers does so still
@@ -142,11 +149,11 @@ class Generation:
         if "case" in self.normalise:
             text = text.casefold()
         if "punctuation" in self.normalise:
-            text = "".join(char for char in text if unicodedata.category(char)[0] != "P" and not _is_currency(char))
+            text = "".join(char for char in text if not _is_mark(char))
         return _ARTICLES.sub(" ", text) if "articles" in self.normalise else text
 
     def _value(self, number: str) -> str:
-        number = number.replace(",", "")
+        number = re.sub(f"[{_MINUS}]", "-", number.replace(",", ""))
         if "numbers" not in self.normalise:
             return number
         whole, _, part = number.lstrip("-").partition(".")
@@ -168,8 +175,8 @@ class Generation:
         """What the model is to continue, and what stands between that and what should be written."""
         return fact.prompt, " "
 
-    def check(self, fact: Fact) -> None:
-        """Refuse a fact whose own answer would never be judged right.
+    def check(self, fact: Fact, between: str = " ") -> None:
+        """Refuse a fact whose own answer would never be judged right; ``between`` is written ahead of it.
 
         Raises:
             ValueError: with its id: if an answer has no normal form, a stop text is in what is to be written, or its
@@ -182,9 +189,9 @@ class Generation:
                     f"without {', '.join(self.normalise)}; give others to `normalise`."
                 )
         for stop in self.stop:
-            if stop in fact.written:
+            if stop in (written := between + fact.written):
                 raise ValueError(
-                    f"`stop` must hold nothing that is in what is to be written, but {stop!r} is in {fact.written!r} "
+                    f"`stop` must hold nothing that is in what is to be written, but {stop!r} is in {written!r} "
                     f"of fact {fact.id!r}: no model could write it to the end."
                 )
         if fact.rationale and not self.judge(fact.written, fact.accepted).right:
@@ -196,8 +203,8 @@ class Generation:
             )
 
 
-def _is_currency(char: str) -> bool:
-    return unicodedata.category(char) == "Sc"
+def _is_mark(char: str) -> bool:
+    return unicodedata.category(char)[0] == "P" or unicodedata.category(char) in ("Sc", "Cf")
 
 
 class ExactMatch(UnitMean):

@@ -182,6 +182,8 @@ def _scored(task: LoggedTask, sample: Mapping[str, Any]) -> LoggedExample:
                 task.unused.setdefault(metric, f"no number, such as {shown(one)}")
                 continue
             example.outcomes[metric] = number
+            if isinstance(one, str) and not _is_float(one):
+                task.higher_is_better[metric] = True
             if answer is not None and answers:
                 example.said(metric, answers[0], text_of(answer))
     return example
@@ -190,11 +192,16 @@ def _scored(task: LoggedTask, sample: Mapping[str, Any]) -> LoggedExample:
 def _number(value: Any) -> float | None:
     if isinstance(value, str):
         value = _WORDS.get(value, _WORDS.get(value.lower(), value))
-        try:
-            return float(value)
-        except ValueError:
-            return None
+        return float(value) if isinstance(value, float) or _is_float(value) else None
     return float(value) if isinstance(value, (bool, int, float)) else None
+
+
+def _is_float(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 def _conversation(messages: Any) -> str:

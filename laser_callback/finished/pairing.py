@@ -56,7 +56,7 @@ def compare_runs(
         ValueError: if the runs share no task, example or metric, if an example is not the same in both, or if the
             metrics of several tasks have no mean.
     """
-    names, told = _distinct(one, other), dict[str, str]()
+    names, told, tasks = _distinct(one, other), dict[str, str](), list(dict.fromkeys(tasks))
     pairs = [_pairs(task, one, other, names, told) for task in _shared_tasks(one, other, tasks, names, told)]
     several = len(pairs) > 1
     runs = {ORIGINAL: one, ARM: other} | ({} if again is None else {AGAIN: again})
@@ -261,7 +261,9 @@ def _pairs(task: str, one: FinishedRun, other: FinishedRun, names: tuple[str, st
     told |= {f"{metric}{of}": f"only in {names[0]}" for metric in in_both[0] if metric not in in_both[1]}
     told |= {f"{metric}{of}": f"only in {names[1]}" for metric in in_both[1] if metric not in in_both[0]}
     if not found.metrics:
-        has = [f"{name} has {', '.join(metrics)}" for name, metrics in zip(names, in_both, strict=True)]
+        unused = [[f"none ({column}: {why})" for column, why in logged.unused.items()] for logged in (before, after)]
+        listed = [", ".join(metrics) or next(iter(of), "none") for metrics, of in zip(in_both, unused, strict=True)]
+        has = [f"{name} has {metrics}" for name, metrics in zip(names, listed, strict=True)]
         raise ValueError(f"no metric{of} is in both runs: {' and '.join(has)}")
     return found
 

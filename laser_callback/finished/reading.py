@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import re
+import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -26,9 +27,10 @@ from laser_callback.support.reading import MisfitError, read_json_lines, read_pl
 _SAMPLES = re.compile(r"samples_(?P<task>.+)_(?P<date>\d{4}-\d\d-\d\dT[\d.-]+)")
 _FORMS = (".jsonl", ".csv", ".json")
 _DESCRIBE = ("id", "task", "cluster", "subject", "group", "prompt", "answer", "prediction")
-_WORDS = {"true": True, "false": False, "": None}
+_WORDS = {"true": True, "false": False, **dict.fromkeys(("", "na", "n/a", "null", "none"))}
 _OWN = ".examples.jsonl"
 _ORIGINAL = "original"  # the arm of one's own examples
+_LARGEST = sys.float_info.max
 
 
 class _Log(NamedTuple):
@@ -186,7 +188,9 @@ def _table(rows: Sequence[tuple[int, Any]], task: str) -> dict[str, LoggedTask]:
             example.outcomes = {c: math.nan if v is None else float(v) for c, v in kept.items()}
         found[name] = logged
     if not any(example.outcomes for logged in found.values() for example in logged.examples.values()):
-        raise ValueError("it has no outcomes: expected rows with an `id` and numbers, true or false")
+        why = dict(item for logged in found.values() for item in logged.unused.items())
+        also = "".join(f"; `{column}` has {reason}" for column, reason in list(why.items())[:3])
+        raise ValueError(f"it has no outcomes: expected rows with an `id` and numbers, true or false{also}")
     return found
 
 
@@ -215,4 +219,4 @@ def _example(row: Mapping[str, Any]) -> tuple[LoggedExample, dict[str, Any]]:
 
 
 def _is_outcome(value: Any) -> bool:
-    return value is None or isinstance(value, (bool, int, float))
+    return value is None or isinstance(value, (bool, float)) or (isinstance(value, int) and abs(value) <= _LARGEST)

@@ -190,9 +190,10 @@ class PairedExamples:
     def to_rows(self) -> list[dict[str, Any]]:
         """One mapping per example, ready for strict JSON: its descriptions, and each arm's outcomes and prediction.
 
-        A number that is not finite becomes ``None``.
+        A number that is not finite becomes ``None``. Of several dataloaders each says its own, ``dataloader_idx``.
         """
         rows = []
+        several = len({batch.dataloader_idx for batch in self.batches}) > 1
         for batch in self.batches:
             for i in range(batch.size):
                 here = batch.outcomes.get(ORIGINAL, {})
@@ -201,7 +202,8 @@ class PairedExamples:
                     arm: {k: v[i] for k, v in by_name.items() if k.partition("/")[2] not in absent}
                     for arm, by_name in batch.described.items()
                 }
-                row: dict[str, Any] = {k: v for k, v in described[ORIGINAL].items() if not is_own(k)}
+                row: dict[str, Any] = {"dataloader_idx": batch.dataloader_idx} if several else {}
+                row |= {k: v for k, v in described[ORIGINAL].items() if not is_own(k)}
                 for arm, outcomes in batch.outcomes.items():
                     shown = {
                         name: o

@@ -107,8 +107,7 @@ def flip_metrics(result: LaserResult, name: str, rows: Sequence[Row]) -> list[Pa
     found: list[PairedResult] = []
     seen: set[int] = set()
     for row in (first, *(row for row in result[name].rows if row.fixed is not None)):
-        metric = _returned_as(row)
-        here = {i for i, example in enumerate(rows) if _outcome(example, ORIGINAL, metric) is not None}
+        here = {i for i, example in enumerate(rows) if _outcome(example, ORIGINAL, row.metric) is not None}
         if here and not here & seen:
             found.append(row)
             seen |= here
@@ -117,10 +116,9 @@ def flip_metrics(result: LaserResult, name: str, rows: Sequence[Row]) -> list[Pa
 
 def flips(rows: Iterable[Row], arm: str, row: PairedResult) -> list[Flip]:
     """The examples fixed and broken by ``arm`` as ``row`` counts them; fixed first, else in the order of ``rows``."""
-    metric = _returned_as(row)
-    found = []
+    metric, found = _returned_as(row.metric)[0], []
     for example in rows:
-        before, after = (_outcome(example, name, metric) for name in (ORIGINAL, arm))
+        before, after = (_outcome(example, name, row.metric) for name in (ORIGINAL, arm))
         if before is None or after is None or before == after:
             continue
         described = {name: str(example.get(name, "")) for name in ("id", "group", "prompt")}
@@ -135,22 +133,28 @@ def flips(rows: Iterable[Row], arm: str, row: PairedResult) -> list[Flip]:
     return sorted(found, key=lambda flip: not flip.fixed)
 
 
-def _returned_as(row: PairedResult) -> str:
-    """The name under which the step returns a metric: without the dataloader's number."""
-    return row.metric.partition("/dataloader_idx_")[0]
+def _returned_as(metric: str) -> tuple[str, str]:
+    """The name under which the step returns a metric, and the number of its dataloader, empty if it has none."""
+    name, _, loader = metric.partition("/dataloader_idx_")
+    return name, loader
+
+
+def _is_of(example: Row, loader: str) -> bool:
+    return not loader or str(example.get("dataloader_idx", loader)) == loader
 
 
 def _outcome(example: Row, arm: str, metric: str) -> float | None:
-    outcomes = example.get(arm)
-    return outcomes.get(metric) if isinstance(outcomes, Mapping) else None
+    """What an arm has of a metric; ``None`` where it is another dataloader's example."""
+    outcomes, (name, loader) = example.get(arm), _returned_as(metric)
+    return outcomes.get(name) if isinstance(outcomes, Mapping) and _is_of(example, loader) else None
 
 
 def label_counts(rows: Iterable[Row], arm: str, metric: str = "") -> list[LabelCount]:
     """Of every label that is an answer of ``metric`` or is said, the most frequent first."""
-    metric = metric.partition("/dataloader_idx_")[0]
+    metric, loader = _returned_as(metric)
     gold: Counter[str] = Counter()
     said: dict[str, Counter[str]] = {ORIGINAL: Counter(), arm: Counter()}
-    for example in rows:
+    for example in (row for row in rows if _is_of(row, loader)):
         predictions = [of_metric(example.get(name, {}), "prediction", metric) for name in said]
         answer = of_metric(example, "answer", metric)
         if answer is not None and None not in predictions:

@@ -283,11 +283,9 @@ class LaserSearch:
     def _sets(self) -> ExampleSets:
         if isinstance(self.data, ExampleSets):
             return self.data
-        paper = self.method == "paper"
-        sets = ExampleSets.reference(self.data) if paper else ExampleSets.of(self.data, seed=self.seed)
         if isinstance(self.data, FactsDataModule) and isinstance(self.module, LaserModule):
-            self.data.check_context(self.module.context)
-        return sets
+            self.data.context = self.module.context  # no trainer is there to tell it
+        return ExampleSets.reference(self.data) if self.method == "paper" else ExampleSets.of(self.data, seed=self.seed)
 
     def _spectra(self) -> Spectra:
         if self.base is not None:

@@ -187,6 +187,24 @@ def test_models_that_write_alone_say_so(name):
     assert f"7 were written alone: {reason}" in str(report)
 
 
+def test_what_the_generation_config_has_beside():
+    """Greedy is greedy, and the model's own stop texts are stop texts."""
+    model, prompts = tiny_causal_lm(), asked()
+    expected, _, _ = in_both(model, "3.mlp@0.9", asked(stop=("e", "ai")))
+    for name, value in {
+        "num_return_sequences": 2,
+        "num_beams": 3,
+        "do_sample": True,
+        "stop_strings": ["ai", "e"],
+    }.items():
+        setattr(model.generation_config, name, value)
+    original, written, report = in_both(model, "3.mlp@0.9", prompts)
+    assert original.tokens == expected.tokens
+    assert original.texts == expected.texts
+    assert not any(mark in text for mark in ("e", "ai") for text in (*original.texts, *written.texts))
+    assert not report.further["written"].alone
+
+
 def test_what_alters_logits_is_known():
     """Each processor that the installed version makes of a generation config is by a field that is known here."""
     from transformers import GenerationConfig
@@ -223,6 +241,8 @@ def test_near_ties_are_counted():
     before = logits.clone()
     assert [found.tolist() for found in writing.greedy(model, logits)] == [[1, 2, 2, 1], [True, True, False, True]]
     assert torch.equal(logits, before)
+    ruled_out = torch.tensor([[5.0, 5.1, -torch.inf], [5.0, 5.0, -torch.inf], [-torch.inf, 5.0, -torch.inf]])
+    assert writing.greedy(model, ruled_out)[1].tolist() == [False, True, False]
     assert writing.greedy(model.to(torch.bfloat16), logits)[1].all()
 
 

@@ -27,6 +27,11 @@ from laser_callback.data.generation import EXACT_MATCH
         ("U.S.A.", "usa"),
         ("1,234,567", "1234567"),
         ("STRASSE", "straße"),
+        ("na\u00efve", "nai\u0308ve"),
+        ("\u200f\u05e9\u05dc\u05d5\u05dd\u200e", "\u05e9\u05dc\u05d5\u05dd"),
+        ("x = \u22123.0", "x = -3"),
+        ("(\u20133)", "-3"),
+        ("007.50", "7.5."),
         ("12345678901234567890123456789012", "12,345,678,901,234,567,890,123,456,789,012"),
     ],
 )
@@ -43,6 +48,10 @@ def test_these_are_one_answer(one, other):
         ("3.5", "35"),
         ("-3", "3"),
         ("1.05", "1.5"),
+        ("1.10.2024", "1.1.2024"),
+        ("3.0.1", "3.1"),
+        ("\u22123", "3"),
+        ("3\u20135", "-5"),
         ("10", "100"),
         ("therapist", "rapist"),
         ("x<3", "x>3"),
@@ -74,6 +83,9 @@ def test_what_is_taken_from_a_continuation():
     assert Generation(extract=pattern).judge("7", ["7"]) == ("", False, "7")
     assert Generation().judge(" Rome \n", ["Paris", "ROME"]) == ("paris", True, "paris")
     assert not Generation().judge("", ["x"]).right
+    # Matches that hold nothing are none, wherever they are.
+    assert Generation(extract="(.*)", match="last").judge("Rome\n", ["Rome"]).right
+    assert Generation(extract=r"(?P<a>is \d)?|so(?P<b> \d)?").judge("so it is so 4", ["4"]).right
 
 
 @pytest.mark.parametrize(
@@ -102,6 +114,7 @@ TALE = {"prompt": "2 and 3 are", "answer": "5", "rationale": "2 + 3 = 5. ####", 
         ({"answer": "The"}, {}, "fact 'x' is nothing without case"),
         ({"answers": ["..."]}, {}, "'...' of fact 'x' is nothing"),
         ({}, {"stop": ("####",)}, "'####' is in .* of fact 'x'"),
+        ({"rationale": ""}, {"stop": (" ",)}, "' ' is in ' 5' of fact 'x'"),
         ({}, {"extract": "#### ([a-z]+)"}, "of fact 'x' must be judged right"),
         ({}, {"max_new_tokens": 510}, "at most 512 tokens, but '2 and 3 are' of fact 'x' makes"),
     ],

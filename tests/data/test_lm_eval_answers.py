@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from trainers import quiet_trainer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from laser_callback import FactsDataModule, LaserModule, reduced
+from laser_callback import FactsDataModule, LaserModule, LaserSearch, reduced
 from laser_callback.cli.commands import main
 from laser_callback.compare.ab_test import part_of
 from laser_callback.data.demo_model import demo_model_folder
@@ -336,6 +336,20 @@ def test_a_real_model_is_judged_as_by_lm_eval(write, tmp_path, case):
     some = [others[i] if i % 3 == 1 else row for i, row in enumerate(rows()[:6])]
     found, _, names = compared(model, tokenizer, write(config, some, rows()), tmp_path, 32, **options)
     assert any(0 < sum(found[name]) < len(some) for name in names.values())
+
+
+def test_a_search_cuts_long_prompts_as_a_trainer_does(write, own_cache):
+    """The context is the model's, whatever the tokenizer says."""
+    model, tokenizer = tiny_causal_lm(), tiny_tokenizer()
+    tokenizer.model_max_length = 10**30
+    many = [row | {"question": f"{row['question']} {i}"} for i in range(4) for row in sums()]
+    data = FactsDataModule(write(GSM8K, many) + "&num_fewshot=12&max_gen_toks=8", tokenizer, batch_size=20)
+    search = LaserSearch(
+        LaserModule(model, tokenizer), data, within="3.fc_up", rhos=[0.5], candidates=1, controls=False
+    )
+    with pytest.warns(UserWarning, match="of 40 prompts are cut on the left to 504 tokens"):
+        search.run()
+    assert max(len(item.asked) for item in data.encoded) == 504
 
 
 @pytest.mark.slow

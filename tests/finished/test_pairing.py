@@ -79,6 +79,7 @@ def test_several_tasks_have_a_row_each_and_a_mean_that_claims():
     assert [row.role for row in rows] == ["primary", "holm", "holm"]
     pooled = [right_or_wrong(np.concatenate([values(t) for t in of])) for of in (before, after)]
     assert rows[0] == replace(compare(MEAN, *pooled), role="primary")
+    assert compare_runs(one, two, tasks=["x", "y", "x"])["laser"].rows == rows  # named twice, counted once
     singles = [compare("x", *(right_or_wrong(values(of[i])) for of in (before, after))).p for i in (0, 1)]
     smallest = min(1.0, 2 * min(singles))
     assert [row.p_adjusted for row in rows[1:]] == [
@@ -192,6 +193,12 @@ def logged(metric: str = "acc", value: float = 1.0, **changes) -> LoggedTask:
         ({"x": logged()}, {"y": logged()}, {}, "both runs must be of the same task, but one has 'x' and two has 'y'"),
         ({"coins": logged()}, None, {"tasks": ["coin"]}, "one has no 'coin', did you mean `coins`?"),
         ({"x": logged("acc")}, {"x": logged("f1")}, {}, "no metric of x is in both runs: one has acc and two has f1"),
+        (
+            {"x": LoggedTask({"0": LoggedExample("0")}, unused={"f1": "no number, such as 'A'"})},
+            {"x": logged("f1")},
+            {},
+            "no metric of x is in both runs: one has none (f1: no number, such as 'A') and two has f1",
+        ),
         ({"x": logged()}, {"x": LoggedTask({"a": LoggedExample("a")})}, {}, "no `id` of x is in both runs: one begins"),
         ({"x": logged()}, {"x": logged()}, {"metric": "f1"}, "`metric` must be one, acc, got 'f1'"),
         (

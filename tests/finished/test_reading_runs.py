@@ -106,6 +106,7 @@ def test_a_log_of_inspect(tmp_path):
     run = read_run(inspect_log(tmp_path / "log.json", "openai/x", samples), "a")
     assert (run.name, list(run.tasks)) == ("openai/x", ["arithmetic"])
     assert outcomes(only(run), "match") == {"0": 1.0, "1": 0.0, "2": 0.5, "3": 0.0, "4": None}
+    assert only(run).higher_is_better == {"match": True}  # of letters
     first, second, *_ = only(run).examples.values()
     assert (first.prompt, first.same["target"], first.cluster) == ("user: 0 + 1?", "1", None)
     assert (second.answers, second.predictions) == ({"match": "2"}, {"match": "5"})
@@ -139,6 +140,14 @@ def test_lines_and_cells(tmp_path):
     cells = only(read_run(tmp_path / "run.csv", "a"))
     assert str(cells.examples) == str(task.examples)
     assert cells.unused == task.unused
+    for sign, missing in ((";", "NA"), ("\t", "null")):  # as spreadsheets and R write them
+        (tmp_path / "run.csv").write_text(
+            f"\ufeffid,acc,loss,subject,note,prompt,answer\n1,TRUE,0.5,x,slow,P,a\nb,FALSE,{missing},x,,Q,b\n".replace(
+                ",", sign
+            ),
+            encoding="utf-8",
+        )
+        assert str(only(read_run(tmp_path / "run.csv", "a")).examples) == str(task.examples)
 
 
 def test_a_column_of_tasks_and_a_folder_of_them(tmp_path):
@@ -179,7 +188,13 @@ def test_own_examples_are_read_as_the_original(tmp_path):
             '{"id": 1, "acc": 1}\n' * 3,
             "`id` must be another for each example, but these come again: '1' (3 t",
         ),
-        ("x.jsonl", '{"id": 1, "acc": "good"}\n', "it has no outcomes: expected rows with an `id` and numbers"),
+        (
+            "x.jsonl",
+            '{"id": 1, "acc": "good"}\n',
+            "it has no outcomes: expected rows with an `id` and numbers, true or false; `acc` has no",
+        ),
+        ("x.jsonl", '{"id": 1, "acc": 1' + 400 * "0" + "}\n", "`acc` has no number, such as 1000000"),
+        ("x.csv", "id,acc,acc\n1,1,0\n", "expected a name of its own for each column, got 'acc' twice"),
         ("x.jsonl", "", "it has no outcomes"),
         ("x.jsonl", "[1]\n", "line 1: expected a row with an `id`"),
         ("x.csv", "id,acc\n1,1,0\n", "line 2: more cells than the header has"),

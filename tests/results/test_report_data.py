@@ -10,15 +10,17 @@ import pytest
 import torch
 from candidates import proposed
 from classifier import PLAN, Classifier, compared, searched
+from torch.utils.data import DataLoader
+from trainers import quiet_trainer
 
-from laser_callback import LaserPlan, find_matrices
+from laser_callback import LaserCallback, LaserPlan, find_matrices
 from laser_callback.plans.reduction import Reduction
 from laser_callback.reports.page import spectrum_pictures
 from laser_callback.reports.panels import STEPS, panels, shading
 from laser_callback.reports.search_text import numbered, pictured
 from laser_callback.results.candidates import Estimate
 from laser_callback.results.comparison import LaserResult
-from laser_callback.results.flips import claim_row, flip_metric, flips, label_counts
+from laser_callback.results.flips import claim_row, flip_metric, flip_metrics, flips, label_counts
 from laser_callback.results.search import SearchResult, Trade, mark_efficient
 from laser_callback.spectra.cut import POINTS, CutSpectrum, cut_spectra
 from laser_callback.spectra.spectrum import Spectrum
@@ -110,6 +112,23 @@ def test_flips_of_a_metric_that_is_better_low_and_has_a_dataloader():
     (flip,) = flips(rows, "x", row)
     assert flip.fixed
     assert row.fixed == 1
+
+
+def test_of_two_dataloaders_each_has_its_own_flips(tmp_path):
+    module, laser = Classifier(), LaserCallback(PLAN, report=False)
+    whole = module.rows().dataset
+    data = [DataLoader(part, batch_size=16) for part in (whole[:24], whole[24:])]
+    quiet_trainer(laser).validate(module, data, verbose=False)
+    rows = laser.result.examples.to_rows()
+    assert [row["dataloader_idx"] for row in rows] == [0] * 24 + [1] * 40
+    shown = flip_metrics(laser.result, "laser", rows)
+    assert len(shown) == 2
+    for row in shown:
+        found = flips(rows, "laser", row)
+        assert (sum(flip.fixed for flip in found), sum(not flip.fixed for flip in found)) == (row.fixed, row.broken)
+        assert found
+    counts = label_counts(rows, "laser", shown[1].metric)
+    assert sum(count.gold for count in counts) == shown[1].n
 
 
 def test_labels_are_counted(result):

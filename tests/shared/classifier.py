@@ -48,7 +48,7 @@ class Classifier(pl.LightningModule):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.model(x)[:, -1].argmax(-1)
 
-    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
+    def validation_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
         said = self(batch["x"])
         right = said == batch["label"]
         self.log("<i>acc</i>", right.float().mean(), batch_size=len(right))

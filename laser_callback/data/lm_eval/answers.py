@@ -78,7 +78,7 @@ class TaskAnswers(Generation):
         return document.request.args[0], document.delimiter
 
     @override
-    def check(self, fact: Fact) -> None:
+    def check(self, fact: Fact, between: str = " ") -> None:
         """A target need not be what the filters look for: in some tasks it is the bare answer, or there is none."""
 
     def fitted(self, encoded: Sequence[EncodedFact], limit: int) -> list[EncodedFact]:
