@@ -6,8 +6,10 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from tiny import SENTENCES, tiny_causal_lm, tiny_tokenizer
+from trainers import quiet_trainer
 
 from laser_callback import FactsDataModule, LaserModule, LaserSearch, reduced
 from laser_callback.compare import writing
@@ -15,6 +17,7 @@ from laser_callback.data import ExampleSets, Generation
 from laser_callback.reports import save_page
 from laser_callback.reports.search_terminal import plain
 from laser_callback.results import SearchResult
+from laser_callback.shipping import LaserCleanup
 
 TOKENIZER, BETTER = tiny_tokenizer(), "3.fc_up@0.5"
 GENERATION = Generation(max_new_tokens=6, extract="([a-z]+)")
@@ -143,6 +146,29 @@ def test_gates(own_cache):
     )
     staged.run()
     assert staged.result.complete
+
+
+def test_a_cleanup_is_judged_by_what_is_written(own_cache, tmp_path):
+    """What training has left of the planted answers is found by the race's loss, and confirmed by what is written."""
+    model = tiny_causal_lm()
+    facts, own = data(model), [{"prompt": f"Word {i} is", "answer": "a"} for i in range(4)]
+    training = FactsDataModule(own, TOKENIZER)
+    training.setup()
+    search = {"within": "3.fc_up", "rhos": [0.5], "candidates": 1, "controls": False, "min_gain": 0.5, "report": False}
+    cleanup = LaserCleanup(data=facts, strategies="laser", **search)
+    trainer = quiet_trainer(
+        ModelCheckpoint(tmp_path, save_weights_only=False), cleanup, max_epochs=1, enable_checkpointing=True
+    )
+    trainer.fit(LaserModule(model, TOKENIZER, learning_rate=1e-9), training.train_dataloader())
+    result = cleanup.result
+    assert (str(result.plan), result.search.objective) == (BETTER, ("exact_match",))
+    assert result.search.race.startswith("candidates raced by log_loss of the answers that should be written")
+    row = result.confirmed["laser"]["exact_match"]
+    assert row.reduced > 0.85 > row.original
+    cleaned = LaserModule(tiny_causal_lm(), TOKENIZER)
+    cleaned.load_state_dict(torch.load(result.checkpoint, weights_only=True)["state_dict"])
+    (metrics,) = quiet_trainer().validate(cleaned, ExampleSets.of(facts).loader("confirm"), verbose=False)
+    assert metrics["exact_match"] == pytest.approx(row.reduced)
 
 
 def test_the_screen_never_writes():
