@@ -93,7 +93,9 @@ class Spectrum:
         work = work / (scale := unit(work))
         if len(removed := self.removed(reduction)) <= 1:
             start, stop = removed[0] if removed else (len(self.values),) * 2
-            kept = self.truncate(work, start) + (work - self.truncate(work, stop))
+            tail = self.truncate(work, stop)
+            torch.sub(work, tail, out=tail)  # in place: of a large matrix each float64 copy counts
+            kept = tail.add_(self.truncate(work, start))
         else:
             gone = torch.cat([self.basis[:, start:stop] for start, stop in removed], 1)
             kept = work - ((work @ gone) @ gone.T if self.shape[0] >= self.shape[1] else gone @ (gone.T @ work))
