@@ -38,7 +38,7 @@ def export(
     base: str | None = None,
     allow_missing: bool = False,
 ) -> Answer:
-    """Write what a plan makes of a model.
+    """Write what a plan makes of a model; a folder of safetensors is read and written matrix by matrix.
 
     Args:
         model: the original: a folder, a hub name, or a .gguf file.
@@ -79,7 +79,7 @@ def export(
 def apply(
     *, model: str, recipe: Path, output: Path, exact: bool = True, base: str | None = None, allow_missing: bool = False
 ) -> Answer:
-    """Apply a recipe to the model that it was made for, and write the reduced model for transformers.
+    """Apply a recipe to the model that it was made for, matrix by matrix, and write the reduced model for transformers.
 
     Args:
         model: the original: a folder, a hub name, or a .gguf file.
@@ -103,7 +103,7 @@ def apply(
 
 
 def restore(*, model: str, undo: Path, output: Path, allow_missing: bool = False) -> Answer:
-    """Give a cut model its original weights back, bit for bit.
+    """Give a cut model its original weights back, bit for bit, matrix by matrix.
 
     Args:
         model: folder of the reduced model.

@@ -9,6 +9,7 @@ before any work.
 
 from __future__ import annotations
 
+import math
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -33,6 +34,7 @@ BaseSource: TypeAlias = "nn.Module | Mapping[str, Tensor | Stored] | str | Path"
 UNRELATED = 1.0
 """A difference as large as the base itself. Independent weights differ by the square root of 2 of their size,
 fine-tuned ones by a few hundredths."""
+_ROWS = 1024  # are made float64 at a time
 
 
 class BaseWeights:
@@ -133,12 +135,15 @@ class BaseWeights:
     def _relative_change(self, matrix: WeightMatrix) -> float:
         """||W - W_base|| / ||W_base||, in Frobenius norms."""
         value = matrix.value
-        wide = torch.promote_types(value.dtype, torch.float32)
-        weight, base = value.to(wide), self.matrix(matrix.name, value).to(wide)
+        base = self.matrix(matrix.name, value)
         # Squares of large weights have no room in their dtype.
         scale = (float(base.abs().max()) if base.numel() else 0.0) or 1.0
-        change, size = (float((x / scale).norm()) for x in (weight - base, base))
-        return change / size if size else change
+        change = size = 0.0
+        for weights, before in zip(value.split(_ROWS), base.split(_ROWS), strict=True):
+            were = as_double(before)
+            change += float(((as_double(weights) - were) / scale).square().sum())
+            size += float((were / scale).square().sum())
+        return math.sqrt(change / size) if size else math.sqrt(change)
 
 
 def read_weights(source: BaseSource, *owners: Any) -> Mapping[str, Tensor | Stored]:

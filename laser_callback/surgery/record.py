@@ -86,11 +86,12 @@ def recorded(
     cut = reduced(model, plan, spectra)
     before = [matrix_hash(matrix.value) for matrix, _ in cut.matrices] if expected is None else expected.before
     cut.prepare(progress)  # holds the model to a recipe
-    kept = [spectra.directions_text(matrix.name, reduction) for matrix, reduction in spectra.settled(cut.matrices)]
+    by_inputs = spectra.settled([each for each in cut.matrices if each[1].needs_inputs])
+    kept = {matrix.name: spectra.directions_text(matrix.name, reduction) for matrix, reduction in by_inputs}
     with cut:
         done = [
-            _written_down(matrix, reduction, was, directions)
-            for (matrix, reduction), was, directions in zip(cut.matrices, before, kept, strict=True)
+            _written_down(matrix, reduction, was, kept.get(matrix.name))
+            for (matrix, reduction), was in zip(cut.matrices, before, strict=True)
         ]
         if expected is not None:
             _check_after(expected, done, cut.matrices, exact)

@@ -285,33 +285,43 @@ def _reduced_parameters(
     ordered = [each for group in by_parameter.values() for each in group]
     cuts: list[_Cut] = []
     spill: Spill | None = None
+    done = 0
     with progress.phase(f"cutting {len(ordered)} matrices", len(ordered)):
-        done = 0
         for group in by_parameter.values():
             parameter = group[0][0].parameter
             where = place(parameter)
+            if not isinstance(where, Stored):
+                for start in range(done + -done % SIDE_BY_SIDE, done + len(group), SIDE_BY_SIDE):
+                    spectra.ahead(_factorised_whole(ordered[start : start + SIDE_BY_SIDE]))
+            done += len(group)
             # Normal tensors also inside of inference mode, since a later `fit` may run autograd while one is in place;
             # for a parameter that was itself made in inference mode, again such a tensor: torch cannot mix the two.
             with with_inference(parameter.is_inference()):
-                values, changed, changing = contents(where), None, []
-                for matrix, reduction in group:
-                    if done % SIDE_BY_SIDE == 0 and not isinstance(where, Stored):
-                        spectra.ahead(_factorised_whole(ordered[done : done + SIDE_BY_SIDE]))
-                    done += 1
-                    original = matrix.read(values)
-                    if not spectra.changes_nothing(original, reduction, matrix.name):
-                        if changed is None:  # what was read from a file is a copy already
-                            in_file = isinstance(where, Stored)
-                            changed = values if in_file else values.clone(memory_format=torch.preserve_format)
-                        matrix.write(changed, spectra.reduce(original, reduction, matrix.name))
-                        changing.append(matrix)
-                    progress.advance(1)
+                changed, changing = _changed(where, group, spectra, progress)
             if changed is not None and isinstance(where, Stored):
                 spill = Spill(where.scratch) if spill is None else spill
                 cuts.append((parameter, spill.add(changed), changing))
             elif changed is not None:
                 cuts.append((parameter, changed, changing))
+            del changed  # before the next is read
     return cuts
+
+
+def _changed(
+    where: Tensor | Stored, group: list[tuple[WeightMatrix, Reduction]], spectra: Spectra, progress: PhaseProgress
+) -> tuple[Tensor | None, list[WeightMatrix]]:
+    """What the cuts of its matrices make of a parameter, ``None`` if that is nothing else; and which change it."""
+    values, changed, changing = contents(where), None, []
+    for matrix, reduction in group:
+        original = matrix.read(values)
+        if not spectra.changes_nothing(original, reduction, matrix.name):
+            if changed is None:  # what was read from a file is a copy already
+                in_file = isinstance(where, Stored)
+                changed = values if in_file else values.clone(memory_format=torch.preserve_format)
+            matrix.write(changed, spectra.reduce(original, reduction, matrix.name))
+            changing.append(matrix)
+        progress.advance(1)
+    return changed, changing
 
 
 def _factorised_whole(matrices: list[tuple[WeightMatrix, Reduction]]) -> list[tuple[Tensor, str, str]]:
