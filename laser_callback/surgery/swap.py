@@ -8,7 +8,7 @@ or of the original weights, no version counter moves, and an optimizer's state s
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
@@ -26,7 +26,7 @@ from laser_callback.spectra.store import SIDE_BY_SIDE, Spectra
 from laser_callback.support.interrupts import catch_up, closed, opened, undisturbed
 from laser_callback.support.progress import PhaseProgress
 from laser_callback.support.settings import with_gradients, with_inference
-from laser_callback.support.stored import Spill, Stored, contents, has_values, place, put
+from laser_callback.support.stored import Spill, Stored, contents, has_values, lies_in_file, place, put
 from laser_callback.surgery.recipe import Recipe
 
 
@@ -283,36 +283,41 @@ def _reduced_parameters(
     for matrix, reduction in spectra.settled(matrices):
         by_parameter.setdefault(id(matrix.parameter), []).append((matrix, reduction))
     ordered = [each for group in by_parameter.values() for each in group]
+    ahead = _ahead(ordered, spectra)
     cuts: list[_Cut] = []
     spill: Spill | None = None
-    done = 0
     with progress.phase(f"cutting {len(ordered)} matrices", len(ordered)):
         for group in by_parameter.values():
             parameter = group[0][0].parameter
             where = place(parameter)
-            if not isinstance(where, Stored):
-                for start in range(done + -done % SIDE_BY_SIDE, done + len(group), SIDE_BY_SIDE):
-                    spectra.ahead(_factorised_whole(ordered[start : start + SIDE_BY_SIDE]))
-            done += len(group)
             # Normal tensors also inside of inference mode, since a later `fit` may run autograd while one is in place;
             # for a parameter that was itself made in inference mode, again such a tensor: torch cannot mix the two.
             with with_inference(parameter.is_inference()):
-                changed, changing = _changed(where, group, spectra, progress)
+                changed, changing = _changed(where, zip(group, ahead, strict=False), spectra)
             if changed is not None and isinstance(where, Stored):
                 spill = Spill(where.scratch) if spill is None else spill
                 cuts.append((parameter, spill.add(changed), changing))
             elif changed is not None:
                 cuts.append((parameter, changed, changing))
+            progress.advance(len(group))
             del changed  # before the next is read
     return cuts
 
 
+def _ahead(matrices: list[tuple[WeightMatrix, Reduction]], spectra: Spectra) -> Iterator[None]:
+    """One step for each matrix, with some that come next factorised; what lies in files is held one by one."""
+    for i, (matrix, _) in enumerate(matrices):
+        if i % SIDE_BY_SIDE == 0 and not lies_in_file(matrix.parameter):
+            spectra.ahead(_factorised_whole(matrices[i : i + SIDE_BY_SIDE]))
+        yield
+
+
 def _changed(
-    where: Tensor | Stored, group: list[tuple[WeightMatrix, Reduction]], spectra: Spectra, progress: PhaseProgress
+    where: Tensor | Stored, group: Iterable[tuple[tuple[WeightMatrix, Reduction], None]], spectra: Spectra
 ) -> tuple[Tensor | None, list[WeightMatrix]]:
     """What the cuts of its matrices make of a parameter, ``None`` if that is nothing else; and which change it."""
     values, changed, changing = contents(where), None, []
-    for matrix, reduction in group:
+    for (matrix, reduction), _ in group:
         original = matrix.read(values)
         if not spectra.changes_nothing(original, reduction, matrix.name):
             if changed is None:  # what was read from a file is a copy already
@@ -320,7 +325,6 @@ def _changed(
                 changed = values if in_file else values.clone(memory_format=torch.preserve_format)
             matrix.write(changed, spectra.reduce(original, reduction, matrix.name))
             changing.append(matrix)
-        progress.advance(1)
     return changed, changing
 
 
