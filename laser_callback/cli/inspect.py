@@ -11,13 +11,13 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from laser_callback.cli.command import Answer
+from laser_callback.cli.command import Answer, notes
 from laser_callback.plans.uncut import NotCut
 from laser_callback.reports.inspection import check_picture, save_spectra
 from laser_callback.spectra.inspection import RULES, InspectedMatrix, Inspection, inspect_model
 from laser_callback.spectra.store import Spectra
 from laser_callback.support.files import need_writable
-from laser_callback.support.pretrained import load_pretrained
+from laser_callback.support.in_files import open_pretrained
 from laser_callback.support.progress import PhaseProgress
 
 _SHOWN_RHOS = (0.01, 0.1, 0.5)
@@ -46,8 +46,10 @@ def inspect(
     if picture is not None:
         check_picture(picture)
         need_writable(picture=picture)
-    spectra = Spectra.default() if cache else Spectra()
-    found = inspect_model(load_pretrained(model, allow_missing), within, spectra, PhaseProgress())
+    with notes():
+        opened = open_pretrained(model, allow_missing)
+    spectra = (Spectra.default() if cache else Spectra()).sparing(opened)
+    found = inspect_model(opened, within, spectra, PhaseProgress())
     if picture is not None:
         save_spectra(found, picture)
     console = Console(highlight=False)

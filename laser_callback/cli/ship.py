@@ -21,10 +21,11 @@ from laser_callback.shipping.undo import restore as restore_model
 from laser_callback.spectra.delta import BaseWeights
 from laser_callback.spectra.store import Spectra
 from laser_callback.support.files import appearing, need_files
-from laser_callback.support.pretrained import load_pretrained, load_tokenizer, save_dense
+from laser_callback.support.in_files import open_pretrained, save_dense
+from laser_callback.support.pretrained import load_tokenizer
+from laser_callback.support.progress import PhaseProgress
 from laser_callback.support.reading import read_plain
 from laser_callback.surgery.recipe import Recipe, need_recipe_ending
-from laser_callback.surgery.record import recorded
 
 
 def export(
@@ -37,7 +38,7 @@ def export(
     base: str | None = None,
     allow_missing: bool = False,
 ) -> Answer:
-    """Write what a plan makes of a model.
+    """Write what a plan makes of a model; a folder of safetensors is read and written matrix by matrix.
 
     Args:
         model: the original: a folder, a hub name, or a .gguf file.
@@ -60,10 +61,17 @@ def export(
         need_recipe_ending(output=output)
     check_base([chosen], base is not None)
     check_directions([chosen])
-    original, spectra = _original(model, base, allow_missing)
     with notes():
+        original, spectra = _original(model, base, allow_missing, output)
         done = save_reduced(
-            original, chosen, output, form, result=numbers, tokenizer=_tokenizer(model), spectra=spectra
+            original,
+            chosen,
+            output,
+            form,
+            result=numbers,
+            tokenizer=_tokenizer(model),
+            spectra=spectra,
+            progress=PhaseProgress(),
         )
     return _answer(f"wrote {form}", output, done)
 
@@ -71,7 +79,7 @@ def export(
 def apply(
     *, model: str, recipe: Path, output: Path, exact: bool = True, base: str | None = None, allow_missing: bool = False
 ) -> Answer:
-    """Apply a recipe to the model that it was made for, and write the reduced model for transformers.
+    """Apply a recipe to the model that it was made for, matrix by matrix, and write the reduced model for transformers.
 
     Args:
         model: the original: a folder, a hub name, or a .gguf file.
@@ -86,16 +94,16 @@ def apply(
     if not isinstance(plan, Recipe):
         raise ValueError(f"{recipe} is a plan without hashes, not a recipe: use `laser-callback export --plan`")
     check_base([plan], base is not None)
-    original, spectra = _original(model, base, allow_missing)
-    with _about(recipe), recorded(original, plan, spectra, exact=exact) as (_, here):
-        pass  # now `here` has the hashes of what rounding makes here
     with notes():
-        done = save_reduced(original, here, output, tokenizer=_tokenizer(model), spectra=spectra)
+        original, spectra = _original(model, base, allow_missing, output)
+        how = {"tokenizer": _tokenizer(model), "spectra": spectra, "exact": exact, "progress": PhaseProgress()}
+        with _about(recipe):
+            done = save_reduced(original, plan, output, **how)
     return _answer("wrote the reduced model", output, done)
 
 
 def restore(*, model: str, undo: Path, output: Path, allow_missing: bool = False) -> Answer:
-    """Give a cut model its original weights back, bit for bit.
+    """Give a cut model its original weights back, bit for bit, matrix by matrix.
 
     Args:
         model: folder of the reduced model.
@@ -104,18 +112,21 @@ def restore(*, model: str, undo: Path, output: Path, allow_missing: bool = False
         allow_missing: go on with a model of which weights are missing: they are random, and a warning names them.
     """
     need_files(undo=undo)
-    with appearing(output) as folder:
-        reduced = load_pretrained(model, allow_missing)
+    progress = PhaseProgress()
+    with notes(), appearing(output) as folder:
+        reduced = open_pretrained(model, allow_missing, folder.parent)
         with _about(undo):
-            recipe = restore_model(reduced, undo)
-        save_dense(reduced, folder, _tokenizer(model))
+            recipe = restore_model(reduced, undo, progress=progress)
+        save_dense(reduced, folder, _tokenizer(model), progress)
     return _answer("wrote the original", output, recipe)
 
 
-def _original(model: str, base: str | None, allow_missing: bool) -> tuple[PreTrainedModel, Spectra]:
+def _original(model: str, base: str | None, allow_missing: bool, output: Path) -> tuple[PreTrainedModel, Spectra]:
     """The model, and the spectra of its weights, or of their difference to what it was fine-tuned from."""
-    original = load_pretrained(model, allow_missing)
-    return original, Spectra.default(None if base is None else BaseWeights(base, original))
+    beside = next(folder for folder in output.absolute().parents if folder.is_dir())
+    original = open_pretrained(model, allow_missing, beside)
+    spectra = Spectra.default(None if base is None else BaseWeights(base, original))
+    return original, spectra.sparing(original)
 
 
 @contextmanager

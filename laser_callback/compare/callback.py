@@ -18,7 +18,6 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import ModelPruning
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
-from torch import Tensor
 from torchmetrics import Metric, MetricCollection
 from typing_extensions import override
 
@@ -131,7 +130,7 @@ class LaserCallback(pl.Callback):
         if base is not None:
             check_base(self.plans.values(), given=True)
         self.base = base
-        self._base_weights: Mapping[str, Tensor] | None = None  # read once for all runs
+        self._base_weights: BaseSource | None = None  # read once for all runs
         self.metrics = None if metrics is None else _collection(metrics)
         self.update = update
         self.primary = primary

@@ -16,8 +16,7 @@ from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 
-from laser_callback.support.cache import cache_root
-from laser_callback.support.files import appearing
+from laser_callback.support.files import appearing, cache_root
 
 _log = logging.getLogger(__name__)
 
@@ -74,7 +73,8 @@ def _convert(gguf: Path, folder: Path) -> None:
         raise ModuleNotFoundError(
             f'Converting the demo\'s model needs {" and ".join(missing)}: `pip install "laser-callback[demo]"`.'
         )
-    from laser_callback.support.pretrained import load_pretrained, load_tokenizer, save_dense
+    from laser_callback.support.in_files import save_dense
+    from laser_callback.support.pretrained import load_pretrained, load_tokenizer
 
     model, tokenizer = load_pretrained(gguf), load_tokenizer(gguf)
     tokenizer.model_max_length = model.config.max_position_embeddings  # GGUF does not carry it into the tokenizer

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from laser_callback.data.facts import Fact
-from laser_callback.support.tables import read_table
+from laser_callback.support.reading import read_table
 
 SourceRow = Mapping[str, Any]
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from laser_callback.support.files import write_atomically
-from laser_callback.support.tables import read_table
+from laser_callback.support.reading import read_table
 
 _TABLES = read_table("laser_callback.data", "worldfacts.yaml")
 RELATIONS: Mapping[str, Sequence[str]] = _TABLES["relations"]

@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING
 
-from laser_callback.support.tables import read_table
+from laser_callback.support.reading import read_table
 
 if TYPE_CHECKING:  # the names of the kinds are read where there is no model
     from torch import nn

@@ -23,6 +23,7 @@ from laser_callback.plans.fused import Rows, rows_of_kinds
 from laser_callback.plans.kinds import KINDS, kinds_of
 from laser_callback.plans.packed import has_ordinary, obstacle_of, packed_buffers
 from laser_callback.plans.stacks import clean_name, passes_through, place_of, plain_name, stacks_by_path, submodule
+from laser_callback.support.stored import Stored, contents, place
 
 _Index = tuple[int | Rows | None, ...]
 
@@ -103,8 +104,14 @@ class WeightMatrix:
 
     @property
     def value(self) -> Tensor:
-        """The live matrix, shape ``self.shape``, outside of autograd; a view where one exists."""
-        return self.read(self.parameter.data)
+        """The matrix as it is now, shape ``self.shape``, outside of autograd.
+
+        A view where one exists; of a parameter that lies in a file, a copy that is read at each use.
+        """
+        where = place(self.parameter)
+        if isinstance(where, Stored) and len(where.shape) == 3 and isinstance(self.index[0], int):
+            return self._oriented(where[self.index[0]].read()[self.index[1:]])  # and not the other experts
+        return self.read(contents(where))
 
     @property
     def max_rank(self) -> int:
@@ -119,7 +126,9 @@ class WeightMatrix:
 
     def read(self, parameter: Tensor) -> Tensor:
         """The matrix inside ``parameter`` (any shape) as a tensor of shape ``self.shape``; a view where one exists."""
-        matrix = parameter[self.index]
+        return self._oriented(parameter[self.index])
+
+    def _oriented(self, matrix: Tensor) -> Tensor:
         return matrix.mT if self.transposed else matrix
 
     def write(self, parameter: Tensor, value: Tensor) -> None:

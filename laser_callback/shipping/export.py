@@ -9,7 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypedDict, get_args
 
 import lightning.pytorch as pl
 from lightning.pytorch.plugins.io import TorchCheckpointIO
@@ -30,7 +30,9 @@ from laser_callback.shipping.thin import Factored, factored
 from laser_callback.shipping.undo import save_undo
 from laser_callback.spectra.store import Spectra
 from laser_callback.support.files import appearing
-from laser_callback.support.pretrained import pretrained_in, save_about, save_weights
+from laser_callback.support.in_files import in_memory, save_weights
+from laser_callback.support.pretrained import pretrained_in, save_about
+from laser_callback.support.progress import PhaseProgress
 from laser_callback.surgery.recipe import Recipe, need_recipe_ending
 from laser_callback.surgery.record import recorded
 
@@ -38,6 +40,14 @@ Form = Literal["recipe", "dense", "checkpoint", "factored", "adapter", "undo"]
 
 RECIPE = "laser.json"
 """The recipe's name in a folder."""
+
+
+class _How(TypedDict):
+    """What :func:`recorded` takes besides model, plan and spectra."""
+
+    numbers: Mapping[str, Any] | None
+    exact: bool
+    progress: PhaseProgress | None
 
 
 def save_reduced(
@@ -49,12 +59,15 @@ def save_reduced(
     result: LaserResult | SearchResult | Mapping[str, Any] | None = None,
     tokenizer: Any = None,
     spectra: Spectra | None = None,
+    exact: bool = True,
+    progress: PhaseProgress | None = None,
 ) -> Recipe:
     """Write what ``plan`` makes of ``model``, which stays as it is.
 
     Args:
-        model: the original: a transformers model, or a module around one; any module for the forms ``recipe`` and
-            ``undo``; a LightningModule for ``checkpoint`` and for ``factored`` with a path that ends in ``.ckpt``.
+        model: the original: a transformers model, or a module around one, in memory or as it lies in its files
+            (:func:`laser_callback.support.open_pretrained`); any module for the forms ``recipe`` and ``undo``; a
+            LightningModule for ``checkpoint`` and for ``factored`` with a path that ends in ``.ckpt``.
         plan: what to cut. A recipe's hashes are checked.
         path: of a new file or folder.
         form:
@@ -71,6 +84,8 @@ def save_reduced(
         result: the numbers to ship with it: of a comparison or a search that was about this plan.
         tokenizer: to put beside the weights; by default the ``tokenizer`` attribute of ``model``.
         spectra: where factorisations are looked up and kept.
+        exact: demand the bits that a recipe has recorded; see :func:`laser_callback.surgery.apply`.
+        progress: shown meanwhile.
 
     Returns:
         The cut, with hashes and numbers.
@@ -90,11 +105,12 @@ def save_reduced(
     spectra = Spectra() if spectra is None else spectra
     base = spectra.base.digest if spectra.base is not None and plan.cuts_delta else None
     numbers = None if result is None else numbers_of(result, plan, base)
+    how: _How = {"numbers": numbers, "exact": exact, "progress": progress}
     if form == "undo":
-        return save_undo(model, plan, path, spectra, numbers=numbers)
+        return save_undo(model, plan, path, spectra, **how)
     if form == "recipe":
         need_recipe_ending(path=path)
-        with appearing(path) as file, recorded(model, plan, spectra, numbers=numbers) as (_, recipe):
+        with appearing(path) as file, recorded(model, plan, spectra, **how) as (_, recipe):
             recipe.to_file(file)
         return recipe
     if form == "checkpoint" or (form == "factored" and path.suffix == ".ckpt"):
@@ -104,29 +120,27 @@ def save_reduced(
             )
         write_checkpoint = _save_dense_checkpoint if form == "checkpoint" else _save_factored_checkpoint
         with appearing(path) as file:
-            return write_checkpoint(model, plan, file, spectra, numbers)
+            return write_checkpoint(model, plan, file, spectra, how)
     inner = pretrained_in(model)
     tokenizer = getattr(model, "tokenizer", None) if tokenizer is None else tokenizer
     write = {"dense": _save_dense, "factored": _save_factored, "adapter": _save_adapter}[form]
     with appearing(path) as folder:
-        return write(inner, plan, folder, spectra, numbers, tokenizer)
+        return write(inner, plan, folder, spectra, how, tokenizer)
 
 
 # ---- folders ---------------------------------------------------------------------------------------------------------
 
-_Numbers = Mapping[str, Any] | None
-
 
 def _save_dense(
-    model: PreTrainedModel, plan: LaserPlan, folder: Path, spectra: Spectra, numbers: _Numbers, tokenizer: Any
+    model: PreTrainedModel, plan: LaserPlan, folder: Path, spectra: Spectra, how: _How, tokenizer: Any
 ) -> Recipe:
     save_about(model, folder, tokenizer)  # what is refused, before the work
     notes = []
-    with recorded(model, plan, spectra, numbers=numbers) as (cut, recipe):
+    with recorded(model, plan, spectra, **how) as (cut, recipe):
         dropped = dropped_layers(model, [matrix for matrix, _ in cut.matrices])
         reason = save_without(model, dropped, folder) if dropped else ""
         if reason or not dropped:
-            save_weights(model, folder)
+            save_weights(model, folder, how["progress"])
     if dropped:
         layers = listed(dropped)
         if reason:
@@ -146,10 +160,11 @@ def _save_dense(
 
 
 def _save_factored(
-    model: PreTrainedModel, plan: LaserPlan, folder: Path, spectra: Spectra, numbers: _Numbers, tokenizer: Any
+    model: PreTrainedModel, plan: LaserPlan, folder: Path, spectra: Spectra, how: _How, tokenizer: Any
 ) -> Recipe:
     save_about(model, folder, tokenizer)
-    with factored(model, plan, spectra, numbers=numbers) as thin:
+    model = in_memory(model)  # thin layers are none of its files'
+    with factored(model, plan, spectra, **how) as thin:
         _check_thin(thin)
         save_factored_weights(model, thin.ranks, folder / WEIGHTS)
     usage = 'from laser_callback import load_factored\n\nmodel = load_factored("this-folder")'
@@ -169,9 +184,9 @@ def _save_factored(
 
 
 def _save_adapter(
-    model: PreTrainedModel, plan: LaserPlan, folder: Path, spectra: Spectra, numbers: _Numbers, tokenizer: Any
+    model: PreTrainedModel, plan: LaserPlan, folder: Path, spectra: Spectra, how: _How, tokenizer: Any
 ) -> Recipe:
-    with recorded(model, plan, spectra, numbers=numbers) as (_, recipe):
+    with recorded(model, plan, spectra, **how) as (_, recipe):
         pass
     base = spectra.base if plan.cuts_delta else None
     original = "original" if base is None else "base"
@@ -210,17 +225,17 @@ class _With(TorchCheckpointIO):
 
 
 def _save_dense_checkpoint(
-    module: pl.LightningModule, plan: LaserPlan, file: Path, spectra: Spectra, numbers: _Numbers
+    module: pl.LightningModule, plan: LaserPlan, file: Path, spectra: Spectra, how: _How
 ) -> Recipe:
-    with recorded(module, plan, spectra, numbers=numbers) as (_, recipe):
+    with recorded(module, plan, spectra, **how) as (_, recipe):
         _save_checkpoint(module, file, {"laser": recipe.to_dict()})
     return recipe
 
 
 def _save_factored_checkpoint(
-    module: pl.LightningModule, plan: LaserPlan, file: Path, spectra: Spectra, numbers: _Numbers
+    module: pl.LightningModule, plan: LaserPlan, file: Path, spectra: Spectra, how: _How
 ) -> Recipe:
-    with factored(module, plan, spectra, numbers=numbers) as thin:
+    with factored(module, plan, spectra, **how) as thin:
         _check_thin(thin)
         _save_checkpoint(module, file, {"laser": thin.recipe.to_dict(), RANKS: thin.ranks})
     return thin.recipe

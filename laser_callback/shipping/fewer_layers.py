@@ -17,6 +17,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from rich.filesize import decimal
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -25,7 +26,8 @@ from laser_callback.plans.kinds import WRITES
 from laser_callback.plans.matrices import WeightMatrix, find_matrices
 from laser_callback.plans.stacks import layer_stacks
 from laser_callback.shipping.same_outputs import made_up_inputs, outputs, short, why_not_same
-from laser_callback.support.pretrained import save_dense, whole
+from laser_callback.support.in_files import available_memory, bytes_of, in_files, in_memory, save_dense
+from laser_callback.support.pretrained import whole
 from laser_callback.support.suggest import clipped
 
 Layers = Mapping[str, Sequence[int]]
@@ -81,16 +83,22 @@ def save_without(model: PreTrainedModel, dropped: Layers, folder: Path) -> str:
     """Write what a cut model is without the layers that it drops; or nothing, and return the reason.
 
     Args:
-        model: with the cut in place. It is the same afterwards.
+        model: with the cut in place. It is the same afterwards. One that lies in files is loaded, since it must be run.
         dropped: as from :func:`dropped_layers`.
         folder: exists. Config and weights are written into it.
 
     Returns:
         Why nothing was written; empty if it was.
     """
+    needed = 2 * bytes_of(model)
+    if in_files(model) and needed > (free := available_memory()):
+        return (
+            f"both models would be run to compare them, which takes {decimal(needed)} of memory, and {decimal(free)} "
+            "are free"
+        )
     try:
         with TemporaryDirectory(dir=folder) as trial:
-            _write_without(model, dropped, Path(trial))
+            _write_without(in_memory(model), dropped, Path(trial))
             for file in Path(trial).iterdir():
                 shutil.move(file, folder / file.name)
     except CannotLeaveOutError as reason:

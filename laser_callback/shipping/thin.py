@@ -26,6 +26,7 @@ from laser_callback.plans.reduction import Reduction
 from laser_callback.spectra.spectrum import Spectrum, as_double
 from laser_callback.spectra.store import Spectra
 from laser_callback.support.interrupts import whole
+from laser_callback.support.progress import PhaseProgress
 from laser_callback.surgery.recipe import Recipe
 from laser_callback.surgery.record import recorded
 from laser_callback.surgery.swap import reduced
@@ -95,6 +96,8 @@ def factored(
     spectra: Spectra | None = None,
     *,
     numbers: Mapping[str, Any] | None = None,
+    exact: bool = True,
+    progress: PhaseProgress | None = None,
     max_share: float = MAX_SHARE,
 ) -> AbstractContextManager[Factored]:
     """Cut ``model`` within the block, with thin layers where they are worth it.
@@ -104,6 +107,8 @@ def factored(
         plan: what to cut; a recipe's hashes are checked.
         spectra: where factorisations are looked up and kept.
         numbers: see :func:`recorded`.
+        exact: see :func:`recorded`.
+        progress: see :func:`recorded`.
         max_share: use thin layers where they have at most this share of the matrix' numbers, in (0, 1].
 
     Raises:
@@ -135,7 +140,8 @@ def factored(
             places += [(place, layer) for place in own]
         else:
             dense[matrix.name] = layer
-    return _in_place(recorded(model, plan, spectra, numbers=numbers), layers, dense, places)
+    record = recorded(model, plan, spectra, numbers=numbers, exact=exact, progress=progress)
+    return _in_place(record, layers, dense, places)
 
 
 @whole

@@ -18,8 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from laser_callback.plans.matrices import known_as
@@ -27,7 +25,9 @@ from laser_callback.plans.plan import LaserPlan
 from laser_callback.plans.reduction import Reduction
 from laser_callback.spectra.store import Resolved, Spectra
 from laser_callback.support.files import appearing, need_files
+from laser_callback.support.progress import PhaseProgress
 from laser_callback.support.reading import parse_plain, shown
+from laser_callback.support.stored import Spill, Stored, read_header, write_stored
 from laser_callback.surgery.recipe import CutMatrix, Recipe, matrix_hash
 from laser_callback.surgery.record import recorded
 
@@ -42,6 +42,8 @@ def save_undo(
     spectra: Spectra | None = None,
     *,
     numbers: Mapping[str, Any] | None = None,
+    exact: bool = True,
+    progress: PhaseProgress | None = None,
 ) -> Recipe:
     """Write what the planned matrices of ``model`` are, before it is cut. The model stays as it is.
 
@@ -51,25 +53,28 @@ def save_undo(
         path: of the file, which must not exist.
         spectra: where factorisations are looked up and kept.
         numbers: see :func:`laser_callback.surgery.recorded`.
+        exact: see there.
+        progress: see there.
 
     Raises:
         FileExistsError: if there is something at ``path``.
         ValueError: as from :func:`laser_callback.surgery.recorded`.
     """
     with appearing(Path(path)) as file:
-        found = Recipe.of(plan).resolve(model)
-        originals = {matrix.name: _pack(matrix.value) for matrix, _ in found}
-        with recorded(model, plan, spectra, numbers=numbers) as (_, recipe):
-            save_file(originals, file, {"format": _FORMAT, "recipe": json.dumps(recipe.to_dict())})
+        packed = Spill(file.parent)
+        originals = {matrix.name: packed.add(_pack(matrix.value)) for matrix, _ in Recipe.of(plan).resolve(model)}
+        with recorded(model, plan, spectra, numbers=numbers, exact=exact, progress=progress) as (_, recipe):
+            write_stored(file, originals, {"format": _FORMAT, "recipe": json.dumps(recipe.to_dict())})
     return recipe
 
 
-def restore(model: nn.Module, path: str | Path) -> Recipe:
+def restore(model: nn.Module, path: str | Path, *, progress: PhaseProgress | None = None) -> Recipe:
     """Give a cut model its original weights back, in place and bit for bit.
 
     Args:
         model: the model as the cut has left it, or a module around it.
         path: what :func:`save_undo` has written for this cut.
+        progress: shown meanwhile.
 
     Returns:
         The recipe of the cut that was undone.
@@ -81,7 +86,7 @@ def restore(model: nn.Module, path: str | Path) -> Recipe:
     recipe, packed = _read(Path(path))
     # To restore is to apply the recipe the other way round, with originals looked up instead of cuts computed.
     back = Recipe(recipe, [replace(m, before=m.after, after=m.before) for m in recipe.matrices])
-    with recorded(model, back, _Originals(back, packed, path)) as (cut, _):
+    with recorded(model, back, _Originals(back, packed, path), progress=progress) as (cut, _):
         cut.keep()
     return recipe
 
@@ -92,7 +97,7 @@ class _Originals(Spectra):
     It is unpacked when it is asked for: names and shapes have then been held to the model's.
     """
 
-    def __init__(self, recipe: Recipe, packed: Mapping[str, Tensor], path: str | Path) -> None:
+    def __init__(self, recipe: Recipe, packed: Mapping[str, Stored], path: str | Path) -> None:
         super().__init__()
         self._records, self._packed, self._path = recipe.matrices, packed, path
 
@@ -100,7 +105,7 @@ class _Originals(Spectra):
         known = known_as(name, (record.name for record in self._records))
         record = next(record for record in self._records if record.name == known)
         try:
-            return _unpack(self._packed[record.name], record).to(matrix.device)
+            return _unpack(self._packed[record.name].read(), record).to(matrix.device)
         except (zlib.error, ValueError) as error:
             raise ValueError(f"{self._path} is damaged: {error}") from error
 
@@ -117,14 +122,12 @@ class _Originals(Spectra):
 # ---- the file --------------------------------------------------------------------------------------------------------
 
 
-def _read(path: Path) -> tuple[Recipe, dict[str, Tensor]]:
+def _read(path: Path) -> tuple[Recipe, dict[str, Stored]]:
     """The recipe of the cut, and the originals, packed."""
     need_files(path=path)
     try:
-        with safe_open(path, "pt") as file:
-            about = file.metadata() or {}
-            packed = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
-    except SafetensorError as error:
+        packed, about = read_header(path)
+    except ValueError as error:
         raise ValueError(f"{path} is damaged, or no undo file: {error}") from error
     if about.get("format") != _FORMAT:
         raise ValueError(f"{path} is not an undo file: its format is {shown(about.get('format'))}, not {_FORMAT!r}")

@@ -9,6 +9,7 @@ before any work.
 
 from __future__ import annotations
 
+import math
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -23,14 +24,17 @@ from laser_callback.plans.stacks import plain_name
 from laser_callback.spectra.spectrum import as_double
 from laser_callback.support.checkpoints import read_checkpoint, read_tensors
 from laser_callback.support.hashing import content_hash
+from laser_callback.support.in_files import open_pretrained
 from laser_callback.support.merging import unmerged_layers
 from laser_callback.support.pretrained import load_pretrained
+from laser_callback.support.stored import Stored, contents, has_values, lies_in_file, place
 
-BaseSource: TypeAlias = "nn.Module | Mapping[str, Tensor] | str | Path"
+BaseSource: TypeAlias = "nn.Module | Mapping[str, Tensor | Stored] | str | Path"
 
 UNRELATED = 1.0
 """A difference as large as the base itself. Independent weights differ by the square root of 2 of their size,
 fine-tuned ones by a few hundredths."""
+_ROWS = 1024  # are made float64 at a time
 
 
 class BaseWeights:
@@ -71,14 +75,14 @@ class BaseWeights:
         self._pairs = weights.matched([*matrices, *(bias for matrix in matrices if (bias := matrix.bias))])
         known = [matrix for matrix in matrices if matrix.kind is not None]
         _check_complete(known, self._pairs)
-        self._changes = {m.name: self._relative_change(m) for m in matrices if self.has(m) and not m.parameter.is_meta}
+        self._changes = {m.name: self._relative_change(m) for m in matrices if self.has(m) and has_values(m.parameter)}
         _check_related([self._changes[m.name] for m in known or matrices if m.name in self._changes])
         parameters = {id(tensor): tensor for _, tensor in (self._pairs[m.name] for m in known)}  # fused ones once
-        self.digest = content_hash("base", *(tensor.contiguous() for tensor in parameters.values()))[:16]
+        self.digest = content_hash("base", *parameters.values())[:16]
         self._changed = [
             plain_name(name)
             for name, parameter in model.named_parameters()
-            if not parameter.is_meta and not _same(parameter.data, weights.of(plain_name(name)))
+            if has_values(parameter) and not _same(contents(parameter), weights.of(plain_name(name)))
         ]
 
     def matrix(self, name: str, like: Tensor) -> Tensor:
@@ -95,7 +99,7 @@ class BaseWeights:
                 f"{', '.join(list(self._pairs)[:3])}, ...; give `BaseWeights` the very model that is cut"
             )
         matrix, tensor = self._pairs[known]
-        return matrix.read(tensor).to(like.device, like.dtype)
+        return matrix.read(contents(tensor)).to(like.device, like.dtype)
 
     def has(self, matrix: WeightMatrix) -> bool:
         """Whether it has a counterpart of a matrix, of its shape."""
@@ -114,7 +118,7 @@ class BaseWeights:
         """The parameters of the model that have a counterpart of their shape, norms included, each with that."""
         named = ((parameter, self._weights.of(plain_name(name))) for name, parameter in model.named_parameters())
         return [
-            (parameter, tensor.to(parameter.device, parameter.dtype))
+            (parameter, contents(tensor).to(parameter.device, parameter.dtype))
             for parameter, tensor in named
             if tensor is not None and tensor.shape == parameter.shape
         ]
@@ -130,26 +134,31 @@ class BaseWeights:
 
     def _relative_change(self, matrix: WeightMatrix) -> float:
         """||W - W_base|| / ||W_base||, in Frobenius norms."""
-        wide = torch.promote_types(matrix.value.dtype, torch.float32)
-        weight, base = matrix.value.to(wide), self.matrix(matrix.name, matrix.parameter.data).to(wide)
+        value = matrix.value
+        base = self.matrix(matrix.name, value)
         # Squares of large weights have no room in their dtype.
         scale = (float(base.abs().max()) if base.numel() else 0.0) or 1.0
-        change, size = (float((x / scale).norm()) for x in (weight - base, base))
-        return change / size if size else change
+        change = size = 0.0
+        for weights, before in zip(value.split(_ROWS), base.split(_ROWS), strict=True):
+            were = as_double(before)
+            change += float(((as_double(weights) - were) / scale).square().sum())
+            size += float((were / scale).square().sum())
+        return math.sqrt(change / size) if size else math.sqrt(change)
 
 
-def read_weights(source: BaseSource, *owners: Any) -> Mapping[str, Tensor]:
+def read_weights(source: BaseSource, *owners: Any) -> Mapping[str, Tensor | Stored]:
     """Weights by name, from whatever :class:`BaseWeights` takes.
 
     Args:
         source: see there.
-        *owners: of a checkpoint, see :func:`~laser_callback.support.read_checkpoint`.
+        *owners: of a checkpoint, see :func:`~laser_callback.support.read_checkpoint`. If one of them is a model that
+            lies in files, a folder's weights are left in theirs.
 
     Raises:
         ValueError: if ``source`` is an adapter, or a checkpoint that holds objects of its own.
     """
     if isinstance(source, nn.Module):
-        return {name: parameter.data for name, parameter in source.named_parameters(remove_duplicate=False)}
+        return {name: place(parameter) for name, parameter in source.named_parameters(remove_duplicate=False)}
     if isinstance(source, Mapping):
         return source
     path = Path(source)
@@ -161,7 +170,8 @@ def read_weights(source: BaseSource, *owners: Any) -> Mapping[str, Tensor]:
         return weights
     if os.path.isfile(path / "adapter_config.json"):
         raise ValueError(f"`base` {str(path)!r} is an adapter: give the model under it")
-    return read_weights(load_pretrained(str(source)))
+    in_files = any(isinstance(owner, nn.Module) and any(map(lies_in_file, owner.parameters())) for owner in owners)
+    return read_weights(open_pretrained(str(source)) if in_files else load_pretrained(str(source)))
 
 
 # ---- matching --------------------------------------------------------------------------------------------------------
@@ -174,7 +184,7 @@ class _Weights:
     meet: a single name, such as that of a new head, may end like an unrelated one.
     """
 
-    def __init__(self, weights: Mapping[str, Tensor], matrices: Sequence[WeightMatrix]) -> None:
+    def __init__(self, weights: Mapping[str, Tensor | Stored], matrices: Sequence[WeightMatrix]) -> None:
         self._by_name = {plain_name(name): tensor for name, tensor in weights.items()}
         by_end: dict[str, list[str]] = {}
         for name in self._by_name:
@@ -188,15 +198,15 @@ class _Weights:
                 votes.update((own.removesuffix(shared), found.removesuffix(shared)) for found in by_end[shared])
         self._front, self._base_front = votes.most_common(1)[0][0] if votes else ("", "")
 
-    def of(self, name: str) -> Tensor | None:
+    def of(self, name: str) -> Tensor | Stored | None:
         """The counterpart of the model's parameter of this (plain) name, if there is one."""
         if not name.startswith(self._front):
             return None
         return self._by_name.get(self._base_front + name.removeprefix(self._front))
 
-    def matched(self, matrices: Sequence[WeightMatrix]) -> dict[str, tuple[WeightMatrix, Tensor]]:
+    def matched(self, matrices: Sequence[WeightMatrix]) -> dict[str, tuple[WeightMatrix, Tensor | Stored]]:
         """Each matrix of the model with the base's parameter that holds its counterpart."""
-        found: dict[str, tuple[WeightMatrix, Tensor]] = {}
+        found: dict[str, tuple[WeightMatrix, Tensor | Stored]] = {}
         for matrix in matrices:
             for name in map(plain_name, matrix.parameter_names):
                 tensor = self.of(name)
@@ -205,7 +215,9 @@ class _Weights:
         return found
 
 
-def _check_complete(matrices: Sequence[WeightMatrix], pairs: Mapping[str, tuple[WeightMatrix, Tensor]]) -> None:
+def _check_complete(
+    matrices: Sequence[WeightMatrix], pairs: Mapping[str, tuple[WeightMatrix, Tensor | Stored]]
+) -> None:
     missing = [matrix for matrix in matrices if matrix.name not in pairs]
     if missing:
         raise ValueError(
@@ -231,11 +243,11 @@ def _check_related(changes: Sequence[float]) -> None:
         )
 
 
-def _same(parameter: Tensor, base: Tensor | None) -> bool:
+def _same(parameter: Tensor, base: Tensor | Stored | None) -> bool:
     """Whether fine-tuning has left a parameter as it was, in its own dtype."""
     if base is None or base.shape != parameter.shape:
         return False
-    return torch.equal(parameter, base.to(parameter.device, parameter.dtype))
+    return torch.equal(parameter, contents(base).to(parameter.device, parameter.dtype))
 
 
 def _ends(name: str) -> list[str]:

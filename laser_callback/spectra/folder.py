@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load, save
 
 from laser_callback.spectra.spectrum import Spectrum
-from laser_callback.support.cache import cache_root
+from laser_callback.support.files import cache_root
 from laser_callback.support.hashing import content_hash
 
 DISK_BYTES = 8 * 2**30

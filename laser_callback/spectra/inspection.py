@@ -18,6 +18,7 @@ from laser_callback.plans.target import RHOS, targets
 from laser_callback.plans.uncut import NotCut, not_cut
 from laser_callback.spectra.store import SIDE_BY_SIDE, Spectra
 from laser_callback.support.progress import PhaseProgress
+from laser_callback.support.stored import lies_in_file
 
 RULES = ("entropy", "energy-0.9", "gavish-donoho", "marchenko-pastur", "laser-rmt")
 """The rules that are shown."""
@@ -119,7 +120,7 @@ def inspect_model(
     inspected = []
     with progress.phase(f"factorising {len(found)} matrices", sum(work)):
         for i, (matrix, amount) in enumerate(zip(found, work, strict=True)):
-            if i % SIDE_BY_SIDE == 0:
+            if i % SIDE_BY_SIDE == 0 and not lies_in_file(matrix.parameter):
                 spectra.ahead([(m.value, m.name, "weight") for m in found[i : i + SIDE_BY_SIDE]])
             values = spectra.of(matrix.value, matrix.name).values.cpu()
             ranks = {rule: rank_by(rule, values, matrix.shape) for rule in RULES}

@@ -44,7 +44,7 @@ class Spectrum:
         refuse_non_finite(matrix, name)
         work = as_double(matrix)
         scale = unit(work)
-        eigenvalues, vectors = gram_eigen(work / scale)
+        eigenvalues, vectors = gram_eigen(work / scale if work is matrix else work.div_(scale))
         values = eigenvalues.flip(0)
         # What the Gram matrix cannot tell from zero is zero, or a rank rule would count rounding noise.
         resolution = len(values) * torch.finfo(torch.float64).eps * values[:1]
@@ -93,14 +93,19 @@ class Spectrum:
         work = work / (scale := unit(work))
         if len(removed := self.removed(reduction)) <= 1:
             start, stop = removed[0] if removed else (len(self.values),) * 2
-            kept = self.truncate(work, start) + (work - self.truncate(work, stop))
+            kept = self.truncate(work, start)  # and in place what can be: of a large matrix each float64 copy counts
+            if stop < len(self.values):
+                tail = self.truncate(work, stop)
+                kept.add_(torch.sub(work, tail, out=tail))
+            else:
+                kept.add_(0.0)  # -0 becomes 0, as where nothing is added to it
         else:
             gone = torch.cat([self.basis[:, start:stop] for start, stop in removed], 1)
             kept = work - ((work @ gone) @ gone.T if self.shape[0] >= self.shape[1] else gone @ (gone.T @ work))
         result = kept + reduction.scale * (work - kept) if reduction.scale else kept
         if reduction.norm == "whole" and bool((self.gains(reduction) * self.values).any()):  # else it is rounding
             result = result * _ratio(work, result)
-        return (result * scale).to(device=matrix.device, dtype=matrix.dtype)
+        return result.mul_(scale).to(device=matrix.device, dtype=matrix.dtype)
 
 
 def _ratio(whole: Tensor, part: Tensor) -> Tensor:

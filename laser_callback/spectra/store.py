@@ -23,9 +23,9 @@ from weakref import WeakValueDictionary
 
 import numpy
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from laser_callback.plans.matrices import WeightMatrix
+from laser_callback.plans.matrices import WeightMatrix, find_matrices
 from laser_callback.plans.rank_rules import global_ranks, mean_rank, unit
 from laser_callback.plans.reduction import Reduction
 from laser_callback.plans.short import brief
@@ -51,6 +51,7 @@ from laser_callback.spectra.spectrum import (
 from laser_callback.support.hashing import content_hash
 from laser_callback.support.interrupts import elsewhere, is_awaited
 from laser_callback.support.settings import with_gradients, with_inference
+from laser_callback.support.stored import lies_in_file
 
 if TYPE_CHECKING:
     from laser_callback.spectra.delta import BaseWeights
@@ -120,6 +121,12 @@ class Spectra:
             warnings.warn(f"{error}. Going on without keeping spectra", stacklevel=2)
             folder = None
         return cls(folder, base=base)
+
+    def sparing(self, model: nn.Module) -> Spectra:
+        """The same; for a model that lies in files it holds no more in memory than the largest of its spectra."""
+        if any(map(lies_in_file, model.parameters())):
+            self.memory_bytes = max((size_for(matrix.shape) for matrix in find_matrices(model)), default=0)
+        return self
 
     @property
     def capacity(self) -> int:

@@ -34,6 +34,18 @@ _FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT) if os.name == "posix" else (er
 _EXAMPLES = ".examples.jsonl"  # ends the name of what goes beside a result
 
 
+def cache_root() -> Path:
+    """Where the package keeps what outlives a run: ``$LASER_CALLBACK_CACHE``, else ``~/.cache/laser_callback``.
+
+    Raises:
+        OSError: if the user has no home folder, as in some containers.
+    """
+    try:
+        return Path(os.environ.get("LASER_CALLBACK_CACHE") or "~/.cache/laser_callback").expanduser()
+    except RuntimeError as error:
+        raise OSError("there is no home folder to keep anything in: set $LASER_CALLBACK_CACHE to a folder") from error
+
+
 def write_atomically(path: Path, content: str | bytes) -> None:
     """Write text (UTF-8) or bytes to ``path`` wholly or not at all; its folder is made if it is missing.
 

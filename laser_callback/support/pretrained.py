@@ -89,11 +89,18 @@ def whole(kind: Any, name: str | Path, allow_missing: bool = False) -> PreTraine
             raise ValueError(f"{about}, which would be random{there}; `allow_missing=True` makes them random")
         warnings.warn(f"{about}: these are random{there}", stacklevel=2)
     elif unused:
-        count = f"{len(unused)} weight{'s' * (len(unused) > 1)}"
-        warnings.warn(
-            f"{about}leaves {count} of its files unused, which no layer is called: {_some(unused)}", stacklevel=2
-        )
+        warn_of_unused(model, name, unused)
     return model
+
+
+def warn_of_unused(model: PreTrainedModel, name: str | Path, unused: Sequence[str]) -> None:
+    """Say that files of the model have weights that its class has no place for."""
+    count = f"{len(unused)} weight{'s' * (len(unused) > 1)}"
+    warnings.warn(
+        f"the model {str(name)!r}, as a {type(model).__name__}, leaves {count} of its files unused, which no layer is "
+        f"called: {_some(unused)}",
+        stacklevel=3,
+    )
 
 
 def _fields_that_are(value: Any, config: Mapping[str, Any], inside: str = "") -> list[str]:
@@ -205,18 +212,8 @@ def pretrained_in(model: nn.Module) -> PreTrainedModel:
     return found[0]
 
 
-def save_dense(model: PreTrainedModel, folder: Path, tokenizer: Any = None) -> None:
-    """Write weights, config and tokenizer, for ``from_pretrained``.
-
-    Raises:
-        ValueError: as from :func:`save_about`, which comes first.
-    """
-    save_about(model, folder, tokenizer)
-    save_weights(model, folder)
-
-
 def save_about(model: PreTrainedModel, folder: Path, tokenizer: Any = None) -> None:
-    """Write what :func:`save_dense` writes, but for the weights.
+    """Write config and tokenizer beside weights, for ``from_pretrained``.
 
     What a generation config holds beside the point, such as a temperature where nothing is sampled, is written as it
     is: many published ones do, and transformers refuses to save them once they have been touched.
@@ -224,7 +221,7 @@ def save_about(model: PreTrainedModel, folder: Path, tokenizer: Any = None) -> N
     Raises:
         ValueError: if transformers could not read a config again.
     """
-    with _said_to_be_dense(model):
+    with said_to_be_dense(model):
         config = copy.deepcopy(model.config)
     config.architectures, config.dtype = [type(model).__name__], model.dtype
     config.save_pretrained(folder)
@@ -236,14 +233,8 @@ def save_about(model: PreTrainedModel, folder: Path, tokenizer: Any = None) -> N
         tokenizer.save_pretrained(folder)
 
 
-def save_weights(model: PreTrainedModel, folder: Path) -> None:
-    """Write the weights beside what :func:`save_about` has written."""
-    with _said_to_be_dense(model):
-        model.save_pretrained(folder)
-
-
 @undivided
-def _said_to_be_dense(model: PreTrainedModel) -> Generator[None, None, None]:
+def said_to_be_dense(model: PreTrainedModel) -> Generator[None, None, None]:
     """Within: the model does not say that it is quantised, or transformers refuses to save what it has dequantised.
 
     Only for models whose weights are dense, as those are in which matrices were found. Nor does it say that it can

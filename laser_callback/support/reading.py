@@ -21,6 +21,7 @@ import types
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
+from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -133,6 +134,12 @@ def read_json_lines(path: str | Path, option: str, make: Callable[[Any], Any] = 
             with _named(f"`{option}`: {path}, line {number}"):
                 found.append(made(make, parse_plain(line)))
     return found
+
+
+def read_table(package: str, name: str) -> dict[str, Any]:
+    """What is in the YAML file ``name`` that comes with a package, such as ``laser_callback.plans``."""
+    fast = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # PyYAML may have been built without libyaml
+    return yaml.load(files(package).joinpath(name).read_bytes(), fast)
 
 
 def parse_plain(text: str, yaml_form: bool = False) -> Any:

@@ -19,6 +19,7 @@ from laser_callback.plans.plan import LaserPlan
 from laser_callback.plans.reduction import Reduction
 from laser_callback.spectra.store import Spectra
 from laser_callback.support.interrupts import whole
+from laser_callback.support.progress import PhaseProgress
 from laser_callback.support.provenance import versions
 from laser_callback.surgery.recipe import SKETCHES, CutMatrix, Recipe, matrix_hash, matrix_sketch
 from laser_callback.surgery.swap import reduced
@@ -62,6 +63,7 @@ def recorded(
     *,
     numbers: Mapping[str, Any] | None = None,
     exact: bool = True,
+    progress: PhaseProgress | None = None,
 ) -> AbstractContextManager[tuple[reduced, Recipe]]:
     """Cut ``model`` within the block; yields the reduction in place and the record of what it did.
 
@@ -71,6 +73,7 @@ def recorded(
         spectra: where factorisations are looked up and kept.
         numbers: what the record says was shown; by default what ``plan`` says.
         exact: see :func:`apply`.
+        progress: shown while matrices are cut.
 
     Raises:
         ValueError: if the model is not the one of the recipe, or has not become what the recipe says.
@@ -82,27 +85,33 @@ def recorded(
         spectra = spectra.bringing(expected.directions)
     cut = reduced(model, plan, spectra)
     before = [matrix_hash(matrix.value) for matrix, _ in cut.matrices] if expected is None else expected.before
-    cut.prepare()  # holds the model to a recipe
-    kept = [spectra.directions_text(matrix.name, reduction) for matrix, reduction in spectra.settled(cut.matrices)]
+    cut.prepare(progress)  # holds the model to a recipe
+    by_inputs = spectra.settled([each for each in cut.matrices if each[1].needs_inputs])
+    kept = {matrix.name: spectra.directions_text(matrix.name, reduction) for matrix, reduction in by_inputs}
     with cut:
         done = [
-            CutMatrix(
-                matrix.name,
-                str(reduction),
-                matrix.shape,
-                str(matrix.parameter.dtype).removeprefix("torch."),
-                was,
-                matrix_hash(matrix.value),
-                float(torch.linalg.vector_norm(matrix.value, dtype=torch.float64)),
-                matrix_sketch(matrix.value),
-                directions,
-            )
-            for (matrix, reduction), was, directions in zip(cut.matrices, before, kept, strict=True)
+            _written_down(matrix, reduction, was, kept.get(matrix.name))
+            for (matrix, reduction), was in zip(cut.matrices, before, strict=True)
         ]
         if expected is not None:
             _check_after(expected, done, cut.matrices, exact)
             numbers = expected.numbers if numbers is None else numbers
     return _in_place(cut, Recipe(plan, done, _digest(plan, spectra), numbers, versions()))
+
+
+def _written_down(matrix: WeightMatrix, reduction: Reduction, was: str, directions: str | None) -> CutMatrix:
+    value = matrix.value
+    return CutMatrix(
+        matrix.name,
+        str(reduction),
+        matrix.shape,
+        str(value.dtype).removeprefix("torch."),
+        was,
+        matrix_hash(value),
+        float(torch.linalg.vector_norm(value, dtype=torch.float64)),
+        matrix_sketch(value),
+        directions,
+    )
 
 
 @whole

@@ -8,7 +8,7 @@ or of the original weights, no version counter moves, and an optimizer's state s
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
@@ -24,53 +24,61 @@ from laser_callback.plans.reduction import Reduction
 from laser_callback.plans.short import brief
 from laser_callback.spectra.store import SIDE_BY_SIDE, Spectra
 from laser_callback.support.interrupts import catch_up, closed, opened, undisturbed
+from laser_callback.support.progress import PhaseProgress
 from laser_callback.support.settings import with_gradients, with_inference
+from laser_callback.support.stored import Spill, Stored, contents, has_values, lies_in_file, place, put
 from laser_callback.surgery.recipe import Recipe
 
 
 @dataclass(eq=False)
 class _Swap:
-    """A parameter that points at a reduced tensor."""
+    """A parameter that points at a reduced tensor, in memory or in a file."""
 
     parameter: nn.Parameter
-    original: Tensor
-    reduced: Tensor
+    original: Tensor | Stored
+    reduced: Tensor | Stored
     version: int | None
     matrices: list[WeightMatrix]
 
     @classmethod
-    def of(cls, parameter: nn.Parameter, tensor: Tensor, matrices: list[WeightMatrix]) -> _Swap:
-        return cls(parameter, parameter.data, tensor, _version(parameter), matrices)
+    def of(cls, parameter: nn.Parameter, tensor: Tensor | Stored, matrices: list[WeightMatrix]) -> _Swap:
+        return cls(parameter, place(parameter), tensor, _version(parameter), matrices)
 
     def is_untouched(self) -> bool:
         """Whether the parameter holds what was put there, if on another device or in another precision."""
-        now = self.parameter.data
+        now = place(self.parameter)
+        if isinstance(now, Stored) or isinstance(self.reduced, Stored):
+            return now is self.reduced
         if now.data_ptr() == self.reduced.data_ptr():
             return self.version == _version(self.parameter)
         converted = now.dtype != self.reduced.dtype or now.device != self.reduced.device
         return converted or (now.shape == self.reduced.shape and torch.equal(now, self.reduced))
 
     def take_back(self) -> None:
+        if isinstance(self.original, Stored) or isinstance(self.reduced, Stored):
+            put(self.parameter, self.original)
+            return
         # The module may have gone to another device or precision meanwhile (`Trainer(precision="bf16-true")`).
         self.parameter.data = self.original.to(self.parameter.device, self.parameter.dtype)
         for matrix in self.matrices:
             # Another may have taken its place (`load_state_dict(assign=True)`): one that holds the same, goes back too.
             now = matrix.module._parameters.get(matrix.attribute)
-            if now is not None and now is not self.parameter and self._is_copy(now.data):
+            if now is not None and now is not self.parameter and _is_copy(now.data, self.reduced):
                 now.data = self.original.to(now.device, now.dtype)
 
-    def _is_copy(self, tensor: Tensor) -> bool:
-        if tensor.shape != self.reduced.shape or tensor.is_meta or not tensor.is_floating_point():
-            return False
-        reduced = self.reduced.to(tensor.device).double()  # it may have been in half precision meanwhile
-        return bool((tensor.double() - reduced).abs().max() <= 2**-7 * reduced.abs().max())
+
+def _is_copy(tensor: Tensor, reduced: Tensor) -> bool:
+    if tensor.shape != reduced.shape or tensor.is_meta or not tensor.is_floating_point():
+        return False
+    reduced = reduced.to(tensor.device).double()  # it may have been in half precision meanwhile
+    return bool((tensor.double() - reduced).abs().max() <= 2**-7 * reduced.abs().max())
 
 
 def _version(parameter: nn.Parameter) -> int | None:
     return None if parameter.is_inference() else parameter._version
 
 
-_Cut = tuple[nn.Parameter, Tensor, list[WeightMatrix]]
+_Cut = tuple[nn.Parameter, "Tensor | Stored", list[WeightMatrix]]
 
 # What is in place in this process, in the order of entry, so that blocks may end in any order.
 _in_place: list[list[_Swap]] = []
@@ -125,14 +133,17 @@ class reduced(AbstractContextManager["reduced"]):  # noqa: N801 - reads as a ver
         self._swaps: list[_Swap] = []  # empty unless in place
         self.is_suspended = False
 
-    def prepare(self) -> list[Tensor]:
-        """Factorise now, unless that has been done. Returns the reduced tensors, one per changed parameter."""
+    def prepare(self, progress: PhaseProgress | None = None) -> list[Tensor]:
+        """Factorise now, unless that has been done. Returns the reduced tensors, one per changed parameter.
+
+        Of a parameter that lies in a file the reduced tensor does so, too, and is not among them.
+        """
         if self._cuts is None:
             with with_gradients(False):
                 spectra = (self._spectra or Spectra()).bringing(self.plan.directions)
                 self.plan.check_weights([matrix for matrix, _ in self.matrices], spectra.base)
-                self._cuts = _reduced_parameters(self.matrices, spectra)
-        return [tensor for _, tensor, _ in self._cuts]
+                self._cuts = _reduced_parameters(self.matrices, spectra, progress or PhaseProgress(enabled=False))
+        return [tensor for _, tensor, _ in self._cuts if isinstance(tensor, Tensor)]
 
     def forget(self) -> None:
         """Free the reduced tensors; the next entry makes them again, from the model's weights at that time."""
@@ -157,7 +168,7 @@ class reduced(AbstractContextManager["reduced"]):  # noqa: N801 - reads as a ver
         for parameter, tensor, matrices in self._cuts or []:
             # Remember first, then swap: an exception between the two lines restores a parameter to itself.
             self._swaps.append(_Swap.of(parameter, tensor, matrices))
-            parameter.data = tensor
+            put(parameter, tensor)
         torch.clear_autocast_cache()
         catch_up()
         return self
@@ -204,14 +215,14 @@ class reduced(AbstractContextManager["reduced"]):  # noqa: N801 - reads as a ver
         """Put the original weights back for as long as a signal handler runs."""
         self.is_suspended = bool(self._swaps)
         for swap in reversed(self._swaps):
-            swap.parameter.data = swap.original
+            put(swap.parameter, swap.original)
         torch.clear_autocast_cache()
 
     @undisturbed
     def resume(self) -> None:
         """End what :meth:`suspend` began."""
         for swap in self._swaps:
-            swap.parameter.data = swap.reduced
+            put(swap.parameter, swap.reduced)
         self.is_suspended = False
         torch.clear_autocast_cache()
 
@@ -261,28 +272,60 @@ def _dropped(swaps: list[_Swap], plan: str) -> None:
         )
 
 
-def _reduced_parameters(matrices: list[tuple[WeightMatrix, Reduction]], spectra: Spectra) -> list[_Cut]:
+def _reduced_parameters(
+    matrices: list[tuple[WeightMatrix, Reduction]], spectra: Spectra, progress: PhaseProgress
+) -> list[_Cut]:
     """One reduced tensor per parameter that changes; several matrices of a fused parameter share it."""
-    tensors: dict[int, _Cut] = {}
     for matrix, _ in matrices:
-        if matrix.parameter.device.type == "meta":
+        if not has_values(matrix.parameter):
             raise TypeError(_without_storage(matrix))
-    matrices = spectra.settled(matrices)
-    for i, (matrix, reduction) in enumerate(matrices):
-        if i % SIDE_BY_SIDE == 0:
+    by_parameter: dict[int, list[tuple[WeightMatrix, Reduction]]] = {}
+    for matrix, reduction in spectra.settled(matrices):
+        by_parameter.setdefault(id(matrix.parameter), []).append((matrix, reduction))
+    ordered = [each for group in by_parameter.values() for each in group]
+    ahead = _ahead(ordered, spectra)
+    cuts: list[_Cut] = []
+    spill: Spill | None = None
+    with progress.phase(f"cutting {len(ordered)} matrices", len(ordered)):
+        for group in by_parameter.values():
+            parameter = group[0][0].parameter
+            where = place(parameter)
+            # Normal tensors also inside of inference mode, since a later `fit` may run autograd while one is in place;
+            # for a parameter that was itself made in inference mode, again such a tensor: torch cannot mix the two.
+            with with_inference(parameter.is_inference()):
+                changed, changing = _changed(where, zip(group, ahead, strict=False), spectra)
+            if changed is not None and isinstance(where, Stored):
+                spill = Spill(where.scratch) if spill is None else spill
+                cuts.append((parameter, spill.add(changed), changing))
+            elif changed is not None:
+                cuts.append((parameter, changed, changing))
+            progress.advance(len(group))
+            del changed  # before the next is read
+    return cuts
+
+
+def _ahead(matrices: list[tuple[WeightMatrix, Reduction]], spectra: Spectra) -> Iterator[None]:
+    """One step for each matrix, with some that come next factorised; what lies in files is held one by one."""
+    for i, (matrix, _) in enumerate(matrices):
+        if i % SIDE_BY_SIDE == 0 and not lies_in_file(matrix.parameter):
             spectra.ahead(_factorised_whole(matrices[i : i + SIDE_BY_SIDE]))
-        parameter = matrix.parameter
-        # Normal tensors also inside of inference mode, since a later `fit` may run autograd while one is in place; for
-        # a parameter that was itself made in inference mode, again such a tensor: torch cannot mix the two.
-        with with_inference(parameter.is_inference()):
-            original = matrix.value
-            if spectra.changes_nothing(original, reduction, matrix.name):
-                continue
-            if id(parameter) not in tensors:
-                tensors[id(parameter)] = parameter, parameter.data.clone(memory_format=torch.preserve_format), []
-            matrix.write(tensors[id(parameter)][1], spectra.reduce(original, reduction, matrix.name))
-            tensors[id(parameter)][2].append(matrix)
-    return list(tensors.values())
+        yield
+
+
+def _changed(
+    where: Tensor | Stored, group: Iterable[tuple[tuple[WeightMatrix, Reduction], None]], spectra: Spectra
+) -> tuple[Tensor | None, list[WeightMatrix]]:
+    """What the cuts of its matrices make of a parameter, ``None`` if that is nothing else; and which change it."""
+    values, changed, changing = contents(where), None, []
+    for (matrix, reduction), _ in group:
+        original = matrix.read(values)
+        if not spectra.changes_nothing(original, reduction, matrix.name):
+            if changed is None:  # what was read from a file is a copy already
+                in_file = isinstance(where, Stored)
+                changed = values if in_file else values.clone(memory_format=torch.preserve_format)
+            matrix.write(changed, spectra.reduce(original, reduction, matrix.name))
+            changing.append(matrix)
+    return changed, changing
 
 
 def _factorised_whole(matrices: list[tuple[WeightMatrix, Reduction]]) -> list[tuple[Tensor, str, str]]:

@@ -15,7 +15,8 @@ from pathlib import Path
 from laser_callback import restore, save_reduced
 from laser_callback.data.demo_model import demo_model_folder
 from laser_callback.spectra.store import Spectra
-from laser_callback.support.pretrained import load_pretrained, save_dense
+from laser_callback.support.in_files import save_dense
+from laser_callback.support.pretrained import load_pretrained
 
 
 def size(path: Path) -> int:

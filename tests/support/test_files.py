@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 from safetensors import SafetensorError
 
-from laser_callback.support.cache import cache_root
 from laser_callback.support.files import (
     appearing,
+    cache_root,
     need_files,
     need_writable,
     need_writable_folder,
