@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 from scipy import stats
-from toy import CLASSES, PLAN, Toy, make_data, update_mean
 from torch import Tensor
 from torchmetrics import MaxMetric, MeanMetric, Metric, MetricCollection, SumMetric
 from torchmetrics.classification import (
@@ -21,6 +20,7 @@ from torchmetrics.classification import (
 )
 from torchmetrics.text import BLEUScore
 from torchmetrics.wrappers import BootStrapper, ClasswiseWrapper, Running
+from toy import CLASSES, PLAN, Toy, make_data, update_mean
 from trainers import quiet_trainer
 
 from laser_callback import LaserCallback, reduced
@@ -31,6 +31,8 @@ from laser_callback.results.comparison import LaserResult
 from laser_callback.stats.outcomes import PairedResult
 
 N, SIZE = 60, 4
+TESTED = ("acc", "f1", "twice", "binned", "kappa", "bleu", "both", "weighted", "total")
+MEMBERS = ("MulticlassAccuracy", "MulticlassPrecision", "MulticlassRecall")
 
 
 def words(labels: Tensor) -> str:
@@ -74,8 +76,7 @@ class Counted(Toy):
             self.seldom.update(logits, y)
         self.latest.reset()
         self.latest.update(logits, y)
-        names = "acc f1 twice auroc binned kappa bleu both weighted total seldom largest recent latest".split()
-        for name in names:
+        for name in (*TESTED, "auroc", "seldom", "largest", "recent", "latest"):
             self.log(name, getattr(self, name))
         self.log("again", self.auroc)
         self.log_dict(self.logged)
@@ -116,8 +117,11 @@ def passes(module: Counted) -> list[tuple[Tensor, Tensor, Tensor]]:
 
 @pytest.mark.parametrize(
     ("key", "metric", "size"),
-    [("f1", MulticlassF1Score(CLASSES), SIZE), ("kappa", MulticlassCohenKappa(CLASSES), SIZE)]
-    + [("auroc", MulticlassAUROC(CLASSES), 1)],
+    [
+        ("f1", MulticlassF1Score(CLASSES), SIZE),
+        ("kappa", MulticlassCohenKappa(CLASSES), SIZE),
+        ("auroc", MulticlassAUROC(CLASSES), 1),
+    ],
 )
 def test_the_interval_is_that_of_metrics_updated_without_each_unit(rows, key: str, metric: Metric, size: int):
     """By metrics of one's own, which were never told of batches: each is updated with all examples but one unit's."""
@@ -165,9 +169,7 @@ def test_p_is_that_of_metrics_updated_with_both_arms(rows):
 
 @pytest.mark.parametrize(
     "key",
-    ["acc", "f1", "twice", "binned", "kappa", "bleu", "both", "weighted", "total"]
-    + ["val_MulticlassAccuracy", "val_MulticlassPrecision", "val_MulticlassRecall"]
-    + ["end_MulticlassAccuracy", "end_MulticlassPrecision", "end_MulticlassRecall", "by/multiclassaccuracy_1"],
+    [*TESTED, *(f"{prefix}_{name}" for prefix in ("val", "end") for name in MEMBERS), "by/multiclassaccuracy_1"],
 )
 def test_whatever_adds_up_over_batches_is_tested(rows, key: str):
     row = rows[key]
@@ -184,8 +186,8 @@ def test_whatever_adds_up_over_batches_is_tested(rows, key: str):
 def test_one_object_in_several_ways(rows):
     assert rows["twice"].p == rows["f1"].p  # updated twice in a batch
     assert (rows["again"].lower, rows["again"].p) == (rows["auroc"].lower, rows["auroc"].p)  # under two keys
-    for name in ("Accuracy", "Precision", "Recall"):  # a compute group; logged, or computed at the end
-        logged, computed = rows[f"val_Multiclass{name}"], rows[f"end_Multiclass{name}"]
+    for name in MEMBERS:  # a compute group; logged, or computed at the end
+        logged, computed = rows[f"val_{name}"], rows[f"end_{name}"]
         assert (logged.lower, logged.p) == (computed.lower, computed.p)
     assert rows["total"].delta == pytest.approx(rows["total"].reduced - rows["total"].original)
     assert rows["f1"].higher_is_better is True
@@ -329,7 +331,7 @@ def test_a_metric_that_refuses_a_part():
             return self.seen
 
     (row,) = rows_of(run(Small(Refuses("sum")))).values()
-    told = "it cannot be computed from its states in float64 (RuntimeError: no float32)"
+    told = "it cannot be computed without some batch (RuntimeError: no float32)"
     assert row.note == f"not an average over examples; {told}"
     assert row.p is None
 
