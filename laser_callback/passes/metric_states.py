@@ -117,6 +117,9 @@ class Recorder:
                 self._kept.refused[path] = "it is reset between batches"
                 continue
             self._held[path] = _, behind = _held(metric)
+            if odd := [name for name, now in behind.items() if isinstance(now, int) != isinstance(ahead[name], int)]:
+                self._kept.refused[path] = f"its state `{odd[0]}` is a list at times only"
+                continue
             states = {
                 name: getattr(metric, name)[ahead[name] :] if isinstance(now, int) else (ahead[name], now)
                 for name, now in behind.items()
@@ -147,7 +150,7 @@ class Recorder:
         return {self._prefix + path: m for path, m in self.root.named_modules() if isinstance(m, Metric)}
 
     def _is_kept(self, path: str, metric: Metric) -> bool:
-        if path not in self._kept.refused and (why := _why_not(metric)):
+        if path not in self._held and path not in self._kept.refused and (why := _why_not(metric)):
             self._kept.refused[path] = why
         return path not in self._kept.refused
 
@@ -157,8 +160,6 @@ def _why_not(metric: Metric) -> str:
     if isinstance(metric, (BootStrapper, MetricTracker, MinMaxMetric, Running)):
         return f"{type(metric).__name__} keeps something else than what its batches add up to"
     for name, default in metric._defaults.items():
-        if isinstance(default, list) != isinstance(getattr(metric, name), list):
-            return f"its state `{name}` is a list at times only"
         if not isinstance(default, list) and metric._reductions[name] is not dim_zero_sum:
             return f"its state `{name}` is no sum over batches"
     return ""

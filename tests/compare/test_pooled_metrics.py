@@ -378,3 +378,23 @@ def test_the_users_metrics_stay_as_they_are():
                 assert type(a) is type(b)
                 assert len(a) == len(b) if isinstance(a, list) else torch.equal(a, b)
     assert results.examples.pooled is None  # no states are kept
+
+
+def test_a_state_that_is_a_list_at_times_only():
+    class Joins(MulticlassAUROC):
+        def update(self, preds: Tensor, target: Tensor) -> None:
+            super().update(preds.softmax(1), target)
+            self.preds = torch.cat(list(self.preds)) if len(self.preds) == 3 else self.preds
+
+        def reset(self) -> None:
+            self.preds: Any = []
+            super().reset()
+
+    class Once(Small):
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            if batch_idx < 3:
+                self.metric.update(self(batch[0]), batch[1])
+            self.log("auroc", self.metric)
+
+    (row,) = rows_of(run(Once(Joins(CLASSES)))).values()
+    assert row.note == "not an average over examples; its state `preds` is a list at times only"
