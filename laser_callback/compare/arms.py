@@ -10,7 +10,7 @@ installed version.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any
@@ -24,7 +24,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 from torch.utils import _pytree as pytree
-from torchmetrics import MetricCollection
+from torchmetrics import Metric, MetricCollection
 
 from laser_callback.passes.silent import Instead, silent
 from laser_callback.passes.state import Own, Start
@@ -213,6 +213,11 @@ def logged(results: _ResultCollection) -> dict[str, Logged]:
     return values
 
 
+def logged_metrics(results: _ResultCollection) -> dict[str, Metric]:
+    """The torchmetrics objects that were logged per epoch themselves, by key."""
+    return {key: item.value for key, item in _by_key(results).items() if not item.is_tensor}
+
+
 def logged_on_step_only(results: _ResultCollection) -> list[str]:
     """Names that were logged per step and not per epoch: there is no epoch value to compare."""
     return sorted({item.meta.name for item in results.values() if not item.has_reset and not item.meta.on_epoch})
@@ -240,13 +245,21 @@ def growth(
     return {key: (s - before.get(key, zero)[0], w - before.get(key, zero)[1]) for key, (s, w) in after.items()}
 
 
-def own_logged(metrics: MetricCollection | None) -> dict[str, Logged]:
+def others_keys(trainer: pl.Trainer, key_prefix: str) -> tuple[str, ...]:
+    """How the keys begin that the other LaserCallbacks of this trainer publish."""
+    prefixes = {getattr(other, "key_prefix", key_prefix) for other in trainer.callbacks}
+    return tuple(f"{prefix}/" for prefix in prefixes - {key_prefix})
+
+
+def own_logged(metrics: MetricCollection | None, taken: Collection[str] = ()) -> dict[str, Logged]:
     """What the metrics of :class:`LaserCallback` itself have found, as if the module had logged them."""
     if metrics is None:
         return {}
     directions = {name: metric.higher_is_better for name, metric in metrics.items()}
     values = {name: torch.as_tensor(value) for name, value in metrics.compute().items()}
     for name, value in values.items():
+        if name in taken:
+            raise MisconfigurationException(f"`metrics` has the name {name!r}, which the module logs itself")
         if value.numel() != 1:
             raise MisconfigurationException(
                 f"`metrics` must compute one number each, or a mapping of them, but {name!r} is of shape "

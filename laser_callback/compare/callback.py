@@ -63,11 +63,13 @@ class LaserCallback(pl.Callback):
             matrices with noise of the size of what is removed (three passes).
         key_prefix: first part of the logged keys.
         replay: do not recompute the layers in front of the first cut.
+        resample: test logged torchmetrics objects that are no means over examples (F1, AUROC, BLEU, ...) by what each
+            batch adds to their states, which is kept: at most 1 GiB in all.
         report: print the table at the end; a path ending in ``.json`` or ``.html`` also writes :attr:`result` there,
             and with ``.json`` the outcomes of each example beside it (``.examples.jsonl``). Each evaluation replaces
             the files: after ``fit`` they hold the latest validation.
         publish: send tables and pictures to the trainer's loggers as well (TensorBoard, CSV, Weights & Biases).
-        seed: of the random control and of the noise.
+        seed: of the random control, of the noise, and of the exchanges that a test draws.
         on_error: in ``fit``, an exception of the comparison (a reduced pass that fails, a metric that refuses its
             values) costs this epoch's comparison and is a warning: ``"warn"``; or it stops training: ``"raise"``. In
             ``validate`` and ``test``, and with several processes, it is always raised.
@@ -100,6 +102,7 @@ class LaserCallback(pl.Callback):
         controls: bool = False,
         key_prefix: str = "laser",
         replay: bool = True,
+        resample: bool = True,
         report: bool | str | Path = True,
         publish: bool = False,
         seed: int = 0,
@@ -137,6 +140,7 @@ class LaserCallback(pl.Callback):
         self.controls = controls
         self.key_prefix = key_prefix
         self.replay = replay
+        self.resample = resample
         self.report = report
         self.publish = publish
         self.seed = seed
@@ -157,6 +161,7 @@ class LaserCallback(pl.Callback):
             self.replay,
             self.seed,
             isolate=self.isolate,
+            resample=self.resample,
             skip_isolation=self.skip_isolation,
         )
 

@@ -234,7 +234,7 @@ class _Alone(_WithSpectra):
     @property
     @override
     def _options(self) -> RunOptions:
-        return replace(super()._options, plans={}, replay=False, watched=False)
+        return replace(super()._options, plans={}, replay=False, resample=False, watched=False)
 
     @override
     def _finish(self, run: ComparisonRun, trainer: pl.Trainer) -> None:
@@ -261,6 +261,7 @@ class _Measure(_WithSpectra):
             with_spectra=False,
             on_arm=self._on_arm,
             on_failure=self.failed.__setitem__,
+            resample=False,
             watched=False,  # what is recommended is confirmed by a comparison that looks
         )
 

@@ -36,6 +36,7 @@ class RunOptions:
     on_failure: Callable[[str, Exception], None] | None = None  # hears of arms that fail, which then rest
     isolate: tuple[str, ...] = ()
     skip_isolation: bool = False
+    resample: bool = True  # keep what batches add to the states of metrics that are no means
     watched: bool = True  # see that the passes use the reduced weights
 
     def new_metrics(self, device: torch.device) -> MetricCollection | None:

@@ -1,4 +1,4 @@
-"""One reduced arm of a comparison: its cut, what Lightning keeps for it, and whether the cut acts."""
+"""One reduced arm of a comparison: its cut, what Lightning keeps for it, whether the cut acts, and its logged keys."""
 
 from __future__ import annotations
 
@@ -14,11 +14,14 @@ from torch.utils import _pytree as pytree
 from torchmetrics import MetricCollection
 
 from laser_callback.compare import arms
+from laser_callback.compare.options import RunOptions
 from laser_callback.passes.copies import kept
+from laser_callback.passes.metric_states import Added, Kept, Recorder
 from laser_callback.passes.values import is_plain, parts
 from laser_callback.passes.watch import Watch, may_keep_weights
 from laser_callback.plans.matrices import WeightMatrix
 from laser_callback.plans.short import brief
+from laser_callback.results.examples import Logged
 from laser_callback.spectra.cut import CutSpectrum
 from laser_callback.stats.outcomes import Outcomes
 from laser_callback.support.interrupts import whole
@@ -40,9 +43,10 @@ class ReducedArm:
         control: ``""``, or the name of a control's pass: ``"zeroed"``, ``"random"``, ``"noise 1"``, ...
         cut: what is put in place for its passes.
         arm: what Lightning and the module keep for it.
+        kept: where what its metrics' states become is told.
     """
 
-    def __init__(self, name: str, control: str, cut: reduced, arm: arms.Arm) -> None:
+    def __init__(self, name: str, control: str, cut: reduced, arm: arms.Arm, kept: Kept) -> None:
         self.name = name
         self.control = control
         self.cut = cut
@@ -52,6 +56,8 @@ class ReducedArm:
         self.factorise_seconds = 0.0
         self.spectra: list[CutSpectrum] = []
         self.growth: Growth = {}
+        self.states: Added = {}  # what the latest batch has added to those of the module's metrics
+        self.recorder = Recorder(arm.module, "", kept)
         self._watch: Watch | None = None
         self._checkpoints: OriginalsInCheckpoints | None = None
         self._passes = 0
@@ -85,7 +91,9 @@ class ReducedArm:
             if self._watch is None:
                 self._watch = Watch(self.cut)
                 self._watch.compare_contents()
+            self.recorder.begin()
             output = self.arm.step(batch, batch_idx, dataloader_idx)
+            self.states = self.recorder.added()
             if rarely:
                 self._watch.compare_contents()
             self._refuse_writing(self._watch.written or self.cut.written_to())
@@ -222,6 +230,48 @@ def _is_continuous(value: Any) -> bool:
         value = value.detach().float() if value.itemsize == 1 else value.detach()  # with 8 bits there is no arithmetic
         return value.is_floating_point() and bool((value != value.round()).any())
     return isinstance(value, float) and not value.is_integer()
+
+
+# ---- keys ----------------------------------------------------------------------------------------------------------
+
+
+def published(
+    reductions: Sequence[ReducedArm],
+    original: Mapping[str, Logged],
+    logged: Mapping[str, Mapping[str, Logged]],
+    options: RunOptions,
+) -> list[tuple[str, Tensor, str, Logged]]:
+    """Of each plan what it logs and its difference to the original: name, value, the module's key, how it is logged.
+
+    Args:
+        reductions: the reduced arms.
+        original: what the original has logged.
+        logged: what each arm has, by the arm's key.
+        options: of the comparison.
+
+    Raises:
+        MisconfigurationException: if a name is that of another value.
+    """
+    found: list[tuple[str, Tensor, str, Logged]] = []
+    for reduction in reductions:
+        if reduction.control:
+            continue
+        several = len(options.plans) > 1 or reduction.name != options.key_prefix
+        prefix = f"{options.key_prefix}/{reduction.name}" if several else options.key_prefix
+        for key, value in logged[reduction.key].items():
+            found.append((f"{prefix}/{key}", value.value, key, value))
+            if key in original:
+                delta = value.value - original[key].value.to(value.value.device)
+                found.append((f"{prefix}/delta/{key}", delta, key, value))
+    taken = set(original)
+    for name, *_ in found:
+        if name in taken:  # Lightning would average the two without a word
+            raise MisconfigurationException(
+                f"LaserCallback would log {name!r}, but there is another value of this name: rename the module's "
+                f"metric, or give LaserCallback another `key_prefix` than {options.key_prefix!r}"
+            )
+        taken.add(name)
+    return found
 
 
 # ---- checkpoints ----------------------------------------------------------------------------------------------------

@@ -11,11 +11,11 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch.utils import _pytree as pytree
 from torchmetrics import MetricCollection
@@ -24,9 +24,10 @@ from laser_callback.compare import arms
 from laser_callback.compare.both import Both, beside
 from laser_callback.compare.controls import control_plans, why_missing
 from laser_callback.compare.options import RunOptions, warn_early, warn_if_absent
-from laser_callback.compare.published import published
-from laser_callback.compare.reduced_arm import ReducedArm
+from laser_callback.compare.pooled import PooledStates
+from laser_callback.compare.reduced_arm import ReducedArm, published
 from laser_callback.passes.copies import copy_batch
+from laser_callback.passes.metric_states import Added
 from laser_callback.passes.state import RandomState, Start
 from laser_callback.passes.windows import Windows
 from laser_callback.plans.matrices import find_matrices
@@ -60,6 +61,7 @@ class ComparisonRun:
         self._spectra = options.spectra or Spectra()
         self._start = Start(module, arms.around(trainer), options.isolate, options.skip_isolation)
         self._windows = Windows(self._start, arms.others_write(trainer, module))
+        self._states = PooledStates(module, options.resample, options.seed)
         self._no_control: dict[str, str] = {}  # and why
         self._reductions = [
             ReducedArm(
@@ -67,6 +69,7 @@ class ComparisonRun:
                 control,
                 reduced(matrices, plan, self._spectra.bringing(base.directions)),  # of which noise needs its size
                 arms.Arm(trainer, module, stage, self._start, self._windows),
+                self._states.kept,
             )
             for name, base in options.plans.items()
             for control, plan in self._with_controls(base)
@@ -180,6 +183,7 @@ class ComparisonRun:
             self._look_for_primary()
         self._batch = copy_batch(self._batch)
         self._start.ahead()
+        self._states.begin()
         self._rng = RandomState.now()
         if self._replay is not None:
             self._recording = self._replay.record()  # known before it begins: an interrupt may come in between
@@ -204,7 +208,7 @@ class ComparisonRun:
         collected: dict[str, Any] = {ORIGINAL: beside(outputs, self._both.original)}
         means: dict[str, Any] = {}
         after = RandomState.now()
-        self._update_own(self._metrics, outputs)
+        states: dict[str, Added] = {ORIGINAL: self._update_own(ORIGINAL, self._metrics, outputs)}
         try:
             for reduction in self._running():
                 begin = time.perf_counter()
@@ -214,7 +218,8 @@ class ComparisonRun:
                     with self._both.of_arm() as of_both:
                         output = self._pass(reduction, batch_idx, index)
                     reduction.seconds += time.perf_counter() - begin
-                    self._update_own(reduction.metrics, output)
+                    own = self._update_own(reduction.key, reduction.metrics, output)
+                    states[reduction.key] = reduction.states | own
                     collected[reduction.key] = beside(output, of_both)
                     self._hold(reduction)
                     if self.options.on_arm is not None:
@@ -230,6 +235,7 @@ class ComparisonRun:
         self._start.check()
         self.examples.add(collected, self._batch, index)
         self.examples.means.append(means)
+        self._states.kept.batches.append(states)
         self._batch = None
         del self._returned
 
@@ -294,26 +300,28 @@ class ComparisonRun:
 
         Returns ``None`` if no rank had a batch.
         """
+        metrics = arms.logged_metrics(self._results)
         original, logged = self.end()
-        ranks = gather((self.examples, original, logged))
+        ranks = gather((self.examples, original, logged, self._states.portable(metrics)))
         examples = self.examples.merge(rank[0] for rank in ranks)
         if not examples.batches:
             return None
-        self._publish(original, {key: examples.with_both(key, value) for key, value in logged.items()})
-        for _, others_original, others_logged in ranks:  # a rank without batches has logged nothing
+        both = {key: examples.with_both(key, value) for key, value in logged.items()}
+        for item in published(self._reductions, original, both, self.options):
+            arms.publish(self.trainer, self.module, *item)
+        for _, others_original, others_logged, _ in ranks:  # a rank without batches has logged nothing
             original = others_original | original
             logged = {key: others_logged[key] | value for key, value in logged.items()}
         original = examples.with_both(ORIGINAL, original)
         logged = {key: examples.with_both(key, value) for key, value in logged.items()}
+        examples.pooled = self._states.evidence(rank[3] for rank in ranks)
         return self._compare(examples, original, logged)
 
     def end(self) -> tuple[dict[str, Logged], dict[str, dict[str, Logged]]]:
         """After the module's own hook: end the reduced arms. Returns what the original and each arm logged."""
-        original = {k: v for k, v in arms.logged(self._results).items() if not k.startswith(self._others_keys())}
-        own = arms.own_logged(self._metrics)
-        for key in own:
-            if key in original:
-                raise MisconfigurationException(f"`metrics` has the name {key!r}, which the module logs itself")
+        others = arms.others_keys(self.trainer, self.options.key_prefix)
+        original = {k: v for k, v in arms.logged(self._results).items() if not k.startswith(others)}
+        own = arms.own_logged(self._metrics, taken=original)
         after = RandomState.now()
         self._start.ahead()
         logged: dict[str, dict[str, Logged]] = {}
@@ -375,6 +383,7 @@ class ComparisonRun:
         now = arms.running_means(self._results)
         self.examples.means[-1][ORIGINAL] = arms.growth(self._original_means, now)
         self._original_means = now
+        self._states.close()
 
     def _look_for_primary(self) -> None:
         """After the first batch, where no other batch and no hook at the end of the epoch should log other keys."""
@@ -383,18 +392,12 @@ class ComparisonRun:
         if keys and one_loader and not is_overridden(f"on_{self.stage}_epoch_end", self.module):
             warn_early(self.options, keys, "the first batch")
 
-    def _update_own(self, metrics: MetricCollection | None, outputs: Any) -> None:
-        if metrics is not None and self.options.update is not None:
-            self.options.update(metrics, outputs, copy_batch(self._batch))
-
-    def _others_keys(self) -> tuple[str, ...]:
-        """How the keys begin that other LaserCallbacks of this trainer publish."""
-        prefixes = {getattr(other, "key_prefix", self.options.key_prefix) for other in self.trainer.callbacks}
-        return tuple(f"{prefix}/" for prefix in prefixes - {self.options.key_prefix})
-
-    def _publish(self, original: dict[str, Logged], logged: dict[str, dict[str, Logged]]) -> None:
-        for item in published(self._reductions, original, logged, self.options):
-            arms.publish(self.trainer, self.module, *item)
+    def _update_own(self, arm: str, metrics: MetricCollection | None, outputs: Any) -> Added:
+        if metrics is None or self.options.update is None:
+            return {}
+        recorder = self._states.of_own(arm, metrics)
+        self.options.update(metrics, outputs, copy_batch(self._batch))
+        return recorder.added()
 
     def _compare(
         self, examples: PairedExamples, original: dict[str, Logged], logged: dict[str, dict[str, Logged]]
@@ -441,7 +444,7 @@ class ComparisonRun:
             primary,
             self._original_seconds,
             reasons,
-            examples,
+            replace(examples, pooled=None),
             provenance(self.trainer, self.module, self.options.seed),
             None if self._spectra.base is None else self._spectra.base.digest,
         )

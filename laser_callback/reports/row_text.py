@@ -31,7 +31,7 @@ def is_share(row: PairedResult) -> bool:
     """Whether the metric is a share."""
     beyond = any(value < 0 or value > 1 for value in (row.original, row.reduced))  # as one in percent already
     return row.kind == "binary" or (
-        row.kind in ("mean", "pair") and not beyond and any(word in row.metric for word in SHARES)
+        row.kind in ("mean", "pair", "pooled") and not beyond and any(word in row.metric for word in SHARES)
     )
 
 

@@ -5,8 +5,8 @@ metric under whose name it is logged. Seven names describe the examples instead:
 is removed by it), ``cluster`` (examples that are not independent of each other share one), ``group``, ``answer`` and
 ``prediction`` (for the prior checks; where metrics look at different answers, a mapping by metric), and, for readers of
 a report, ``prompt`` and ``continuation`` (what a model has written). Where a metric is logged of which no outcomes are
-returned, the pairs are the batches' logged means; where outcomes are returned and nothing is logged, they are compared
-as they are.
+returned, the pairs are the batches' logged means, or what they add to the states of a torchmetrics object; where
+outcomes are returned and nothing is logged, they are compared as they are.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from collections import defaultdict
 from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -56,6 +56,15 @@ class Logged(NamedTuple):
     of_both: bool = False  # it is a number of both models, and was not logged
 
 
+class Pooled(Protocol):
+    """What knows the states of metrics that are no means."""
+
+    def row(
+        self, examples: PairedExamples, base: str, arm: str, key: str, metric: Logged, reduced: Logged
+    ) -> PairedResult | str:
+        """The row of ``key``, or why there is none."""
+
+
 @dataclass
 class PairedExamples:
     """The outcomes of one evaluation run, example by example."""
@@ -63,6 +72,7 @@ class PairedExamples:
     batches: list[Batch] = field(default_factory=list)
     means: list[dict[str, dict[str, tuple[float, float]]]] = field(default_factory=list)
     duplicates: int = 0
+    pooled: Pooled | None = field(default=None, repr=False)  # of metrics that are no means; while rows are made
 
     def add(self, outputs: Mapping[str, Any], batch: Any, dataloader_idx: int | None) -> None:
         """Add what each arm's step returned for one batch."""
@@ -267,7 +277,10 @@ class PairedExamples:
         outcomes, left_out = self._means(arm, key, base)
         values = float(original.value), float(reduced.value)
         if outcomes is None:
-            note = "not an average over examples"
+            found = "" if self.pooled is None else self.pooled.row(self, base, arm, key, original, reduced)
+            if isinstance(found, PairedResult):
+                return found
+            note = "; ".join(filter(None, ["not an average over examples", found]))
             return not_tested(key, *values, sum(b.size for b in self.batches), note, original.higher_is_better)
         row = replace(compare(key, *outcomes, higher_is_better=original.higher_is_better), unit="batch")
         return _with_note(row, "; ".join(filter(None, [left_out, "unit: the batch"])))

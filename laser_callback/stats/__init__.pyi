@@ -12,6 +12,7 @@ from .outcomes import Outcomes as Outcomes
 from .outcomes import PairedResult as PairedResult
 from .outcomes import not_tested as not_tested
 from .paired import compare as compare
+from .pooled import compare_pooled as compare_pooled
 from .power import detectable_gain as detectable_gain
 from .power import exact_power as exact_power
 from .power import examples_needed as examples_needed

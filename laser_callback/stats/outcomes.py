@@ -19,7 +19,7 @@ from laser_callback.stats.intervals import Floats
 ALPHA = 0.05  # level of every verdict; 1 - ALPHA is the confidence of every interval
 
 Array: TypeAlias = Any  # of NumPy, or a tensor
-Kind: TypeAlias = Literal["binary", "mean", "log_ratio", "pair"]
+Kind: TypeAlias = Literal["binary", "mean", "log_ratio", "pair", "pooled"]
 Unit: TypeAlias = Literal["example", "cluster", "batch"]
 Role: TypeAlias = Literal["primary", "holm", "exploratory"]
 Test: TypeAlias = Literal[
@@ -29,6 +29,7 @@ Test: TypeAlias = Literal[
     "cluster-robust t",
     "Fisher's exact",
     "Welch's t",
+    "paired permutation",
     "not tested",
 ]
 Verdict: TypeAlias = Literal[
@@ -126,7 +127,8 @@ class PairedResult:
 
     Attributes:
         metric: name of the metric.
-        kind: kind of the outcomes; ``None`` for a metric that is not a mean over units.
+        kind: kind of the outcomes; "pooled" for a metric of all units' states, of which none has a value of its own
+            (F1, AUROC, BLEU, ...); ``None`` for one that is no mean over units and has no such states either.
         n: number of independent units behind the row.
         original: the metric of the original model.
         reduced: the metric of the reduced model.
@@ -239,7 +241,7 @@ def not_tested(
 ) -> PairedResult:
     """A row for what has no test: both values, ``n`` and why.
 
-    Without a ``kind`` it can never have one, since the metric is no mean over units (F1, BLEU, AUROC, ...).
+    Without a ``kind`` it can never have one, since the metric is no mean over units and of no known states.
     """
     return PairedResult(
         metric, kind, n, original, reduced, reduced - original, note=note, higher_is_better=higher_is_better

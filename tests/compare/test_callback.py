@@ -260,7 +260,7 @@ def test_own_metrics(trainer):
             assert logged[f"laser/{name}"] == pytest.approx(float(metric.clone()(after, y)), rel=1e-6)
             assert logged[f"laser/delta/{name}"] == pytest.approx(logged[f"laser/{name}"] - logged[name], abs=1e-6)
             row = callback.result["laser"][name]
-            assert (row.test, row.higher_is_better) == ("not tested", True)
+            assert (row.test, row.n, row.higher_is_better) == ("paired permutation", 3, True)
         assert all(metric.update_count == 0 for metric in own.values())  # those given are only a model for the copies
     # Metrics used in validate (inference mode) are usable in fit (no_grad).
     callback = LaserCallback(PLAN, loops=("validate", "fit"), metrics=own, update=update, report=False)

@@ -243,6 +243,8 @@ def test_two_processes(trainer, tmp_path, capfd):
     report = json.loads(path.read_text())
     assert report["duplicates_removed"] == 1
     assert set(report["controls"]["a"]) == {"zeroed", "random", "noise"}
+    (pooled,) = (row for row in report["arms"]["a"]["rows"] if row["metric"] == "f1")
+    assert (pooled["unit"], pooled["n"], pooled["test"]) == ("batch", 6, "paired permutation")  # of both ranks
     with torch.no_grad():
         right = module(data.x).argmax(1) == data.y
         for name, plan in (("a", PLAN), ("b", OTHER)):
