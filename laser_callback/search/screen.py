@@ -30,6 +30,7 @@ from laser_callback.plans.matrices import WeightMatrix, find_matrices
 from laser_callback.plans.plan import LaserPlan
 from laser_callback.plans.selection import Catalogue
 from laser_callback.results.returned import ORIGINAL, read_returned
+from laser_callback.search.outer import Outer, is_plain, watch
 from laser_callback.search.sensitivities import Factor, Sensitivities, View, Views, in_parts
 from laser_callback.spectra.folder import size_for
 from laser_callback.spectra.store import Spectra
@@ -85,6 +86,7 @@ class GradientScreen(PutBack):
         self._loss = loss
         self._key = key
         self._grad_mode = False
+        self._under_way = False  # the backward pass
 
     def estimate(self, plan: LaserPlan | str) -> tuple[float, float] | None:
         """The estimated change of the mean loss over examples under ``plan``, and its standard error.
@@ -200,8 +202,17 @@ class GradientScreen(PutBack):
             self._undo.append(partial(_set_flag, parameter, parameter.requires_grad))
             parameter.requires_grad_(id(parameter) in parameters)
         for parameter in parameters.values():
-            self._undo.append(parameter.register_post_accumulate_grad_hook(self._collect).remove)
+            self._undo.append(parameter.register_post_accumulate_grad_hook(self._drop).remove)
+        layers = {layer: layer.weight for layer in module.modules() if is_plain(layer) and self._is_all_of(layer.weight)}
+        watched = watch(layers, self._take)
+        watched.__enter__()
+        self._undo.append(partial(watched.__exit__, None, None, None))
         catch_up()
+
+    def _is_all_of(self, parameter: nn.Parameter) -> bool:
+        """Whether a parameter is looked at, and each matrix in it is all of it, as it lies."""
+        places = self._places.get(id(parameter), {}).values()
+        return bool(places) and all(matrix.index == () and not matrix.transposed for matrix in places)
 
     def _backward(self, value: Any, source: str) -> float | None:
         """Run the loss backwards. Returns the weight of the batch, or ``None`` where it is the number of examples."""
@@ -214,23 +225,36 @@ class GradientScreen(PutBack):
             )
         if not math.isfinite(float(loss.detach())):
             raise ValueError(f"the loss from {source} is {float(loss.detach())} on a batch of the screen set")
-        with torch.autocast(loss.device.type, enabled=False):
-            loss.backward()
+        self._under_way = True
+        try:
+            with torch.autocast(loss.device.type, enabled=False):
+                loss.backward()
+        finally:
+            self._under_way = False
         return weight
 
-    @torch.no_grad()
-    def _collect(self, parameter: Tensor) -> None:
+    def _drop(self, parameter: Tensor) -> None:
         """Gradient hook: read what the matrices of a parameter are worth, and drop its gradient."""
         gradient, parameter.grad = parameter.grad, None
         assert gradient is not None
-        gradient = gradient if gradient.layout == torch.strided else gradient.to_dense()
+        self._collect(parameter, gradient if gradient.layout == torch.strided else gradient.to_dense())
+
+    def _take(self, parameter: nn.Parameter, gradient: Outer) -> bool:
+        """The same where a linear layer gives the factors of its weight's gradient; refused is what a step asks for."""
+        if self._under_way:
+            self._collect(parameter, gradient)
+        return self._under_way
+
+    @torch.no_grad()
+    def _collect(self, parameter: Tensor, gradient: Tensor | Outer) -> None:
         batch = self._batches[-1]
         for (view, name), matrix in self._places[id(parameter)].items():
             weight = matrix.read(parameter.data)
             factors = self._found.get((view, name)) or view.factors(weight, name, self._spectra)
             if self._keeps:
                 self._found[view, name] = factors
-            found = view.derivatives(matrix.read(gradient), weight, name, self._spectra, factors)
+            of_matrix = gradient if isinstance(gradient, Outer) else matrix.read(gradient)
+            found = view.derivatives(of_matrix, weight, name, self._spectra, factors)
             if not bool(found.isfinite().all()):
                 raise ValueError(f"the gradient of `{name}` holds NaN or infinite values")
             batch[view, name] = batch[view, name] + found if (view, name) in batch else found

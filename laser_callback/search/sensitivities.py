@@ -11,7 +11,7 @@ What is factorised of a matrix is a :class:`View` of it: the weight, or its diff
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from laser_callback.plans.matrices import WeightMatrix
 from laser_callback.plans.reduction import Reduction
+from laser_callback.search.outer import Outer
 from laser_callback.spectra.directions import InputDirections
 from laser_callback.spectra.folder import size_for
 from laser_callback.spectra.spectrum import Spectrum
@@ -76,12 +77,14 @@ class View:
         return [spectra.of(block, matrix.name).rank(reduction) for block in blocks]
 
     def derivatives(
-        self, gradient: Tensor, weight: Tensor, name: str, spectra: Spectra, factors: Sequence[Factor]
+        self, gradient: Tensor | Outer, weight: Tensor, name: str, spectra: Spectra, factors: Sequence[Factor]
     ) -> Tensor:
         """The sensitivities of the directions of all blocks, one block after the other.
 
         Float64 on the CPU, shape (sum of :meth:`sizes`,).
         """
+        if isinstance(gradient, Outer) and self != View():  # not what the layer multiplies by
+            gradient = replace(gradient, through=None)
         blocks = zip(gradient.tensor_split(self.blocks), self.blocks_of(weight, name, spectra), factors, strict=True)
         return torch.cat([derivatives(*of_block) for of_block in blocks])
 
@@ -212,11 +215,11 @@ class Sensitivities:
         return cls(data["weights"], {v: {n: tensors[f"{i}/{n}"] for n in names} for i, (v, names) in enumerate(views)})
 
 
-def derivatives(gradient: Tensor, matrix: Tensor, factor: Factor) -> Tensor:
+def derivatives(gradient: Tensor | Outer, matrix: Tensor, factor: Factor) -> Tensor:
     """The sensitivities d_i = sigma_i u_i' G v_i of a matrix.
 
     Args:
-        gradient: dL/dW, shape (m, n).
+        gradient: G = dL/dW, shape (m, n), or its factors.
         matrix: what was factorised, shape (m, n). The work is done in float64 if its dtype is float64, else in float32.
         factor: its spectrum, or orthonormal columns u_i, shape (m, r): then d_i = u_i' G W' u_i.
 
@@ -224,13 +227,26 @@ def derivatives(gradient: Tensor, matrix: Tensor, factor: Factor) -> Tensor:
         Float64 on the CPU, shape (min(m, n),).
     """
     work = torch.float64 if matrix.dtype == torch.float64 else torch.float32
-    basis = factor.basis if isinstance(factor, Spectrum) else factor
-    w, g, basis = (x.to(work).to(matrix.device) for x in (matrix, gradient, basis))
+
+    def at_work(tensor: Tensor) -> Tensor:
+        return tensor.to(matrix.device, work)
+
     # W - W_k is W projected on the tail of the shorter side's basis; so <G, W - W_k> is the sum over the tail of
-    # v_i' G'W v_i, or of u_i' G W' u_i.
-    right = isinstance(factor, Spectrum) and w.shape[0] >= w.shape[1]
-    inner = g.T @ w if right else g @ w.T
-    return (basis * (inner @ basis)).sum(0).cpu().double()
+    # v_i' G'W v_i, or of u_i' G W' u_i. Both are v_i' A'B v_i, where A'B is either product.
+    right = isinstance(factor, Spectrum) and matrix.shape[0] >= matrix.shape[1]
+    w, basis = at_work(matrix), at_work(factor.basis if isinstance(factor, Spectrum) else factor)
+    if isinstance(gradient, Tensor):
+        g = at_work(gradient)
+        a, b = (g, w) if right else (g.T, w.T)
+    elif right:
+        through = gradient.through
+        a, b = at_work(gradient.inputs), at_work(gradient.outputs) @ w if through is None else at_work(through)
+    else:
+        a, b = at_work(gradient.outputs), at_work(gradient.inputs) @ w.T
+    (rows, short), columns = a.shape, basis.shape[1]
+    if 2 * rows * columns <= (rows + columns) * short:  # whichever multiplies fewer numbers
+        return ((a @ basis) * (b @ basis)).sum(0).cpu().double()
+    return (basis * ((a.T @ b) @ basis)).sum(0).cpu().double()
 
 
 def in_parts(wanted: Views, capacity: int) -> list[Views]:
