@@ -30,6 +30,8 @@ from laser_callback.stats.constraint import Constraint
 FINALISTS = 6
 FRESH_SHARE = 0.2
 """Share of the race examples that each further reduction is accepted on."""
+FEW = 4
+"""So many examples, about, show what a layer does: see :attr:`Context.run`."""
 ROUNDS = 3
 """So often the screen's next candidates race, while every finalist breaks a constraint."""
 
@@ -149,6 +151,7 @@ class Course:
         """What strategies are told, ahead of all that is measured for them."""
         steps, lab = self.steps, self.steps.lab
         has_screen = "screen" in steps.sets.sizes
+        few = steps.sets.loader("screen", batches=max(steps.sets.sizes["screen"] // FEW, 1)) if has_screen else None
         return Context(
             lab.module,
             lab.matrices,
@@ -157,7 +160,7 @@ class Course:
             "" if steps.base is None else str(steps.base),
             steps.seed,
             lab.spectra,
-            partial(lab.validate, steps.sets.loader("screen"), limit_batches=1) if has_screen else None,
+            partial(lab.validate, few, limit_batches=1) if has_screen else None,
         )
 
     def _proposals(self, number: int) -> Proposals | None:
