@@ -174,7 +174,11 @@ class Course:
             context = replace(context, spectra=lab.spectra)
         wanted = views_for(self.strategies, context) if self.screened else {}
         if wanted:
-            context = replace(context, sensitivities=steps.screen(number, wanted, self.screen_loss))
+            found = steps.screen(number, wanted, self.screen_loss)
+            context = replace(context, sensitivities=found)
+            if in_part := sum(map(len, found.heads.values())):
+                note = f"screened by their leading directions alone, which are approximate: {in_part:,} wide matrices"
+                self.result.warnings.append(note)
         candidates = steps.propose(number, context, self.strategies)
         self.result.candidates += candidates
         listed = self.result.candidates
