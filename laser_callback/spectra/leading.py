@@ -15,7 +15,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from laser_callback.plans.rank_rules import unit
 from laser_callback.spectra.spectrum import Spectrum, refuse_non_finite
 
 TOLERANCE = 0.1
@@ -45,7 +44,9 @@ def leading(matrix: Tensor, count: int, name: str = "matrix") -> Spectrum | None
     """
     refuse_non_finite(matrix, name)
     work = matrix.detach().to(torch.float64 if matrix.dtype == torch.float64 else torch.float32)
-    scale = unit(work)
+    largest = work.abs().max()
+    # A power of two, for the same bits at any scale; so that squares are within float32.
+    scale = torch.ldexp(torch.ones_like(largest), torch.frexp(largest).exponent - 1)
     work = work / scale
     tall = work if work.shape[0] >= work.shape[1] else work.mT
     short = tall.shape[1]
