@@ -4,7 +4,7 @@ Contract: :class:`GradientScreen` is a Lightning callback for ``trainer.validate
 validation step, runs it backwards, and leaves in ``sensitivities`` what tells how the mean loss changes under a plan:
 lower is better. Afterwards the module is as before: weights, ``requires_grad``, ``.grad`` and hooks.
 
-A linear layer gives the factors of its weight's gradient, which itself is never made (``outer.py``). Of what else there
+A linear layer gives the factors of its weight's gradient, which itself is never made (``passes/outer.py``). Of what else there
 is, each parameter is read inside the gradient's own hook and its gradient dropped. So beside the model and the
 activations of one batch only one gradient and one factorisation are in memory, whatever the number of candidates.
 """
@@ -27,13 +27,13 @@ from typing_extensions import override
 from laser_callback.compare.measure import Lab
 from laser_callback.compare.trainer import PutBack
 from laser_callback.passes.copies import copy_batch
+from laser_callback.passes.outer import Outer, is_plain, watch
 from laser_callback.plans.matrices import WeightMatrix, find_matrices
 from laser_callback.plans.plan import LaserPlan
 from laser_callback.plans.selection import Catalogue
 from laser_callback.results.returned import ORIGINAL, read_returned
-from laser_callback.search.outer import Outer, is_plain, watch
 from laser_callback.search.sensitivities import Factor, Sensitivities, View, Views, in_parts, prepared
-from laser_callback.search.wide import Key, bytes_of, count_of, promising, wide
+from laser_callback.search.strategies.wide import Key, bytes_of, count_of, promising, wide
 from laser_callback.spectra.leading import leading
 from laser_callback.spectra.store import Spectra
 from laser_callback.stats.outcomes import Outcomes

@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from laser_callback.passes.outer import Outer
 from laser_callback.plans.matrices import WeightMatrix
 from laser_callback.plans.reduction import Reduction
-from laser_callback.search.outer import Outer
 from laser_callback.spectra.directions import InputDirections
 from laser_callback.spectra.spectrum import Spectrum
 from laser_callback.spectra.store import Spectra

@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 import laser_callback.search.screen as screen_module
-import laser_callback.search.wide as wide_module
+import laser_callback.search.strategies.wide as wide_module
 from laser_callback.compare.measure import Lab
 from laser_callback.plans.matrices import find_matrices
 from laser_callback.plans.plan import LaserPlan
@@ -23,7 +23,7 @@ from laser_callback.search.sensitivities import Sensitivities, View
 from laser_callback.search.strategies.base import Context
 from laser_callback.search.strategies.components import Components
 from laser_callback.search.strategies.laser import Laser
-from laser_callback.search.wide import flops, wide
+from laser_callback.search.strategies.wide import flops, wide
 from laser_callback.spectra.store import Spectra
 
 PICKED = 3
