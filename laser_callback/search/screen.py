@@ -4,9 +4,9 @@ Contract: :class:`GradientScreen` is a Lightning callback for ``trainer.validate
 validation step, runs it backwards, and leaves in ``sensitivities`` what tells how the mean loss changes under a plan:
 lower is better. Afterwards the module is as before: weights, ``requires_grad``, ``.grad`` and hooks.
 
-A linear layer gives the factors of its weight's gradient, which itself is never made (``passes/outer.py``). Of what else there
-is, each parameter is read inside the gradient's own hook and its gradient dropped. So beside the model and the
-activations of one batch only one gradient and one factorisation are in memory, whatever the number of candidates.
+A linear layer gives the factors of its weight's gradient, which itself is never made (``passes/outer.py``). Of what
+else there is, each parameter is read inside the gradient's own hook and its gradient dropped. So beside the model and
+the activations of one batch only one gradient and one factorisation are in memory, whatever the number of candidates.
 """
 
 from __future__ import annotations
