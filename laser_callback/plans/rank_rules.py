@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterable, Sequence
-from functools import cache
+from functools import cache, lru_cache
 
 import torch
 from torch import Tensor
@@ -136,6 +136,7 @@ def places_rule(places: Iterable[int]) -> str | None:
     return f"{_PLACES}{text}" if text else None
 
 
+@lru_cache(maxsize=1024)  # a list of hundreds is read again wherever a candidate is looked at
 def listed_places(rule: float | str) -> tuple[Run, ...] | None:
     """The runs of components that a rule lists, ascending; ``None`` if it is no list."""
     if not isinstance(rule, str) or not rule.startswith(_PLACES):

@@ -30,6 +30,8 @@ from laser_callback.stats.constraint import Constraint
 FINALISTS = 6
 FRESH_SHARE = 0.2
 """Share of the race examples that each further reduction is accepted on."""
+FEW = 4
+"""So many examples, about, show what a layer does: see :attr:`Context.run`."""
 ROUNDS = 3
 """So often the screen's next candidates race, while every finalist breaks a constraint."""
 
@@ -149,6 +151,7 @@ class Course:
         """What strategies are told, ahead of all that is measured for them."""
         steps, lab = self.steps, self.steps.lab
         has_screen = "screen" in steps.sets.sizes
+        few = steps.sets.loader("screen", batches=max(steps.sets.sizes["screen"] // FEW, 1)) if has_screen else None
         return Context(
             lab.module,
             lab.matrices,
@@ -157,7 +160,7 @@ class Course:
             "" if steps.base is None else str(steps.base),
             steps.seed,
             lab.spectra,
-            partial(lab.validate, steps.sets.loader("screen"), limit_batches=1) if has_screen else None,
+            partial(lab.validate, few, limit_batches=1) if has_screen else None,
         )
 
     def _proposals(self, number: int) -> Proposals | None:
@@ -171,7 +174,11 @@ class Course:
             context = replace(context, spectra=lab.spectra)
         wanted = views_for(self.strategies, context) if self.screened else {}
         if wanted:
-            context = replace(context, sensitivities=steps.screen(number, wanted, self.screen_loss))
+            found = steps.screen(number, wanted, self.screen_loss)
+            context = replace(context, sensitivities=found)
+            if in_part := sum(map(len, found.heads.values())):
+                note = f"screened by their leading directions alone, which are approximate: {in_part:,} wide matrices"
+                self.result.warnings.append(note)
         candidates = steps.propose(number, context, self.strategies)
         self.result.candidates += candidates
         listed = self.result.candidates

@@ -4,14 +4,15 @@ Contract: :class:`GradientScreen` is a Lightning callback for ``trainer.validate
 validation step, runs it backwards, and leaves in ``sensitivities`` what tells how the mean loss changes under a plan:
 lower is better. Afterwards the module is as before: weights, ``requires_grad``, ``.grad`` and hooks.
 
-Inside the gradient's own hook each parameter is read and its gradient dropped, so that beside the model and the
-activations of one batch only one gradient and one factorisation are in memory, whatever the number of candidates.
+A linear layer gives the factors of its weight's gradient, which itself is never made (``passes/outer.py``). Of what
+else there is, each parameter is read inside the gradient's own hook and its gradient dropped. So beside the model and
+the activations of one batch only one gradient and one factorisation are in memory, whatever the number of candidates.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -26,17 +27,21 @@ from typing_extensions import override
 from laser_callback.compare.measure import Lab
 from laser_callback.compare.trainer import PutBack
 from laser_callback.passes.copies import copy_batch
+from laser_callback.passes.outer import Outer, is_plain, watch
 from laser_callback.plans.matrices import WeightMatrix, find_matrices
 from laser_callback.plans.plan import LaserPlan
 from laser_callback.plans.selection import Catalogue
 from laser_callback.results.returned import ORIGINAL, read_returned
-from laser_callback.search.sensitivities import Factor, Sensitivities, View, Views, in_parts
-from laser_callback.spectra.folder import size_for
+from laser_callback.search.sensitivities import Factor, Sensitivities, View, Views, in_parts, prepared
+from laser_callback.search.strategies.wide import Key, bytes_of, count_of, promising, wide
+from laser_callback.spectra.leading import leading
 from laser_callback.spectra.store import Spectra
 from laser_callback.stats.outcomes import Outcomes
 from laser_callback.support.interrupts import catch_up, opened, undisturbed
 
 LossFn = Callable[[pl.LightningModule, Any], Tensor]
+ENOUGH = 0.2
+"""Share of the leading directions asked for that must be found, or a matrix is factorised whole."""
 
 
 class GradientScreen(PutBack):
@@ -54,9 +59,11 @@ class GradientScreen(PutBack):
             default it is what the step returns: a scalar, or in a mapping under ``loss``, ``key`` or ``log_loss`` a
             scalar, a 1-D tensor or :class:`~laser_callback.stats.Outcomes`.
         key: a name under which the step returns its loss.
+        in_part: by view and name, the matrices of which only the leading directions are factorised.
 
     Attributes:
         sensitivities: what :meth:`estimate` follows from; empty before ``trainer.validate()``.
+        coordinates: of those in part what they do in each coordinate of their shorter side, (batches, min(m, n)).
 
     Raises:
         MisconfigurationException: outside of ``trainer.validate``, under inference mode, on several devices, or if
@@ -77,14 +84,18 @@ class GradientScreen(PutBack):
         *,
         loss: LossFn | None = None,
         key: str = "loss",
+        in_part: Collection[Key] = (),
     ) -> None:
         super().__init__()
         self.sensitivities = Sensitivities()
+        self.coordinates: dict[Key, Tensor] = {}
+        self._in_part = in_part
         self._wanted = matrices if isinstance(matrices, Mapping) else {View(): matrices}
         self._spectra = spectra
         self._loss = loss
         self._key = key
         self._grad_mode = False
+        self._under_way = False  # the backward pass
 
     def estimate(self, plan: LaserPlan | str) -> tuple[float, float] | None:
         """The estimated change of the mean loss over examples under ``plan``, and its standard error.
@@ -112,7 +123,7 @@ class GradientScreen(PutBack):
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if torch.is_inference_mode_enabled():
             raise MisconfigurationException("GradientScreen needs gradients: use Trainer(inference_mode=False)")
-        self.sensitivities = Sensitivities()
+        self.sensitivities, self.coordinates = Sensitivities(), {}
         self._matrices = Catalogue(find_matrices(pl_module))
         self._batches: list[dict[tuple[View, str], Tensor]] = [{}]  # the last one is under way
         self._weights: list[float] = []
@@ -127,14 +138,13 @@ class GradientScreen(PutBack):
                     )
                 self._places.setdefault(id(matrix.parameter), {})[view, matrix.name] = matrix
                 parameters[id(matrix.parameter)] = matrix.parameter
-        wanted = [matrix for places in self._places.values() for matrix in places.values()]
+        wanted = {key: matrix for places in self._places.values() for key, matrix in places.items()}
         # No weight changes here: what memory has room for is not looked up by its content again in every batch.
         self._found: dict[tuple[View, str], list[Factor]] = {}
-        self._keeps = sum(size_for(matrix.shape) for matrix in wanted) <= self._spectra.memory_bytes
-        whole = {View(): "weight", View("delta"): "delta"}
-        self._spectra.ahead(
-            [(m.value, m.name, whole[view]) for view, of_view in self._wanted.items() if view in whole for m in of_view]
-        )
+        needed = sum(bytes_of(key, matrix, self._in_part) for key, matrix in wanted.items())
+        self._keeps = needed <= self._spectra.memory_bytes
+        one = [(view, m) for (view, name), m in wanted.items() if view in (View(), View("delta"))]
+        self._spectra.ahead([(m.value, m.name, view.cut) for view, m in one if (view, m.name) not in self._in_part])
         self._put_in(pl_module, parameters)
 
     @override
@@ -177,10 +187,19 @@ class GradientScreen(PutBack):
         reached = dict.fromkeys(key for batch in batches for key in batch)
         wanted = {key: matrix for places in self._places.values() for key, matrix in places.items()}
         views: dict[View, dict[str, Tensor]] = {}
+        heads: dict[View, dict[str, Tensor]] = {}
         for view, name in dict.fromkeys([*reached, *wanted]):
-            none = torch.zeros(sum(view.sizes(wanted[view, name].shape)), dtype=torch.float64)
-            views.setdefault(view, {})[name] = torch.stack([batch.get((view, name), none) for batch in batches])
-        self.sensitivities = Sensitivities(self._weights, views)
+            size = sum(view.sizes(wanted[view, name].shape))
+            each = [batch.get((view, name)) for batch in batches]
+            none = torch.zeros(max((len(of) for of in each if of is not None), default=size), dtype=torch.float64)
+            found = torch.stack([none if of is None else of for of in each])
+            if (known := found.shape[1] - size) > 0:
+                found, self.coordinates[view, name] = found[:, :known], found[:, known:]
+                rest = self.coordinates[view, name].sum(1, keepdim=True) - found.sum(1, keepdim=True)
+                heads.setdefault(view, {})[name] = torch.cat([found, rest], 1)
+            else:
+                views.setdefault(view, {})[name] = found
+        self.sensitivities = Sensitivities(self._weights, views, heads)
         names = list(dict.fromkeys(name for _, name in wanted))
         missed = [name for name in names if not any(name == of for _, of in reached)]
         if missed:
@@ -200,7 +219,11 @@ class GradientScreen(PutBack):
             self._undo.append(partial(_set_flag, parameter, parameter.requires_grad))
             parameter.requires_grad_(id(parameter) in parameters)
         for parameter in parameters.values():
-            self._undo.append(parameter.register_post_accumulate_grad_hook(self._collect).remove)
+            self._undo.append(parameter.register_post_accumulate_grad_hook(self._drop).remove)
+        layers = [layer for layer in module.modules() if is_plain(layer) and id(layer.weight) in parameters]
+        watched = watch(layers, self._take)
+        watched.__enter__()
+        self._undo.append(partial(watched.__exit__, None, None, None))
         catch_up()
 
     def _backward(self, value: Any, source: str) -> float | None:
@@ -214,41 +237,78 @@ class GradientScreen(PutBack):
             )
         if not math.isfinite(float(loss.detach())):
             raise ValueError(f"the loss from {source} is {float(loss.detach())} on a batch of the screen set")
-        with torch.autocast(loss.device.type, enabled=False):
-            loss.backward()
+        self._under_way = True
+        try:
+            with torch.autocast(loss.device.type, enabled=False):
+                loss.backward()
+        finally:
+            self._under_way = False
         return weight
 
-    @torch.no_grad()
-    def _collect(self, parameter: Tensor) -> None:
+    def _drop(self, parameter: Tensor) -> None:
         """Gradient hook: read what the matrices of a parameter are worth, and drop its gradient."""
         gradient, parameter.grad = parameter.grad, None
-        assert gradient is not None
-        gradient = gradient if gradient.layout == torch.strided else gradient.to_dense()
+        if gradient is not None:  # else a layer has given it away
+            self._collect(parameter, gradient if gradient.layout == torch.strided else gradient.to_dense())
+
+    def _take(self, parameter: nn.Parameter, gradient: Outer) -> bool:
+        """The same where a linear layer gives the factors of its weight's gradient; refused is what a step asks for."""
+        if self._under_way:
+            self._collect(parameter, gradient)
+        return self._under_way
+
+    @torch.no_grad()
+    def _collect(self, parameter: Tensor, gradient: Tensor | Outer) -> None:
         batch = self._batches[-1]
         for (view, name), matrix in self._places[id(parameter)].items():
             weight = matrix.read(parameter.data)
-            factors = self._found.get((view, name)) or view.factors(weight, name, self._spectra)
-            if self._keeps:
-                self._found[view, name] = factors
-            found = view.derivatives(matrix.read(gradient), weight, name, self._spectra, factors)
+            factors = self._found.get((view, name))
+            if factors is None:
+                factors = [prepared(factor, weight) for factor in self._factors(view, name, matrix, weight)]
+                if self._keeps:
+                    self._found[view, name] = factors
+            of_matrix = gradient.of(matrix) if isinstance(gradient, Outer) else matrix.read(gradient)
+            found = view.derivatives(of_matrix, weight, name, self._spectra, factors)
             if not bool(found.isfinite().all()):
                 raise ValueError(f"the gradient of `{name}` holds NaN or infinite values")
             batch[view, name] = batch[view, name] + found if (view, name) in batch else found
+
+    def _factors(self, view: View, name: str, matrix: WeightMatrix, weight: Tensor) -> Sequence[Factor]:
+        """The leading directions where no more is wanted, and as many are found as the smallest cut leaves."""
+        if (view, name) in self._in_part:
+            operand = self._spectra.operand(weight, name, view.cut)
+            found = leading(operand, count_of(matrix.shape), name)
+            if found is not None and len(found.values) >= count_of(matrix.shape) * ENOUGH:
+                return [found]
+        return view.factors(weight, name, self._spectra)
 
 
 def sense(
     lab: Lab, wanted: Views, loader: DataLoader[Any], *, loss: LossFn | None = None, key: str = "loss"
 ) -> Sensitivities:
-    """Run :class:`GradientScreen` over a loader.
+    """Run :class:`GradientScreen` over a loader, and once more for what is factorised whole after all.
 
-    Where all spectra are more than can be kept from one batch to the next, one part of the model after the other is
+    Where all factors are more than can be kept from one batch to the next, one part of the model after the other is
     looked at: passes over a hundred examples are cheaper than to factorise again for every batch.
     """
-    found = []
-    for part in in_parts(wanted, lab.spectra.capacity) if len(loader) > 1 else [wanted]:
-        screen = GradientScreen(part, lab.spectra, loss=loss, key=key)
-        lab.validate(loader, screen, inference_mode=False)
-        found.append(screen.sensitivities)
+    coordinates: dict[Key, Tensor] = {}
+
+    def passes(wanted: Views, in_part: Collection[Key] = ()) -> list[Sensitivities]:
+        found = []
+        capacity = lab.spectra.memory_bytes if in_part else lab.spectra.capacity
+        parts = in_parts(wanted, capacity, lambda view, m: bytes_of((view, m.name), m, in_part))
+        for part in parts if len(loader) > 1 else [wanted]:
+            screen = GradientScreen(part, lab.spectra, loss=loss, key=key, in_part=in_part)
+            lab.validate(loader, screen, inference_mode=False)
+            found.append(screen.sensitivities)
+            coordinates.update(screen.coordinates)
+        return found
+
+    found = passes(wanted, wide(wanted))
+    if coordinates:
+        picked = promising(wanted, Sensitivities.join(found), coordinates)
+        coordinates.clear()
+        found += passes(picked)
     return Sensitivities.join(found)
 
 

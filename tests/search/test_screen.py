@@ -361,12 +361,16 @@ def test_sensitivities_are_the_same_from_a_journal_and_in_parts():
 def test_parts_have_room_for_their_spectra():
     found = [m for m in find_matrices(tiny("llama")) if m.kind]
     one = max(size_for(m.shape) for m in found)
-    parts = in_parts({View(): found, View("delta"): found[:3]}, 3 * one)
+
+    def size(view, matrix):
+        return size_for(matrix.shape)
+
+    parts = in_parts({View(): found, View("delta"): found[:3]}, 3 * one, size)
     assert [m.name for part in parts for m in part.get(View(), [])] == [m.name for m in found]
     assert all(sum(size_for(m.shape) for of in part.values() for m in of) <= 3 * one for part in parts)
     assert [m.name for part in parts for m in part.get(View("delta"), [])] == [m.name for m in found[:3]]
     assert all(set(map(id, part.get(View("delta"), []))) <= set(map(id, part[View()])) for part in parts)
-    assert len(in_parts({View(): found}, 0)) == len(found)
+    assert len(in_parts({View(): found}, 0, size)) == len(found)
 
 
 # ---- what it leaves behind -------------------------------------------------------------------------------------------
@@ -433,7 +437,7 @@ def test_nothing_is_left_behind(fails):
     screen = screen_of(targets(module), Spectra() if error is None else Once(error))
     if fails is None:
         run(screen, module, ids(), 4, others=[alive])
-        assert alive.most == 1
+        assert alive.most == 0  # of linear layers none is made
         assert screen.estimate("0.q_proj@0.5") is not None
     else:
         with pytest.raises((OSError, SystemExit)):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, Protocol
 
 import lightning.pytorch as pl
@@ -80,6 +80,16 @@ class Context:
         Raises:
             ValueError: if the plan cannot be read, or does not fit the model.
         """
+        found = self.unscored(strategy, plan)
+        score, error = (self.estimate(found.plan) if "gradient" in strategy.needs else None) or (None, 0.0)
+        return replace(found, score=score, error=error)
+
+    def unscored(self, strategy: Strategy, plan: LaserPlan | Reduction | str) -> Candidate:
+        """The same without a score, for a strategy that has its own, or wants none.
+
+        Raises:
+            ValueError: as :meth:`candidate`.
+        """
         if isinstance(plan, Reduction):
             plan = LaserPlan([plan])
         plan = LaserPlan.parse(plan) if isinstance(plan, str) else plan
@@ -89,8 +99,7 @@ class Context:
         rhos = [reduction.rho for reduction in plan]
         one_place = len(rhos) == 1 and (len(cuts) == 1 or (layer is not None and kind is not None))
         rho = rhos[0] if one_place and isinstance(rhos[0], float) else None
-        score, error = (self.estimate(plan) if "gradient" in strategy.needs else None) or (None, 0.0)
-        return Candidate(plan, strategy.name, layer, kind, rho, self.base, score, error)
+        return Candidate(plan, strategy.name, layer, kind, rho, self.base)
 
 
 class Strategy(Protocol):

@@ -60,17 +60,18 @@ class Components:
         """Both halves of Spectral Surgery, then the directions to take out of each matrix."""
         every = [(m, address, self._of(m, context)) for m, address in each(context.targets)]
         measured = [(m, address, found) for m, address, found in every if found is not None and bool(found.any())]
+        whole = not any(found is None for m, _, found in every if m.kind in WRITES)  # else it would be another plan
         for largest, scale in ((True, AMPLIFIED), (False, SHRUNK)):
             lists = [(a, self._by_size(m, d, context, largest)) for m, a, d in measured if m.kind in WRITES]
-            if lists:
+            if lists and whole:
                 plan = LaserPlan(self._scaled(a, places, scale) for a, places in lists)
-                yield replace(context.candidate(self, plan), score=None, error=0.0)
+                yield context.unscored(self, plan)
         for matrix, address, sensitivity in measured:
             falling = int((sensitivity > 0).sum())
             for count in dict.fromkeys(max(round(share * falling), 1) for share in SHARES):
                 if (cut := self._removed(address, sensitivity, count)) is not None:
                     score, error = self._honest(matrix, count, context)
-                    yield replace(context.candidate(self, cut), score=score, error=error)
+                    yield replace(context.unscored(self, cut), score=score, error=error)
 
     def neighbours(self, leader: Candidate, context: Context, closest: bool) -> Iterator[Candidate]:
         """A few directions fewer and more; or a factor nearer to and further from 1."""
@@ -102,23 +103,9 @@ class Components:
         return self._scaled(address, order.tolist(), 0.0)
 
     def _honest(self, matrix: WeightMatrix, count: int, context: Context) -> tuple[float, float]:
-        """What to take out so many directions changes, and its standard error, where others have chosen them.
-
-        The directions of the largest sensitivities are those that chance has made large, too: by the batches that have
-        chosen them they promise more than they keep, and would crowd all other candidates out of the race. So each
-        batch is asked about those that the others would choose. Of a single batch there are no others, and all that is
-        known is what it promises.
-        """
-        known, view = context.sensitivities, View(self.cut)
-        if known.batches == 1:
-            return known.mean_and_error([-float(known.views[view][matrix.name][0].topk(count).values.sum())])
-        changes = []
-        for batch in range(known.batches):
-            others = known.mean(view, matrix.name, without=batch)
-            assert others is not None
-            order = others.argsort(descending=True, stable=True)[:count]
-            changes.append(-float(known.views[view][matrix.name][batch, order].sum()))
-        mean, error = known.mean_and_error(changes)
+        """What it changes to take out so many, or they would crowd all other candidates out of the race."""
+        known = context.sensitivities
+        mean, error = known.without_largest(known.views[View(self.cut)][matrix.name], count)
         return mean, error if known.batches >= ENOUGH_BATCHES else 0.0  # as in `Context.estimate`
 
     def _scaled(self, address: Mapping[str, Any], places: Sequence[int], scale: float) -> Reduction:

@@ -42,8 +42,10 @@ class OnGrid:
     options: Mapping[str, Any] = MappingProxyType({})
 
     def propose(self, context: Context) -> Iterable[Candidate]:
-        """The grid, target by target."""
-        return chain.from_iterable(self.row(target, context) for target in self.targets(context))
+        """The grid, target by target; where a gradient scores it, as far as that tells."""
+        every = chain.from_iterable(self.row(target, context) for target in self.targets(context))
+        scored = "gradient" in self.needs and context.sensitivities.batches
+        return (candidate for candidate in every if candidate.score is not None) if scored else every
 
     def neighbours(self, leader: Candidate, context: Context, closest: bool) -> Iterable[Candidate]:
         """Two steps of the grid each way, or close by: between the grid's rhos."""
