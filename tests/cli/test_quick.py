@@ -19,6 +19,7 @@ from laser_callback.cli.mistakes import told_plainly
 from laser_callback.cli.options import parser_of
 from laser_callback.cli.quick import parser as quick
 from laser_callback.cli.quick.check import checked
+from laser_callback.cli.recipes import recipes
 
 LIGHTNING = quick.LIGHTNING
 WHAT_THEY_NEED = {"report": ["r.json"], "inspect": ["m"], "compare": ["a", "b"], "completion": ["bash"]}
@@ -166,6 +167,20 @@ def test_what_a_class_decides_is_left_to_it(name, arguments, tmp_path, monkeypat
     }
     Path("all.yaml").write_text(yaml.safe_dump({**blocks, "seed_everything": True, "data": "data.yaml"}))
     assert checked(name, arguments) == arguments
+
+
+@pytest.mark.parametrize("name", [name for name in recipes() if name.endswith(".yaml")])
+def test_recipes_are_no_mistakes(name):
+    recipe = recipes()[name]
+    arguments = ["--config", str(recipe.path)]
+    assert checked(recipe.command, arguments) == arguments
+
+
+def test_a_mistake_beside_a_class_is_quick_too(tmp_path):
+    (tmp_path / "own.yaml").write_text("model: {class_path: laser_callback.LaserModule}\nlaser: {seed: many}\n")
+    seconds, done = run("validate", "--config", "own.yaml", cwd=tmp_path)
+    assert seconds < 2
+    assert "`laser.seed`: expected int, got many (in own.yaml)" in done.stderr
 
 
 @pytest.mark.parametrize(

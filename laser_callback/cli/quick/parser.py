@@ -85,7 +85,7 @@ class Option:
     @property
     def typehint(self) -> Any:
         """The type."""
-        return Any if self.type is None else eval(self.type, _NAMES)  # an expression of the package's own file
+        return _anything if self.type is None else eval(self.type, _NAMES)  # an expression of the package's own file
 
     def short(self, command: str) -> Option:
         """As in short help: what is not ours or not in most runs is hidden, and the rest takes a sentence."""
@@ -94,6 +94,11 @@ class Option:
         told = re.split(r"(?<!e\.g)\.(?: |$)|(?<=.{20})[:;] ", self.help)[0]
         shown = self.shown if self.type is not None and len(self.shown) <= _WORDS else ""
         return replace(self, help=told, shown=shown, default=SUPPRESS if self.default is None else self.default)
+
+
+def _anything(value: Any) -> Any:
+    """A value that a class judges; as ``Any``, jsonargparse would import what it names."""
+    return value
 
 
 @cache
