@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from laser_callback.cli.mistakes import told_plainly
-from laser_callback.cli.quick.parser import LIGHTNING, is_current, options_of, quick_parser
+from laser_callback.cli.quick.parser import LIGHTNING, is_current, options_of, quick_parser, table
 
 _LOOKS = re.compile(r"--(print_config|[\w.]+\.help)(=.*)?")
 """Options that show something in place of a run."""
@@ -28,7 +28,7 @@ def checked(command: str, arguments: list[str]) -> list[str]:
         ValueError: for options that do not go together.
         SystemExit: after help.
     """
-    if not options_of(command):
+    if command not in table()["commands"]:
         return arguments
     if "--help=all" in arguments:
         if not is_current(command):

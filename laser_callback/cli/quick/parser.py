@@ -108,8 +108,8 @@ def table() -> dict[str, Any]:
 
 
 def options_of(command: str) -> list[Option]:
-    """The options of a command; of one that has no description none."""
-    return [Option(**row) for row in table()["commands"].get(command, {}).get("options", ())]
+    """The options of a command."""
+    return [Option(**row) for row in table()["commands"][command]["options"]]
 
 
 def is_current(command: str) -> bool:
