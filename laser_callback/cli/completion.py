@@ -12,7 +12,7 @@ from jsonargparse import ArgumentParser
 
 from laser_callback.cli.command import Answer
 from laser_callback.cli.commands import COMMANDS, GROUPS
-from laser_callback.cli.quick.parser import quick_parser
+from laser_callback.cli.quick.parser import options_of, quick_parser
 from laser_callback.cli.recipes import recipes
 
 
@@ -30,10 +30,18 @@ def completion(shell: Literal["bash", "zsh", "tcsh"]) -> Answer:
         if group not in groups:
             groups[""].add_subcommand(group, parent := ArgumentParser(), help=GROUPS[group])
             groups[group] = parent.add_subcommands()
-        groups[group].add_subcommand(verb, _recipes() if name == "recipes run" else quick_parser(name), help=summary)
+        groups[group].add_subcommand(verb, _recipes() if name == "recipes run" else _options(name), help=summary)
     script = root.get_completion_script(f"shtab-{shell}")
     print(script)
     return Answer({"shell": shell, "script": script})
+
+
+def _options(name: str) -> ArgumentParser:
+    parser, words = quick_parser(name), {option.name: option.choices for option in options_of(name)}
+    for action in parser._actions:
+        if words.get(action.dest):
+            action.choices = words[action.dest]
+    return parser
 
 
 def _recipes() -> ArgumentParser:

@@ -152,6 +152,7 @@ def test_mistakes_are_told_in_the_words_of_the_command_itself(name, arguments, t
         ("fit", [*MODULE, "--trainer.devices", "[0, 1]", "--trainer.max_time", "00:01:00:00"]),
         ("search", ["--module", "m.M", "--module.width", "3", "--data", "m.D", "--rhos", "0.5"]),
         ("search", ["--model", "m", "--facts", "f", "--generation.max_new_tokens", "3", "--limit", "-1"]),
+        ("search", ["--model", "m", "--facts", "f", "--strategies", "laser,drop", "--strategies+=delta"]),
         ("gate", ["--plan", "p", "--gates", '["a: gain"]', "--module", "m.M", "--data", "m.D"]),
         ("validate", ["--print_config"]),
         ("validate", ["--model.help", "laser_callback.LaserModule"]),

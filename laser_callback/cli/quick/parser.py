@@ -65,7 +65,7 @@ class Option:
         default: the default value, as JSON has it.
         required: whether it must be given.
         help: what it does.
-        choices: words that complete it, if it does not name them in its type.
+        choices: words that complete it, of which its value is made.
     """
 
     name: str
@@ -175,8 +175,6 @@ def _add(place: Any, option: Option) -> Action:
         keywords |= {"default": option.default, "required": option.required and option.type is not None}
     added = place.add_argument(*(option.flags or [option.name]), **keywords)
     added.shown = option.shown
-    if option.choices is not None:
-        added.choices = option.choices
     return added
 
 
