@@ -129,11 +129,12 @@ def _in_layers(matrices: Catalogue, reduction: Reduction, layer: int | str) -> l
         raise _no_such_matrix(matrices, reduction, _instead(matrices, reduction))
     there = {stack: layers for stack, layers in called.items() if _matches_stack(stack, reduction)}
     if not there:
-        where = f"not in {clipped(str(reduction.stack))}"
-        if reduction.stack is None:
-            by_name = replace(reduction, layer=None, matrix=_by_name(matrices, called))
-            where = f"outside of all layers, cut by name: {by_name}"
-        raise _no_such_matrix(matrices, reduction, f"{clipped(reduction.matrix)} is {where}")
+        if reduction.stack is not None:
+            wrong = f"{clipped(reduction.matrix)} is not in {clipped(reduction.stack)}"
+            raise _no_such_matrix(matrices, reduction, wrong)
+        error = _no_such_matrix(matrices, reduction, f"{clipped(reduction.matrix)} is outside of all layers")
+        by_name = replace(reduction, layer=None, matrix=_by_name(matrices, called))
+        raise NoSuchMatrixError(f"{error}\nIt is cut by its name: {by_name}")
     found: dict[str | None, list[int]] = {}
     for stack, layers in there.items():
         if chosen := [i for each in _layers(layer, matrices.depth[stack]) for i in layers.get(each, ())]:

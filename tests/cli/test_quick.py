@@ -70,7 +70,7 @@ def test_help_and_mistakes_are_quick(name, tmp_path):
     seconds, done = run(*name.split(), "--help", cwd=tmp_path)
     assert seconds < most
     assert done.returncode == 0
-    assert done.stdout.startswith(f"usage: laser-callback {name} ")
+    assert done.stdout.startswith(f"usage: laser-callback {name}")
     seconds, done = run(*name.split(), *WHAT_THEY_NEED.get(name, []), "--fodler", "x", cwd=tmp_path)
     assert seconds < most
     assert done.returncode == 2
