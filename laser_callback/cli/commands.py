@@ -78,7 +78,11 @@ def main(arguments: list[str] | None = None) -> int:
 
 def work(name: str, arguments: list[str]) -> Any:
     """Do what a command does with these arguments; returns its answer."""
-    _need_configs(name, arguments)  # before the imports, which take seconds
+    # What can be said without the command's imports, which take seconds, is said first.
+    _need_configs(name, arguments)
+    from laser_callback.cli.quick.check import checked
+
+    arguments = checked(name, arguments)
     function = function_of(name)
     if "transformers" in sys.modules:  # by the import of the command
         from laser_callback.support.progress import quiet_libraries

@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 from laser_callback.cli.command import Answer
+from laser_callback.cli.quick.check import need_plan_of_own
 from laser_callback.cli.subject import facts_for
 from laser_callback.compare.module import LaserModule
 from laser_callback.compare.trainer import quiet_trainer
@@ -57,8 +58,7 @@ def demo(
         picture: where to write the report as SVG.
     """
     begin = time.perf_counter()
-    if model is not None and plan is None:
-        raise ValueError("`--plan` must say what to cut in a model of your own, e.g. --plan 28.fc_up@0.01")
+    need_plan_of_own(model, plan)
     need_files(facts=facts, text=text)
     need_writable({"facts": facts, "text": text}, output=output, picture=picture)
 

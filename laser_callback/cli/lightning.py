@@ -24,6 +24,7 @@ from typing_extensions import override
 from laser_callback.cli.command import Answer, json_numbers
 from laser_callback.cli.mistakes import told_plainly
 from laser_callback.cli.options import COMMON_OPTIONS, PlainHelp
+from laser_callback.cli.quick.check import need_laser_plan
 from laser_callback.compare.callback import LaserCallback
 from laser_callback.compare.module import LaserModule
 from laser_callback.data.datamodule import FactsDataModule
@@ -145,10 +146,8 @@ class LaserCLI(LightningCLI):
         blocks = self.config[self._command]
         if isinstance(plan := blocks.laser.plan, (str, Mapping)):
             LaserBlock(plan)
-        if plan is None and self._command != "fit":
-            raise MisconfigurationException(
-                "`laser.plan` must say what to cut, e.g. --laser.plan 27.fc_in@0.01; got none"
-            )
+        if self._command != "fit":
+            need_laser_plan(plan)
         data = blocks.get("data")
         if data is not None and issubclass(resolve_name(data.class_path), FactsDataModule):
             given = {f"data.{name}": data.init_args.get(name) for name in ("path", "text")}

@@ -81,7 +81,9 @@ def _tell(error: BaseException, options: Collection[str]) -> tuple[BaseException
     if unknown := _UNKNOWN.match(text):
         name = unknown[1] or unknown[2]
         if owner is None:
-            return error, f"`{name}` is not an option{closest(name, options) or '; --help lists them'}"
+            inside = [option for option in options if option.endswith(f".{name}")]  # of a block, as laser.plan
+            hint = f", did you mean `{inside[0]}`?" if len(inside) == 1 else closest(name, options)
+            return error, f"`{name}` is not an option{hint or '; --help lists them'}"
         known = _parameters(owner)
         hint = closest(name, known) or (f"; it has {', '.join(known)}" if known else "")
         return error, f"`{'.'.join([*path, name])}` is no parameter of {owner}{hint}"

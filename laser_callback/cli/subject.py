@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import lightning.pytorch as pl
 
+from laser_callback.cli.quick.check import need_subject
 from laser_callback.compare.module import LaserModule
 from laser_callback.data.datamodule import FactsDataModule
 from laser_callback.data.generation import Generation
@@ -31,19 +32,18 @@ def subject(
     facts_from: str = "`--facts`",
 ) -> tuple[pl.LightningModule, pl.LightningDataModule]:
     """What the options of a command ask for; files are looked for before a model is loaded."""
-    if model is not None and facts is not None and module is None and data is None:
+    need_subject(model, facts, module, data, facts_from)
+    if model is not None and facts is not None:
         need_files(facts=file_of(facts), text=file_of(text))
         language_model = LaserModule(model, allow_missing=allow_missing)
         options: dict[str, Any] = {"limit": limit, "batch_size": batch_size, "seed": seed, "chat": chat}
         options |= {"system": system, "generation": generation}
         return language_model, facts_for(language_model, facts, text, **options)
-    if model is None and facts is None and module is not None and data is not None:
-        of_models = {"text": text is not None, "chat": chat, "system": system is not None}
-        of_models |= {"generation": generation is not None, "allow_missing": allow_missing}
-        if given := [option for option, is_given in of_models.items() if is_given]:
-            raise ValueError(f"`--{given[0]}` goes with `--model`")
-        return module, data
-    raise ValueError(f"give `--model` and {facts_from}, or `--module` and `--data`")
+    of_models = {"text": text is not None, "chat": chat, "system": system is not None}
+    of_models |= {"generation": generation is not None, "allow_missing": allow_missing}
+    if given := [option for option, is_given in of_models.items() if is_given]:
+        raise ValueError(f"`--{given[0]}` goes with `--model`")
+    return cast("tuple[pl.LightningModule, pl.LightningDataModule]", (module, data))
 
 
 def facts_for(

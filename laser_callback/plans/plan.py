@@ -53,6 +53,10 @@ class LaserPlan:
     reductions: tuple[Reduction, ...]
 
     def __init__(self, reductions: Iterable[Reduction]) -> None:
+        if isinstance(reductions, str):
+            raise TypeError(
+                f"`reductions` must be Reduction objects; text is read by LaserPlan.parse({shown(reductions)})"
+            )
         object.__setattr__(self, "reductions", tuple(reductions))
         if not self.reductions:
             raise ValueError("`reductions` must hold at least one Reduction, got none")

@@ -28,6 +28,9 @@ _REDUCTION = re.compile(
 )
 _NO_LAYER = re.compile(r"([A-Za-z_][\w.-]*)(@[^@]+)$")
 """A name as PEFT's ``target_modules`` has them."""
+_ENDS = {"first": 0, "last": -1}
+_OUTSIDE = re.compile(r"(?:^|\.)(?:wte|wpe|lm_head|\w*embed\w*)$")
+"""Names of what no layer holds, in most models."""
 _MATRIX = re.compile(r"[A-Za-z_]\w*(\.\w+)*|/[^/#\s]+/")  # no module name holds a slash, and `#` starts a comment
 
 
@@ -224,12 +227,10 @@ class Reduction:
         """Read one reduction from its text form, ``[stack.]layer.matrix[expert]@(rho|rule)[:option=value,...]``."""
         match = _REDUCTION.match(text.strip())
         if match is None:
-            everywhere = _NO_LAYER.match(text.strip())
-            matrix = everywhere and ("all" if everywhere[1] == "all-linear" else everywhere[1])
             raise ValueError(
                 f"cannot read the reduction {shown(text.strip())}: expected "
                 "[stack.]layer.matrix[expert]@rho[:option=value,...], e.g. 27.fc_in@0.01 or decoder.-1.mlp@0.1"
-                + (f"; in every layer: {clipped(f'*.{matrix}{everywhere[2]}')}" if everywhere else "")
+                + _without_layer(text.strip())
             )
         part = match.groupdict()
         options: dict[str, Any] = {}
@@ -269,6 +270,21 @@ _WORDS = {
 }
 
 
+def _without_layer(text: str) -> str:
+    """What may be meant by a name without the number of a layer."""
+    name = _NO_LAYER.match(text)
+    if name is None:
+        return ""
+    if end := re.match(r"(?:(.+)\.)?(first|last)\.(.+)", name[1]):
+        stack = f"{end[1]}." if end[1] else ""
+        return f"; of the {end[2]} layer: {clipped(f'{stack}{_ENDS[end[2]]}.{end[3]}{name[2]}')}"
+    if _OUTSIDE.search(name[1]):
+        pattern = re.escape(name[1])
+        return f"; outside of all layers, by its module's name: {clipped(f'/(.*[.])?{pattern}/{name[2]}')}"
+    matrix = "all" if name[1] == "all-linear" else name[1]
+    return f"; in every layer: {clipped(f'*.{matrix}{name[2]}')}"
+
+
 def _check_layer(layer: Any, matrix: Any) -> None:
     is_regex = isinstance(matrix, str) and len(matrix) > 2 and matrix[0] == matrix[-1] == "/"
     if is_regex != (layer is None):
@@ -287,6 +303,8 @@ def _check_rho(rho: Any) -> float | str:
     if isinstance(rho, str) and (rule := canonical_rule(rho)):
         return rule
     wanted = f"a number in [0, 1] or one of {', '.join(RANK_RULES)}"
+    if isinstance(rho, str) and (percent := re.fullmatch(r"(\d\d?(?:\.\d{1,9})?|100)\s*%", rho)):
+        raise ValueError(f"`rho` must be {wanted}, got {shown(rho)}, did you mean {float(percent[1]) / 100:.12g}?")
     number = _check_number(rho, "rho", wanted)
     if not 0 <= number <= 1:
         raise ValueError(f"`rho` must be {wanted}, got {shown(rho)}")

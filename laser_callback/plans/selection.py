@@ -129,8 +129,12 @@ def _in_layers(matrices: Catalogue, reduction: Reduction, layer: int | str) -> l
         raise _no_such_matrix(matrices, reduction, _instead(matrices, reduction))
     there = {stack: layers for stack, layers in called.items() if _matches_stack(stack, reduction)}
     if not there:
-        where = "outside of all layers" if reduction.stack is None else f"not in {clipped(reduction.stack)}"
-        raise _no_such_matrix(matrices, reduction, f"{clipped(reduction.matrix)} is {where}")
+        if reduction.stack is not None:
+            wrong = f"{clipped(reduction.matrix)} is not in {clipped(reduction.stack)}"
+            raise _no_such_matrix(matrices, reduction, wrong)
+        error = _no_such_matrix(matrices, reduction, f"{clipped(reduction.matrix)} is outside of all layers")
+        by_name = replace(reduction, layer=None, matrix=_by_name(matrices, called))
+        raise NoSuchMatrixError(f"{error}\nIt is cut by its name: {by_name}")
     found: dict[str | None, list[int]] = {}
     for stack, layers in there.items():
         if chosen := [i for each in _layers(layer, matrices.depth[stack]) for i in layers.get(each, ())]:
@@ -165,6 +169,12 @@ def _instead(matrices: Sequence[WeightMatrix], reduction: Reduction) -> str:
     kinds = {matrix.kind for matrix in matrices if matrix.kind is not None}
     words = {*GROUPS, *kinds, *(matrix.path_in_layer for matrix in matrices)}
     return f"none is called {clipped(wanted)}{closest(wanted, sorted(words))}".rstrip("?")
+
+
+def _by_name(matrices: Catalogue, called: dict[str | None, dict[int | None, list[int]]]) -> str:
+    """The pattern of a matrix outside of all layers, with all names of a tied weight."""
+    first = matrices[next(i for layers in called.values() for each in layers.values() for i in each)]
+    return f"/{'|'.join(re.escape(name.removesuffix('.weight')) for name in first.parameter_names)}/"
 
 
 def _span(numbers: Iterable[int | None]) -> str:

@@ -27,7 +27,7 @@ DIVERGENCES = ("kl", "answer_kl")
 """Of these the original has 0 by definition, so that a bound on the change is one on the value."""
 
 _TEXT = re.compile(rf"\s*(\S.*?)\s*(?::\s*(ratio|delta)?\s*)?(<=?|>=?)\s*([+-]?)\s*({NUMBER})\s*(%?)\s*")
-_FORM = (
+A_CONSTRAINT = (
     "a constraint is `metric <= +margin` or `metric >= -margin`, such as 'perplexity <= +2 %' or 'log_loss <= +0.05', "
     "or says what it bounds: 'perplexity: ratio < 1.02', 'log_loss: delta < 0.05'"
 )
@@ -80,7 +80,7 @@ class Constraint:
         text = gate_text(text)
         match = _TEXT.fullmatch(text)
         if match is None:
-            raise ValueError(f"{_FORM}; got {text!r}")
+            raise ValueError(f"{A_CONSTRAINT}; got {text!r}")
         key, what, op, sign, number, percent = match.groups()
         op = f"{op[0]}="
         # Decimal moves the point without rounding, so that text and number agree to the last digit.

@@ -30,7 +30,7 @@ from laser_callback.stats.priors import PriorChecks
 Direction: TypeAlias = Literal["max", "min"]
 
 _TEXT = re.compile(rf"\s*(\S.*?)\s*:\s*gain((?:\s*,\s*(?:alpha\s+{NUMBER}|direction\s+(?:max|min)))*)\s*")
-_FORM = "a gain is `metric: gain`, and may go on with `, alpha 0.05` and `, direction max` (or min)"
+A_GAIN = "a gain is `metric: gain`, and may go on with `, alpha 0.05` and `, direction max` (or min)"
 _UNCHECKED = "not checked for a shift of what is said, for want of answers and predictions beside outcomes per example"
 
 
@@ -73,7 +73,7 @@ class Gain:
         text = gate_text(text)
         match = _TEXT.fullmatch(text)
         if match is None:
-            raise ValueError(f"{_FORM}; got {text!r}")
+            raise ValueError(f"{A_GAIN}; got {text!r}")
         named = [option.split() for option in match[2].split(",")[1:]]
         options = dict(named)
         if len(options) < len(named):

@@ -13,8 +13,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import TypeAlias
 
-from laser_callback.stats.constraint import Constraint
-from laser_callback.stats.gain import Gain
+from laser_callback.stats.constraint import A_CONSTRAINT, Constraint
+from laser_callback.stats.gain import A_GAIN, Gain
 from laser_callback.stats.judgement import Judgement, gate_text
 from laser_callback.stats.outcomes import PairedResult
 from laser_callback.stats.priors import PriorChecks
@@ -32,6 +32,8 @@ def parse_gate(text: str) -> Gate:
     (Gain(key='accuracy', alpha=0.05, direction=None), Constraint(key='log_loss', op='<=', margin=0.05, relative=False))
     """
     text = gate_text(text)
+    if not re.search(r"[<>]|\bgain\b", text):
+        raise ValueError(f"{A_GAIN}; {A_CONSTRAINT}; got {text!r}")
     gain = re.search(r"[:\s]\s*gain\b(?!.*[<>])", text)  # also without the colon, for what its error says
     return Gain.parse(text) if gain else Constraint.parse(text)
 

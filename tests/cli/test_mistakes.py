@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import stat
 import subprocess
 import sys
@@ -27,6 +28,7 @@ from laser_callback.data.facts import read_facts
 from laser_callback.data.generation import Generation
 from laser_callback.plans.plan import LaserPlan
 from laser_callback.shipping.export import save_reduced
+from laser_callback.stats.gates import parse_gate
 from laser_callback.support.files import appearing
 
 
@@ -187,6 +189,43 @@ def test_the_part_that_is_wrong_is_named(plan, wrong):
     with pytest.raises(ValueError, match="matches no matrix of the model") as error:
         LaserPlan.parse(plan).resolve(tiny_causal_lm())
     assert f": {wrong}. It has:\n" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["embed_tokens@0.1", "1.embed_tokens@0.1", "*.lm_head@0.5", "first.fc_in@0.1", "layers.last.attn@0.1", "1.mlp@10%"],
+)
+def test_what_a_hint_says_works(text):
+    model = tiny_causal_lm()
+    with pytest.raises(ValueError, match=r"name: |layer: |did you mean ") as error:
+        LaserPlan.parse(text).resolve(model)
+    hint = re.search(r"(?:name: |layer: |did you mean )(\S+?)\??$", str(error.value))[1]
+    assert LaserPlan.parse(hint if "@" in hint else f"1.mlp@{hint}").resolve(model)
+
+
+def test_hints_name_what_exists():
+    with pytest.raises(ValueError, match=r"a gain is `metric: gain`.* a constraint is .*; got 'acc: gian'"):
+        parse_gate("acc: gian")
+    with pytest.raises(TypeError, match=r"text is read by LaserPlan\.parse\('2\.fc_in@0\.1'\)"):
+        LaserPlan("2.fc_in@0.1")
+
+
+def test_an_option_without_its_block_is_named_with_it(lm, capsys):
+    assert error_of(capsys, "validate", *lm[:4], "--plan", "1.mlp@0.5").endswith("did you mean `laser.plan`?")
+
+
+@pytest.mark.parametrize(
+    ("command", "text", "error"),
+    [
+        ("search", "limit: many", "`limit`: expected int, got many (in own.yaml)"),
+        ("validate", "trainer: {max_steps: many}", "`trainer.max_steps`: expected int, got many (in own.yaml)"),
+        ("fit", "laser: {seed: [1]}", "`laser.seed`: expected int, got [1] (in own.yaml)"),
+    ],
+)
+def test_a_wrong_type_in_a_config_is_told_with_key_and_file(command, text, error, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("own.yaml").write_text(text)
+    assert error_of(capsys, command, "--config", "own.yaml") == error
 
 
 def test_matrices_without_a_kind_are_cut_by_the_name_that_the_error_gives():
