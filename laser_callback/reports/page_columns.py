@@ -14,6 +14,7 @@ from laser_callback.reports.row_text import (
     ahead_text,
     control_text,
     delta_text,
+    end_of,
     heads,
     interval_text,
     p_text,
@@ -169,10 +170,8 @@ def _prompt(text: str) -> Markup:
     """A prompt with its lines; of a long one the end, which unfolds to all of it."""
     if len(text) <= PROMPT:
         return Markup('<bdi class="lines">{}</bdi>').format(printable(text))
-    fold = (
-        '<details class="prompt"><summary><bdi class="lines">...{}</bdi></summary><bdi class="lines">{}</bdi></details>'
-    )
-    return Markup(fold).format(printable(text[-PROMPT:]), printable(text))
+    fold = '<details class="prompt"><summary><bdi class="lines">{}</bdi></summary><bdi class="lines">{}</bdi></details>'
+    return Markup(fold).format(printable(end_of(text, PROMPT)), printable(text))
 
 
 def _marked(text: Parted) -> Markup:

@@ -17,6 +17,7 @@ from laser_callback.stats.outcomes import ALPHA, PairedResult
 from laser_callback.stats.priors import PriorChecks
 from laser_callback.support.suggest import clipped
 
+_QUESTION = 20  # characters of a paragraph that may be one
 CONTROLS = {"zeroed": "same matrix zeroed", "random": "random matrix, same rho", "noise": "noise of the same size"}
 """What each control is, in a list of them."""
 _SAID = {"zeroed": "the same matrix zeroed", "random": "a random matrix at the same rho", "noise": CONTROLS["noise"]}
@@ -89,6 +90,18 @@ def p_text(row: PairedResult) -> str:
 def is_adjusted(rows: Iterable[PairedResult]) -> bool:
     """Whether several rows share a level, so that their p is Holm's; of one it is its own."""
     return sum(row.role == "holm" for row in rows) > 1
+
+
+def end_of(prompt: str, most: int) -> str:
+    """The end of a prompt, where its question is: the last paragraph, or so many characters of it.
+
+    >>> end_of("Question: 1 + 1? Answer: 2\\n\\nQuestion: 2 + 3? Answer:", 40)
+    '...Question: 2 + 3? Answer:'
+    """
+    end = prompt.rstrip()[-most:]
+    paragraph = end.rpartition("\n\n")[2]
+    end = paragraph if len(paragraph) >= _QUESTION else end  # "Answer:" alone asks nothing
+    return end if end == prompt.rstrip() else f"...{end}"
 
 
 def cell_text(text: object) -> str:
@@ -247,7 +260,7 @@ def controls_text(result: LaserResult, name: str) -> str:
             change = delta_text(own, own.delta) if math.isfinite(own.delta) else f"gives {own.reduced:g}"
             ahead = control.ahead_in(own.metric) if kind == "noise" else None  # what the others leave open
             told.append(f"{_SAID[kind]} {change}{'' if ahead is None else f' ({ahead_text(ahead)})'}")
-            if row is not None and row.verdict == "better" and abs(own.delta) >= abs(row.delta):
+            if row is not None and row.verdict == "better" and ahead is None and abs(own.delta) >= abs(row.delta):
                 as_much += [_SAID[kind]] * (own.delta * row.delta > 0)
     listed = f"controls: {', '.join(told)}" if told else ""
     return f"{listed}; as much is gained by {' and '.join(as_much)}" if as_much else listed

@@ -22,6 +22,7 @@ from laser_callback.reports.row_text import (
     change_text,
     control_text,
     delta_text,
+    end_of,
     finding,
     heads,
     in_names,
@@ -128,7 +129,7 @@ def _side_by_side(result: LaserResult, name: str) -> list[RenderableType]:
         table.add_column(column, ratio=ratio, no_wrap=ratio is None, overflow="fold")
     for flip in found:
         one, other = parted(flip.written_before, flip.written_after)
-        question = f"...{flip.prompt[-_AROUND:]}" if len(flip.prompt) > _AROUND else flip.prompt
+        question = end_of(flip.prompt, 2 * _AROUND)
         style = _STYLES["better" if flip.fixed else "worse"]
         asked = [Text(_in_line(question), style="dim"), Text(f"right: {_in_line(flip.answer)}", style="dim")]
         table.add_row(Text(flip.outcome, style=style), *(asked if flip.prompt or flip.answer else ("", "")))
