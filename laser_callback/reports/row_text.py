@@ -93,9 +93,9 @@ def is_adjusted(rows: Iterable[PairedResult]) -> bool:
 
 
 def end_of(prompt: str, most: int) -> str:
-    """The end of a prompt, where its question is: the last paragraph, or so many characters of it.
+    r"""The end of a prompt, where its question is: the last paragraph, or so many characters of it.
 
-    >>> end_of("Question: 1 + 1? Answer: 2\\n\\nQuestion: 2 + 3? Answer:", 40)
+    >>> end_of("Question: 1 + 1? Answer: 2\n\nQuestion: 2 + 3? Answer:", 40)
     '...Question: 2 + 3? Answer:'
     """
     end = prompt.rstrip()[-most:]
