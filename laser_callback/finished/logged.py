@@ -18,7 +18,8 @@ class LoggedExample:
         weights: of the metrics that weigh their examples, such as by a perplexity's words.
         answers: the right answer by metric, where the log tells it.
         predictions: what the run said, by metric, as it was judged.
-        meant: the same for the prior checks, where what counts as right is the right answer, word for word.
+        meant: where that is another, what it means for the prior checks: what counts as right is the right answer, word
+            for word.
         continuation: all that the run has written, where the log tells it.
         same: what both runs of a comparison must have of an example, by its name in the log.
         prompt, group: for readers.

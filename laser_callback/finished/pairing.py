@@ -207,7 +207,9 @@ class _Pairs:
             weighed = None if np.isnan(own).all() else own
             texts = {
                 "answer": [example.answers.get(metric) for example in originals],
-                "prediction": [(one.meant if meant else one.predictions).get(metric) for one in examples],
+                "prediction": [
+                    ({**one.predictions, **one.meant} if meant else one.predictions).get(metric) for one in examples
+                ],
             }
             keys = [self.key(metric), *([MEAN] if of_mean else [])]
             if of_mean is not None:

@@ -211,8 +211,7 @@ def _example(row: Mapping[str, Any]) -> tuple[LoggedExample, dict[str, Any]]:
         answer = row.get(f"answer/{metric}", row.get("answer"))
         prediction = arm.get(f"prediction/{metric}", arm.get("prediction"))
         if answer is not None and prediction is not None:
-            example.answers[metric] = text_of(answer)
-            example.predictions[metric] = example.meant[metric] = text_of(prediction)
+            example.answers[metric], example.predictions[metric] = text_of(answer), text_of(prediction)
     return example, values
 
 

@@ -52,7 +52,7 @@ def test_filters_of_one_document_are_metrics_of_one_example(tmp_path):
     ]
     (example,) = only(read_run(lm_eval_folder(tmp_path, "m", {"sums": rows}), "a")).examples.values()
     assert example.outcomes == {"exact_match,strict-match": 0.0, "exact_match,flexible-extract": 1.0}
-    assert example.predictions == {"exact_match,strict-match": "[invalid]", "exact_match,flexible-extract": "7"}
+    assert example.predictions == {"exact_match,strict-match": "[invalid]", "exact_match,flexible-extract": "7."}
 
 
 def test_what_was_said_is_what_was_judged_right_or_wrong(tmp_path):
