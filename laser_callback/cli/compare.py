@@ -29,8 +29,8 @@ def compare(
     {id, outcomes..., prompt?, answer?, prediction?, group?, cluster?, task?}, in which outcomes are numbers.
 
     Args:
-        a: the run that is compared with.
-        b: the run that is compared.
+        a: the run that B is compared with, such as the model before a change: changes are B minus A.
+        b: the run whose gain is asked for.
         tasks: those to compare, such as gsm8k,arc_easy; by default all that both have. Of several a mean carries the
             claim.
         metric: the metric that carries the claim, declared beforehand; of several tasks, the metric of each.
@@ -46,6 +46,8 @@ def compare(
         again = None if noise is None else read_run(noise, "noise")
     listed = [task.strip() for task in tasks.split(",")] if isinstance(tasks, str) else tasks or ()
     result = compare_runs(one, other, tasks=listed, metric=metric, weights=weights, again=again)
+    for what, why in result.not_compared.items():
+        result.not_compared[what] = why.replace("`metric`", "`--metric`")
     print_report(result)
     if html is not None:
         from laser_callback.reports.page import save_page  # matplotlib takes its time

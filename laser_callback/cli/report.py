@@ -50,6 +50,8 @@ def report(
     need_writable_folder(pictures=pictures)
     found = read_result(result)
     rows = read_examples(result if examples is None else examples, must_exist=examples is not None)
+    if (compared := found if isinstance(found, LaserResult) else found.confirmed) is not None:
+        compared.examples.kept = rows
     if noise is not None:
         found = _with_noise(found, rows, result, noise)
     written: list[Path] = []

@@ -144,12 +144,12 @@ def _kept() -> Tensor:
     return _heard.get()[-1].kept()
 
 
-def _tell(name: str, values: Tensor, owner: Tensor, examples: int) -> None:
+def _tell(name: str, values: Tensor, owner: Tensor, examples: int, unit: str = "example") -> None:
     """Each example's mean, weighted by its number of values: (N,) values of the examples (N,)."""
     weights = torch.bincount(owner, minlength=examples)
     totals = torch.zeros(examples, dtype=torch.float64, device=values.device).index_add(0, owner, values.double())
     for both in _heard.get():
-        both.tell(name, Outcomes(totals / weights, weights, "pair"))
+        both.tell(name, Outcomes(totals / weights, weights, "pair", unit))
 
 
 # ---- of a LaserModule ------------------------------------------------------------------------------------------------
@@ -174,12 +174,12 @@ class TextOfBoth:
             self._owners.append(owner[predicted.nonzero()[:, 0]])
             self._found.append(divergence(logits, predicted))
 
-    def tell(self, examples: int) -> None:
-        """Tell ``kl`` and ``top1_agreement`` of so many examples."""
+    def tell(self, examples: int, unit: str) -> None:
+        """Tell ``kl`` and ``top1_agreement`` of so many units."""
         if self._found:
             owner = torch.cat(self._owners)
             for name, parts in zip(("kl", "top1_agreement"), zip(*self._found, strict=True), strict=True):
-                _tell(name, torch.cat(parts), owner, examples)
+                _tell(name, torch.cat(parts), owner, examples, unit)
 
 
 class AnswersOfBoth:

@@ -51,7 +51,7 @@ from laser_callback.plans.plan import LaserPlan
 from laser_callback.reports.terminal import print_ab
 from laser_callback.results.ab_test import ABResult
 from laser_callback.results.comparison import LaserResult
-from laser_callback.stats.outcomes import Outcomes
+from laser_callback.stats.outcomes import WINDOW, Outcomes
 from laser_callback.support.pretrained import load_tokenizer
 from laser_callback.surgery.recipe import Recipe
 
@@ -366,7 +366,9 @@ class LaserModule(pl.LightningModule):
             raise MisconfigurationException(
                 "perplexity is defined for causal models; leave out `text` for a masked one"
             )
-        windows, counted = batch["windows"] if "windows" in batch else [windows_of(batch)], batch.get("weights", {})
+        documents = "windows" in batch  # of a task of lm_eval, each in windows of its own
+        windows, counted = batch["windows"] if documents else [windows_of(batch)], batch.get("weights", {})
+        unit = "example" if documents else WINDOW
         totals, both = torch.zeros(2, len(batch["id"]), dtype=torch.float64, device=self.device), TextOfBoth()
         for part in windows:
             ids, mask, targets, owner = (part[name] for name in ("input_ids", "attention_mask", "targets", "owner"))
@@ -374,13 +376,13 @@ class LaserModule(pl.LightningModule):
             logits = logits_of(self.model, ids, mask)
             totals = totals.index_add(1, owner, torch.stack(target_nll(logits, targets)).double())
             both.add(logits, targets != IGNORED, owner)
-        both.tell(len(batch["id"]))
+        both.tell(len(batch["id"]), unit)
         nll, tokens = totals
         outcomes = {}
         for name, units in {"perplexity": tokens, **counted}.items():  # words and bytes are of a task of lm_eval
             bits = name == "bits_per_byte"
             values = (nll / units / (math.log(2) if bits else 1)).where(units > 0, math.nan)  # of an empty text
-            outcomes[name] = Outcomes(values, units, "mean" if bits else "log_ratio")
+            outcomes[name] = Outcomes(values, units, "mean" if bits else "log_ratio", unit)
             metric = self._metric(name, BitsPerByte if bits else Perplexity)
             if count:
                 cast("Perplexity", metric).update(nll, units)

@@ -105,7 +105,7 @@ class DraftReport:
     def __str__(self) -> str:
         text = f"{self.same} of {self.texts} continuations are the original's"
         text += f", of which {self.taken} tokens were taken over and {self.written} written"
-        text += f", {self.proposed} of them as proposed" if self.proposed else ""
+        text += f", {self.proposed} of them read ahead, as they had followed before" if self.proposed else ""
         text += "".join(f"; {count} were written alone: {reason}" for reason, count in self.alone.most_common())
         return f"{text}; {self.near_ties} near ties" if self.near_ties else text
 

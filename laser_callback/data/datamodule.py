@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -245,6 +245,15 @@ class FactsDataModule(LightningDataModule):
         if isinstance(self.tokenizer, (str, Path)):
             self.tokenizer = load_tokenizer(self.tokenizer)
         return self.tokenizer
+
+    @property
+    def provenance(self) -> dict[str, Any]:
+        """What is asked and how, as plain data for reports; of all that can be asked otherwise only what is."""
+        found: dict[str, Any] = {"facts": str(self.path)} if isinstance(self.path, (str, Path)) else {}
+        if type(self.generation) is Generation:  # a task of lm_eval says it by its name
+            found["generation"] = asdict(self.generation)
+        told = {"limit": self.limit, "chat": self.chat, "system": self.system, "split": self.split}
+        return found | {name: value for name, value in told.items() if value}
 
     @override
     def train_dataloader(self) -> DataLoader[Any]:

@@ -55,7 +55,7 @@ def read_samples(rows: Iterable[Any], higher_is_better: Mapping[str, bool | None
     for other in others:
         for one in other.values():
             whole = first.setdefault(one.id, one)
-            for name in ("outcomes", "weights", "answers", "predictions"):
+            for name in ("outcomes", "weights", "answers", "predictions", "meant"):
                 getattr(whole, name).update(getattr(one, name))
     task.examples = first
     metrics = {metric for example in first.values() for metric in example.outcomes}
@@ -80,6 +80,7 @@ def _example(task: LoggedTask, row: Mapping[str, Any]) -> tuple[str, LoggedExamp
         _add_metric(task, example, metric, f"{metric}{suffix}", row.get(metric))
     arguments = [list(one.values()) for one in row.get("arguments", {}).values()]
     example.prompt = text_of(arguments[0][0]) if arguments and arguments[0] else ""
+    example.continuation = _written(row, arguments)
     for metric, (answer, said) in _said(row, arguments).items():
         if f"{metric}{suffix}" in example.outcomes:
             example.said(f"{metric}{suffix}", answer, said)
@@ -106,10 +107,21 @@ def _said(row: Mapping[str, Any], arguments: Sequence[Sequence[Any]]) -> dict[st
     responses, target = row.get("filtered_resps") or [], text_of(row.get("target", ""))
     if len(arguments) > 1 and all(isinstance(one, Sequence) and len(one) == 2 for one in responses):
         return _chosen(row, [text_of(one[-1]).removeprefix(" ") for one in arguments], responses, target)
-    is_generated = arguments and len(arguments[0]) == 2 and isinstance(arguments[0][1], Mapping)
-    if is_generated and len(responses) == 1 and isinstance(responses[0], str):
+    if _is_generated(arguments) and len(responses) == 1 and isinstance(responses[0], str):
         return dict.fromkeys(row["metrics"], (target, responses[0]))
     return {}
+
+
+def _is_generated(arguments: Sequence[Sequence[Any]]) -> bool:
+    """Whether a prompt was given with options for what is written to it."""
+    return bool(arguments) and len(arguments[0]) == 2 and isinstance(arguments[0][1], Mapping)
+
+
+def _written(row: Mapping[str, Any], arguments: Sequence[Sequence[Any]]) -> str:
+    """All that was written to the prompt, the first time; empty where nothing was."""
+    responses = row.get("resps") or [[]]
+    first = responses[0][0] if isinstance(responses[0], Sequence) and responses[0] else ""
+    return first if _is_generated(arguments) and isinstance(first, str) else ""
 
 
 def _chosen(
@@ -174,6 +186,7 @@ def _scored(task: LoggedTask, sample: Mapping[str, Any]) -> LoggedExample:
     answers = [text_of(one) for one in (target if isinstance(target, list) else [target])]
     example = LoggedExample(str(sample["id"]), prompt=_conversation(sample.get("input")))
     example.same = {"input": example.prompt, "target": "; ".join(answers)}
+    example.continuation = text_of((sample.get("output") or {}).get("completion") or "")
     for scorer, score in (sample.get("scores") or {}).items():
         value, answer = score["value"], score.get("answer")
         values = {f"{scorer}/{k}": v for k, v in value.items()} if isinstance(value, Mapping) else {scorer: value}

@@ -17,7 +17,10 @@ class LoggedExample:
         outcomes: by metric, one number; a perplexity's is the negative log likelihood in nats per word, byte or token.
         weights: of the metrics that weigh their examples, such as by a perplexity's words.
         answers: the right answer by metric, where the log tells it.
-        predictions: what the run said, by metric. What counts as right is the right answer, word for word.
+        predictions: what the run said, by metric, as it was judged.
+        meant: where that is another, what it means for the prior checks: what counts as right is the right answer, word
+            for word.
+        continuation: all that the run has written, where the log tells it.
         same: what both runs of a comparison must have of an example, by its name in the log.
         prompt, group: for readers.
         cluster: what examples share that are not independent of each other; ``None`` where they are.
@@ -28,15 +31,17 @@ class LoggedExample:
     weights: dict[str, float] = field(default_factory=dict)
     answers: dict[str, str] = field(default_factory=dict)
     predictions: dict[str, str] = field(default_factory=dict)
+    meant: dict[str, str] = field(default_factory=dict)
     same: dict[str, str] = field(default_factory=dict)
     prompt: str = ""
     group: str = ""
     cluster: str | None = None
+    continuation: str = ""
 
     def said(self, metric: str, answer: str, prediction: str) -> None:
         """Note what was said, and what was right, where ``metric`` tells the two apart."""
-        is_right = self.outcomes.get(metric) == 1
-        self.answers[metric], self.predictions[metric] = answer, answer if is_right else prediction
+        self.answers[metric], self.predictions[metric] = answer, prediction
+        self.meant[metric] = answer if self.outcomes.get(metric) == 1 else prediction
 
 
 @dataclass

@@ -7,6 +7,7 @@ has is told with its number. No torch is imported.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -75,19 +76,20 @@ def compare_runs(
     if several:
         better[MEAN] = better[pairs[0].key(pairs[0].metrics[0])]
     is_share = several and all(pair.kind(pair.metrics[0]) == "binary" for pair in pairs)
-    examples = PairedExamples()
+    examples, checked = PairedExamples(), PairedExamples()  # for readers, and for the prior checks
     for pair in pairs:
         logs = {arm: run.tasks.get(pair.task, LoggedTask({})) for arm, run in runs.items()}
         for logged in logs.values():
             pair.check(logged, names)
-        examples.add({arm: pair.returned(logged, kind, weights) for arm, logged in logs.items()}, None, None)
+        for held, meant in ((examples, False), (checked, True)):
+            held.add({arm: pair.returned(of, kind, weights, meant) for arm, of in logs.items()}, None, None)
 
     def known(arm: str) -> dict[str, Logged]:
         return {k: v._replace(higher_is_better=better.get(k)) for k, v in examples.returned(arm).items()}
 
     def against(arm: str, name: str) -> ArmResult:
         both = known(ORIGINAL), known(arm)
-        found = ArmResult(name, examples.rows(arm, *both), examples.priors(arm, *both), "off", 0.0, 0.0)
+        found = ArmResult(name, examples.rows(arm, *both), checked.priors(arm, *both), "off", 0.0, 0.0)
         return _with_share(found) if is_share else found
 
     primary = MEAN if several else metric
@@ -110,8 +112,10 @@ def compare_runs(
 
 
 def _distinct(one: FinishedRun, other: FinishedRun) -> tuple[str, str]:
-    """Names that tell the runs apart: of one model run twice, what they were read from."""
-    names = (one.name, other.name) if one.name != other.name else (one.source, other.source)
+    """Names that tell the runs apart: of one model run twice, and of models in long paths, what they were read from."""
+    names, sources = (one.name, other.name), (one.source, other.source)
+    in_paths = any(name.startswith(("/", "~", ".")) for name in names) and len("".join(sources)) < len("".join(names))
+    names = sources if names[0] == names[1] or in_paths else names
     return names if names[0] != names[1] else (names[0], f"{names[1]} (again)")
 
 
@@ -187,8 +191,12 @@ class _Pairs:
         values = np.concatenate([self._values(logged, metric) for logged in (self.before, self.after)])
         return bool(((values >= 0) & (values <= 1) | np.isnan(values)).all())
 
-    def returned(self, logged: LoggedTask, of_mean: Kind | None, weights: Weights) -> dict[str, Any]:
-        """What a step would return of this task in one run: outcomes, and whatever describes the examples."""
+    def returned(self, logged: LoggedTask, of_mean: Kind | None, weights: Weights, meant: bool) -> dict[str, Any]:
+        """What a step would return of this task in one run: outcomes, and whatever describes the examples.
+
+        With ``meant``, predictions are those for the prior checks, and left out where no right answer is a common one:
+        there one that is always given gains nothing, and a target may be a text of which the answer is a part.
+        """
         examples = [logged.examples.get(one, LoggedExample(one)) for one in self.ids]
         originals = [self.before.examples[one] for one in self.ids]
         found: dict[str, Any] = {"id": [f"{self.task}/{one}" if self.several else one for one in self.ids]}
@@ -199,7 +207,9 @@ class _Pairs:
             weighed = None if np.isnan(own).all() else own
             texts = {
                 "answer": [example.answers.get(metric) for example in originals],
-                "prediction": [example.predictions.get(metric) for example in examples],
+                "prediction": [
+                    ({**one.predictions, **one.meant} if meant else one.predictions).get(metric) for one in examples
+                ],
             }
             keys = [self.key(metric), *([MEAN] if of_mean else [])]
             if of_mean is not None:
@@ -207,7 +217,8 @@ class _Pairs:
                 shared = None if weights == "size" and weighed is None else each
                 found[MEAN] = Outcomes(values, each / each.sum() if weights == "equal" else shared, of_mean)
             found[self.key(metric)] = Outcomes(values, weighed, kind)
-            if None not in texts["answer"] and None not in texts["prediction"]:
+            is_told = None not in texts["answer"] and None not in texts["prediction"]
+            if is_told and (not meant or _repeats(texts["answer"])):
                 found |= {f"{what}/{key}": listed for what, listed in texts.items() for key in keys}
         if any(example.cluster is not None for example in originals):
             found["cluster"] = [f"{self.task}/{one.id}" if one.cluster is None else one.cluster for one in originals]
@@ -215,6 +226,8 @@ class _Pairs:
             found["group"] = [example.group or self.task for example in originals]
         if any(example.prompt for example in originals):
             found["prompt"] = [example.prompt for example in originals]
+        if any(example.continuation for example in logged.examples.values()):
+            found["continuation"] = [example.continuation for example in examples]
         return found
 
     def check(self, logged: LoggedTask, names: tuple[str, str]) -> None:
@@ -266,6 +279,12 @@ def _pairs(task: str, one: FinishedRun, other: FinishedRun, names: tuple[str, st
         has = [f"{name} has {metrics}" for name, metrics in zip(names, listed, strict=True)]
         raise ValueError(f"no metric{of} is in both runs: {' and '.join(has)}")
     return found
+
+
+def _repeats(answers: Sequence[str | None]) -> bool:
+    """Whether one of the right answers is common: at least five examples, or a tenth of them, have it."""
+    _, most = Counter(answers).most_common(1)[0]
+    return most > 1 and most >= min(5, len(answers) / 10)
 
 
 def _with_share(arm: ArmResult) -> ArmResult:

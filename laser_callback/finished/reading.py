@@ -26,7 +26,7 @@ from laser_callback.support.reading import MisfitError, read_json_lines, read_pl
 
 _SAMPLES = re.compile(r"samples_(?P<task>.+)_(?P<date>\d{4}-\d\d-\d\dT[\d.-]+)")
 _FORMS = (".jsonl", ".csv", ".json")
-_DESCRIBE = ("id", "task", "cluster", "subject", "group", "prompt", "answer", "prediction")
+_DESCRIBE = ("id", "task", "cluster", "subject", "group", "prompt", "answer", "prediction", "continuation")
 _WORDS = {"true": True, "false": False, **dict.fromkeys(("", "na", "n/a", "null", "none"))}
 _OWN = ".examples.jsonl"
 _ORIGINAL = "original"  # the arm of one's own examples
@@ -209,6 +209,7 @@ def _example(row: Mapping[str, Any]) -> tuple[LoggedExample, dict[str, Any]]:
         prompt=texts.get("prompt", ""),
         group=text_of(row.get("group") or ""),
         cluster=None if cluster in (None, "") else text_of(cluster),
+        continuation=text_of(arm.get("continuation") or ""),
     )
     for metric in values:
         answer = row.get(f"answer/{metric}", row.get("answer"))

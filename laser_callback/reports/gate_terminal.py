@@ -47,7 +47,7 @@ def judgement_table(judgements: Sequence[Judgement], wide: bool) -> list[Rendera
             judgement.amount(judgement.change),
             judgement.amount(judgement.bound),
             *[p] * gains,
-            f"{judgement.n:,}",
+            judgement.counted,
             Text(judgement.verdict, style=_VERDICTS[judgement.verdict]),
             *[Text(judgement.note, style="dim")] * wide,
         )

@@ -104,7 +104,7 @@ def _written(result: LaserResult) -> Table:
         row = flip_metric(result, name)
         for flip in [] if row is None else flips(examples, name, row):
             if flip.written_before:
-                own = {"name": name, "outcome": "fixed" if flip.fixed else "broken"}
+                own = {"name": name, "outcome": flip.outcome}
                 own |= {"id": flip.id, "prompt": flip.prompt, "answer": flip.answer}
                 wrote = zip(("original", "reduced"), parted(flip.written_before, flip.written_after), strict=True)
                 table.append(own | dict(wrote))

@@ -120,14 +120,14 @@ def _headline(result: LaserResult, claims: Mapping[str, PairedResult | None]) ->
     if row.doubt and row.verdict in ("in doubt", "higher", "lower"):
         way = "higher" if row.delta > 0 else "lower"
         doubt = in_names(row.doubt, result.names)
-        return Markup("{} is {} with {}, but {}").format(row.metric, way, plan, doubt)
+        return Markup("With {}, {} is {}, but {}").format(plan, row.metric, way, doubt)
     if row.verdict == "exploratory":
         return Markup("Nothing is claimed of {} with {}").format(row.metric, plan)
     if row.verdict == "not tested":
-        return Markup("{} could not be tested with {}").format(row.metric, plan)
+        return Markup("With {}, {} could not be tested").format(plan, row.metric)
     if row.verdict == "no difference shown":
         return Markup("No difference in {} is shown with {}").format(row.metric, plan)
-    return Markup("{} is {} with {}").format(row.metric, row.verdict, plan)
+    return Markup("With {}, {} is {}").format(plan, row.metric, row.verdict)
 
 
 def spectrum_pictures(arm: ArmResult) -> list[tuple[CutSpectrum, str, Markup]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -13,6 +14,7 @@ from laser_callback.reports.row_text import (
     ahead_text,
     control_text,
     delta_text,
+    end_of,
     heads,
     interval_text,
     p_text,
@@ -39,7 +41,11 @@ FOR_TEMPLATES = (
     "phase_columns",
 )
 EXAMPLES = 1000
-"""At most so many examples are listed."""
+"""At most so many examples fixed and broken are listed."""
+REWRITTEN = 100
+"""At most so many that are as right as before are listed beside them."""
+PROMPT = 200
+"""So much of a prompt is shown, from its end; the rest unfolds."""
 _STYLES = dict.fromkeys(("better", "pass", "fixed"), "better") | dict.fromkeys(("worse", "fail", "broken"), "worse")
 
 
@@ -84,7 +90,7 @@ def comparison_columns(result: LaserResult, name: str) -> Columns:
     """A plan against the original, or a run against another."""
     arm, primary = result[name], result.primary
     original, reduced = heads(result.names)
-    names = [foreign(row.metric) for row in arm.rows]
+    names = [Markup(",<wbr>").join(map(foreign, row.metric.split(","))) for row in arm.rows]  # as lm-eval names filters
     starred = Markup("<strong>{}*</strong>")
     return {
         "metric": [starred.format(n) if r.metric == primary else n for n, r in zip(names, arm.rows, strict=True)],
@@ -127,33 +133,51 @@ def flip_tables(result: LaserResult, name: str, examples: Sequence[Row]) -> list
     """The examples fixed and broken, a table with a caption for each task that has some."""
     tables = []
     for row in flip_metrics(result, name, examples):
-        if found := flips(examples, name, row):
-            fixed = sum(flip.fixed for flip in found)
-            caption = f"By {row.metric}: {fixed:,} fixed, {len(found) - fixed:,} broken"
-            columns = _flip_columns(found[:EXAMPLES], heads(result.names))
-            tables.append({"caption": caption, "columns": columns, "more": len(found) > EXAMPLES})
+        if found := flips(examples, name, row, rewritten=True):
+            counts = Counter(flip.outcome for flip in found)
+            changed = counts["fixed"] + counts["broken"]
+            caption = f"By {row.metric}: {counts['fixed']:,} fixed, {counts['broken']:,} broken"
+            if alike := len(found) - changed:
+                caption += f"; {alike:,} as right as before, but written otherwise"
+            shown = [*found[:changed][:EXAMPLES], *found[changed:][:REWRITTEN]]
+            columns = _flip_columns(shown, heads(result.names))
+            more = len(found) > len(shown)
+            tables.append({"caption": caption, "columns": columns, "outcomes": list(counts), "more": more})
     return tables
 
 
 def _flip_columns(shown: Sequence[Flip], names: tuple[str, str]) -> Columns:
-    columns: Columns = {"outcome": [verdict("fixed" if flip.fixed else "broken") for flip in shown]}
+    columns: Columns = {"outcome": [verdict(flip.outcome) for flip in shown]}
     original, reduced = names
     said = {"answer": "right answer", "before": f"{original} said", "after": f"{reduced} said"}
     for field, head in {"prompt": "prompt", **said, "group": "group", "id": "id"}.items():
         texts = [getattr(flip, field) for flip in shown]
         if any(texts):  # what the step has returned for no example is left out
-            columns[head] = [foreign(visible(text) if text and field in said else text) for text in texts]
+            cell = _said if field in said else _prompt if field == "prompt" else foreign
+            columns[head] = list(map(cell, texts))
     if any(flip.written_before or flip.written_after for flip in shown):
         pairs = [parted(flip.written_before, flip.written_after) for flip in shown]
-        for side, who in enumerate(("original", "reduced")):
+        for side, who in enumerate(names):
             columns[f"{who} wrote"] = [_marked(pair[side]) for pair in pairs]
     return columns
+
+
+def _said(text: str) -> Markup:
+    return foreign(visible(text)) if text else Markup('<span class="unsure">(nothing)</span>')
+
+
+def _prompt(text: str) -> Markup:
+    """A prompt with its lines; of a long one the end, which unfolds to all of it."""
+    if len(text) <= PROMPT:
+        return Markup('<bdi class="lines">{}</bdi>').format(printable(text))
+    fold = '<details class="prompt"><summary><bdi class="lines">{}</bdi></summary><bdi class="lines">{}</bdi></details>'
+    return Markup(fold).format(printable(end_of(text, PROMPT)), printable(text))
 
 
 def _marked(text: Parted) -> Markup:
     """What was written, with a mark on the first word that the other model has not written."""
     mark = Markup("<mark>{}</mark>").format(printable(text.other if text.other.strip() else "(end)"))
-    return Markup('<bdi class="wrote">{}{}{}</bdi>').format(printable(text.same), mark, printable(text.rest))
+    return Markup('<bdi class="lines wrote">{}{}{}</bdi>').format(printable(text.same), mark, printable(text.rest))
 
 
 def constraint_columns(judgements: Sequence[Judgement]) -> Columns:
@@ -162,7 +186,7 @@ def constraint_columns(judgements: Sequence[Judgement]) -> Columns:
         "constraint": [foreign(j.gate) for j in judgements],
         "change": [j.amount(j.change) for j in judgements],
         "95 % bound": [j.amount(j.bound) for j in judgements],
-        "n": [f"{j.n:,}" for j in judgements],
+        "n": [j.counted for j in judgements],
         "verdict": [verdict(j.verdict) for j in judgements],
     }
     return columns | ({"note": [j.note for j in judgements]} if any(j.note for j in judgements) else {})

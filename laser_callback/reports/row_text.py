@@ -17,6 +17,7 @@ from laser_callback.stats.outcomes import ALPHA, PairedResult
 from laser_callback.stats.priors import PriorChecks
 from laser_callback.support.suggest import clipped
 
+_QUESTION = 20  # characters of a paragraph that may be one
 CONTROLS = {"zeroed": "same matrix zeroed", "random": "random matrix, same rho", "noise": "noise of the same size"}
 """What each control is, in a list of them."""
 _SAID = {"zeroed": "the same matrix zeroed", "random": "a random matrix at the same rho", "noise": CONTROLS["noise"]}
@@ -91,6 +92,18 @@ def is_adjusted(rows: Iterable[PairedResult]) -> bool:
     return sum(row.role == "holm" for row in rows) > 1
 
 
+def end_of(prompt: str, most: int) -> str:
+    r"""The end of a prompt, where its question is: the last paragraph, or so many characters of it.
+
+    >>> end_of("Question: 1 + 1? Answer: 2\n\nQuestion: 2 + 3? Answer:", 40)
+    '...Question: 2 + 3? Answer:'
+    """
+    end = prompt.rstrip()[-most:]
+    paragraph = end.rpartition("\n\n")[2]
+    end = paragraph if len(paragraph) >= _QUESTION else end  # "Answer:" alone asks nothing
+    return end if end == prompt.rstrip() else f"...{end}"
+
+
 def cell_text(text: object) -> str:
     """Text for a cell of a table in Markdown, from which no markup is read."""
     return " ".join(str(text).translate({ord(mark): f"&#{ord(mark)};" for mark in r"\`*{}[]<>|#&"}).split())
@@ -102,8 +115,13 @@ def change_text(row: PairedResult) -> str:
     return f"{delta_text(row, row.delta)}{f' [{interval}]' if interval else ''}"
 
 
-def finding(row: PairedResult) -> str:
-    """What a row shows, as a sentence without its full stop: of what, how sure, how much, and what is ruled out."""
+def finding(row: PairedResult, of_several: bool = False) -> str:
+    """What a row shows, as a sentence without its full stop: of what, how sure, how much, and what is ruled out.
+
+    Args:
+        row: the row.
+        of_several: whether others share its level, if it has no level of its own.
+    """
     values = f"{value_text(row, row.original)} to {value_text(row, row.reduced)}"
     if row.lower is None or row.upper is None or row.p is None:
         return (
@@ -112,7 +130,7 @@ def finding(row: PairedResult) -> str:
     if row.verdict == "exploratory":
         return f"{row.metric} goes from {values} on {row.sample}: {change_text(row)}, of which nothing is claimed"
     p = f"p {p_text(row)}" if p_text(row).startswith("<") else f"p = {p_text(row)}"
-    p += " after Holm" * (row.role == "holm" and row.p_adjusted != row.p)
+    p += " after Holm" * (row.role == "holm" and (of_several or row.p_adjusted != row.p))
     if row.verdict == "no difference shown":
         return f"no change of {row.metric} is shown on {row.sample} ({p}): {_ruled_out(row, row.lower, row.upper)}"
     way = "rises" if row.delta > 0 else "falls"
@@ -130,9 +148,9 @@ def in_names(text: str, names: tuple[str, str]) -> str:
 
 
 def heads(names: tuple[str, str], most: int = 28) -> tuple[str, str]:
-    """Two names for the heads of columns: of paths and of models with an owner the end, where that tells them apart."""
-    ends = [name.rstrip("/").rpartition("/")[2] for name in names]
-    first, second = (clipped(name, most) for name in (ends if ends[0] != ends[1] else names))
+    """Two names for the heads of columns: of paths and of models with an owner the last part that tells them apart."""
+    parts = zip(*(reversed(name.rstrip("/").split("/")) for name in names), strict=False)
+    first, second = (clipped(name, most) for name in next((pair for pair in parts if pair[0] != pair[1]), names))
     clash = first == second or {first, second} & {"metric", "label", "right answer", "p", "n", "verdict"}
     return (f"1: {first}", f"2: {second}") if clash else (first, second)
 
@@ -222,18 +240,27 @@ def verdict(result: LaserResult, name: str) -> str:
     if row is None:
         return f"nothing could be tested of {brief(arm.plan)}"
     beside = f" in place of {result.names[0]}" if result.is_of_runs else ""
-    text = f"with {brief(arm.plan)}{beside}, {finding(row)}"
+    family = [one for plan in result.arms.values() for one in plan.rows]
+    text = f"with {brief(arm.plan)}{beside}, {finding(row, is_adjusted(family))}"
     checks = arm.prior_checks.get(row.metric)
     if row.doubt and row.verdict in ("in doubt", "higher", "lower"):
         text += f"; but {in_names(row.doubt, result.names)}"
     elif row.verdict == "better" and checks is not None and checks.worth_less:
-        text += f"; of {' and '.join(f'other {by}s' for by in checks.worth_less)} much less is shown"
+        text += f"; of {' and '.join(f'{by}s' for by in checks.worth_less)} that are not among these much less is shown"
     if noise := noise_text(result, name):
         text += f"; {noise}"
-    told = []
+    return "; ".join(filter(None, [text, controls_text(result, name)]))
+
+
+def controls_text(result: LaserResult, name: str) -> str:
+    """What the controls of the plan ``name`` do, and which of them gain as much as it; empty without controls."""
+    row, told, as_much = claim_row(result, name), [], []
     for kind, control in result.controls.get(name, {}).items():
-        for own in (own for own in control.rows if own.metric == row.metric):
+        for own in (own for own in control.rows if row is not None and own.metric == row.metric):
             change = delta_text(own, own.delta) if math.isfinite(own.delta) else f"gives {own.reduced:g}"
             ahead = control.ahead_in(own.metric) if kind == "noise" else None  # what the others leave open
             told.append(f"{_SAID[kind]} {change}{'' if ahead is None else f' ({ahead_text(ahead)})'}")
-    return f"{text}; controls: {', '.join(told)}" if told else text
+            if row is not None and row.verdict == "better" and ahead is None and abs(own.delta) >= abs(row.delta):
+                as_much += [_SAID[kind]] * (own.delta * row.delta > 0)
+    listed = f"controls: {', '.join(told)}" if told else ""
+    return f"{listed}; as much is gained by {' and '.join(as_much)}" if as_much else listed

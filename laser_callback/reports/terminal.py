@@ -22,6 +22,7 @@ from laser_callback.reports.row_text import (
     change_text,
     control_text,
     delta_text,
+    end_of,
     finding,
     heads,
     in_names,
@@ -120,17 +121,20 @@ def _side_by_side(result: LaserResult, name: str) -> list[RenderableType]:
     row = flip_metric(result, name)
     found = [] if row is None else [flip for flip in flips(result.examples.to_rows(), name, row) if flip.written_before]
     found = [next(group) for _, group in groupby(found, key=lambda flip: flip.fixed)]
-    if not found:
+    if row is None or not found:
         return []
+    told = Text(f"{row.metric}: {row.fixed:,} fixed, {row.broken:,} broken; the first of each")
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold underline", expand=True)
-    for column, ratio in (("", None), ("original wrote", 1), ("reduced wrote", 1)):
+    for column, ratio in (("", None), *((f"{who} wrote", 1) for who in heads(result.names))):
         table.add_column(column, ratio=ratio, no_wrap=ratio is None, overflow="fold")
     for flip in found:
         one, other = parted(flip.written_before, flip.written_after)
-        kind = "fixed" if flip.fixed else "broken"
-        outcome = Text(f"{kind}\n{flip.id}", style=_STYLES["better" if flip.fixed else "worse"])
-        table.add_row(outcome, _window(one), _window(other))
-    return [indent(table)]
+        question = end_of(flip.prompt, 2 * _AROUND)
+        style = _STYLES["better" if flip.fixed else "worse"]
+        asked = [Text(_in_line(question), style="dim"), Text(f"right: {_in_line(flip.answer)}", style="dim")]
+        table.add_row(Text(flip.outcome, style=style), *(asked if flip.prompt or flip.answer else ("", "")))
+        table.add_row(Text(flip.id, style=style), _window(one), _window(other))
+    return [indent(told), indent(table)]
 
 
 def _window(text: Parted) -> Text:
@@ -249,7 +253,8 @@ def _legend(result: LaserResult) -> str:
     told = [*told * is_adjusted(others), delta]
     if result.primary is not None:
         several = " (Holm-adjusted over the plans)" if len(result.arms) > 1 else ""
-        told.insert(0, f"* {result.primary} was declared beforehand and carries the claim{several}")
+        declared = "" if result.is_of_runs else "was declared beforehand and "  # a log does not say when
+        told.insert(0, f"* {result.primary} {declared}carries the claim{several}")
     return "; ".join(told)
 
 

@@ -122,4 +122,4 @@ def _match(one: Outcomes, other: Outcomes) -> bool:
 def _mean_outcomes(outcomes: Sequence[Outcomes]) -> Outcomes:
     """Example by example; absent where one is."""
     values = np.stack([as_float64(one.values) for one in outcomes]).mean(0)
-    return Outcomes(values, outcomes[0].weights, "mean" if outcomes[0].kind == "binary" else outcomes[0].kind)
+    return replace(outcomes[0], values=values, kind="mean" if outcomes[0].kind == "binary" else outcomes[0].kind)

@@ -67,12 +67,20 @@ class Pooled(Protocol):
 
 @dataclass
 class PairedExamples:
-    """The outcomes of one evaluation run, example by example."""
+    """The outcomes of one evaluation run, example by example.
+
+    Attributes:
+        batches: what the steps have returned.
+        means: what each batch has added to what is logged.
+        duplicates: how many examples of a distributed sampler were removed.
+        kept: of a run that is read from a file the rows of its examples, in place of batches.
+    """
 
     batches: list[Batch] = field(default_factory=list)
     means: list[dict[str, dict[str, tuple[float, float]]]] = field(default_factory=list)
     duplicates: int = 0
     pooled: Pooled | None = field(default=None, repr=False)  # of metrics that are no means; while rows are made
+    kept: list[dict[str, Any]] = field(default_factory=list)
 
     def add(self, outputs: Mapping[str, Any], batch: Any, dataloader_idx: int | None) -> None:
         """Add what each arm's step returned for one batch."""
@@ -202,7 +210,7 @@ class PairedExamples:
 
         A number that is not finite becomes ``None``. Of several dataloaders each says its own, ``dataloader_idx``.
         """
-        rows = []
+        rows = list(self.kept)
         several = len({batch.dataloader_idx for batch in self.batches}) > 1
         for batch in self.batches:
             for i in range(batch.size):

@@ -21,16 +21,18 @@ Row = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Flip:
-    """An example on which the two models differ in being right.
+    """An example on which the two models differ: in being right, or in what they have written.
 
     Attributes:
-        fixed: wrong in the original and right in the reduced model, or the other way round.
+        fixed: wrong in the original and right in the reduced model, or the other way round; ``None`` if neither.
+        right: whether the reduced model is right.
         id, group, prompt, answer: what the step returned about it; empty where it did not.
         before, after: what each model predicted.
         written_before, written_after: what each has written, where answers are written.
     """
 
-    fixed: bool
+    fixed: bool | None
+    right: bool
     id: str
     group: str
     prompt: str
@@ -39,6 +41,12 @@ class Flip:
     after: str
     written_before: str = ""
     written_after: str = ""
+
+    @property
+    def outcome(self) -> str:
+        """What became of the example: "fixed", "broken", "still right" or "still wrong"."""
+        kind = "right" if self.right else "wrong"
+        return f"still {kind}" if self.fixed is None else "fixed" if self.fixed else "broken"
 
 
 class Parted(NamedTuple):
@@ -114,12 +122,18 @@ def flip_metrics(result: LaserResult, name: str, rows: Sequence[Row]) -> list[Pa
     return found
 
 
-def flips(rows: Iterable[Row], arm: str, row: PairedResult) -> list[Flip]:
-    """The examples fixed and broken by ``arm`` as ``row`` counts them; fixed first, else in the order of ``rows``."""
-    metric, found = _returned_as(row.metric)[0], []
+def flips(rows: Iterable[Row], arm: str, row: PairedResult, rewritten: bool = False) -> list[Flip]:
+    """The examples fixed and broken by ``arm`` as ``row`` counts them; fixed first, else in the order of ``rows``.
+
+    With ``rewritten`` also those at last that are no more and no less right, but to which something else is written,
+    the wrong ones first.
+    """
+    metric = _returned_as(row.metric)[0]
+    found = []
     for example in rows:
         before, after = (_outcome(example, name, row.metric) for name in (ORIGINAL, arm))
-        if before is None or after is None or before == after:
+        written = [str(example[name].get("continuation") or "") for name in (ORIGINAL, arm) if name in example]
+        if before is None or after is None or (before == after and not (rewritten and len(set(written)) > 1)):
             continue
         described = {name: str(example.get(name, "")) for name in ("id", "group", "prompt")}
         described["answer"] = str(of_metric(example, "answer", metric) or "")
@@ -127,10 +141,11 @@ def flips(rows: Iterable[Row], arm: str, row: PairedResult) -> list[Flip]:
             side: str(of_metric(example[name], "prediction", metric) or "")
             for side, name in (("before", ORIGINAL), ("after", arm))
         }
-        written = (str(example[name].get("continuation") or "") for name in (ORIGINAL, arm))
         said |= dict(zip(("written_before", "written_after"), written, strict=True))
-        found.append(Flip((after > before) == (row.higher_is_better is not False), **described, **said))
-    return sorted(found, key=lambda flip: not flip.fixed)
+        right = (after > 0) == (row.higher_is_better is not False)
+        found.append(Flip(right if before != after else None, right, **described, **said))
+    order = ("fixed", "broken", "still wrong", "still right")
+    return sorted(found, key=lambda flip: order.index(flip.outcome))
 
 
 def _returned_as(metric: str) -> tuple[str, str]:

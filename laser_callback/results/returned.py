@@ -203,7 +203,7 @@ def _outcomes(name: str, value: Any, integers: set[str]) -> Outcomes | _Single |
         return None
     if isinstance(value, Outcomes):
         values, weights = (None if v is None else np.array(as_float64(v)) for v in (value.values, value.weights))
-        return Outcomes(values, weights, value.kind)
+        return dataclasses.replace(value, values=values, weights=weights)
     array = _array(value)
     if isinstance(array, str):
         return array

@@ -75,7 +75,7 @@ def shares_right(
         higher_is_better = 2 * sum(given) >= len(given)
     if higher_is_better:
         return outcomes
-    before, after = (Outcomes(1 - arm.values, arm.weights, arm.kind) for arm in outcomes)
+    before, after = (replace(arm, values=1 - arm.values) for arm in outcomes)
     return before, after
 
 
@@ -83,7 +83,7 @@ def subset(batch: Batch, positions: list[int]) -> Batch:
     """Those of a batch's examples that stand at these positions."""
     outcomes = {
         arm: {
-            name: Outcomes(o.values[positions], None if o.weights is None else o.weights[positions], o.kind)
+            name: replace(o, values=o.values[positions], weights=None if o.weights is None else o.weights[positions])
             for name, o in by_name.items()
         }
         for arm, by_name in batch.outcomes.items()
@@ -100,7 +100,7 @@ def joined(parts: list[Outcomes], kind: Kind) -> Outcomes:
     weights = None
     if any(part.weights is not None for part in parts):
         weights = np.concatenate([weights_of(part) for part in parts])
-    return Outcomes(np.concatenate([part.values for part in parts]), weights, kind)
+    return Outcomes(np.concatenate([part.values for part in parts]), weights, kind, parts[0].unit)
 
 
 def weights_of(outcomes: Outcomes) -> Floats:

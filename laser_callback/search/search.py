@@ -188,6 +188,8 @@ class LaserSearch:
         try:
             course.run()
             confirm(course.steps, self.result, course.bounds, self.controls)
+            if self.result.plan is not None:  # they were enough
+                self.result.warnings = [told for told in self.result.warnings if told not in self._too_few]
         except KeyboardInterrupt:
             self.result.reason = f"interrupted; {self.result.reason}"
             self._finish(course.steps)
@@ -231,8 +233,9 @@ class LaserSearch:
         )
         first = values[objective.keys[0]]
         found.warnings += sets.notes
-        if is_share_right(first, objective.signs[0]):
-            found.warnings += confirm_warnings(sets, self.min_gain, by_batches(first, loader))
+        share = is_share_right(first, objective.signs[0])
+        self._too_few = confirm_warnings(sets, self.min_gain, by_batches(first, loader)) if share else []
+        found.warnings += self._too_few
         found.warnings += guard_warnings(sets, bounds, values)
         if sets.text("guard") is None and isinstance(self.module, LaserModule):
             found.warnings.append("fluency is not checked: give the data `text=`, a file of running text")
@@ -249,6 +252,7 @@ class LaserSearch:
             found.base = found.settings["base"] = spectra.base.digest
         self.result = found
         journal = Journal(self.folder, found.settings, self.resume)
+        found.settings = {**found.settings, **getattr(self.data, "provenance", {})}  # told only
         progress = PhaseProgress(self.progress)
         steps = Steps(lab, sets, journal, progress, objective, keys, self.seed, self.folder, by_loss=by_loss)
         course = Course(

@@ -15,7 +15,7 @@ from laser_callback.compare.measure import Values
 from laser_callback.data.sets import ExampleSets
 from laser_callback.stats.constraint import Constraint
 from laser_callback.stats.outcomes import ALPHA
-from laser_callback.stats.power import detectable_gain, examples_needed
+from laser_callback.stats.power import BROKEN_PER_FIXED, detectable_gain, examples_needed
 
 POWER = 0.8
 """With what probability the confirm set should show the gain that is asked for."""
@@ -79,8 +79,11 @@ def confirm_warnings(sets: ExampleSets, min_gain: float, batches: bool = False) 
 
 
 def _shown_by(n: int) -> str:
-    gain = detectable_gain(n, power=POWER)
-    return f"gains from {100 * gain:.1f} points on" if math.isfinite(gain) else "no gain at all"
+    for told, broken in (("", BROKEN_PER_FIXED), (" of a cut that breaks none", 0.0)):
+        gain = detectable_gain(n, power=POWER, broken_per_fixed=broken)
+        if math.isfinite(gain):
+            return f"gains from {100 * gain:.1f} points on{told}"
+    return "no gain, even of a cut that breaks none"
 
 
 def guard_warnings(sets: ExampleSets, constraints: Iterable[Constraint], measured: Mapping[str, Values]) -> list[str]:

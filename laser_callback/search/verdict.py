@@ -8,7 +8,7 @@ from laser_callback.compare.module import LaserModule
 from laser_callback.compare.reduced_arm import ReducedPassError
 from laser_callback.data.generation import EXACT_MATCH
 from laser_callback.plans.short import brief
-from laser_callback.reports.row_text import finding
+from laser_callback.reports.row_text import controls_text, finding
 from laser_callback.results.comparison import ArmResult
 from laser_callback.results.search import SearchResult
 from laser_callback.search.steps import Steps
@@ -64,6 +64,8 @@ def decide(result: SearchResult, sign: int, *, of_facts: bool = True) -> None:
     arm, key = result.confirmed["laser"], result.objective[0]
     shown, result.reason = judged(brief(result.found), arm, key, sign, result.judgements, of_facts=of_facts)
     result.plan = result.found if shown else None
+    if shown and (controls := controls_text(result.confirmed, "laser")):
+        result.reason += f"; {controls}"
     checks = arm.prior_checks.get(key)
     if shown and checks is not None and (right := _right(arm[key], sign)) < checks.constant_answer:
         result.warnings.append(

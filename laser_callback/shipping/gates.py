@@ -230,5 +230,6 @@ def _first(data: Any) -> Any:
         text = loaders[1:] if isinstance(loaders, list) else []
     else:
         shown = {item[0].should: item for item in data.probes}
-    few = cast("Dataset[Any]", list(shown.values()))  # a list has all that a Dataset needs
-    return [DataLoader(few, batch_size=len(shown), collate_fn=data.collate), *text]
+    each_once = list({id(item): item for item in shown.values()}.values())  # a fact may have rows of several roles
+    few = cast("Dataset[Any]", each_once)  # a list has all that a Dataset needs
+    return [DataLoader(few, batch_size=len(each_once), collate_fn=data.collate), *text]

@@ -218,6 +218,8 @@ class StagedRollout:
             parts = {name or "data": loaders_of(data) for name, data in self._gates.data.items()}
             self.result.settings["fingerprints"] = fingerprints(self.module, parts)
         self._journal = Journal(self.folder, self.result.settings, self.resume)
+        asked = {name or "data": getattr(data, "provenance", {}) for name, data in self._gates.data.items()}
+        self.result.settings = {**self.result.settings, "data": asked}  # told, and free to be elsewhere when resumed
         self._lab = lab
 
     def run(self) -> RolloutResult:

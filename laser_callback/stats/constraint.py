@@ -183,4 +183,6 @@ class Constraint:
         return 1 / abs(row.original) if row.original and math.isfinite(row.original) else math.nan
 
     def _judged(self, row: PairedResult, change: float, bound: float | None, verdict: Verdict, note: str) -> Judgement:
-        return Judgement(str(self), self.key, row.n, change, bound, verdict, note, None, self.relative, row.sample)
+        return Judgement(
+            str(self), self.key, row.n, change, bound, verdict, note, None, self.relative, row.sample, self.margin
+        )

@@ -34,6 +34,7 @@ class Judgement:
         p: of a gain, two-sided.
         relative: ``change`` and ``bound`` are fractions of the original's value; else they are in units of the metric.
         sample: what was looked at, such as "300 examples in 120 clusters".
+        margin: of a constraint, on the scale of ``change``.
     """
 
     gate: str
@@ -46,6 +47,7 @@ class Judgement:
     p: float | None = None
     relative: bool = False
     sample: str = ""
+    margin: float | None = None
 
     @property
     def sentence(self) -> str:
@@ -60,17 +62,25 @@ class Judgement:
         return f"{told}; {self.note}" if self.note else told
 
     def amount(self, value: float | None) -> str:
-        """The change or the bound in words."""
-        return "-" if value is None or math.isnan(value) else amount_text(value, self.relative, "+")
+        """The change or the bound in words, with digits enough to tell it from the margin."""
+        return "-" if value is None or math.isnan(value) else amount_text(value, self.relative, "+", self.margin)
+
+    @property
+    def counted(self) -> str:
+        """How many independent units there are, such as "120 clusters"."""
+        return self.sample.rpartition(" in ")[2] or f"{self.n:,} examples"
 
     def to_dict(self) -> dict[str, Any]:
         """All fields, ready for strict JSON: a number that is not finite becomes ``None``."""
         return plain_fields(self)
 
 
-def amount_text(value: float, relative: bool, sign: str = "") -> str:
-    """A change in units of the metric, or as a share of the original's value."""
-    return f"{value:{sign}.1%}" if relative else f"{value:{sign}.3f}"
+def amount_text(value: float, relative: bool, sign: str = "", margin: float | None = None) -> str:
+    """A change in units of the metric, or as a share of the original's value; never rounded to the ``margin``."""
+    forms = [f"{sign}.{digits}{'%' if relative else 'f'}" for digits in range(1 if relative else 3, 9)]
+    texts = [format(value, form) for form in forms]
+    apart = (t for t, form in zip(texts, forms, strict=True) if margin is None or t != format(margin, form))
+    return texts[0] if value == margin else next(apart, texts[-1])
 
 
 def gate_text(text: str) -> str:

@@ -20,7 +20,6 @@ ALPHA = 0.05  # level of every verdict; 1 - ALPHA is the confidence of every int
 
 Array: TypeAlias = Any  # of NumPy, or a tensor
 Kind: TypeAlias = Literal["binary", "mean", "log_ratio", "pair", "pooled"]
-Unit: TypeAlias = Literal["example", "cluster", "batch"]
 Role: TypeAlias = Literal["primary", "holm", "exploratory"]
 Test: TypeAlias = Literal[
     "exact McNemar",
@@ -32,6 +31,8 @@ Test: TypeAlias = Literal[
     "paired permutation",
     "not tested",
 ]
+WINDOW = "window of text"
+"""The unit of running text."""
 Verdict: TypeAlias = Literal[
     "better", "in doubt", "worse", "higher", "lower", "no difference shown", "not tested", "exploratory"
 ]
@@ -54,6 +55,7 @@ class Outcomes:
             - ``"pair"``: a number of both models, such as their divergence, of which the original has by definition 0
               and the reduced model no less, or 1 and no more; the metric is the (weighted) mean. It has an interval
               and no test.
+        unit: what a value is of, in the singular, for readers.
 
     Raises:
         TypeError: if ``values`` or ``weights`` is neither an array nor a tensor.
@@ -63,6 +65,7 @@ class Outcomes:
     values: Array
     weights: Array | None = None
     kind: Kind = "mean"
+    unit: str = "example"
 
     def __post_init__(self) -> None:
         if self.kind not in ("binary", "mean", "log_ratio", "pair"):
@@ -145,7 +148,8 @@ class PairedResult:
         p_adjusted: Holm-adjusted p value, for rows of role "holm".
         role: "primary" rows claim by ``p``, "holm" rows by ``p_adjusted``, "exploratory" rows never.
         higher_is_better: direction of the metric; ``None`` if unknown.
-        unit: what is independent: examples, clusters of them, or batches where no values per example are known.
+        unit: what is independent: an example (or what the outcomes say), a cluster of them, or a batch where no values
+            per example are known.
         examples: number of examples in the clusters; ``None`` where there are none.
         doubt: why a gain may be no more than another way to answer, as the prior check says; empty if there is none.
     """
@@ -168,7 +172,7 @@ class PairedResult:
     p_adjusted: float | None = None
     role: Role = "exploratory"
     higher_is_better: bool | None = None
-    unit: Unit = "example"
+    unit: str = "example"
     examples: int | None = None
     doubt: str = ""
 
@@ -202,7 +206,7 @@ class PairedResult:
     @property
     def units(self) -> str:
         """What ``n`` counts, in the plural."""
-        return "batches" if self.unit == "batch" else f"{self.unit}s"
+        return {"batch": "batches", WINDOW: "windows of text"}.get(self.unit, f"{self.unit}s")
 
     @property
     def sample(self) -> str:

@@ -114,6 +114,7 @@ def compare(
         delta=means[2],
         note="; ".join(notes),
         higher_is_better=higher_is_better,
+        unit=original.unit,
     )
     if labels is not None:
         row = replace(row, unit="cluster", examples=len(labels))

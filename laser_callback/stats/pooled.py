@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from laser_callback.stats.intervals import Floats
-from laser_callback.stats.outcomes import ALPHA, PairedResult, Unit, not_tested
+from laser_callback.stats.outcomes import ALPHA, PairedResult, not_tested
 
 MOST_GROUPS = 100
 """More units than these are taken together, those that follow each other, so that the metric is computed 400 times."""
@@ -42,7 +42,7 @@ def compare_pooled(
     pool: Pool,
     labels: NDArray[np.int64],
     *,
-    unit: Unit = "batch",
+    unit: str = "batch",
     most: int = MOST_GROUPS,
     seed: int = 0,
     higher_is_better: bool | None = None,

@@ -60,7 +60,8 @@ class PriorChecks:
         entropy: Shannon entropy of each arm's predictions in nats, by "original" and "reduced".
         top_predictions: the five most frequent predictions of each arm with their counts, by "original" and "reduced".
         worth: as how many independent units the changes count if examples of one gold answer ("answer") or of one group
-            ("group") change together; what is generalised to is then other answers, or other groups.
+            ("group") change together; what is generalised to is then other answers, or other groups, of which there
+            must be several.
         evened: whether there is a group in which the answers count the same.
     """
 
@@ -218,9 +219,8 @@ def prior_checks(
 
     matched, chance, chance_p = _against_chance(answers, after, groups, labels)
     change = right[1] - right[0]
-    by: dict[str, Sequence[Hashable]] = {"answer": list(zip(groups, answers, strict=True))}
-    if any(groups):  # of unnamed ones there is nothing to generalise to
-        by["group"] = groups
+    by: dict[str, Sequence[Hashable]] = {"answer": list(zip(groups, answers, strict=True)), "group": groups}
+    by = {name: of for name, of in by.items() if len(set(of)) > 1}  # one tells nothing of others
     predicted = dict(zip(("original", "reduced"), map(Counter, (before, after)), strict=True))
     return PriorChecks(
         metric=metric,
@@ -234,7 +234,7 @@ def prior_checks(
         macro=macro,
         entropy={arm: float(stats.entropy(list(count.values()))) for arm, count in predicted.items()},
         top_predictions={arm: _most_common(count, 5) for arm, count in predicted.items()},
-        worth={name: len(answers) / design_effect_of(change, numbered(labels)) for name, labels in by.items()},
+        worth={name: len(answers) / design_effect_of(change, numbered(of)) for name, of in by.items()},
         evened=bool(evened),
     )
 

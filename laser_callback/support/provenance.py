@@ -19,13 +19,16 @@ def provenance(trainer: pl.Trainer, module: pl.LightningModule, seed: int) -> di
 
     Args:
         trainer: that runs it.
-        module: under test; if it holds a transformers model under ``model``, that model's name is stated too.
+        module: under test; if it holds a transformers model under ``model``, that model's name is stated too. So is the
+            ``provenance`` of a data module that has some.
         seed: of the random control and of the noise.
     """
     name = getattr(getattr(module, "model", None), "name_or_path", None)
+    data = getattr(getattr(trainer, "datamodule", None), "provenance", {})
     return {
         "module": type(module).__qualname__,
         **({"model": name} if isinstance(name, str) and name else {}),
+        **(data if isinstance(data, dict) else {}),
         "loop": "" if trainer.state.fn is None else trainer.state.fn.value,
         **({"epoch": trainer.current_epoch} if trainer.state.fn == "fit" else {}),
         "device": str(module.device),

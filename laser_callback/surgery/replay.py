@@ -28,6 +28,7 @@ from laser_callback.support.interrupts import whole
 from laser_callback.surgery.held import Held
 from laser_callback.surgery.interception import Forward, Watch, paused
 from laser_callback.surgery.replayable import (
+    GOES_ON,
     CacheEntry,
     TensorCopy,
     added_to_cache,
@@ -259,7 +260,7 @@ class LayerReplay:
         if cache is not None and call.cache_entry is not None:
             index = call.cache_entry.index
             if index < len(cache.layers) and cached_length(cache.layers[index]):
-                return "its key/value cache is not empty"
+                return GOES_ON
         return ""
 
     def forget(self) -> None:

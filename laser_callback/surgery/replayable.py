@@ -24,6 +24,8 @@ from transformers.utils import ModelOutput
 
 from laser_callback.surgery.held import alike, version
 
+GOES_ON = "it goes on from earlier tokens, as `generate` lets it (its key/value cache is not empty)"
+"""Why a call is not answered from a record."""
 _PLAIN = (type(None), bool, int, float, str, bytes, torch.dtype, torch.device, torch.Size)
 _CONTAINERS = {list, dict, OrderedDict, defaultdict, deque}
 
@@ -243,5 +245,5 @@ def added_to_cache(cache: Any, lengths: list[int]) -> tuple[CacheEntry | None, s
     if len(grown) > 1 or type(entry) not in (DynamicLayer, DynamicSlidingWindowLayer):
         return None, f"its cache entry is a {type(entry).__name__}"
     if lengths[grown[0]]:
-        return None, "its key/value cache is not empty"
+        return None, GOES_ON
     return CacheEntry(grown[0], entry.keys.clone(), entry.values.clone(), cached_length(entry)), ""

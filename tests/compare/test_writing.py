@@ -300,7 +300,9 @@ def test_what_repeats_takes_few_calls():
     assert written.tokens == alone(model, "*.all@0", prompts)
     assert max(map(len, written.tokens)) == 60 > 2 * few
     drafts = replay.reports["a"].further["written"]
-    assert str(drafts).endswith(f" and {drafts.written} written, {drafts.proposed} of them as proposed")
+    assert str(drafts).endswith(
+        f" and {drafts.written} written, {drafts.proposed} of them read ahead, as they had followed before"
+    )
     assert drafts.written < 2 * drafts.proposed
 
 

@@ -20,6 +20,7 @@ from laser_callback.data import Generation
 from laser_callback.reports import save_page
 from laser_callback.reports.loggers import publish
 from laser_callback.reports.terminal import plain
+from laser_callback.results.comparison import LaserResult
 from laser_callback.results.flips import flips
 
 PLAN = "3.mlp@0.95"
@@ -133,7 +134,15 @@ def test_what_is_kept_of_each_example(trainer, model, tmp_path):
     save_page(result, tmp_path / "page.html")
     page = (tmp_path / "page.html").read_text()
     assert "reduced wrote" in page
-    assert page.count("<mark>") == 2 * len(found)
+    rewritten = flips(kept, "laser", result["laser"]["exact_match"], rewritten=True)
+    assert rewritten[: len(found)] == found
+    assert {flip.outcome for flip in rewritten[len(found) :]} <= {"still wrong", "still right"}
+    assert page.count("<mark>") == 2 * len(rewritten)
+    assert "max_new_tokens" in page
+    again = LaserResult.from_dict(result.to_dict())
+    again.examples.kept = kept
+    row = result["laser"]["exact_match"]
+    assert f"exact_match: {row.fixed} fixed, {row.broken} broken; the first of each" in plain(again, 80)
 
 
 def test_loggers_get_what_both_wrote(trainer, model, tmp_path):

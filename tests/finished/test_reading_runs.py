@@ -9,7 +9,11 @@ import re
 import pytest
 from finished_logs import inspect_log, lm_eval_folder, sample, scored, write_lines
 
+from laser_callback.finished.eval_logs import read_samples
+from laser_callback.finished.logged import FinishedRun
+from laser_callback.finished.pairing import compare_runs
 from laser_callback.finished.reading import read_run
+from laser_callback.results.flips import flips
 
 
 def only(run):
@@ -48,7 +52,30 @@ def test_filters_of_one_document_are_metrics_of_one_example(tmp_path):
     ]
     (example,) = only(read_run(lm_eval_folder(tmp_path, "m", {"sums": rows}), "a")).examples.values()
     assert example.outcomes == {"exact_match,strict-match": 0.0, "exact_match,flexible-extract": 1.0}
-    assert example.predictions == {"exact_match,strict-match": "[invalid]", "exact_match,flexible-extract": "7"}
+    assert example.predictions == {"exact_match,strict-match": "[invalid]", "exact_match,flexible-extract": "7."}
+
+
+def test_what_was_said_is_what_was_judged_right_or_wrong(tmp_path):
+    """As of GSM8K, whose targets hold the whole way to an answer."""
+    said = {"gen_args_0": {"arg_0": "Q:", "arg_1": {"until": ["Q:"]}}}
+    rows = [
+        sample(i, 0, 0, arguments=said, target=f"{i} + {i} = {2 * i}. #### {2 * i}", metrics=["exact_match"])
+        | {"filtered_resps": [text], "resps": [[f"It is {text}."]], "exact_match": float(text == str(2 * i))}
+        for i, text in enumerate(["0", "2", "5"])
+    ]
+    task = read_samples(rows, {})
+    found = list(task.examples.values())
+    assert [example.predictions["exact_match"] for example in found] == ["0", "2", "5"]
+    assert [example.continuation for example in found] == ["It is 0.", "It is 2.", "It is 5."]
+    other = read_samples([row | {"filtered_resps": ["5"], "resps": [["5"]], "exact_match": 0.0} for row in rows], {})
+    result = compare_runs(FinishedRun("a", "a", {"": other}), FinishedRun("b", "b", {"": task}))
+    assert not result["laser"].prior_checks  # no target is common
+    first = flips(result.examples.to_rows(), "laser", result["laser"]["exact_match"], rewritten=True)
+    assert [(flip.outcome, flip.before, flip.after, flip.written_after) for flip in first] == [
+        ("fixed", "5", "0", "It is 0."),
+        ("fixed", "5", "2", "It is 2."),
+        ("still wrong", "5", "5", "It is 5."),
+    ]
 
 
 def test_perplexities_are_weighed_by_what_they_are_of(tmp_path):

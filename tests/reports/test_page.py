@@ -149,11 +149,11 @@ def test_the_verdict_comes_first(pages):
 @pytest.mark.parametrize(
     ("verdict", "headline"),
     [
-        ("in doubt", "acc is higher with <code>1.mlp@0.1</code>, but it is the form"),
+        ("in doubt", "With <code>1.mlp@0.1</code>, acc is higher, but it is the form"),
         ("exploratory", "Nothing is claimed of acc with"),
-        ("not tested", "acc could not be tested with"),
+        ("not tested", ", acc could not be tested"),
         ("no difference shown", "No difference in acc is shown with"),
-        ("higher", "acc is higher with"),
+        ("higher", ", acc is higher"),
     ],
 )
 def test_the_headline_says_no_more_than_the_verdict(verdict, headline):

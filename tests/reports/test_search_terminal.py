@@ -107,7 +107,7 @@ def test_sections_in_order_with_numbers_and_units():
     for expected in (
         "control, same matrix zeroed",
         f"prior check of {OBJECTIVE[0]}:",
-        r"perplexity <= \+2 % +\+1.3% +\+3.1% +32 +undecided",
+        r"perplexity <= \+2 % +\+1.3% +\+3.1% +32 examples +undecided",
         "perplexity <= .2 %: 96 windows decide it",
         r"14 of 84 candidates run: 1 chosen, 13 dropped",
         r"✓ 3.fc_out@0.1 +1 +-0.23 +300 \+5.0 \[ ?\+0.4, +\+9.6\] -0.81 \[-0.92, -0.70\]",

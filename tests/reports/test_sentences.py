@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from laser_callback.reports.row_text import NO_INTERVAL, ahead_text, change_text, finding, prior_text, verdict
+from laser_callback.reports.row_text import NO_INTERVAL, ahead_text, change_text, finding, heads, prior_text, verdict
 from laser_callback.reports.terminal import footnotes, plain, print_ab
 from laser_callback.results.ab_test import ABResult
 from laser_callback.results.comparison import ArmResult, LaserResult
@@ -67,6 +67,12 @@ def loss(kind: str, shift: float) -> PairedResult:
 )
 def test_a_row_in_words(row: PairedResult, sentence: str) -> None:
     assert finding(row) == sentence
+
+
+def test_a_name_in_a_head_is_the_part_that_differs() -> None:
+    assert heads(("logs/A/money.csv", "logs/B/money.csv"), 9) == ("A", "B")
+    assert heads(("results/base", "/tmp/long/path/reduced")) == ("base", "reduced")
+    assert heads(("one", "one")) == ("1: one", "2: one")
 
 
 def test_units_and_scales() -> None:
@@ -209,7 +215,10 @@ def test_whether_a_cut_is_better_than_noise_is_said(gained: int, lost: int, bett
     zeroed, mean = replace(of, plan="1.mlp@0", ahead=[row]), replace(of, passes=noise, ahead=[row])
     controls = {"zeroed": zeroed, "noise": mean}
     result = LaserResult({"laser": of}, {"laser": controls}, "acc", 0.0, {}, PairedExamples())
-    assert verdict(result, "laser").endswith(f"the same matrix zeroed +35.0%, noise of the same size +35.0% ({told})")
+    said = (
+        f"the same matrix zeroed +35.0%, noise of the same size +35.0% ({told}); as much is gained by the same matrix"
+    )
+    assert verdict(result, "laser").endswith(f"{said} zeroed")
     shown = plain(result, 80)
     line = f"control, noise of the same size, 3 seeds: acc 37.5%, delta {change_text(of['acc'])}; {told}: "
     assert line + change_text(row) in " ".join(shown.split())

@@ -11,7 +11,7 @@ from laser_callback.compare.measure import Values
 from laser_callback.data.sets import ExampleSets
 from laser_callback.search.sizes import confirm_warnings, guard_warnings, is_share_right
 from laser_callback.stats import Constraint
-from laser_callback.stats.power import examples_needed
+from laser_callback.stats.power import detectable_gain, examples_needed
 
 
 def sets(per_subject: int = 1, answers: int = 100, n: int = 600) -> ExampleSets:
@@ -41,7 +41,13 @@ def test_what_the_prior_check_leaves_counts() -> None:
     assert "450 examples, and tells as much as 216 independent ones, since the prior check may leave out" in told
     assert not confirm_warnings(sets(answers=2), 0.1)
     (told,) = confirm_warnings(sets(answers=1), 0.1)
-    assert "; 0 show no gain at all" in told
+    assert "; 0 show no gain, even of a cut that breaks none." in told
+
+
+def test_what_few_can_show_is_said_with_its_condition() -> None:
+    (told,) = confirm_warnings(sets(per_subject=20), 0.05)
+    few = detectable_gain(22, broken_per_fixed=0)
+    assert f", and 22 gains from {100 * few:.1f} points on of a cut that breaks none if together." in told
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from typing import Any
 
 import pytest
@@ -358,8 +359,12 @@ def test_each_gate_has_its_data(tmp_path):
         "trivia/log_loss": "delta < 1e9",
         "safety/answer_rate": "delta > -0.5",
     }
-    result = StagedRollout(module, "3.mlp@0.3", gates, data, others=others, controls=True, **QUIET).run()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="`id` must be another")  # a fact with rows of two roles is one
+        result = StagedRollout(module, "3.mlp@0.3", gates, data, others=others, controls=True, **QUIET).run()
     verdict = result.stages[0].verdict
+    (kl,) = (judgement for judgement in verdict.judgements if judgement.key == "kl")
+    assert kl.counted == f"{kl.n} windows of text"
     assert {judgement.key: judgement.n for judgement in verdict.judgements} == {
         "log_loss": 60,
         "perplexity": verdict.results[""]["laser"]["perplexity"].n,

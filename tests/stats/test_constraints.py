@@ -15,6 +15,7 @@ from scipy import stats
 from laser_callback.stats.constraint import ENOUGH_UNCHANGED, Constraint
 from laser_callback.stats.gain import Gain
 from laser_callback.stats.gates import judge_all, parse_gate
+from laser_callback.stats.judgement import Judgement
 from laser_callback.stats.outcomes import Outcomes, not_tested
 from laser_callback.stats.paired import compare
 from laser_callback.stats.power import (
@@ -332,6 +333,11 @@ def test_impossible_sample_sizes_are_refused():
         with pytest.raises(ValueError, match=message):
             call()
     assert detectable_gain(0) == math.inf
+
+
+@pytest.mark.parametrize(("margin", "told"), [(0.02, "+0.0203"), (0.0203, "+0.020"), (0.05, "+0.020")])
+def test_a_bound_is_never_rounded_to_its_margin(margin: float, told: str):
+    assert Judgement("kl", "kl", 9, 0.0, 0.0203, "undecided", margin=margin).amount(0.0203) == told
 
 
 def test_a_judgement_is_a_sentence():
