@@ -63,8 +63,8 @@ class LaserCallback(pl.Callback):
             matrices with noise of the size of what is removed (three passes).
         key_prefix: first part of the logged keys.
         replay: do not recompute the layers in front of the first cut.
-        resample: test logged torchmetrics objects that are no means over examples (F1, AUROC, BLEU, ...) by what each
-            batch adds to their states, which is kept: at most 1 GiB in all.
+        resample: test logged torchmetrics that are no means. What each batch adds to F1, AUROC and the like is kept for
+            that: at most 1 GiB.
         report: print the table at the end; a path ending in ``.json`` or ``.html`` also writes :attr:`result` there,
             and with ``.json`` the outcomes of each example beside it (``.examples.jsonl``). Each evaluation replaces
             the files: after ``fit`` they hold the latest validation.

@@ -37,6 +37,7 @@ from laser_callback import LaserCallback, merged, reduced
 from laser_callback.compare.arms import Arm
 from laser_callback.compare.reduced_arm import ReducedArm
 from laser_callback.compare.trainer import left_as_found, quiet_trainer
+from laser_callback.passes.metric_states import Kept
 from laser_callback.passes.state import Own, RandomState, Start
 from laser_callback.passes.watch import WritesRefused
 from laser_callback.passes.windows import Windows
@@ -154,7 +155,7 @@ def contexts() -> dict[str, tuple[nn.Module, Work]]:
     found["Own"] = module, within(lambda: own)
     found["WritesRefused"] = module, within(lambda: WritesRefused(module))
     arm = Arm(trainer, module, "validation", start, Windows(start, True))
-    reduced_arm = ReducedArm("arm", "", reduced(module, PLAN, spectra), arm)
+    reduced_arm = ReducedArm("arm", "", reduced(module, PLAN, spectra), arm, Kept(on=True))
     reduced_arm.cut.prepare()
     found["ReducedArm._in_place"] = module, within(reduced_arm._in_place)
     found["ReducedArm.active"] = module, within(reduced_arm.active)
