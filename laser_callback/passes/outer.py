@@ -84,15 +84,15 @@ class _Linear(torch.autograd.Function):
     def backward(ctx: Any, of_outputs: Tensor) -> tuple[Tensor | None, ...]:
         inputs, weight = ctx.saved_tensors
         wants_inputs, wants_weight, wants_bias, _ = ctx.needs_input_grad
-        of_inputs = of_weight = of_bias = None
+        of_weight = of_bias = None
         rows, seen = of_outputs.reshape(-1, weight.shape[0]), inputs.reshape(-1, weight.shape[1])
-        if wants_inputs:
-            of_inputs = (of_outputs @ weight.to(of_outputs.dtype)).to(inputs.dtype)
+        # Also where nothing in front of the layer asks for it: what is seen has the same bits whoever else is watched.
+        of_inputs = (of_outputs @ weight.to(of_outputs.dtype)).to(inputs.dtype)
         if wants_bias:
             of_bias = rows.sum(0).to(ctx.bias_dtype)
         if wants_weight:
-            through = None if of_inputs is None else of_inputs.reshape(-1, weight.shape[1])
+            through = of_inputs.reshape(-1, weight.shape[1])
             # Where the graph of the gradient is wanted, it is that of the weight's gradient, too.
             if torch.is_grad_enabled() or not ctx.take(ctx.parameter, Outer(rows, seen, through)):
                 of_weight = (rows.mT @ seen.to(rows.dtype)).to(weight.dtype)
-        return of_inputs, of_weight, of_bias, None
+        return of_inputs if wants_inputs else None, of_weight, of_bias, None

@@ -44,10 +44,10 @@ def judgement_table(judgements: Sequence[Judgement], wide: bool) -> list[Rendera
         p = "" if judgement.p is None else f"{judgement.p:.2g}"
         table.add_row(
             Text(judgement.gate, overflow="fold"),
-            judgement.amount(judgement.change),
-            judgement.amount(judgement.bound),
+            Text(judgement.amount(judgement.change)),
+            Text(judgement.amount(judgement.bound)),
             *[p] * gains,
-            judgement.counted,
+            Text(judgement.counted),
             Text(judgement.verdict, style=_VERDICTS[judgement.verdict]),
             *[Text(judgement.note, style="dim")] * wide,
         )
