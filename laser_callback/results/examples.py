@@ -70,8 +70,6 @@ class PairedExamples:
     """The outcomes of one evaluation run, example by example.
 
     Attributes:
-        batches: what the steps have returned.
-        means: what each batch has added to what is logged.
         duplicates: how many examples of a distributed sampler were removed.
         kept: of a run that is read from a file the rows of its examples, in place of batches.
     """
