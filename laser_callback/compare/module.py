@@ -263,10 +263,11 @@ class LaserModule(pl.LightningModule):
         """Log the metrics that have data on any rank."""
         for name, metric in cast("Iterable[tuple[str, UnitMean]]", self.metrics.items()):
             with metric.sync_context():
-                has_data, nothing = metric.has_data, isinstance(metric, ExactMatch) and metric.says_nothing
+                has_data, count = metric.has_data, int(metric.count)
+                nothing = isinstance(metric, ExactMatch) and metric.says_nothing
             if nothing:
                 rank_zero_warn(
-                    f"`{name}` judges nothing: of all that is written none holds an answer. See what is written "
+                    f"`{name}` judges nothing: of {count:,} continuations none holds an answer. See what is written "
                     "(`continuation` in the examples file), and what `extract` looks for"
                 )
             if has_data:

@@ -67,6 +67,8 @@ _OWN = {"module", "data", "base", "folder", "resume", "spectra", "accelerator", 
 
 
 class _Search(LaserSearch):
+    """One that by default tries what a cleanup does, and goes on without those that have nothing to propose."""
+
     _default = STRATEGIES
 
 

@@ -181,7 +181,7 @@ def test_a_prompt_without_room_is_refused_before_the_work(trainer, model, monkey
 def test_where_no_answer_is_found_that_is_said(trainer, model):
     nothing = Generation(max_new_tokens=3, extract="#### (.+)")
     module = LaserModule(model, tiny_tokenizer(), plan=PLAN, report=False)
-    with pytest.warns(UserWarning, match="`exact_match` judges nothing: of all that is written none holds an answer"):
+    with pytest.warns(UserWarning, match="`exact_match` judges nothing: of 11 continuations none holds an answer"):
         trainer().validate(module, FactsDataModule(ROWS, module.tokenizer, generation=nothing), verbose=False)
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*judges nothing")
